@@ -1,0 +1,6 @@
+"""qjax: ultra-low-bit quantization of language models in JAX."""
+
+from qjax.formats import format, formats
+from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
+
+__all__ = ["QTensor", "dequantize", "dot", "format", "formats", "from_bytes", "is_qtensor", "quantize", "to_bytes"]

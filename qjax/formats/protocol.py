@@ -1,0 +1,74 @@
+"""What a format is: levels times scales on blocks of weights, as six pure functions.
+
+    w_hat = decode(scales, codes)        codes = nearest(scales, w)        scales = fit(w, weight)
+
+A format sees weights as f32[*b, n] with the contracted axis last, `n` a multiple of `block`. `scales` is a small dict
+of arrays, already rounded to what the file can store; `codes` are unpacked integers in the weights' own order and
+shape. `pack` turns the two into the packed leaves of a `QTensor` (each with the weights' leading axes `*b` first) and
+`unpack` is its exact inverse. All six are jittable, vmappable and work on abstract shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from jax import Array
+
+Scales = dict[str, Array]
+Leaves = dict[str, Array]
+
+
+@runtime_checkable
+class Format(Protocol):
+    """A frozen, hashable record; see the module docstring for the conventions."""
+
+    @property
+    def name(self) -> str:
+        """The name `qjax.format` knows it by."""
+
+    @property
+    def block(self) -> int:
+        """Weights along the contracted axis that share scales: n must be a multiple. 0: the whole row."""
+
+    @property
+    def tile(self) -> int:
+        """Weights rounded together: 1 for scalar levels."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage, scales included (without the per-row or per-tensor part where `block` is 0)."""
+
+    def fit(self, w: Array, weight: Array | None = None) -> Scales:
+        """Scales for w [*b, n], minimizing sum weight (w - w_hat)^2 as well as the format's search can."""
+
+    def nearest(self, scales: Scales, w: Array) -> Array:
+        """The code of the level nearest to each weight: integers [*b, n]."""
+
+    def decode(self, scales: Scales, codes: Array) -> Array:
+        """The value of each code: f32[*b, n]."""
+
+    def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
+        """Scales and codes together: what `qjax.quantize` stores. Equals `nearest(fit(w), w)` unless the format's
+        reference encoder picks its codes with scales of higher precision, as ggml's simple types do."""
+
+    def pack(self, scales: Scales, codes: Array) -> Leaves:
+        """The stored leaves."""
+
+    def unpack(self, leaves: Leaves) -> tuple[Scales, Array]:
+        """The exact inverse of `pack`."""
+
+    def shape(self, leaves: Leaves) -> tuple[int, ...]:
+        """(*b, n), from the leaves' shapes alone."""
+
+
+@runtime_checkable
+class BlockFormat(Format, Protocol):
+    """A ggml type: its one leaf `blocks` holds the file's bytes, u8[*b, n / block, block_bytes]."""
+
+    @property
+    def ggml_type(self) -> int:
+        """The type's number in a GGUF file."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes a block."""

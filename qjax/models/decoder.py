@@ -1,0 +1,216 @@
+"""A Llama-family decoder in plain flax linen: no quantization code in it.
+
+    x   = E[tokens]
+    x  += W_o attention(rope(W_q n(x)), rope(W_k n(x)), W_v n(x))        n = RMSNorm
+    x  += W_down (act(W_gate n(x)) * W_up n(x))
+    logits = W_head n(x)                                                  (W_head = E^T when tied)
+
+Weights are flax kernels, (in, out). Their paths: `embed/embedding`, `layers_3/attn/{q,k,v,o}/kernel`,
+`layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`.
+Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
+format of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from qjax.models.config import DecoderConfig, RopeScaling
+
+# One (keys, values) pair a layer, each [batch, capacity, kv_heads, head_dim], and how many positions are filled.
+Cache = dict[str, Any]
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Rotary angles per position, f_i = theta^(-2i/head_dim), rescaled for long contexts. Returns f32[head_dim/2]."""
+    f = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return f
+    if scaling.kind == "linear":
+        return f / scaling.factor
+    wavelength = 2 * jnp.pi / f
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = jnp.clip((scaling.original_max_position / wavelength - low) / (high - low), 0.0, 1.0)
+    return f * ((1 - blend) / scaling.factor + blend)
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotate the halves of each head by position * frequency (the Hugging Face convention).
+
+    Args:
+      x: [batch, length, heads, head_dim].
+      positions: i32[batch, length].
+      frequencies: f32[head_dim / 2].
+    """
+    angle = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean x^2 + eps) * (scale + offset), computed in float32."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * (scale.astype(jnp.float32) + self.offset)[(None,) * (x.ndim - 1)]).astype(x.dtype)
+
+
+def attend(q, k, v, mask, scale: float, softcap: float | None):
+    """Grouped-query attention: softmax(scale q k^T) v, each kv head serving heads/kv_heads queries.
+
+    Args:
+      q: [b, t, heads, d].
+      k, v: [b, s, kv_heads, d].
+      mask: bool[b, t, s], True where a query may look.
+
+    Returns: [b, t, heads * d].
+    """
+    b, t, heads, d = q.shape
+    kv = k.shape[2]
+    q = q.reshape(b, t, kv, heads // kv, d)
+    s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
+    s = jnp.where(mask[:, None, None, :, :], s, -1e30)
+    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    o = jnp.einsum("bkgts,bskd->btkgd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
+    return o.reshape(b, t, heads * d)
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    layer: int
+    dtype: Any = jnp.float32
+    dot_general: Callable = lax.dot_general
+
+    @nn.compact
+    def __call__(self, x, positions, cache=None):
+        c = self.config
+
+        def dense(name, out, bias=False):
+            return nn.Dense(out, use_bias=bias, name=name, dtype=self.dtype, dot_general=self.dot_general)
+
+        b, t, _ = x.shape
+        q = dense("q", c.heads * c.head_dim, c.qkv_bias)(x).reshape(b, t, c.heads, c.head_dim)
+        k = dense("k", c.kv_heads * c.head_dim, c.qkv_bias)(x).reshape(b, t, c.kv_heads, c.head_dim)
+        v = dense("v", c.kv_heads * c.head_dim, c.qkv_bias)(x).reshape(b, t, c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
+        frequencies = rope_frequencies(c.head_dim, *c.layer_theta(self.layer))
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        if cache is None:
+            key_positions = positions
+        else:
+            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1)
+            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1)
+            cache = {"k": k, "v": v, "length": cache["length"] + t}
+            # Slots past the filled part lie after every query, so the causal mask hides them too.
+            key_positions = jnp.broadcast_to(jnp.arange(k.shape[1])[None, :], (b, k.shape[1]))
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        mask = distance >= 0
+        window = c.layer_window(self.layer)
+        if window is not None:
+            mask &= distance < window
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        o = attend(q, k, v, mask, scale, c.attn_softcap)
+        return dense("o", c.dim)(o), cache
+
+
+class MLP(nn.Module):
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    dot_general: Callable = lax.dot_general
+
+    @nn.compact
+    def __call__(self, x):
+        def dense(name, out):
+            return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
+
+        hidden = self.config.hidden
+        gate = dense("gate", hidden)(x)
+        gate = nn.silu(gate) if self.config.activation == "silu" else nn.gelu(gate, approximate=True)
+        return dense("down", self.config.dim)(gate * dense("up", hidden)(x))
+
+
+class Block(nn.Module):
+    config: DecoderConfig
+    layer: int
+    dtype: Any = jnp.float32
+    dot_general: Callable = lax.dot_general
+
+    @nn.compact
+    def __call__(self, x, positions, cache=None):
+        c = self.config
+
+        def norm(name):
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)
+
+        y, cache = Attention(c, self.layer, self.dtype, self.dot_general, name="attn")(
+            norm("attn_norm")(x), positions, cache
+        )
+        x = x + (norm("attn_post_norm")(y) if c.post_norms else y)
+        y = MLP(c, self.dtype, self.dot_general, name="mlp")(norm("mlp_norm")(x))
+        return x + (norm("mlp_post_norm")(y) if c.post_norms else y), cache
+
+
+class Decoder(nn.Module):
+    """The decoder. `apply({"params": p}, tokens)` gives f32 logits [batch, length, vocab].
+
+    With `cache` (see `empty_cache`) the tokens continue the cached ones and the new cache comes back as well.
+    `dtype` is the arithmetic of activations; `dot_general` may be replaced, e.g. by one that fits the hardware.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    dot_general: Callable = lax.dot_general
+
+    @nn.compact
+    def __call__(self, tokens, cache: Cache | None = None, positions=None):
+        c = self.config
+        if positions is None:
+            start = jnp.int32(0) if cache is None else cache["layers_0"]["length"]
+            positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        embed = nn.Embed(c.vocab, c.dim, name="embed", dtype=self.dtype,
+                         embedding_init=nn.initializers.normal(0.02))
+        x = embed(tokens)
+        if c.embed_scale:
+            x = x * jnp.asarray(c.dim**0.5, x.dtype)
+        new_cache: Cache = {}
+        for i in range(c.layers):
+            name = f"layers_{i}"
+            block = Block(c, i, self.dtype, self.dot_general, name=name)
+            x, new_cache[name] = block(x, positions, None if cache is None else cache[name])
+        x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
+        if c.tied:
+            kernel = embed.embedding.T.astype(self.dtype)
+            logits = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        else:
+            logits = nn.Dense(c.vocab, use_bias=False, name="head", dtype=self.dtype, dot_general=self.dot_general)(x)
+        logits = logits.astype(jnp.float32)
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return logits if cache is None else (logits, new_cache)
+
+
+def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+    """A key/value cache for `capacity` positions."""
+    shape = (batch, capacity, config.kv_heads, config.head_dim)
+    return {
+        f"layers_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "length": jnp.int32(0)}
+        for i in range(config.layers)
+    }

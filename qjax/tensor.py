@@ -1,0 +1,195 @@
+"""QTensor: packed codes and scales that behave as a leaf of any JAX program; quantize, dequantize, dot, bits.
+
+    q = quantize(w, "Q4_K");   w_hat = dequantize(q);   y = dot(x, q)  ==  x . w_hat over q's contracted axis
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from qjax.formats import format as get_format
+from qjax.formats.protocol import BlockFormat, Format, Leaves
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("leaves",), meta_fields=("format", "axis"))
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized array.
+
+    Attributes:
+      leaves: the packed arrays, each with the tensor's other axes first and its blocks behind them.
+      format: the frozen, hashable Format that reads them.
+      axis: the contracted axis along which blocks run, counted from the end (-1, -2 ...), so that it stays right
+        when vmap or scan add and remove leading axes.
+
+    The logical shape is derived from the leaves: a QTensor may be stacked, sliced by scan, sharded, saved by orbax and
+    mapped by optax like any array.
+    """
+
+    leaves: Leaves
+    format: Format
+    axis: int = -1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, n = self.format.shape(self.leaves)
+        at = len(lead) + 1 + self.axis
+        return (*lead[:at], n, *lead[at:])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves: codes, scales, padding."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.leaves))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored per weight, counted from the leaves."""
+        return 8 * self.nbytes / self.size
+
+    def __repr__(self) -> str:
+        try:
+            return f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight)"
+        except Exception:  # a tree of something else than arrays (shardings, None) in place of the leaves
+            return f"QTensor({self.format.name}, leaves={self.leaves})"
+
+
+def is_qtensor(x: Any) -> bool:
+    """For `jax.tree.map(..., is_leaf=is_qtensor)`."""
+    return isinstance(x, QTensor)
+
+
+def quantize(w: Array, format: str | Format, axis: int = -1, weight: Array | None = None) -> QTensor:
+    """Round `w` onto a format's grid.
+
+    Args:
+      w: floats of any shape; its length along `axis` must be a multiple of the format's block.
+      format: a name (`qjax.formats()`) or a Format.
+      axis: the contracted axis, along which blocks run: -1 for rows (out, in), 0 for flax kernels (in, out).
+      weight: importance of each weight in the squared error, of w's shape, or one number per position of `axis`.
+
+    Returns: a QTensor of w's logical shape.
+
+    Raises:
+      ValueError: unknown format, a length the block does not divide, a weight of another shape, or (outside jit) NaN or
+        Inf in w or weight, or a negative weight.
+
+    >>> q = quantize(jnp.linspace(-1, 1, 64).reshape(2, 32), "Q8_0")
+    >>> q.shape, q.bits_per_weight
+    ((2, 32), 8.5)
+    """
+    fmt = get_format(format)
+    w = jnp.asarray(w)
+    if w.ndim == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"quantize needs a floating-point array with at least one axis, got {w.dtype}{list(w.shape)}")
+    if not -w.ndim <= axis < w.ndim:
+        raise ValueError(f"axis {axis} is out of range for shape {w.shape}")
+    axis = axis % w.ndim - w.ndim
+    check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
+    w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
+    _check_finite(w, "w")
+    if weight is not None:
+        weight = jnp.asarray(weight).astype(jnp.float32)
+        if weight.ndim == w.ndim and w.ndim > 1:
+            weight = jnp.moveaxis(weight, axis, -1)
+        if weight.shape not in (w.shape, w.shape[-1:]):
+            raise ValueError(f"weight has shape {weight.shape}; expected w's shape or ({w.shape[-1]},)")
+        _check_finite(weight, "weight", low=0.0)
+        weight = jnp.broadcast_to(weight.reshape((1,) * (w.ndim - weight.ndim) + weight.shape), w.shape)
+    return QTensor(_encode(w, weight, fmt), fmt, axis)
+
+
+@partial(jax.jit, static_argnums=2)
+def _encode(w: Array, weight: Array | None, fmt: Format) -> Leaves:
+    return fmt.pack(*fmt.encode(w, weight))
+
+
+@jax.jit
+def dequantize(q: QTensor) -> Array:
+    """The values a QTensor stands for: f32 of its logical shape."""
+    return jnp.moveaxis(q.format.decode(*q.format.unpack(q.leaves)), -1, q.axis)
+
+
+def dot(x: Array, q: QTensor) -> Array:
+    """Contract the last axis of x with the quantized axis of q.
+
+    Args:
+      x: floats [*b, n].
+      q: a QTensor whose quantized axis has length n; its other axes `*o` stay in order.
+
+    Returns: [*b, *o] in x's type, accumulated in float32.
+    """
+    n = q.shape[q.axis]
+    if x.ndim == 0 or x.shape[-1] != n:
+        raise ValueError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}")
+    w = q.format.decode(*q.format.unpack(q.leaves)).astype(x.dtype)
+    y = lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def to_bytes(q: QTensor) -> bytes:
+    """The exact bytes of a ggml tensor with rows (out, in), as a GGUF file stores them.
+
+    Raises:
+      ValueError: the format is no ggml type, or the blocks do not run along the last axis.
+    """
+    if not isinstance(q.format, BlockFormat):
+        raise ValueError(f"{q.format.name} is not a ggml type; only those have a byte layout of their own")
+    if q.axis != -1:
+        raise ValueError(f"ggml blocks run along rows: quantize the transpose with axis=-1, not axis={q.axis}")
+    return np.asarray(q.leaves["blocks"]).tobytes()
+
+
+def from_bytes(format: str | Format, raw: bytes | np.ndarray, shape: tuple[int, ...]) -> QTensor:
+    """The QTensor of a ggml tensor's bytes; the inverse of `to_bytes`.
+
+    Args:
+      format: a ggml type's name.
+      raw: the tensor's bytes, exactly as many as the shape needs.
+      shape: (*rows, n) as numpy counts, contracted axis last.
+    """
+    fmt = get_format(format)
+    if not isinstance(fmt, BlockFormat):
+        raise ValueError(f"{fmt.name} is not a ggml type; only those have a byte layout of their own")
+    *rows, n = shape
+    check_length(fmt, n, f"shape {tuple(shape)}")
+    blocks = (*rows, n // fmt.block, fmt.block_bytes)
+    flat = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes | bytearray | memoryview) else raw.view(np.uint8)
+    if flat.size != math.prod(blocks):
+        raise ValueError(f"{fmt.name} of shape {tuple(shape)} takes {math.prod(blocks)} bytes, got {flat.size}")
+    return QTensor({"blocks": jnp.asarray(flat.reshape(blocks))}, fmt, -1)
+
+
+def check_length(fmt: Format, n: int, where: str) -> None:
+    """Raise ValueError unless a row of n weights splits into the format's blocks."""
+    if n == 0 or (fmt.block and n % fmt.block):
+        raise ValueError(f"{fmt.name} needs a multiple of {fmt.block} weights along the quantized axis, got {n} ({where})")
+
+
+def _check_finite(x: Array, name: str, low: float = -jnp.inf) -> None:
+    """Raise on NaN, Inf or values below `low`. Under a trace there are no values to look at."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    bad = int(jnp.sum(~(jnp.isfinite(x) & (x >= low))))
+    if bad:
+        raise ValueError(f"{name} has {bad} of {x.size} values that are NaN, infinite or negative" if low == 0.0
+                         else f"{name} has {bad} of {x.size} values that are NaN or infinite")

@@ -1,0 +1,1 @@
+"""Training: the loops and what they are made of."""

@@ -1,0 +1,29 @@
+"""Strict numerics in every test: no silent dtype or rank promotion; shape types are checked at run time."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's spinning threads starve everything else on small machines
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real text and weights, where it is at hand."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("the shared test data is not on this machine")
+    return path
