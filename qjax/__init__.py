@@ -3,4 +3,14 @@
 from qjax.formats import format, formats
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
 
-__all__ = ["QTensor", "dequantize", "dot", "format", "formats", "from_bytes", "is_qtensor", "quantize", "to_bytes"]
+__all__ = [
+    "QTensor",
+    "dequantize",
+    "dot",
+    "format",
+    "formats",
+    "from_bytes",
+    "is_qtensor",
+    "quantize",
+    "to_bytes",
+]

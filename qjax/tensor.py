@@ -1,6 +1,6 @@
 """QTensor: packed codes and scales that behave as a leaf of any JAX program; quantize, dequantize, dot, bits.
 
-    q = quantize(w, "Q4_K");   w_hat = dequantize(q);   y = dot(x, q)  ==  x . w_hat over q's contracted axis
+q = quantize(w, "Q4_K");   w_hat = dequantize(q);   y = dot(x, q)  ==  x . w_hat over q's contracted axis
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import BlockFormat, Format, Leaves
 
@@ -68,7 +69,9 @@ class QTensor:
 
     def __repr__(self) -> str:
         try:
-            return f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight)"
+            return (
+                f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight)"
+            )
         except Exception:  # a tree of something else than arrays (shardings, None) in place of the leaves
             return f"QTensor({self.format.name}, leaves={self.leaves})"
 
@@ -90,7 +93,7 @@ def quantize(w: Array, format: str | Format, axis: int = -1, weight: Array | Non
     Returns: a QTensor of w's logical shape.
 
     Raises:
-      ValueError: unknown format, a length the block does not divide, a weight of another shape, or (outside jit) NaN or
+      UserError: unknown format, a length the block does not divide, a weight of another shape, or (outside jit) NaN or
         Inf in w or weight, or a negative weight.
 
     >>> q = quantize(jnp.linspace(-1, 1, 64).reshape(2, 32), "Q8_0")
@@ -100,9 +103,11 @@ def quantize(w: Array, format: str | Format, axis: int = -1, weight: Array | Non
     fmt = get_format(format)
     w = jnp.asarray(w)
     if w.ndim == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"quantize needs a floating-point array with at least one axis, got {w.dtype}{list(w.shape)}")
+        raise UserError(
+            f"quantize needs a floating-point array with at least one axis, got {w.dtype}{list(w.shape)}"
+        )
     if not -w.ndim <= axis < w.ndim:
-        raise ValueError(f"axis {axis} is out of range for shape {w.shape}")
+        raise UserError(f"axis {axis} is out of range for shape {w.shape}")
     axis = axis % w.ndim - w.ndim
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
@@ -112,7 +117,7 @@ def quantize(w: Array, format: str | Format, axis: int = -1, weight: Array | Non
         if weight.ndim == w.ndim and w.ndim > 1:
             weight = jnp.moveaxis(weight, axis, -1)
         if weight.shape not in (w.shape, w.shape[-1:]):
-            raise ValueError(f"weight has shape {weight.shape}; expected w's shape or ({w.shape[-1]},)")
+            raise UserError(f"weight has shape {weight.shape}; expected w's shape or ({w.shape[-1]},)")
         _check_finite(weight, "weight", low=0.0)
         weight = jnp.broadcast_to(weight.reshape((1,) * (w.ndim - weight.ndim) + weight.shape), w.shape)
     return QTensor(_encode(w, weight, fmt), fmt, axis)
@@ -140,7 +145,7 @@ def dot(x: Array, q: QTensor) -> Array:
     """
     n = q.shape[q.axis]
     if x.ndim == 0 or x.shape[-1] != n:
-        raise ValueError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}")
+        raise UserError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}")
     w = q.format.decode(*q.format.unpack(q.leaves)).astype(x.dtype)
     y = lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())), preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
@@ -150,12 +155,12 @@ def to_bytes(q: QTensor) -> bytes:
     """The exact bytes of a ggml tensor with rows (out, in), as a GGUF file stores them.
 
     Raises:
-      ValueError: the format is no ggml type, or the blocks do not run along the last axis.
+      UserError: the format is no ggml type, or the blocks do not run along the last axis.
     """
     if not isinstance(q.format, BlockFormat):
-        raise ValueError(f"{q.format.name} is not a ggml type; only those have a byte layout of their own")
+        raise UserError(f"{q.format.name} is not a ggml type; only those have a byte layout of their own")
     if q.axis != -1:
-        raise ValueError(f"ggml blocks run along rows: quantize the transpose with axis=-1, not axis={q.axis}")
+        raise UserError(f"ggml blocks run along rows: quantize the transpose with axis=-1, not axis={q.axis}")
     return np.asarray(q.leaves["blocks"]).tobytes()
 
 
@@ -169,20 +174,28 @@ def from_bytes(format: str | Format, raw: bytes | np.ndarray, shape: tuple[int, 
     """
     fmt = get_format(format)
     if not isinstance(fmt, BlockFormat):
-        raise ValueError(f"{fmt.name} is not a ggml type; only those have a byte layout of their own")
+        raise UserError(f"{fmt.name} is not a ggml type; only those have a byte layout of their own")
     *rows, n = shape
     check_length(fmt, n, f"shape {tuple(shape)}")
     blocks = (*rows, n // fmt.block, fmt.block_bytes)
-    flat = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes | bytearray | memoryview) else raw.view(np.uint8)
+    flat = (
+        np.frombuffer(raw, np.uint8)
+        if isinstance(raw, bytes | bytearray | memoryview)
+        else raw.view(np.uint8)
+    )
     if flat.size != math.prod(blocks):
-        raise ValueError(f"{fmt.name} of shape {tuple(shape)} takes {math.prod(blocks)} bytes, got {flat.size}")
+        raise UserError(
+            f"{fmt.name} of shape {tuple(shape)} takes {math.prod(blocks)} bytes, got {flat.size}"
+        )
     return QTensor({"blocks": jnp.asarray(flat.reshape(blocks))}, fmt, -1)
 
 
 def check_length(fmt: Format, n: int, where: str) -> None:
-    """Raise ValueError unless a row of n weights splits into the format's blocks."""
+    """Raise UserError unless a row of n weights splits into the format's blocks."""
     if n == 0 or (fmt.block and n % fmt.block):
-        raise ValueError(f"{fmt.name} needs a multiple of {fmt.block} weights along the quantized axis, got {n} ({where})")
+        raise UserError(
+            f"{fmt.name} needs a multiple of {fmt.block} weights along the quantized axis, got {n} ({where})"
+        )
 
 
 def _check_finite(x: Array, name: str, low: float = -jnp.inf) -> None:
@@ -191,5 +204,8 @@ def _check_finite(x: Array, name: str, low: float = -jnp.inf) -> None:
         return
     bad = int(jnp.sum(~(jnp.isfinite(x) & (x >= low))))
     if bad:
-        raise ValueError(f"{name} has {bad} of {x.size} values that are NaN, infinite or negative" if low == 0.0
-                         else f"{name} has {bad} of {x.size} values that are NaN or infinite")
+        raise UserError(
+            f"{name} has {bad} of {x.size} values that are NaN, infinite or negative"
+            if low == 0.0
+            else f"{name} has {bad} of {x.size} values that are NaN or infinite"
+        )

@@ -3,7 +3,9 @@
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's spinning threads starve everything else on small machines
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # torch's spinning threads starve everything else on small machines
 
 from pathlib import Path
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from types import ModuleType
 
+from qjax.errors import UserError
 from qjax.formats import ggml_simple
 from qjax.formats.protocol import BlockFormat, Format
 
@@ -22,7 +23,7 @@ def format(spec: str | Format) -> Format:
     """The format of a name; a Format passes through.
 
     Raises:
-      ValueError: no such format; the message suggests the nearest names.
+      UserError: no such format; the message suggests the nearest names.
 
     >>> format("Q8_0").bits_per_weight
     8.5
@@ -41,7 +42,7 @@ def format(spec: str | Format) -> Format:
     upper = {name.upper(): name for name in _BY_NAME}
     near = [upper[n] for n in difflib.get_close_matches(spec.upper(), upper, n=3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"unknown format {spec!r}{hint} (`qjax formats` lists them all)")
+    raise UserError(f"unknown format {spec!r}{hint} (`qjax formats` lists them all)")
 
 
 def formats() -> tuple[str, ...]:

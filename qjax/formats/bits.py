@@ -10,11 +10,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
+from qjax.errors import UserError
+
 
 def packed_bytes(n: int, bits: int) -> int:
-    """Bytes of a row of n codes. Raises ValueError where the row does not end on a byte."""
+    """Bytes of a row of n codes. Raises UserError where the row does not end on a byte."""
     if (n * bits) % 8:
-        raise ValueError(f"a row of {n} codes of {bits} bits does not end on a byte; make it a multiple of 8")
+        raise UserError(f"a row of {n} codes of {bits} bits does not end on a byte; make it a multiple of 8")
     return n * bits // 8
 
 
@@ -58,7 +60,9 @@ def unpack_bits(packed: Array, bits: int) -> Array:
         fields = packed[..., None] >> _shifts(per, bits, len(lead) + 1).astype(jnp.uint8)
         return (fields & (2**bits - 1)).reshape(*lead, size * per)
     stream = (packed[..., None] >> _shifts(8, 1, len(lead) + 1).astype(jnp.uint8)) & 1
-    stream = stream.reshape(*lead, size * 8 // bits, bits).astype(jnp.uint32) << _shifts(bits, 1, len(lead) + 1)
+    stream = stream.reshape(*lead, size * 8 // bits, bits).astype(jnp.uint32) << _shifts(
+        bits, 1, len(lead) + 1
+    )
     return stream.sum(axis=-1, dtype=jnp.uint32).astype(jnp.uint8)
 
 

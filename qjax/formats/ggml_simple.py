@@ -46,7 +46,9 @@ class Q8_0:
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         d = lax.bitcast_convert_type(scales["d"].astype(jnp.float16), jnp.uint8)
-        q = lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, self.block).astype(jnp.int8), jnp.uint8)
+        q = lax.bitcast_convert_type(
+            codes.reshape(*codes.shape[:-1], -1, self.block).astype(jnp.int8), jnp.uint8
+        )
         return {"blocks": jnp.concatenate([d, q], axis=-1)}
 
     def unpack(self, leaves: Leaves) -> tuple[Scales, Array]:

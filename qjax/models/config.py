@@ -47,7 +47,9 @@ class DecoderConfig:
     qk_norm: bool = False  # Qwen3, Gemma 3: RMSNorm over each head of q and k, before the rotation
     window: int | None = None  # Mistral, Gemma: a token sees itself and the window-1 tokens before it
     global_every: int | None = None  # Gemma: every n-th layer ignores `window` (2: Gemma 2, 6: Gemma 3)
-    local_rope_theta: float | None = None  # Gemma 3: theta of the windowed layers, which are never rope-scaled
+    local_rope_theta: float | None = (
+        None  # Gemma 3: theta of the windowed layers, which are never rope-scaled
+    )
     activation: Literal["silu", "gelu_tanh"] = "silu"  # Gemma: gelu_tanh
     norm_offset: float = 0.0  # Gemma stores its norm gains minus one
     post_norms: bool = False  # Gemma 2/3: a second norm behind attention and MLP

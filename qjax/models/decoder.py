@@ -116,8 +116,12 @@ class Attention(nn.Module):
         if cache is None:
             key_positions = positions
         else:
-            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1)
-            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1)
+            k = lax.dynamic_update_slice_in_dim(
+                cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1
+            )
+            v = lax.dynamic_update_slice_in_dim(
+                cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1
+            )
             cache = {"k": k, "v": v, "length": cache["length"] + t}
             # Slots past the filled part lie after every query, so the causal mask hides them too.
             key_positions = jnp.broadcast_to(jnp.arange(k.shape[1])[None, :], (b, k.shape[1]))
@@ -185,8 +189,9 @@ class Decoder(nn.Module):
         if positions is None:
             start = jnp.int32(0) if cache is None else cache["layers_0"]["length"]
             positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        embed = nn.Embed(c.vocab, c.dim, name="embed", dtype=self.dtype,
-                         embedding_init=nn.initializers.normal(0.02))
+        embed = nn.Embed(
+            c.vocab, c.dim, name="embed", dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
+        )
         x = embed(tokens)
         if c.embed_scale:
             x = x * jnp.asarray(c.dim**0.5, x.dtype)
@@ -200,7 +205,9 @@ class Decoder(nn.Module):
             kernel = embed.embedding.T.astype(self.dtype)
             logits = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         else:
-            logits = nn.Dense(c.vocab, use_bias=False, name="head", dtype=self.dtype, dot_general=self.dot_general)(x)
+            logits = nn.Dense(
+                c.vocab, use_bias=False, name="head", dtype=self.dtype, dot_general=self.dot_general
+            )(x)
         logits = logits.astype(jnp.float32)
         if c.logit_softcap is not None:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)

@@ -18,7 +18,16 @@ HELDOUT = (
     "textwrap.py", "unittest/mock.py", "urllib/parse.py", "zipfile.py", "zipfile/__init__.py",
 )  # fmt: skip
 
-_SKIP = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "ensurepip", "config-")
+_SKIP = (
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "ensurepip",
+    "config-",
+)
 
 
 def stdlib_root() -> Path:

@@ -41,5 +41,7 @@ def mixed_dot_general(x, w, dimension_numbers, precision=None, preferred_element
     del precision, preferred_element_type
     ((cx, cw), (bx, bw)) = dimension_numbers
     if tuple(cx) != (x.ndim - 1,) or w.ndim != 2 or bx or bw:
-        raise ValueError(f"mixed_dot_general is for [..., k] times a matrix, got {x.shape} {w.shape} {dimension_numbers}")
+        raise ValueError(
+            f"mixed_dot_general is for [..., k] times a matrix, got {x.shape} {w.shape} {dimension_numbers}"
+        )
     return _dot(x, w, ((tuple(cx), tuple(cw)), ((), ())))
