@@ -3,16 +3,16 @@
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # torch's spinning threads starve everything else on small machines
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's spinning threads starve everything else on small machines
 
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
+jaxtyping.install_import_hook("qjax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -29,3 +29,14 @@ def shared_data():
     if not path.is_dir():
         pytest.skip("the shared test data is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def ggml():
+    """The real ggml library (`ggml_c.Ggml`), found through LLAMA_CPP_LIB_PATH."""
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if not folder:
+        pytest.skip("LLAMA_CPP_LIB_PATH is unset: no llama.cpp to compare with")
+    from ggml_c import Ggml
+
+    return Ggml(folder)
