@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import BlockFormat, Format, Leaves
+from qjax.typing import Array, Float
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("leaves",), meta_fields=("format", "axis"))
@@ -35,7 +36,7 @@ class QTensor:
     mapped by optax like any array.
     """
 
-    leaves: Leaves
+    leaves: Any  # Leaves; Any, because trees of shardings, shapes or None pass through here too
     format: Format
     axis: int = -1
 
@@ -69,9 +70,7 @@ class QTensor:
 
     def __repr__(self) -> str:
         try:
-            return (
-                f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight)"
-            )
+            return f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight)"
         except Exception:  # a tree of something else than arrays (shardings, None) in place of the leaves
             return f"QTensor({self.format.name}, leaves={self.leaves})"
 
@@ -81,7 +80,12 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
-def quantize(w: Array, format: str | Format, axis: int = -1, weight: Array | None = None) -> QTensor:
+def quantize(
+    w: Float[Array, "*w"] | np.ndarray,
+    format: str | Format,
+    axis: int = -1,
+    weight: Float[Array, "*w"] | Float[Array, "n"] | np.ndarray | None = None,
+) -> QTensor:
     """Round `w` onto a format's grid.
 
     Args:
@@ -103,9 +107,7 @@ def quantize(w: Array, format: str | Format, axis: int = -1, weight: Array | Non
     fmt = get_format(format)
     w = jnp.asarray(w)
     if w.ndim == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise UserError(
-            f"quantize needs a floating-point array with at least one axis, got {w.dtype}{list(w.shape)}"
-        )
+        raise UserError(f"quantize needs a floating-point array with at least one axis, got {w.dtype}{list(w.shape)}")
     if not -w.ndim <= axis < w.ndim:
         raise UserError(f"axis {axis} is out of range for shape {w.shape}")
     axis = axis % w.ndim - w.ndim
@@ -129,12 +131,12 @@ def _encode(w: Array, weight: Array | None, fmt: Format) -> Leaves:
 
 
 @jax.jit
-def dequantize(q: QTensor) -> Array:
+def dequantize(q: QTensor) -> Float[Array, "*w"]:
     """The values a QTensor stands for: f32 of its logical shape."""
     return jnp.moveaxis(q.format.decode(*q.format.unpack(q.leaves)), -1, q.axis)
 
 
-def dot(x: Array, q: QTensor) -> Array:
+def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
     """Contract the last axis of x with the quantized axis of q.
 
     Args:
@@ -178,15 +180,9 @@ def from_bytes(format: str | Format, raw: bytes | np.ndarray, shape: tuple[int, 
     *rows, n = shape
     check_length(fmt, n, f"shape {tuple(shape)}")
     blocks = (*rows, n // fmt.block, fmt.block_bytes)
-    flat = (
-        np.frombuffer(raw, np.uint8)
-        if isinstance(raw, bytes | bytearray | memoryview)
-        else raw.view(np.uint8)
-    )
+    flat = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes | bytearray | memoryview) else raw.view(np.uint8)
     if flat.size != math.prod(blocks):
-        raise UserError(
-            f"{fmt.name} of shape {tuple(shape)} takes {math.prod(blocks)} bytes, got {flat.size}"
-        )
+        raise UserError(f"{fmt.name} of shape {tuple(shape)} takes {math.prod(blocks)} bytes, got {flat.size}")
     return QTensor({"blocks": jnp.asarray(flat.reshape(blocks))}, fmt, -1)
 
 

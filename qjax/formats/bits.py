@@ -8,9 +8,9 @@ GPTQ files store.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array
 
 from qjax.errors import UserError
+from qjax.typing import Array, Integer, UInt8
 
 
 def packed_bytes(n: int, bits: int) -> int:
@@ -20,7 +20,7 @@ def packed_bytes(n: int, bits: int) -> int:
     return n * bits // 8
 
 
-def pack_bits(codes: Array, bits: int) -> Array:
+def pack_bits(codes: Integer[Array, "*b n"], bits: int) -> UInt8[Array, "*b m"]:
     """Pack integers in [0, 2^bits), bits <= 8.
 
     Args:
@@ -46,7 +46,7 @@ def pack_bits(codes: Array, bits: int) -> Array:
     return stream.sum(axis=-1, dtype=jnp.uint32).astype(jnp.uint8)
 
 
-def unpack_bits(packed: Array, bits: int) -> Array:
+def unpack_bits(packed: UInt8[Array, "*b m"], bits: int) -> UInt8[Array, "*b n"]:
     """The inverse of `pack_bits`: u8[*b, m] -> u8[*b, m * 8 / bits].
 
     >>> unpack_bits(jnp.array([33, 67], jnp.uint8), 4).tolist()
@@ -60,9 +60,7 @@ def unpack_bits(packed: Array, bits: int) -> Array:
         fields = packed[..., None] >> _shifts(per, bits, len(lead) + 1).astype(jnp.uint8)
         return (fields & (2**bits - 1)).reshape(*lead, size * per)
     stream = (packed[..., None] >> _shifts(8, 1, len(lead) + 1).astype(jnp.uint8)) & 1
-    stream = stream.reshape(*lead, size * 8 // bits, bits).astype(jnp.uint32) << _shifts(
-        bits, 1, len(lead) + 1
-    )
+    stream = stream.reshape(*lead, size * 8 // bits, bits).astype(jnp.uint32) << _shifts(bits, 1, len(lead) + 1)
     return stream.sum(axis=-1, dtype=jnp.uint32).astype(jnp.uint8)
 
 

@@ -10,12 +10,13 @@ shape. `pack` turns the two into the packed leaves of a `QTensor` (each with the
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from jax import Array
+from qjax.typing import Array, Float, Integer
 
-Scales = dict[str, Array]
-Leaves = dict[str, Array]
+# Arrays by name; Any, because shapes, shardings and specs pass through the same trees.
+Scales = dict[str, Any]
+Leaves = dict[str, Any]
 
 
 @runtime_checkable
@@ -38,23 +39,25 @@ class Format(Protocol):
     def bits_per_weight(self) -> float:
         """Storage, scales included (without the per-row or per-tensor part where `block` is 0)."""
 
-    def fit(self, w: Array, weight: Array | None = None) -> Scales:
+    def fit(self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None) -> Scales:
         """Scales for w [*b, n], minimizing sum weight (w - w_hat)^2 as well as the format's search can."""
 
-    def nearest(self, scales: Scales, w: Array) -> Array:
+    def nearest(self, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b n"]:
         """The code of the level nearest to each weight: integers [*b, n]."""
 
-    def decode(self, scales: Scales, codes: Array) -> Array:
+    def decode(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Float[Array, "*b n"]:
         """The value of each code: f32[*b, n]."""
 
-    def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
+    def encode(
+        self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None
+    ) -> tuple[Scales, Integer[Array, "*b n"]]:
         """Scales and codes together: what `qjax.quantize` stores. Equals `nearest(fit(w), w)` unless the format's
         reference encoder picks its codes with scales of higher precision, as ggml's simple types do."""
 
-    def pack(self, scales: Scales, codes: Array) -> Leaves:
+    def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
         """The stored leaves."""
 
-    def unpack(self, leaves: Leaves) -> tuple[Scales, Array]:
+    def unpack(self, leaves: Leaves) -> tuple[Scales, Integer[Array, "*b n"]]:
         """The exact inverse of `pack`."""
 
     def shape(self, leaves: Leaves) -> tuple[int, ...]:
