@@ -30,14 +30,23 @@ Cache = dict[str, Any]
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
     """Rotary angles per position, f_i = theta^(-2i/head_dim), rescaled for long contexts. Returns f32[head_dim/2]."""
     f = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return f
+    return f if scaling is None else f / rope_divisors(head_dim, theta, scaling)
+
+
+def rope_divisors(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
+    """What long-context scaling divides each rotary frequency by: f32[head_dim/2].
+
+    For Llama 3 with wavelengths l_i = 2 pi / f_i, b_i = clip((original / l_i - low) / (high - low), 0, 1):
+    1 / divisor_i = (1 - b_i) / factor + b_i. GGUF files store this as the tensor `rope_freqs.weight`.
+    """
     if scaling.kind == "linear":
-        return f / scaling.factor
-    wavelength = 2 * jnp.pi / f
+        return jnp.full(head_dim // 2, scaling.factor, jnp.float32)
+    if scaling.kind == "table":
+        return jnp.array(scaling.divisors, jnp.float32)
+    f = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = jnp.clip((scaling.original_max_position / wavelength - low) / (high - low), 0.0, 1.0)
-    return f * ((1 - blend) / scaling.factor + blend)
+    blend = jnp.clip((scaling.original_max_position * f / (2 * jnp.pi) - low) / (high - low), 0.0, 1.0)
+    return 1 / ((1 - blend) / scaling.factor + blend)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
@@ -116,12 +125,8 @@ class Attention(nn.Module):
         if cache is None:
             key_positions = positions
         else:
-            k = lax.dynamic_update_slice_in_dim(
-                cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1
-            )
-            v = lax.dynamic_update_slice_in_dim(
-                cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1
-            )
+            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1)
+            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1)
             cache = {"k": k, "v": v, "length": cache["length"] + t}
             # Slots past the filled part lie after every query, so the causal mask hides them too.
             key_positions = jnp.broadcast_to(jnp.arange(k.shape[1])[None, :], (b, k.shape[1]))
@@ -130,7 +135,7 @@ class Attention(nn.Module):
         window = c.layer_window(self.layer)
         if window is not None:
             mask &= distance < window
-        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        scale = (c.head_dim if c.query_dim is None else c.query_dim) ** -0.5
         o = attend(q, k, v, mask, scale, c.attn_softcap)
         return dense("o", c.dim)(o), cache
 
@@ -189,9 +194,7 @@ class Decoder(nn.Module):
         if positions is None:
             start = jnp.int32(0) if cache is None else cache["layers_0"]["length"]
             positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        embed = nn.Embed(
-            c.vocab, c.dim, name="embed", dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
-        )
+        embed = nn.Embed(c.vocab, c.dim, name="embed", dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))
         x = embed(tokens)
         if c.embed_scale:
             x = x * jnp.asarray(c.dim**0.5, x.dtype)
@@ -205,9 +208,7 @@ class Decoder(nn.Module):
             kernel = embed.embedding.T.astype(self.dtype)
             logits = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         else:
-            logits = nn.Dense(
-                c.vocab, use_bias=False, name="head", dtype=self.dtype, dot_general=self.dot_general
-            )(x)
+            logits = nn.Dense(c.vocab, use_bias=False, name="head", dtype=self.dtype, dot_general=self.dot_general)(x)
         logits = logits.astype(jnp.float32)
         if c.logit_softcap is not None:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
