@@ -1,0 +1,142 @@
+"""The contract: every format x {eager, jit, vmap, scan, grad}, no second compilation, honest bits, idempotence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import qjax
+from qjax import tensor
+from qjax.formats.protocol import BlockFormat, Format
+
+ROWS, N = 8, 512
+
+# The least signal-to-noise ratio of N(0, 1) weights, dB: measured on this input, rounded down by 0.2.
+SQNR_FLOOR: dict[str, float] = {}
+
+# Formats whose search may move a grid point it is given: re-encoding decoded values need not return the same bytes.
+SEARCHED: dict[str, str] = {}
+
+ALL = qjax.formats()
+
+
+@pytest.fixture(scope="module")
+def w():
+    return np.random.default_rng(0).standard_normal((ROWS, N)).astype(np.float32)
+
+
+def decoded(w, name):
+    return qjax.dequantize(qjax.quantize(w, name))
+
+
+def sqnr(w, w_hat) -> float:
+    w, w_hat = np.asarray(w, np.float64), np.asarray(w_hat, np.float64)
+    return 10 * np.log10((w**2).sum() / ((w - w_hat) ** 2).sum())
+
+
+def test_every_format_has_a_floor():
+    assert set(SQNR_FLOOR) == set(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_format(name, w):
+    fmt = qjax.format(name)
+    assert isinstance(fmt, Format) and fmt.name == name and hash(fmt) == hash(qjax.format(name))
+    q = qjax.quantize(w, name)
+    w_hat = qjax.dequantize(q)
+    assert q.shape == w.shape and w_hat.dtype == jnp.float32
+
+    # quality
+    assert sqnr(w, w_hat) >= SQNR_FLOOR[name]
+
+    # bits: the leaves' own, and the format's claim of them
+    leaves = jax.tree.leaves(q.leaves)
+    true_bits = 8 * sum(np.asarray(leaf).nbytes for leaf in leaves) / w.size
+    assert q.bits_per_weight == pytest.approx(true_bits)
+    if fmt.block:
+        per_tensor = 32 / N if name.endswith(("_dq", "_tensor")) else 0.0
+        assert true_bits == pytest.approx(fmt.bits_per_weight, abs=per_tensor + 1e-9)
+    if isinstance(fmt, BlockFormat):
+        assert true_bits == 8 * fmt.block_bytes / fmt.block
+        assert len(qjax.to_bytes(q)) == w.size // fmt.block * fmt.block_bytes
+
+    # pack and unpack are inverse, and encode is what quantize stores
+    scales, codes = fmt.unpack(q.leaves)
+    assert codes.shape == w.shape
+    again = fmt.pack(scales, codes)
+    for key, leaf in q.leaves.items():
+        np.testing.assert_array_equal(again[key], leaf)
+    np.testing.assert_array_equal(fmt.decode(scales, codes), w_hat)
+
+    # fit and nearest alone (what other roundings build on) reach about the same error
+    own = fmt.fit(jnp.asarray(w))
+    assert sqnr(w, fmt.decode(own, fmt.nearest(own, jnp.asarray(w)))) >= SQNR_FLOOR[name] - 0.5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transformations(name, w):
+    w = jnp.asarray(w)
+    eager = decoded(w, name)
+    jitted = jax.jit(lambda w: decoded(w, name))
+    np.testing.assert_array_equal(jitted(w), eager)
+    np.testing.assert_array_equal(jax.vmap(lambda m: decoded(m, name))(w.reshape(2, -1, N))[0],
+                                  decoded(w[: ROWS // 2], name))  # fmt: skip
+
+    stack = jax.vmap(lambda m: qjax.quantize(m, name))(w.reshape(2, -1, N))
+    assert stack.shape == (2, ROWS // 2, N)
+    _, scanned = lax.scan(lambda c, q: (c, qjax.dequantize(q)), 0, stack)
+    np.testing.assert_array_equal(scanned, qjax.dequantize(stack))
+
+    x = jnp.ones((3, N), jnp.float32)
+    q = qjax.quantize(w, name)
+    grad = jax.grad(lambda x: qjax.dot(x, q).sum())(x)
+    np.testing.assert_allclose(grad[0], eager.sum(axis=0), rtol=1e-4, atol=1e-3)
+
+    assert jax.eval_shape(lambda w: qjax.quantize(w, name), w).shape == w.shape
+    column = qjax.quantize(w.T, name, axis=0)
+    np.testing.assert_array_equal(qjax.dequantize(column), eager.T)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_second_compilation(name, w):
+    qjax.dequantize(qjax.quantize(w, name))
+    before = tensor._encode._cache_size(), tensor.dequantize._cache_size()
+    qjax.dequantize(qjax.quantize(2 * w, name))
+    assert (tensor._encode._cache_size(), tensor.dequantize._cache_size()) == before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_grid_point_stays(name, w):
+    q = qjax.quantize(w, name)
+    w_hat = qjax.dequantize(q)
+    again = qjax.quantize(w_hat, name)
+    if name in SEARCHED:
+        assert sqnr(w_hat, qjax.dequantize(again)) > SQNR_FLOOR[name] + 6, SEARCHED[name]
+    else:
+        np.testing.assert_allclose(qjax.dequantize(again), w_hat, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_degenerate_rows_stay_finite(name):
+    """Zero, constant, tiny, huge and one-outlier rows decode to finite numbers near what they were."""
+    rows = np.zeros((6, N), np.float32)
+    rows[1] = 0.37
+    rows[2] = 1e-30
+    rows[3, ::2], rows[3, 1::2] = 1e4, -1e4
+    rows[4, 17] = 100.0
+    rows[5] = -0.37
+    w_hat = np.asarray(decoded(rows, name))
+    assert np.isfinite(w_hat).all()
+    assert (w_hat[0] == 0).all()
+    if "E8M0" not in name:
+        assert np.abs(w_hat[2]).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_importance_lowers_the_weighted_error(name, w):
+    h = jnp.asarray(np.random.default_rng(1).lognormal(0, 1.5, N), jnp.float32)
+    plain = np.asarray(decoded(w, name), np.float64)
+    weighted = np.asarray(qjax.dequantize(qjax.quantize(w, name, weight=h)), np.float64)
+    error = [float((np.asarray(h) * (x - w) ** 2).sum()) for x in (plain, weighted)]
+    assert error[1] <= error[0] * (1 + 1e-6)

@@ -1,0 +1,75 @@
+"""The house itself: imports run downhill, examples in docs and docstrings are true, every config names real keys."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import qjax
+
+ROOT = Path(__file__).parents[1]
+
+# Each layer may import itself and the layers before it.
+LAYERS = [
+    {"errors", "typing"},
+    {"formats"},
+    {"tensor"},
+    {"models", "io", "rounding"},
+    {"evaluate", "training"},
+    {"plan"},
+    {"pipeline"},
+    {"config", "rundir"},
+    {"cli", "__main__"},
+]
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+
+MODULES = sorted(m.name for m in pkgutil.walk_packages(qjax.__path__, "qjax.") if m.name != "qjax.__main__")
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of qjax a file imports (`qjax.io.atomic` -> `io`), type-checking imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qjax."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("qjax.")}
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downhill(name):
+    path = Path(importlib.import_module(name).__file__)
+    part = name.split(".")[1]
+    assert part in LEVEL, f"{name}: give {part} a layer in LAYERS"
+    for other in imported(path):
+        assert LEVEL[other] <= LEVEL[part], f"{name} imports qjax.{other}, which lies above it"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_docs_examples(path):
+    assert doctest.testfile(str(path), module_relative=False).failed == 0
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=str)
+def test_docs_link_to_files_that_exist(path):
+    import re
+
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "qjax").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_says_what_it_is_and_stays_small(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "a module docstring is missing"
+    assert text.count("\n") <= 400, "one idea a file: this one wants splitting"
