@@ -1,0 +1,308 @@
+"""llama-quantize's file types: for every tensor of a model the type it would pick.
+
+    type(tensor) = fallback(override or mix(file type, role, layer, heads / kv heads, importance known?), row length)
+
+A restatement of the rules of llama.cpp's `llama_tensor_get_type` (ggml 0.25), for dense models; tests compare every
+decision with the real `llama_model_quantize`. L = layers; a role's tensors are visited by layer number, and layer i
+counts among those visited: a tensor taken by an override does not advance the count, as in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig
+from qjax.models.weight_names import weight_names
+from qjax.plan.rules import KEEP, Plan, Rule, Weight
+
+# File type -> (number in general.file_type, type of most tensors).
+FILE_TYPES: dict[str, tuple[int, str]] = {
+    "F32": (0, "F32"),
+    "F16": (1, "F16"),
+    "BF16": (32, "BF16"),
+    "Q8_0": (7, "Q8_0"),
+    "Q6_K": (18, "Q6_K"),
+    "Q5_K_M": (17, "Q5_K"),
+    "Q5_K_S": (16, "Q5_K"),
+    "Q5_1": (9, "Q5_1"),
+    "Q5_0": (8, "Q5_0"),
+    "Q4_K_M": (15, "Q4_K"),
+    "Q4_K_S": (14, "Q4_K"),
+    "Q4_1": (3, "Q4_1"),
+    "Q4_0": (2, "Q4_0"),
+    "IQ4_NL": (25, "IQ4_NL"),
+    "IQ4_XS": (30, "IQ4_XS"),
+    "MXFP4": (38, "MXFP4"),
+    "Q3_K_L": (13, "Q3_K"),
+    "Q3_K_M": (12, "Q3_K"),
+    "Q3_K_S": (11, "Q3_K"),
+    "Q2_K": (10, "Q2_K"),
+    "Q2_K_S": (21, "Q2_K"),
+    "TQ2_0": (37, "TQ2_0"),
+    "TQ1_0": (36, "TQ1_0"),
+}
+ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
+
+# What a type becomes where the row is no multiple of its block.
+FALLBACK = {
+    "IQ4_XS": "IQ4_NL",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "TQ1_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+
+# Roles by the name's part, in the order llama.cpp asks.
+ROLES = ("attn_v.weight", "attn_k.weight", "attn_q.weight", "attn_output.weight", "ffn_up", "ffn_gate", "ffn_down")
+NEVER = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "altup", "laurel", "per_layer_model_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """What the rules of one tensor look at: its place `i` among the tensors of its role, and the model."""
+
+    i: int
+    layers: int
+    gqa: int
+    imatrix: bool
+
+    @property
+    def first(self) -> bool:
+        return self.i < self.layers // 8
+
+    @property
+    def more(self) -> bool:
+        """The first and last eighth of the layers, and every third between."""
+        eighth = self.layers // 8
+        return self.first or self.i >= 7 * self.layers // 8 or (self.i - eighth) % 3 == 2
+
+
+# None: the base type.
+Choice = Callable[[_Site], str | None]
+_ATTN_V: dict[str, Choice] = {
+    "Q2_K": lambda s: "Q4_K" if s.gqa >= 4 else "Q3_K",
+    "Q2_K_S": lambda s: "Q4_K" if s.gqa >= 4 else None,
+    "Q3_K_M": lambda s: "Q5_K" if s.i < 2 else "Q4_K",
+    "Q3_K_L": lambda s: "Q5_K",
+    "IQ4_NL": lambda s: "Q5_K" if s.gqa >= 4 else None,
+    "IQ4_XS": lambda s: "Q5_K" if s.gqa >= 4 else None,
+    "Q4_K_S": lambda s: "Q5_K" if s.i < 4 else None,
+    "Q4_K_M": lambda s: "Q6_K" if s.more else None,
+    "Q5_K_M": lambda s: "Q6_K" if s.more else None,
+}
+_FFN_DOWN: dict[str, Choice] = {
+    "Q2_K": lambda s: "Q3_K",
+    "Q2_K_S": lambda s: "Q4_K" if s.first else None,
+    "Q3_K_M": lambda s: "Q5_K" if s.i < s.layers // 16 else "Q4_K",
+    "Q3_K_L": lambda s: "Q5_K",
+    "IQ4_NL": lambda s: "Q5_K" if s.first and not s.imatrix else None,
+    "IQ4_XS": lambda s: "Q5_K" if s.first and not s.imatrix else None,
+    "Q4_K_S": lambda s: "Q5_K" if s.first else None,
+    "Q4_K_M": lambda s: "Q6_K" if s.more else None,
+    "Q5_K_M": lambda s: "Q6_K" if s.more else None,
+    "Q4_0": lambda s: "Q4_1" if s.first and s.imatrix else None,
+    "Q5_0": lambda s: "Q5_1" if s.first and s.imatrix else None,
+}
+_ATTN_OUTPUT: dict[str, Choice] = {
+    "Q2_K": lambda s: "Q3_K",
+    "Q3_K_M": lambda s: "Q4_K",
+    "Q3_K_L": lambda s: "Q5_K",
+}
+_MIX = {"attn_v.weight": _ATTN_V, "ffn_down": _FFN_DOWN, "attn_output.weight": _ATTN_OUTPUT}
+
+
+def file_type(name: str) -> str:
+    """The canonical name of a file type (any case, llama-quantize's aliases). Raises UserError for others."""
+    upper = name.upper()
+    upper = ALIASES.get(upper, upper)
+    if upper not in FILE_TYPES:
+        raise UserError(f"unknown file type {name!r}; known are {' '.join(FILE_TYPES)}")
+    return upper
+
+
+def block_of(ggml_type: str) -> int:
+    """Weights a block of a ggml type; raises UserError for a name ggml does not have."""
+    try:
+        return GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]][0]
+    except KeyError:
+        raise UserError(f"unknown ggml type {ggml_type!r}") from None
+
+
+def write_order(name: str) -> tuple[int, str]:
+    """Sort key of the tensors in llama-quantize's files: non-layer names first, then by layer, then by name."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    return (int(layer[1]) if layer else -1, name)
+
+
+def is_quantizable(name: str, shape: Sequence[int]) -> bool:
+    """Whether llama-quantize touches a tensor (shape: contracted axis last)."""
+    if all(n == 1 for n in shape[:-1]) or not name.endswith("weight"):
+        return False
+    return not any(part in name for part in NEVER)
+
+
+def decoder_weights(config: DecoderConfig) -> tuple[Weight, ...]:
+    """Every weight of a decoder as a plan sees it: shapes (out, in), both names."""
+    return tuple(
+        Weight("/".join(n.path), n.shape[::-1] if n.transposed else n.shape, n.gguf) for n in weight_names(config)
+    )
+
+
+def mix(
+    name: str,
+    config: DecoderConfig,
+    has_imatrix: bool = False,
+    pure: bool = False,
+    overrides: Sequence[tuple[str, str]] = (),
+) -> Plan:
+    """llama-quantize's file type as a plan for one decoder: one rule a weight.
+
+    Args:
+      name: a file type, e.g. "Q4_K_M" (`FILE_TYPES`), any case.
+      config: the decoder.
+      has_imatrix, pure, overrides: see `tensor_types`.
+
+    >>> tiny = DecoderConfig(vocab=256, dim=256, hidden=512, layers=2, heads=4, kv_heads=2, head_dim=64, tied=True)
+    >>> print(mix("Q4_K_M", tiny))
+    embed/embedding -> Q6_K
+    layers_{0-1}/attn/q/kernel -> Q4_K
+    layers_{0-1}/attn/k/kernel -> Q4_K
+    layers_0/attn/v/kernel -> Q4_K
+    layers_{0-1}/attn/o/kernel -> Q4_K
+    layers_{0-1}/mlp/gate/kernel -> Q4_K
+    layers_{0-1}/mlp/up/kernel -> Q4_K
+    layers_0/mlp/down/kernel -> Q4_K
+    layers_1/attn/v/kernel -> Q6_K
+    layers_1/mlp/down/kernel -> Q6_K
+    """
+    return mix_of(
+        name,
+        decoder_weights(config),
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        arch="llama" if config.family == "mistral" else config.family,
+        has_imatrix=has_imatrix,
+        pure=pure,
+        overrides=overrides,
+    )
+
+
+def mix_of(name: str, weights: Sequence[Weight], **model: Any) -> Plan:
+    """`mix` for any list of weights that have GGUF names; `model` as in `tensor_types`."""
+    types = tensor_types(name, {w.gguf: w.shape for w in weights if w.gguf is not None}, **model)
+    rules = []
+    for w in weights:
+        if w.gguf in types:
+            rules.append(Rule(w.path, types[w.gguf]))
+        elif not w.is_vector:
+            rules.append(Rule(w.path, KEEP))
+    return Plan(tuple(rules), file_type(name))
+
+
+def file_type_number(plan: Plan, types: Mapping[str, int]) -> int:
+    """What general.file_type should say of a plan's file: a mix's own number, else that of the type most weights have.
+
+    Args:
+      plan: the plan.
+      types: ggml type name -> weights of that type in the file.
+    """
+    if plan.name in FILE_TYPES:
+        return FILE_TYPES[plan.name][0]
+    most = max(types, key=lambda t: types[t]) if types else "F32"
+    return next((n for n, base in FILE_TYPES.values() if base == most), 0)
+
+
+def tensor_types(
+    mix: str,
+    tensors: Mapping[str, Sequence[int]],
+    *,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    arch: str = "llama",
+    has_imatrix: bool = False,
+    pure: bool = False,
+    overrides: Sequence[tuple[str, str]] = (),
+) -> dict[str, str]:
+    """The ggml type of every tensor llama-quantize would convert, by GGUF name.
+
+    Args:
+      mix: a file type's name, e.g. "Q4_K_M".
+      tensors: GGUF name -> shape (out, in) of every tensor of the file.
+      layers, heads, kv_heads, arch: the model.
+      has_imatrix: whether importance is known; some rules ask.
+      pure: the base type everywhere (llama-quantize's --pure).
+      overrides: (regular expression, type); the first whose pattern is found in the name wins (--tensor-type).
+
+    Returns: {name: type}; tensors not named are kept. A row that no block divides is F16, as llama.cpp does.
+
+    Raises:
+      UserError: an unknown mix or type, or a mixture of experts.
+    """
+    mix = file_type(mix)
+    base = FILE_TYPES[mix][1]
+    for name, shape in tensors.items():
+        if len(shape) > 2 or "_exps" in name:
+            raise UserError(f"{name}: mixtures of experts have no mix yet; write a plan file for them")
+    compiled = [(_compile(p), t.upper()) for p, t in overrides]
+    names = sorted((n for n, s in tensors.items() if is_quantizable(n, s)), key=write_order)
+    if base in ("F32", "F16", "BF16"):
+        return dict.fromkeys(names, base)
+    tied = "output.weight" not in tensors
+    n_attn_v = sum("attn_v.weight" in n for n in tensors)
+    gqa = heads // kv_heads if kv_heads else 0
+    big = layers == 80 and (arch in ("qwen2", "olmo", "deci") or (arch == "llama" and heads != kv_heads))
+    seen = dict.fromkeys(ROLES, 0)
+    out = {}
+    for name in names:
+        row = tensors[name][-1]
+        kind = next((t for p, t in compiled if p.search(name)), None)
+        if kind is None and pure:
+            kind = base
+        if kind is None:
+            role = next((r for r in ROLES if r in name), "")
+            if name == "output.weight" or (tied and name == "token_embd.weight"):
+                kind = _output_type(base, row)
+            elif name == "token_embd.weight":
+                kind = "Q4_K" if base in ("TQ1_0", "TQ2_0") else base
+            else:
+                total = n_attn_v if role == "attn_v.weight" else layers
+                site = _Site(seen.get(role, 0), total, gqa, has_imatrix)
+                kind = _MIX.get(role, {}).get(mix, lambda _: None)(site) or base
+                if big and role == "attn_v.weight" and kind in ("Q3_K", "Q4_K"):
+                    kind = "Q5_K"  # a 70B shares each value head among 8 queries, so its attn_v is small
+                if role:
+                    seen[role] += 1
+        out[name] = _fit_row(kind, row)
+    return out
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"override {pattern!r} is no regular expression: {e}") from None
+
+
+def _output_type(base: str, row: int) -> str:
+    if row % block_of(base):
+        return "Q8_0"
+    return base if base == "Q8_0" else "Q6_K"
+
+
+def _fit_row(kind: str, row: int) -> str:
+    """The type itself where its block divides the row, else its fallback, else F16."""
+    if row % block_of(kind) == 0:
+        return kind
+    kind = FALLBACK.get(kind, kind)
+    return kind if row % block_of(kind) == 0 else "F16"
