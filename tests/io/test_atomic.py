@@ -1,0 +1,109 @@
+"""A file or folder appears whole or not at all, and what goes wrong is one line."""
+
+import errno
+import os
+import resource
+import signal
+
+import pytest
+
+from qjax.errors import UserError
+from qjax.io import atomic
+from qjax.io.atomic import atomic_dir, atomic_file, write_text
+
+
+def test_file_replaces_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with atomic_file(path) as f:
+        f.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_exception_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyError), atomic_file(path) as f:
+        f.write(b"half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_real_disk_limit(tmp_path):
+    """A limit of the file size fails the write in the kernel, after part of the bytes went through."""
+    path = tmp_path / "big"
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*big: the file grew past"), atomic_file(path) as f:
+            f.write(b"x" * (1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "permission denied")]
+)
+def test_failure_at_each_step(tmp_path, monkeypatch, step, number, reason):
+    def fail(*_):
+        raise OSError(number, "Bad thing")
+
+    monkeypatch.setattr(atomic.os, step, fail)
+    with pytest.raises(UserError, match=rf"cannot write .*a\.txt: {reason}") as e:
+        write_text(tmp_path / "a.txt", "text")
+    assert "\n" not in str(e.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_targets(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        write_text(tmp_path / "absent" / "a", "x")
+    with pytest.raises(UserError, match="it is a folder"):
+        write_text(tmp_path, "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="it is a file"), atomic_dir(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="permission denied"):
+        write_text(tmp_path / "a", "x")
+
+
+def test_dir(tmp_path):
+    out = tmp_path / "out"
+    for text in ("one", "two"):  # the second save replaces the first
+        with atomic_dir(out) as folder:
+            (folder / "a").write_text(text)
+        assert (out / "a").read_text() == text
+        assert os.listdir(tmp_path) == ["out"]
+    with pytest.raises(KeyError), atomic_dir(out) as folder:
+        (folder / "a").write_text("half")
+        raise KeyError
+    assert (out / "a").read_text() == "two"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_dir_never_deletes_what_is_not_its_own(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds 'thesis\.tex'"), atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
