@@ -1,0 +1,40 @@
+# make demo: every format on the reference model, a report and a GGUF file (about 3 minutes after installation)
+# make test: the whole test suite, slow tests included (`make test-fast`: without them)
+# Both make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast test-env lint clean
+
+demo: .venv/.report
+	$(BIN)/qjax run configs/quickstart.toml
+
+test: test-env
+	@$(BIN)/python -m pytest -m "slow or not slow"
+
+test-fast: test-env
+	@$(BIN)/python -m pytest
+
+test-env: .venv/.test
+
+lint: test-env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "qjax needs Python 3.11 or newer, and $(PYTHON) is %d.%d: say make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+
+# The stamps are renewed when the dependencies change.
+.venv/.report: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -q -e '.[report]'
+	@touch $@
+
+.venv/.test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -q -e '.[test]'
+	@touch $@

@@ -1,0 +1,121 @@
+"""The command line: `qjax COMMAND ...`. One file a command; each is a frozen dataclass with `execute()`.
+
+Exit status: 0 on success, 2 on a user's mistake (one line on standard error), 1 on a bug (traceback), 130 on Ctrl-C.
+Results go to standard output, progress and complaints to standard error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from qjax.errors import UserError
+
+# name: (module, class, what it does). A command's module is imported only when it is called.
+COMMANDS = {
+    "run": ("qjax.cli.run", "Run", "run an experiment's config: table, metrics, report in a run directory"),
+    "quantize": ("qjax.cli.quantize", "Quantize", "quantize a model and write it as GGUF or HF directory"),
+    "eval": ("qjax.cli.evaluate", "Evaluate", "perplexity, and KL divergence to a baseline model, on a text"),
+    "inspect": ("qjax.cli.inspect", "Inspect", "metadata, tensors, types and bits per weight of a model file"),
+    "generate": ("qjax.cli.generate", "Generate", "continue a prompt"),
+    "formats": ("qjax.cli.formats", "Formats", "list every format: bits, block, family"),
+    "recipes": ("qjax.cli.recipes", "Recipes", "list every way of rounding"),
+}
+
+HELP = """\
+usage: qjax COMMAND [...]        qjax COMMAND --help explains each
+
+{commands}
+
+MODEL is a Hugging Face directory, a .gguf file, a llama2.c .bin file, or "reference", the model that comes with qjax.
+Start with:
+
+    qjax run configs/quickstart.toml                           # every format on the reference model
+    qjax quantize reference -o small.gguf --type Q4_K_M        # a file llama.cpp runs
+    qjax eval small.gguf --text book.txt --baseline reference  # what it lost
+    qjax generate small.gguf --prompt "def main("
+"""
+
+# What the outside world does to a file is not a bug of this program.
+_USER_ERRNO = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
+    errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOTEMPTY, errno.EXDEV,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(args)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # tyro's: --help or a command line it cannot parse
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except UserError as mistake:
+        return _complain(str(mistake))
+    except KeyboardInterrupt:
+        print("\nqjax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `qjax inspect FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in _USER_ERRNO:
+            name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+            return _complain(f"{name}{error.strerror}")
+        return _bug(error)
+    except Exception as error:
+        return _bug(error)
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS)) + 2
+        lines = (f"  {name:{width}}{what}" for name, (_, _, what) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"qjax {version('qjax')}")
+        return 0
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {args[0]!r}; {hint}")
+    module, name, _ = COMMANDS[args[0]]
+    command = getattr(importlib.import_module(module), name)
+    parse = getattr(command, "parse", None) or (lambda rest: _parse(command, args[0], rest))
+    parse(args[1:]).execute()
+    return 0
+
+
+def _parse(command: type, name: str, rest: list[str]):
+    import inspect
+
+    import tyro
+
+    return tyro.cli(
+        command,
+        args=rest,
+        prog=f"qjax {name}",
+        description=inspect.getdoc(command),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _complain(message: str) -> int:
+    print(f"qjax: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _bug(error: Exception) -> int:
+    traceback.print_exception(error)
+    print(f"qjax: a bug: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1

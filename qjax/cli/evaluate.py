@@ -1,0 +1,79 @@
+"""`qjax eval MODEL --text FILE`: perplexity, and what a quantized model lost against its baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qjax.cli import output
+from qjax.cli.model import MODEL_HELP, load_with_tokenizer, progress_bar, read_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Perplexity of a model on a text and, with --baseline, its divergence from the model it was made from.
+
+        qjax eval small.gguf --text book.txt
+        qjax eval small.gguf --text book.txt --baseline reference --json small.json
+        qjax eval MODEL --text wiki.test.raw --protocol gptq        # the papers' 2048-token windows
+
+    Protocol llama.cpp: windows of 512 tokens, the second half scored. gptq: windows of 2048, all scored. A model whose
+    context is shorter uses its own. Numbers found with different windows do not compare.
+    """
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help=MODEL_HELP)]
+    text: Annotated[Path, tyro.conf.arg(metavar="FILE", help="UTF-8 text to judge on")]
+    baseline: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help="the float model to compare with")] = None
+    ctx: Annotated[int | None, tyro.conf.arg(metavar="N", help="tokens a window")] = None
+    protocol: Annotated[Literal["llama.cpp", "gptq"], tyro.conf.arg(help="how the text is cut and scored")] = (
+        "llama.cpp"
+    )
+    limit: Annotated[int | None, tyro.conf.arg(metavar="N", help="only the first N windows")] = None
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
+
+    def execute(self) -> None:
+        text = read_text(self.text, "--text")
+        model = load_with_tokenizer(self.model)
+        from qjax.evaluate.judge import baseline_of, judge
+
+        cut = {"protocol": self.protocol, "context": self.ctx, "limit": self.limit}
+        if self.baseline is None:
+            with progress_bar(self.model, "windows") as progress:
+                found = judge(model, text, **cut, name=self.model, progress=progress)
+        else:
+            base = load_with_tokenizer(self.baseline)
+            with progress_bar(f"baseline {self.baseline}", "windows") as progress:
+                ran = baseline_of(base, text, **cut, progress=progress)
+            with progress_bar(self.model, "windows") as progress:
+                found = judge(model, baseline=ran, name=self.model, progress=progress)
+        numbers = {"text": str(self.text), "baseline": self.baseline, **found.to_json()}
+        if not output.write_json(self.json, numbers):
+            output.table(("", ""), _lines(found), numbers=(1,))
+
+
+def _lines(found) -> list[tuple[str, str]]:
+    p, s, d = found.perplexity, found.sizes, found.divergence
+    lines = [
+        ("size", output.size(s.bytes)),
+        ("bits per weight, whole model", f"{s.whole_bits:.3f}"),
+        ("bits per weight, quantized tensors", "-" if s.block_bits is None else f"{s.block_bits:.3f}"),
+        (f"tokens scored ({p.windows} windows of {p.context}, {p.protocol})", f"{p.tokens_scored}"),
+        ("perplexity", f"{p.perplexity:.4f} ± {p.perplexity_se:.4f}"),
+    ]
+    if d is None:
+        return lines
+    return [
+        *lines,
+        ("baseline's perplexity", f"{d.base_perplexity:.4f} ± {d.base_perplexity_se:.4f}"),
+        ("ln(perplexity ratio)", f"{d.log_ratio:.6f} ± {d.log_ratio_se:.6f}"),
+        ("KL divergence, mean", f"{d.kl_mean:.6f} ± {d.kl_mean_se:.6f}"),
+        ("KL divergence, median", f"{d.kl_median:.6f}"),
+        ("KL divergence, 99 %", f"{d.kl_p99:.6f}"),
+        ("KL divergence, 99.9 %", f"{d.kl_p999:.6f}"),
+        ("KL divergence, max", f"{d.kl_max:.6f}"),
+        ("same top token", f"{d.same_top_percent:.3f} ± {d.same_top_percent_se:.3f} %"),
+        ("RMS change of the true token's probability", f"{d.rms_dp_percent:.3f} ± {d.rms_dp_percent_se:.3f} %"),
+    ]

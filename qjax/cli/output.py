@@ -1,0 +1,49 @@
+"""What commands print: tables for people on standard output, JSON with stable keys for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+JSON_HELP = 'write the numbers as JSON ("-": to standard output instead of the table)'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = (), title: str = "") -> None:
+    """Print a plain table; the columns in `numbers` are right-aligned."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for n, name in enumerate(columns):
+        right = n in numbers
+        made.add_column(name, justify="right" if right else "left", no_wrap=right or n == 0, overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160).print(made)
+
+
+def write_json(path: Path | None, value: Any) -> bool:
+    """Write `value` to the file, or to standard output for "-". True when that replaces the printed table."""
+    if path is None:
+        return False
+    from qjax.rundir import plain, write_json
+
+    if str(path) != "-":
+        write_json(path, value)
+        return False
+    json.dump(plain(value), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
+    print()
+    return True
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 MB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

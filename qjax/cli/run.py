@@ -1,0 +1,123 @@
+"""`qjax run CONFIG.toml`: an experiment, from a config to a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import tyro
+
+from qjax import config as configs
+from qjax.errors import UserError
+
+HELP = """Run the experiment a TOML config describes.
+
+    qjax run configs/quickstart.toml
+    qjax run configs/quickstart.toml --tokens 65536        # change a key; --section.key for tables
+    qjax run configs/quickstart.toml --smoke               # the config's own seconds-long version
+    qjax run CONFIG.toml --help                            # every key of that config
+
+The run directory (runs/NAME-TIME, or --out) gets the resolved config, manifest.json, metrics.jsonl, results.json
+and whatever the experiment makes. An --out that exists is continued, if its config is the same."""
+
+RESERVED = ("config", "out", "smoke")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A parsed `qjax run`."""
+
+    source: configs.Source
+    script: Path
+    module: ModuleType
+    config: Any
+    out: Path | None
+
+    @staticmethod
+    def parse(args: list[str]) -> Run:
+        """Read the config first: its script's dataclass says which options the rest of the command line may use."""
+        path = _config_path(args)
+        if path is None:
+            print(f"usage: qjax run CONFIG.toml [--section.key VALUE ...] [--out DIR] [--smoke]\n\n{HELP}")
+            if {"-h", "--help"} & set(args):
+                raise SystemExit(0)
+            raise UserError("run needs a config file, as in: qjax run configs/quickstart.toml")
+        source = configs.read(path)
+        module, script = load_script(source)
+        default = configs.build(module.Config, source, smoke="--smoke" in args)
+        command = dataclasses.make_dataclass(
+            "Run",
+            [
+                ("config", tyro.conf.Positional[Path]),
+                ("out", Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="the run directory")], None),
+                ("smoke", Annotated[bool, tyro.conf.arg(help="the config's own seconds-long version")], False),
+                ("keys", Annotated[type(default), tyro.conf.arg(name="", help="")], default),
+            ],
+            frozen=True,
+        )
+        parsed: Any = tyro.cli(
+            command,
+            args=args,
+            prog="qjax run",
+            description=HELP,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
+        )
+        return Run(source, script, module, parsed.keys, parsed.out)
+
+    def execute(self) -> None:
+        from rich.console import Console
+
+        from qjax import rundir
+
+        out = rundir.create(self.source.name, self.out)
+        text = configs.to_toml(self.config, head={"script": os.path.relpath(self.script, out)})
+        out = rundir.create(self.source.name, out, text)
+        files = (*self.source.files, self.script)
+        command = rundir.command_line()
+        with rundir.record(out, text, config=self.config, files=files, command=command) as manifest:
+            results = self.module.run(self.config, out)
+            rundir.write_json(out / "results.json", results)
+        Console(stderr=True).print(f"run directory: {out}  ({manifest['wall_seconds']:.1f} s)", highlight=False)
+
+
+def _config_path(args: list[str]) -> Path | None:
+    """The first argument that is neither an option nor `--out`'s value."""
+    for before, arg in zip(["", *args], args, strict=False):
+        if not arg.startswith("-") and before != "--out":
+            return Path(arg)
+    return None
+
+
+def load_script(source: configs.Source) -> tuple[ModuleType, Path]:
+    """Import the experiment a config names.
+
+    Raises:
+      UserError: the config names none, the file is missing, or it lacks `Config` and `run`.
+    """
+    last = source.files[-1]
+    if source.script is None:
+        raise UserError(f'{last}: has no key `script` (as in script = "../experiments/ptq_grid.py")')
+    where = f"{source.origin['script',]}:script"
+    path = source.script
+    if not path.is_file() or path.suffix != ".py":
+        raise UserError(f"{where}: {path} is not a Python file")
+    name = f"qjax_experiment_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses resolve their annotations through it
+    spec.loader.exec_module(module)
+    if not dataclasses.is_dataclass(getattr(module, "Config", None)) or not inspect.isroutine(
+        getattr(module, "run", None)
+    ):
+        raise UserError(f"{where}: {path} must define a dataclass `Config` and `run(config, out)`")
+    taken = [f.name for f in dataclasses.fields(module.Config) if f.name in RESERVED]
+    if taken:
+        raise UserError(f"{where}: {path}: Config.{taken[0]} clashes with an option of `qjax run`; rename it")
+    return module, path.resolve()

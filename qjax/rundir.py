@@ -1,0 +1,217 @@
+"""Run directories: what a run was, what it measured, how it ended.
+
+    runs/<config>-<UTC time>/
+      config.toml     the resolved config; `qjax run` on it repeats the run
+      manifest.json   versions, device, hashes of inputs, seeds, command line, times, exit status
+      metrics.jsonl   one JSON object a line, written as the run goes
+      results.json    what the experiment's `run` returned
+      ...             whatever else the experiment writes: report.html, plots, models
+
+The manifest is written when the run starts (`exit_status` null) and again when it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from qjax.errors import UserError
+from qjax.io.atomic import write_text
+
+PACKAGES = ("qjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gguf", "tokenizers", "safetensors")
+
+
+def create(name: str, out: str | Path | None = None, config_text: str = "") -> Path:
+    """Make the run directory: `out` if given, else a new runs/<name>-<UTC time>.
+
+    An `out` that exists may be continued (training resumes from its checkpoints), but only under the same config.
+
+    Raises:
+      UserError: `out` is a file, holds a run of another config, or cannot be made.
+    """
+    try:
+        if out is not None:
+            path = Path(out)
+            path.mkdir(parents=True, exist_ok=True)
+            said = path / "config.toml"
+            if config_text and said.is_file() and said.read_text(encoding="utf-8") != config_text:
+                raise UserError(f"{path} holds a run of another config (see {said}); give another --out")
+            return path
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        Path("runs").mkdir(exist_ok=True)
+        for again in range(1, 1000):
+            path = Path("runs") / (f"{name}-{stamp}" + (f"-{again}" if again > 1 else ""))
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+        raise UserError(f"{path} exists already")
+    except FileExistsError:
+        raise UserError(f"--out {out}: is a file; a run needs a directory") from None
+
+
+@contextlib.contextmanager
+def record(
+    out: Path, config_text: str, *, config: Any = None, files: Iterable[Path] = (), command: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Write config.toml and manifest.json around a run; yields the manifest, to which the run may add.
+
+    Args:
+      out: the run directory.
+      config_text: the resolved config as TOML.
+      config: the dataclass it stands for: its seeds and the files it names go into the manifest.
+      files: further input files to hash.
+      command: the command line.
+    """
+    manifest = describe(config_text, config=config, files=files, command=command)
+    earlier = out / "manifest.json"
+    if earlier.is_file():  # a continued run keeps its history
+        with contextlib.suppress(ValueError):
+            before = json.loads(earlier.read_text(encoding="utf-8"))
+            manifest["earlier"] = [*before.pop("earlier", []), before]
+    write_text(out / "config.toml", config_text)
+    write_json(out / "manifest.json", manifest)
+    clock = time.perf_counter()
+    status, problem = 1, None
+    try:
+        yield manifest
+        status = 0
+    except BaseException as error:
+        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        problem = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        manifest |= {
+            "wall_seconds": round(time.perf_counter() - clock, 3),
+            "exit_status": status,
+            "error": problem,
+        }
+        with contextlib.suppress(OSError if status else ()):  # a full disk must not hide what went wrong
+            write_json(out / "manifest.json", manifest)
+
+
+def describe(
+    config_text: str = "", *, config: Any = None, files: Iterable[Path] = (), command: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The manifest's facts about this moment: versions, device, hashes, seeds, command line, start time."""
+    import jax
+
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    devices = jax.devices()
+    named = [*files, *_named_files(config)]
+    return {
+        "command": list(command),
+        "start": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **versions},
+        "git": git_commit(),
+        "platform": platform.platform(),
+        "device": {"backend": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
+        "inputs_sha256": {str(path): sha256(path) for path in dict.fromkeys(named)},
+        "seeds": _seeds(config),
+        "wall_seconds": None,
+        "exit_status": None,
+        "error": None,
+    }
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_commit() -> dict[str, Any] | None:
+    """The commit of the source tree qjax runs from and whether it was changed; None for an installed package."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20)
+        if done.returncode:
+            raise OSError(done.stderr)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "rundir.py")  # not a stranger's repository around a virtual environment
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(config):
+        config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _leaves(value, f"{at}.{key}" if at else str(key))
+    elif isinstance(config, list | tuple):
+        for n, value in enumerate(config):
+            yield from _leaves(value, f"{at}.{n}")
+    else:
+        yield at, config
+
+
+def _seeds(config: Any) -> dict[str, int]:
+    return {key: value for key, value in _leaves(config) if "seed" in key.rsplit(".", 1)[-1] and value is not None}
+
+
+def _named_files(config: Any) -> Iterator[Path]:
+    """The input files a config names: plain files, and what lies in a Hugging Face directory."""
+    for _, value in _leaves(config):
+        if not isinstance(value, str | Path) or not str(value):
+            continue
+        path = Path(value)
+        with contextlib.suppress(OSError, ValueError):  # a string too long or with NUL to be a path
+            if path.is_file():
+                yield path
+            elif (path / "config.json").is_file():
+                yield from (p for p in sorted(path.iterdir()) if p.is_file())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically. NaN and infinities, which JSON lacks, become null; array scalars become numbers."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def log(out: Path, row: Mapping[str, Any]) -> None:
+    """Append one line to metrics.jsonl."""
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples, paths and array scalars as what JSON has."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def command_line() -> list[str]:
+    """How this process was started, for people to repeat: `qjax run ...`."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
