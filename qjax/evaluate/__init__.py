@@ -1,0 +1,1 @@
+"""Judge: perplexity, divergence from a baseline, sizes, plots, reports."""

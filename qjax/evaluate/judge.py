@@ -1,0 +1,197 @@
+"""One call that judges a model: size, perplexity, and divergence from the model it was made from.
+
+    baseline = baseline_of(model, text)
+    rows = [judge(quantized, baseline=baseline, name=...) for quantized in ...]     # the baseline runs once
+
+Packed weights are decoded to float32 first, and the compiled program takes them as an argument: every format of one
+architecture runs the same program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.evaluate.divergence import CACHE_BYTES, Baseline, Divergence, divergence, make_baseline
+from qjax.evaluate.perplexity import (
+    PROTOCOLS,
+    Perplexity,
+    Progress,
+    Windows,
+    cut_windows,
+    network_of_decoder,
+    perplexity,
+)
+from qjax.evaluate.sizes import Sizes, as_float, sizes
+from qjax.models.model import Model
+from qjax.tensor import is_qtensor
+
+Text = str | Sequence[int] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What became of a model: one row of a results table.
+
+    Attributes:
+      name: the format, mix or recipe.
+      perplexity, divergence, sizes: the numbers; divergence is None without a baseline.
+      encode_seconds: how long quantizing took, where the caller measured it.
+    """
+
+    name: str
+    sizes: Sizes
+    perplexity: Perplexity
+    divergence: Divergence | None = None
+    encode_seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers in one flat dict whose keys never change: `name`, `encode_seconds` and the parts' field names."""
+        divergence = dict.fromkeys(f.name for f in dataclasses.fields(Divergence))
+        if self.divergence is not None:
+            divergence = dataclasses.asdict(self.divergence)
+        parts = dataclasses.asdict(self.sizes) | dataclasses.asdict(self.perplexity) | divergence
+        return {"name": self.name, **parts, "encode_seconds": self.encode_seconds}
+
+    @classmethod
+    def from_json(cls, numbers: Mapping[str, Any]) -> Judgement:
+        """The inverse of `to_json`; further keys are ignored.
+
+        Raises:
+          UserError: a key is missing.
+        """
+
+        def part(kind: type) -> Any:
+            return kind(**{f.name: numbers[f.name] for f in dataclasses.fields(kind)})
+
+        try:
+            compared = numbers["kl_mean"] is not None
+            return cls(
+                numbers["name"], part(Sizes), part(Perplexity), part(Divergence) if compared else None,
+                numbers["encode_seconds"],
+            )  # fmt: skip
+        except KeyError as missing:
+            raise UserError(f"not a judgement: the key {missing} is missing") from None
+
+
+def judge(
+    model: Model,
+    text: Text | None = None,
+    *,
+    baseline: Model | Baseline | None = None,
+    protocol: str = "llama.cpp",
+    context: int | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+    progress: Progress | None = None,
+    name: str = "",
+    encode_seconds: float | None = None,
+) -> Judgement:
+    """Judge a model on a text.
+
+    Args:
+      model: what to judge; its params may be packed.
+      text: a string (the model's tokenizer reads it) or token ids. None with a Baseline: the text that one was made on.
+      baseline: a Model, which then runs along, or a Baseline, which has run already (`baseline_of`). Its tokenizer
+        reads the text.
+      protocol: "llama.cpp" or "gptq"; see `qjax.evaluate.perplexity`.
+      context: tokens a window; None: the protocol's, or the model's own if that is shorter.
+      limit: judge only this many windows.
+      batch: windows a step; None: about 2048 tokens.
+      progress: called with (windows done, windows).
+      name, encode_seconds: copied into the result.
+
+    Raises:
+      UserError: no text, no tokenizer, a text too short, a context or a token the model does not have, another
+        vocabulary than the baseline's.
+    """
+    network, params = network_of_decoder(model.config), _dense(model)
+    if isinstance(baseline, Baseline):
+        if text is not None:
+            raise UserError("a Baseline brings its own text; make another baseline to judge on another text")
+        _check_windows(baseline.windows, model)
+    else:
+        if text is None:
+            raise UserError("there is no text to judge the model on")
+        source = model if baseline is None else baseline
+        windows = windows_of(source, text, protocol=protocol, context=context, limit=limit)
+        _check_windows(windows, model)
+        if baseline is None:
+            numbers = perplexity(network, params, windows, batch=batch, progress=progress)
+            return Judgement(name, sizes(model.params), numbers, None, encode_seconds)
+        baseline = Baseline(network_of_decoder(baseline.config), _dense(baseline), windows)
+    numbers, distance = divergence(network, params, baseline, batch=batch, progress=progress)
+    return Judgement(name, sizes(model.params), numbers, distance, encode_seconds)
+
+
+def baseline_of(
+    model: Model,
+    text: Text,
+    *,
+    protocol: str = "llama.cpp",
+    context: int | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    progress: Progress | None = None,
+) -> Baseline:
+    """Run the model others will be compared with once over a text; arguments as in `judge`.
+
+    Args:
+      cache_bytes: temporary disk space that may be used to keep its final hidden states; beyond it, it runs every time.
+    """
+    windows = windows_of(model, text, protocol=protocol, context=context, limit=limit)
+    return make_baseline(
+        network_of_decoder(model.config), _dense(model), windows,
+        batch=batch, cache_bytes=cache_bytes, progress=progress,
+    )  # fmt: skip
+
+
+def windows_of(
+    model: Model, text: Text, *, protocol: str = "llama.cpp", context: int | None = None, limit: int | None = None
+) -> Windows:
+    """Tokenize and cut a text as a protocol does.
+
+    `llama.cpp` puts a BOS before the text and at the start of every window, if the tokenizer adds one; `gptq` adds
+    none.
+    """
+    if context is None and protocol in PROTOCOLS:
+        context = min(PROTOCOLS[protocol], model.config.context)
+    _check_context(context, model)
+    tokenizer = model.tokenizer
+    bos = tokenizer.bos if tokenizer is not None and tokenizer.add_bos else None
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise UserError("the model has no tokenizer; give token ids instead of text")
+        ids = list(tokenizer.encode(text))
+        if bos is not None:
+            ids = ids[1:] if ids[:1] == [bos] else ids
+            ids = [bos, *ids] if protocol == "llama.cpp" else ids
+    else:
+        ids = text
+    windows = cut_windows(ids, protocol, context, bos=bos, limit=limit)
+    _check_windows(windows, model)
+    return windows
+
+
+def _check_context(context: int | None, model: Model) -> None:
+    if context is not None and context > model.config.context:
+        raise UserError(f"a context of {context} tokens is more than the model's {model.config.context}")
+
+
+def _check_windows(windows: Windows, model: Model) -> None:
+    _check_context(windows.context, model)
+    low, high = int(windows.tokens.min()), int(windows.tokens.max())
+    if low < 0 or high >= model.config.vocab:
+        bad = low if low < 0 else high
+        raise UserError(f"token {bad} is outside the model's vocabulary of {model.config.vocab}")
+
+
+def _dense(model: Model) -> Any:
+    """Float32 params, so that every format of one architecture runs the same compiled program."""
+    return jax.tree.map(as_float, model.params, is_leaf=is_qtensor)

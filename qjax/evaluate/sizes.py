@@ -1,0 +1,134 @@
+"""What a model weighs: bytes, bits per quantized weight, bits per weight of the whole model, and a row per tensor.
+
+    block bits = 8 bytes(quantized leaves) / weights(quantized leaves)        what a format's name promises
+    whole bits = 8 bytes(all leaves) / weights(all leaves)                    what the memory or the file sees
+
+All counts come from the leaves: codes, scales, padding. Floats count at the width they are held in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.tensor import dequantize, is_qtensor
+from qjax.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A params tree's size. `block_bits` is None where nothing is quantized."""
+
+    parameters: int
+    bytes: int
+    whole_bits: float
+    quantized_parameters: int
+    quantized_bytes: int
+    block_bits: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRow:
+    """One tensor of a model; the errors are None without a reference.
+
+    `relative_rmse` is |w_hat - w| / |w| in the Frobenius norm, `sqnr_db` the same as -20 log10 (infinite where equal).
+    """
+
+    path: str
+    format: str
+    shape: tuple[int, ...]
+    bits: float
+    bytes: int
+    relative_rmse: float | None = None
+    sqnr_db: float | None = None
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+    """{"layers_0/attn/q/kernel": array or QTensor}, in the tree's order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    return {"/".join(_key(entry) for entry in path): leaf for path, leaf in flat}
+
+
+def sizes(params: Any) -> Sizes:
+    """Count a params tree of arrays and QTensors.
+
+    >>> import jax.numpy as jnp
+    >>> from qjax.tensor import quantize
+    >>> s = sizes({"w": quantize(jnp.ones((2, 32)), "Q8_0"), "gain": jnp.ones(32)})
+    >>> s.block_bits, s.whole_bits
+    (8.5, 16.333333333333332)
+    """
+    leaves = named_leaves(params).values()
+    packed = [leaf for leaf in leaves if is_qtensor(leaf)]
+    count, total = sum(leaf.size for leaf in leaves), sum(_bytes(leaf) for leaf in leaves)
+    if count == 0:
+        raise UserError("the model has no parameters")
+    packed_count, packed_total = sum(q.size for q in packed), sum(q.nbytes for q in packed)
+    return Sizes(
+        parameters=count,
+        bytes=total,
+        whole_bits=8 * total / count,
+        quantized_parameters=packed_count,
+        quantized_bytes=packed_total,
+        block_bits=8 * packed_total / packed_count if packed else None,
+    )
+
+
+def tensor_rows(params: Any, reference: Any = None) -> list[TensorRow]:
+    """A row per tensor, in the tree's order.
+
+    Args:
+      params: a tree of arrays and QTensors.
+      reference: the float tree it was made from, for the errors; one tensor of it is looked at at a time.
+
+    Raises:
+      UserError: a tensor the reference lacks or has in another shape.
+    """
+    floats: Mapping[str, Any] = {} if reference is None else named_leaves(reference)
+    rows = []
+    for path, leaf in named_leaves(params).items():
+        rmse = db = None
+        if reference is not None:
+            if path not in floats or tuple(floats[path].shape) != tuple(leaf.shape):
+                found = f"has shape {tuple(floats[path].shape)}" if path in floats else "is missing"
+                raise UserError(f"{path}: expected {tuple(leaf.shape)}, but in the reference it {found}")
+            rmse = relative_rmse(leaf, floats[path])
+            db = -20 * math.log10(rmse) if 0 < rmse < math.inf else math.inf if rmse == 0 else -math.inf
+        name = leaf.format.name if is_qtensor(leaf) else str(jnp.dtype(leaf.dtype))
+        rows.append(
+            TensorRow(path, name, tuple(leaf.shape), 8 * _bytes(leaf) / max(leaf.size, 1), _bytes(leaf), rmse, db)
+        )
+    return rows
+
+
+def relative_rmse(leaf: Any, reference: Any) -> float:
+    """|w_hat - w| / |w| of a QTensor or array against the floats it stands for; 0 where the two are equal."""
+    error, norm = (float(x) for x in _squares(as_float(leaf), as_float(reference)))
+    if error == 0:
+        return 0.0
+    return math.sqrt(error / norm) if norm else math.inf
+
+
+def as_float(leaf: Any) -> Array:
+    """float32 values of an array or QTensor."""
+    return dequantize(leaf) if is_qtensor(leaf) else jnp.asarray(leaf).astype(jnp.float32)
+
+
+@jax.jit
+def _squares(w_hat: Array, w: Array) -> tuple[Array, Array]:
+    return jnp.sum((w_hat - w) ** 2), jnp.sum(w * w)
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.nbytes if is_qtensor(leaf) else leaf.size * np.dtype(leaf.dtype).itemsize
+
+
+def _key(entry: Any) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
