@@ -14,10 +14,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from qjax.errors import UserError
+from qjax.io.gguf_types import TENSOR_TYPES
+from qjax.io.gguf_write import tensor_order
 from qjax.models.config import DecoderConfig
+from qjax.models.family_table import family_of
 from qjax.models.weight_names import weight_names
 from qjax.plan.rules import KEEP, Plan, Rule, Weight
 
@@ -131,16 +132,9 @@ def file_type(name: str) -> str:
 
 def block_of(ggml_type: str) -> int:
     """Weights a block of a ggml type; raises UserError for a name ggml does not have."""
-    try:
-        return GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]][0]
-    except KeyError:
-        raise UserError(f"unknown ggml type {ggml_type!r}") from None
-
-
-def write_order(name: str) -> tuple[int, str]:
-    """Sort key of the tensors in llama-quantize's files: non-layer names first, then by layer, then by name."""
-    layer = re.match(r"blk\.(\d+)\.", name)
-    return (int(layer[1]) if layer else -1, name)
+    if ggml_type not in TENSOR_TYPES:
+        raise UserError(f"unknown ggml type {ggml_type!r}")
+    return TENSOR_TYPES[ggml_type].block
 
 
 def is_quantizable(name: str, shape: Sequence[int]) -> bool:
@@ -190,7 +184,7 @@ def mix(
         layers=config.layers,
         heads=config.heads,
         kv_heads=config.kv_heads,
-        arch="llama" if config.family == "mistral" else config.family,
+        arch=family_of(config).arch,
         has_imatrix=has_imatrix,
         pure=pure,
         overrides=overrides,
@@ -255,7 +249,7 @@ def tensor_types(
         if len(shape) > 2 or "_exps" in name:
             raise UserError(f"{name}: mixtures of experts have no mix yet; write a plan file for them")
     compiled = [(_compile(p), t.upper()) for p, t in overrides]
-    names = sorted((n for n, s in tensors.items() if is_quantizable(n, s)), key=write_order)
+    names = sorted((n for n, s in tensors.items() if is_quantizable(n, s)), key=tensor_order)
     if base in ("F32", "F16", "BF16"):
         return dict.fromkeys(names, base)
     tied = "output.weight" not in tensors

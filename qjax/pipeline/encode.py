@@ -1,0 +1,111 @@
+"""Encode one large tensor on all cores, in pieces of one fixed shape.
+
+    rows (out, in)  ->  [pieces, CHUNK / block, block]  ->  encode each  ->  the tensor's bytes, in order
+
+ggml's blocks do not know of each other, so a tensor is a list of blocks, cut into pieces of CHUNK weights: small enough
+that a search's intermediates stay in a core's cache (2^18 weights take twice as long per weight as 2^15), and always
+the same shape, so that every format is compiled once whatever the model. A thread a core calls the compiled function;
+JAX lets go of Python's lock meanwhile. With importance the pieces are whole rows, for some types look at a row's mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qjax.errors import UserError
+from qjax.formats import BlockFormat, Format
+
+CHUNK = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoding:
+    """A tensor being encoded. `result()` waits for it."""
+
+    name: str
+    format: Format
+    out: np.ndarray
+    pieces: tuple[Future[Any], ...]
+
+    def result(self) -> tuple[np.ndarray, float]:
+        """The tensor's bytes u8[nbytes], and its relative root mean square error.
+
+        Raises:
+          UserError: NaN or Inf among the weights, or values beyond what the format's scales can hold.
+        """
+        sums = np.sum([piece.result() for piece in self.pieces], axis=0, dtype=np.float64)
+        bad, square, error = (float(s) for s in sums)
+        if bad:
+            raise broken_weights(self.name, int(bad))
+        if not np.isfinite(error):
+            raise UserError(f"{self.name}: its values are too large for {self.format.name}")
+        return self.out, (error / square) ** 0.5 if square else 0.0
+
+
+def broken_weights(name: str, count: int) -> UserError:
+    """What to raise for a tensor with NaN or Inf in it."""
+    return UserError(f"{name}: {count} of its weights are NaN or infinite; the model is broken")
+
+
+def workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_tensor(
+    pool: ThreadPoolExecutor, name: str, w: np.ndarray, fmt: Format, importance: np.ndarray | None = None
+) -> Encoding:
+    """Begin to encode a tensor.
+
+    Args:
+      pool: the threads; `workers()` of them use the machine.
+      name: for messages.
+      w: floats (out, in), possibly a view of a mapped file.
+      fmt: a ggml type whose block divides `in`.
+      importance: f32[in], the importance of each column.
+    """
+    if not isinstance(fmt, BlockFormat):
+        raise UserError(f"{name}: {fmt.name} is no ggml type, and a GGUF file holds nothing else")
+    columns = w.shape[-1]
+    if importance is not None:
+        importance = np.asarray(importance, np.float32)
+        if importance.shape != (columns,):
+            raise UserError(f"{name}: importance of shape {importance.shape} for rows of {columns} weights")
+        if not (np.isfinite(importance).all() and (importance >= 0).all()):
+            raise UserError(f"{name}: its importance has NaN, infinite or negative values")
+    width = fmt.block if importance is None else columns
+    rows = w.reshape(-1, width)
+    step = max(1, CHUNK // width)
+    row_bytes = width // fmt.block * fmt.block_bytes
+    out = np.empty((len(rows), row_bytes), np.uint8)
+
+    def piece(start: int) -> np.ndarray:
+        x = rows[start : start + step]
+        count = len(x)
+        if count < step:
+            x = np.concatenate([x, np.zeros((step - count, width), x.dtype)])
+        blocks, sums = _encode(x, importance, fmt)
+        out[start : start + count] = np.asarray(blocks).reshape(step, row_bytes)[:count]
+        return np.asarray(sums)
+
+    return Encoding(name, fmt, out.reshape(-1), tuple(pool.submit(piece, start) for start in range(0, len(rows), step)))
+
+
+@partial(jax.jit, static_argnames="fmt")
+def _encode(x: Array, importance: Array | None, fmt: BlockFormat) -> tuple[Array, Array]:
+    """Blocks of a piece, and [weights that are not finite, sum w^2, sum (w - w_hat)^2]."""
+    w = x.astype(jnp.float32)
+    weight = None if importance is None else jnp.broadcast_to(importance[None, :], w.shape)
+    scales, codes = fmt.encode(w, weight)
+    error = w - fmt.decode(scales, codes)
+    sums = [jnp.sum(~jnp.isfinite(w), dtype=jnp.float32), jnp.sum(w * w), jnp.sum(error * error)]
+    return fmt.pack(scales, codes)["blocks"], jnp.stack(sums)

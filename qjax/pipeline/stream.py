@@ -1,0 +1,212 @@
+"""Quantize a model file into a GGUF file, one tensor at a time.
+
+    map a tensor -> encode its blocks on all cores -> write, note in the journal -> drop it
+
+While one tensor is encoded the one before it is written and the next one's pages are fetched. The header is known
+before the first weight is read, so tensors have their places from the start, and an interrupted run continues where
+it stopped. The file is the same, byte by byte, as that of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.formats import Format
+from qjax.formats import format as get_format
+from qjax.io.gguf_types import DENSE
+from qjax.io.gguf_write import Layout, TensorInfo, layout, tensor_order
+from qjax.models.family_table import family_of
+from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, encode_tensor, workers
+from qjax.pipeline.report import Report, TensorReport
+from qjax.pipeline.resume import Partial, resumable_file
+from qjax.pipeline.source import Source, SourceTensor, open_source
+from qjax.plan import Plan, file_type_number, mix_of
+
+Progress = Callable[[str, int, int], None]
+_AHEAD = 2  # tensors in memory: one being encoded, one waiting or being written
+_HEADER = "the header"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One tensor of the output: where it comes from, what it becomes (format None: its bytes are copied)."""
+
+    tensor: SourceTensor
+    info: TensorInfo
+    format: Format | None
+    kept: str | None
+
+
+def quantize_file(
+    model: str | Path,
+    out: str | Path,
+    plan: str | Plan,
+    *,
+    importance: Mapping[str, np.ndarray] | None = None,
+    pure: bool = False,
+    overrides: Sequence[tuple[str, str]] = (),
+    requantize: bool = False,
+    progress: Progress = lambda name, done, total: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Report:
+    """Quantize a model into a GGUF file that llama.cpp runs, in bounded memory.
+
+    Args:
+      model: a Hugging Face directory or a GGUF file.
+      out: the file to write. Until it is whole it is called `OUT.partial`; a second call continues it.
+      plan: one of llama-quantize's file types ("Q4_K_M"), or a Plan.
+      importance: {path or GGUF name: f32[in]}, the importance of each input of a weight; others are rounded without.
+      pure, overrides: see `qjax.plan.mix`; for a file type only.
+      requantize: allow a source whose weights are quantized already.
+      progress: called as (tensor, bytes of the source done, of all) after each tensor.
+      notify: told in one line when earlier work is continued or dropped.
+
+    Returns: a Report of every tensor, in the file's order.
+
+    Raises:
+      UserError: what `open_source`, `Plan.assign` and `encode_tensor` raise; an input that is quantized already; a full
+        disk. Nothing has the final name then.
+    """
+    source, out = open_source(model), Path(out)
+    if out.exists() and any(out.samefile(t.file) for t in source.tensors):
+        raise UserError(f"{out} is the model itself; write to another file")
+    importance = _by_gguf_name(source, importance or {})
+    if isinstance(plan, str):
+        plan = source_mix(source, plan, has_imatrix=bool(importance), pure=pure, overrides=overrides)
+    elif pure or overrides:
+        raise UserError("pure and overrides change a file type's choices; a plan says everything itself")
+    jobs = _jobs(source, plan, requantize)
+    place = layout(_metadata(source, plan, jobs), [job.info for job in jobs])
+    with resumable_file(out, _key(source, place, importance), place.size, notify) as partial:
+        if _HEADER not in partial.finished:
+            partial.write(_HEADER, 0, place.header)
+        _run(jobs, place, importance, partial, progress)
+        return Report(tuple(_line(job, partial.finished[job.info.name]) for job in jobs))
+
+
+def source_mix(source: Source, name: str, **options: Any) -> Plan:
+    """A file type's plan for an opened model; options as for `qjax.plan.mix`."""
+    c = source.config
+    return mix_of(
+        name,
+        [t.weight for t in source.tensors],
+        layers=c.layers,
+        heads=c.heads,
+        kv_heads=c.kv_heads,
+        arch=family_of(c).arch,
+        **options,
+    )
+
+
+def _jobs(source: Source, plan: Plan, requantize: bool) -> tuple[_Job, ...]:
+    tensors = sorted(source.tensors, key=lambda t: tensor_order(t.name))
+    assigned = plan.assign(t.weight for t in tensors)
+    return tuple(_job(source, t, a.format, a.reason, requantize) for t, a in zip(tensors, assigned, strict=True))
+
+
+def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, requantize: bool) -> _Job:
+    if fmt is None and t.weight.is_vector and not source.is_gguf:
+        fmt = get_format("F32")
+    elif fmt is not None and fmt.name == t.type:
+        fmt, reason = None, f"is {t.type} already"
+    if fmt is not None and t.type not in DENSE and not requantize:
+        raise UserError(
+            f"{source.path}: {t.name} is {t.type} already; quantizing twice loses more than once from the original "
+            "weights: start from those, or allow it (requantize)"
+        )
+    kept = reason or None
+    if fmt is None and (t.rope_heads is not None or t.add):  # its values change on the way, so it cannot be copied
+        fmt = get_format(t.type)
+    info = TensorInfo(t.name, t.weight.shape, t.type if fmt is None else fmt.name)
+    return _Job(t, info, fmt, kept)
+
+
+def _metadata(source: Source, plan: Plan, jobs: Sequence[_Job]) -> dict[str, Any]:
+    types: dict[str, int] = {}
+    for job in jobs:
+        types[job.info.type] = types.get(job.info.type, 0) + int(np.prod(job.info.shape))
+    return dict(source.metadata) | {
+        "general.quantization_version": 2,
+        "general.file_type": file_type_number(plan, types),
+    }
+
+
+def _key(source: Source, place: Layout, importance: Mapping[str, np.ndarray]) -> str:
+    """Identifies the output: the same key means the same bytes."""
+    h = hashlib.sha256(place.header)
+    h.update(source.fingerprint().encode())
+    for name in sorted(importance):
+        h.update(name.encode() + np.ascontiguousarray(importance[name], np.float32).tobytes())
+    for package in ("qjax", "jax"):
+        try:
+            h.update(version(package).encode())
+        except Exception:  # run from a checkout that is not installed
+            h.update(b"?")
+    return h.hexdigest()
+
+
+def _run(
+    jobs: Sequence[_Job],
+    place: Layout,
+    importance: Mapping[str, np.ndarray],
+    partial: Partial,
+    progress: Progress,
+) -> None:
+    total = sum(job.tensor.nbytes for job in jobs)
+    done = 0
+
+    def finish(job: _Job, work: Encoding | None) -> None:
+        nonlocal done
+        name = job.info.name
+        if name not in partial.finished:
+            raw, error = work.result() if work is not None else (_copied(job.tensor), None)
+            partial.write(name, place.offsets[name], raw, None if job.kept else error)
+        done += job.tensor.nbytes
+        progress(name, done, total)
+
+    pool = ThreadPoolExecutor(workers())
+    waiting: list[tuple[_Job, Encoding | None]] = []
+    try:
+        for job in jobs:
+            work = None
+            if job.format is not None and job.info.name not in partial.finished:
+                work = encode_tensor(pool, job.info.name, job.tensor.read(), job.format, importance.get(job.info.name))
+            waiting.append((job, work))
+            if len(waiting) == _AHEAD:
+                finish(*waiting.pop(0))
+        while waiting:
+            finish(*waiting.pop(0))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _copied(t: SourceTensor) -> np.ndarray:
+    """The bytes of a tensor that is kept, looked through for NaN where its type is a float."""
+    raw = t.raw()
+    if t.type in ("F32", "F16", "BF16", "F64"):
+        values = raw.view(DENSE[t.type])
+        bad = sum(int((~np.isfinite(values[at : at + CHUNK])).sum()) for at in range(0, values.size, CHUNK))
+        if bad:
+            raise broken_weights(t.name, bad)
+    return raw
+
+
+def _line(job: _Job, error: float | None) -> TensorReport:
+    return TensorReport(job.info.name, job.info.shape, job.info.type, job.info.nbytes, error, job.kept)
+
+
+def _by_gguf_name(source: Source, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = {name: t.name for t in source.tensors for name in t.weight.names}
+    for name in importance:
+        if name not in names:
+            raise UserError(f"importance: {source.path} has no tensor called {name!r}")
+    return {names[name]: value for name, value in importance.items()}

@@ -1,0 +1,82 @@
+"""In memory: a params tree in, QTensors and a report out, every mistake named by its leaf."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import qjax
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.pipeline import quantize_params
+from qjax.plan import Plan, Rule
+
+CONFIG = DecoderConfig(vocab=96, dim=64, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=16)
+PLAN = Plan((Rule("layers_*/mlp/down/kernel", "keep"), Rule("*/kernel", "Q8_0"), Rule("embed/*", "Q8_0")))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def test_every_leaf_is_what_the_plan_says(params):
+    q, report = quantize_params(params, PLAN)
+    kernel = params["layers_0"]["attn"]["q"]["kernel"]
+    got = q["layers_0"]["attn"]["q"]["kernel"]
+    assert got.shape == kernel.shape and got.axis == -2
+    np.testing.assert_array_equal(qjax.dequantize(got), qjax.dequantize(qjax.quantize(kernel.T, "Q8_0")).T)
+    assert q["embed"]["embedding"].axis == -1
+    assert q["layers_1"]["mlp"]["down"]["kernel"] is params["layers_1"]["mlp"]["down"]["kernel"]
+    assert jax.tree.structure(params) == jax.tree.structure(q, is_leaf=qjax.is_qtensor)
+    assert {t.name for t in report.tensors} == {
+        jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)
+    }
+
+
+def test_report_counts_every_byte_and_error(params):
+    q, report = quantize_params(params, PLAN)
+    leaves = jax.tree.leaves(q)
+    assert report.nbytes == sum(x.nbytes for x in leaves)
+    assert report.bits_per_weight == 8 * report.nbytes / sum(x.size for x in jax.tree.leaves(params))
+    by_name = {t.name: t for t in report.tensors}
+    line = by_name["layers_0/attn/q/kernel"]
+    w = np.asarray(params["layers_0"]["attn"]["q"]["kernel"])
+    error = np.asarray(qjax.dequantize(q["layers_0"]["attn"]["q"]["kernel"])) - w
+    assert line.error == pytest.approx(np.linalg.norm(error) / np.linalg.norm(w), rel=1e-4)
+    assert line.bits_per_weight == 8.5 and line.shape == (64, 64)
+    assert by_name["final_norm/scale"].kept == "a vector"
+    assert by_name["layers_0/mlp/down/kernel"].kept == "kept by rule 'layers_*/mlp/down/kernel'"
+    json.dumps(report.to_dict())
+    console = Console(width=160, record=True, file=None, quiet=True)
+    console.print(report.table())
+    assert list(report.formats) == ["Q8_0", "float32"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_names_the_leaf(params, bad):
+    broken = jax.tree.map(lambda x: x, params)
+    broken["layers_1"]["attn"]["v"]["kernel"] = params["layers_1"]["attn"]["v"]["kernel"].at[3, 5].set(bad)
+    with pytest.raises(UserError, match=r"layers_1/attn/v/kernel: w has 1 of 2048 values that are NaN or infinite"):
+        quantize_params(broken, PLAN)
+
+
+def test_other_mistakes_name_the_leaf(params):
+    with pytest.raises(UserError, match="layers_0/mlp/up/kernel: weight has shape"):
+        quantize_params(params, PLAN, stats={"layers_0/mlp/up/kernel": jnp.ones(3)})
+    with pytest.raises(UserError, match="no weight is called 'layer_0'"):
+        quantize_params(params, PLAN, stats={"layer_0": jnp.ones(3)})
+    q, _ = quantize_params(params, PLAN)
+    with pytest.raises(UserError, match="embed/embedding: already quantized to Q8_0"):
+        quantize_params(q, PLAN)
+    with pytest.raises(UserError, match="too large for Q8_0"):
+        quantize_params({"a": {"kernel": jnp.full((32, 2), 1e30)}}, Plan((Rule("*", "Q8_0"),)))
+
+
+def test_all_zeros_have_no_error():
+    _, report = quantize_params({"a": {"kernel": jnp.zeros((32, 2))}}, Plan((Rule("*", "Q8_0"),)))
+    assert report.tensors[0].error == 0.0
