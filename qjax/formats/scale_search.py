@@ -1,0 +1,134 @@
+"""Weighted search for the scale (and minimum) of a block of integer levels.
+
+    minimize over (d, m) in fp16   sum_j weight_j (x_j - d l_j - m)^2,   l_j the nearest level in [low, high]
+
+Each candidate maps the block's largest magnitude (or its range) onto a trial level, rounds, solves the weighted least
+squares for those codes in closed form, rounds the solution to fp16, rounds the weights again with what will be
+stored, and is judged by the error of that. Candidates run in one compiled loop with a running best, so memory does
+not grow with their number. The trial levels are ggml's idea (make_qx_quants, make_qkx3_quants); ggml judges before it
+rounds to fp16, keeps the codes of the unrounded scale, and knows only one sign of the scale and minima below zero.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from qjax.formats.blocks import round_fp16
+from qjax.formats.exact import reciprocal
+
+_POLISH = 3
+_SMALL = 1e-30  # blocks below have no fp16 scale; kept from dividing by zero
+_LARGEST = 65504.0
+
+
+def search_scale(x: Array, weight: Array, start: Array, low: int, high: int) -> Array:
+    """The best fp16 scale found for x ~ d l, l in [low, high].
+
+    Args:
+      x: f32[*b, block].
+      weight: importance, f32[*b, block], not negative.
+      start: f32[*b, 1], the fp16 scale to beat.
+      low, high: the range of the codes.
+
+    Returns: f32[*b, 1]; never worse than `start`.
+    """
+    u, unit = _normalized(x, jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    v = _relative(weight)
+    far = max(-low, high)
+    near = np.arange(-0.9, 0.91, 0.1) * max(1, far / 32)
+    levels = jnp.asarray(np.concatenate([far + near, -far - near]), jnp.float32)
+
+    def codes(inverse: Array) -> Array:
+        return jnp.clip(jnp.round(u * inverse), low, high)
+
+    def solve(l: Array) -> Array:
+        s = _sum(v * u * l) * reciprocal(_sum(v * l * l))
+        return _fp16(s * unit)
+
+    def error(d: Array) -> Array:
+        s = d / unit
+        return _sum(v * jnp.square(u - s * codes(reciprocal(s))))
+
+    def keep(best: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+        e = error(d)
+        better = e < best[1]
+        return jnp.where(better, d, best[0]), jnp.where(better, e, best[1])
+
+    first = error(start)
+    best = (start, jnp.where(jnp.isnan(first), jnp.inf, first))
+    best = lax.fori_loop(0, len(levels), lambda i, b: keep(b, solve(codes(levels[i]))), best)
+    best = lax.fori_loop(0, _POLISH, lambda i, b: keep(b, solve(codes(reciprocal(b[0] / unit)))), best)
+    return best[0]
+
+
+def search_scale_min(x: Array, weight: Array, start: tuple[Array, Array], high: int) -> tuple[Array, Array]:
+    """The best fp16 scale and minimum found for x ~ d l + m, l in [0, high].
+
+    Args:
+      x: f32[*b, block].
+      weight: importance, f32[*b, block], not negative.
+      start: (d, m), each f32[*b, 1], the fp16 pair to beat.
+      high: the largest code.
+
+    Returns: (d, m), each f32[*b, 1]; never worse than `start`.
+    """
+    least = jnp.min(x, axis=-1, keepdims=True)
+    u, unit = _normalized(x - least, jnp.max(x, axis=-1, keepdims=True) - least)
+    v = _relative(weight)
+    sum_v, sum_u = _sum(v), _sum(v * u)
+    levels = jnp.asarray(high + np.arange(-0.9, 0.91, 0.05), jnp.float32)
+
+    def codes(t: Array | float, inverse: Array) -> Array:
+        return jnp.clip(jnp.round((u - t) * inverse), 0, high)
+
+    def solve(l: Array) -> tuple[Array, Array]:
+        vl = v * l
+        sum_l, sum_ll, sum_ul = _sum(vl), _sum(vl * l), _sum(vl * u)
+        t = (sum_ll * sum_u - sum_l * sum_ul) * reciprocal(sum_v * sum_ll - sum_l * sum_l)
+        m = _fp16(least + t * unit)
+        t = (m - least) / unit  # the scale is solved again for the minimum as stored
+        return _fp16((sum_ul - t * sum_l) * reciprocal(sum_ll) * unit), m
+
+    def error(d: Array, m: Array) -> Array:
+        s, t = d / unit, (m - least) / unit
+        return _sum(v * jnp.square(u - t - s * codes(t, reciprocal(s))))
+
+    def keep(best: tuple[Array, Array, Array], dm: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        e = error(*dm)
+        better = e < best[2]
+        return (
+            jnp.where(better, dm[0], best[0]),
+            jnp.where(better, dm[1], best[1]),
+            jnp.where(better, e, best[2]),
+        )
+
+    def polish(i: int, b: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        return keep(b, solve(codes((b[1] - least) / unit, reciprocal(b[0] / unit))))
+
+    first = error(*start)
+    best = (*start, jnp.where(jnp.isnan(first), jnp.inf, first))
+    best = lax.fori_loop(0, len(levels), lambda i, b: keep(b, solve(codes(0.0, levels[i]))), best)
+    best = lax.fori_loop(0, _POLISH, polish, best)
+    return best[0], best[1]
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _normalized(x: Array, size: Array) -> tuple[Array, Array]:
+    unit = jnp.where(size > _SMALL, size, 1.0)
+    return x / unit, unit
+
+
+def _relative(weight: Array) -> Array:
+    """Importance with 1 as the largest of a block: only ratios matter, and sums then neither overflow nor vanish."""
+    largest = jnp.max(weight, axis=-1, keepdims=True)
+    return weight / jnp.where(largest > 0, largest, 1.0)
+
+
+def _fp16(x: Array) -> Array:
+    """Rounded to a finite fp16; a solution that is not finite becomes 0."""
+    return round_fp16(jnp.clip(jnp.where(jnp.isfinite(x), x, 0.0), -_LARGEST, _LARGEST))
