@@ -1,6 +1,7 @@
 """qjax: ultra-low-bit quantization of language models in JAX."""
 
 from qjax.formats import format, formats
+from qjax.io.checkpoint import load, save
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "formats",
     "from_bytes",
     "is_qtensor",
+    "load",
     "quantize",
+    "save",
     "to_bytes",
 ]

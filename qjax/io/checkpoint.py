@@ -1,0 +1,86 @@
+"""Whole models from and to files: `qjax.load` and `qjax.save`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.io.gguf_model import load_gguf, save_gguf
+from qjax.io.huggingface import load_folder, save_folder
+from qjax.io.llama2c import load_llama2c
+from qjax.models.model import Model
+
+BUILT_IN = ("reference",)
+
+
+def load(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> Model:
+    """Load a model.
+
+    Args:
+      path: a Hugging Face folder, a .gguf file, a llama2.c .bin file (its tokenizer beside it), or a built-in name
+        ("reference"). A file or folder of that name comes first.
+      dtype: of the float params; None keeps each tensor's own type. Packed blocks become QTensors as they are.
+      pre: the pre-tokenizer of a GGUF file, where the file names none or an unknown one.
+
+    Returns: the Model.
+
+    Raises:
+      UserError: no such file, or a file that is corrupt or not supported; one line that says what and where.
+
+    >>> qjax.load("reference").config.vocab        # doctest: +SKIP
+    4096
+    """
+    path = locate(path)
+    if path.is_dir():
+        return load_folder(path, dtype)
+    if path.suffix == ".gguf":
+        return load_gguf(path, dtype, pre)
+    return load_llama2c(path)
+
+
+def save(
+    model: Model, path: str | Path, *, dtype: str | None = None, pre: str | None = None, name: str | None = None
+) -> None:
+    """Save a model atomically: a .gguf file by that suffix, a Hugging Face folder by any other name.
+
+    Args:
+      model: in GGUF, packed weights of ggml types keep their exact bytes; in a folder they become floats.
+      path: where to.
+      dtype: of float matrices: "float32" (default), "float16" or "bfloat16".
+      pre: GGUF: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
+      name: GGUF: `general.name`.
+
+    Raises:
+      UserError: something the target cannot hold, or a disk that will not take it. Nothing is left under the name.
+    """
+    path, dtype = Path(path), dtype or "float32"
+    gguf_type = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(dtype)
+    if gguf_type is None:
+        raise UserError(f"dtype {dtype!r} is not supported; expected float32, float16 or bfloat16")
+    if path.suffix == ".gguf":
+        save_gguf(model, path, gguf_type, pre, name)
+    else:
+        save_folder(model, path, dtype)
+
+
+def locate(path: str | Path) -> Path:
+    """The file or folder of a model: a path, or a built-in name.
+
+    Raises:
+      UserError: neither; or a file that is no kind of model.
+    """
+    found = Path(path)
+    if not found.exists() and str(path) in BUILT_IN:
+        folder = resources.files("qjax.models") / str(path)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"the built-in model {str(path)!r} is missing from this installation")
+        return Path(str(folder))
+    if not found.exists():
+        raise UserError(f"{path}: no such file or folder, and no built-in model (those are: {', '.join(BUILT_IN)})")
+    if not found.is_dir() and found.suffix not in (".gguf", ".bin"):
+        raise UserError(f"{path}: not a model; expected a Hugging Face folder, a .gguf or a llama2.c .bin file")
+    return found

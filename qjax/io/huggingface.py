@@ -1,0 +1,144 @@
+"""Models in Hugging Face's layout: a folder with config.json, safetensors (one file or shards) and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.io.atomic import atomic_dir
+from qjax.io.safetensors import DTYPE_NAME, FLOATS, SINGLE, Checkpoint, open_folder, write_file
+from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
+from qjax.models.config import DecoderConfig
+from qjax.models.families import WeightName, config_from_hf, config_to_hf, weight_names
+from qjax.models.model import Model
+from qjax.tensor import QTensor, dequantize
+
+# Tensors that carry no weight: buffers that some versions of transformers save.
+_BUFFERS = ("rotary_emb.inv_freq",)
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
+    """The architecture of a folder and its tensors, none of them read yet.
+
+    Raises:
+      UserError: config.json or a tensor is missing, a shape is not what the config asks for, or a tensor is left over.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; expected a Hugging Face folder")
+    try:
+        config = config_from_hf(read_json(folder / "config.json"))
+    except UserError as e:
+        raise e if str(folder) in str(e) else UserError(f"{folder}: {e}") from e
+    checkpoint = open_folder(folder)
+    names = weight_names(config)
+    for w in names:
+        if w.hf not in checkpoint.tensors:
+            raise UserError(f"{folder}: tensor {w.hf!r} is missing")
+        found, expected = checkpoint.tensors[w.hf].shape, file_shape(w)
+        if found != expected:
+            raise UserError(f"{folder}: tensor {w.hf!r} has shape {list(found)}; config.json asks for {list(expected)}")
+    ignored = {"lm_head.weight"} if config.tied else set()
+    extra = checkpoint.tensors.keys() - {w.hf for w in names} - ignored
+    extra = {name for name in extra if not name.endswith(_BUFFERS)}
+    if extra:
+        raise UserError(f"{folder}: tensor {min(extra)!r} belongs to nothing in a {config.family} model")
+    return config, checkpoint
+
+
+def iterate_weights(config: DecoderConfig, checkpoint: Checkpoint) -> Iterator[tuple[WeightName, np.ndarray]]:
+    """Every weight in the order of a forward pass, in the file's orientation (out, in) and dtype, one at a time."""
+    for w in weight_names(config):
+        yield w, checkpoint.array(w.hf)
+
+
+def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
+    """Load a folder.
+
+    Args:
+      folder: holds config.json, safetensors and, unless the model has none, a tokenizer.
+      dtype: of the params; None keeps each tensor's own.
+
+    Raises:
+      UserError: as `open_model`.
+    """
+    folder = Path(folder)
+    config, checkpoint = open_model(folder)
+    params: dict[str, Any] = {}
+    for w, array in iterate_weights(config, checkpoint):
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        set_leaf(params, w.path, jnp.asarray(array.T if w.transposed else array, dtype))
+    return Model(config, params, read_tokenizer(folder, read_json(folder / "config.json")))
+
+
+def save_folder(model: Model, folder: str | Path, dtype: str = "float32") -> None:
+    """Write a folder atomically: config.json, generation_config.json, model.safetensors and the tokenizer.
+
+    Packed weights are written as the floats they stand for: the layout has no place for them.
+
+    Args:
+      dtype: "float32", "bfloat16" or "float16", of every tensor.
+
+    Raises:
+      UserError: an unknown dtype, a missing weight, a config that config.json cannot say, a full disk.
+    """
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; expected one of {', '.join(_DTYPES)}")
+    stored = _DTYPES[dtype]
+    names = weight_names(model.config)
+    special = (
+        {} if model.tokenizer is None else {"bos_token_id": model.tokenizer.bos, "eos_token_id": model.tokenizer.eos}
+    )
+    special = {key: value for key, value in special.items() if value is not None}
+    config = config_to_hf(model.config) | {"torch_dtype": dtype} | special
+    weights = (_to_file(model, w).astype(FLOATS[stored]) for w in names)
+    with atomic_dir(folder) as out:
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (out / "generation_config.json").write_text(
+            json.dumps({"_from_model_config": True, **special}, indent=2) + "\n"
+        )
+        write_file(out / SINGLE, [(w.hf, stored, file_shape(w)) for w in names], weights)
+        if model.tokenizer is not None:
+            write_tokenizer(out, model.tokenizer)
+
+
+def file_shape(w: WeightName) -> tuple[int, ...]:
+    """A weight's shape in a file: (out, in) for kernels."""
+    return w.shape[::-1] if w.transposed else w.shape
+
+
+def set_leaf(params: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    """Put a leaf at a path of a nested dict."""
+    *folders, name = path
+    for key in folders:
+        params = params.setdefault(key, {})
+    params[name] = leaf
+
+
+def get_leaf(params: Any, w: WeightName) -> Any:
+    """The leaf of a weight, checked against its shape."""
+    leaf = params
+    for key in w.path:
+        if not isinstance(leaf, dict) or key not in leaf:
+            raise UserError(f"the model's params lack {'/'.join(w.path)!r}")
+        leaf = leaf[key]
+    if tuple(leaf.shape) != w.shape:
+        raise UserError(f"{'/'.join(w.path)!r} has shape {list(leaf.shape)}; the config asks for {list(w.shape)}")
+    return leaf
+
+
+def _to_file(model: Model, w: WeightName) -> np.ndarray:
+    leaf = get_leaf(model.params, w)
+    array = np.asarray(dequantize(leaf) if isinstance(leaf, QTensor) else leaf)
+    return array.T if w.transposed else array
+
+
+__all__ = ["DTYPE_NAME", "get_leaf", "iterate_weights", "load_folder", "open_model", "save_folder", "set_leaf"]

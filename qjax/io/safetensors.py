@@ -1,0 +1,179 @@
+"""Read and write safetensors, tensor by tensor, single files and sharded checkpoints.
+
+    header length: u64 | header: JSON {name: {dtype, shape, data_offsets}} | tensor data, without gaps
+
+The `safetensors` package checks the header (sizes, overlaps, gaps, overflow) in Rust; tensors are then views of the
+mapped file. Source: the format's specification in the safetensors repository.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qjax.errors import UserError
+from qjax.io.atomic import atomic_file
+
+FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "F32": np.dtype("<f4"),
+        "F16": np.dtype("<f2"),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F64": np.dtype("<f8"),
+    }
+)
+DTYPE_NAME: Mapping[np.dtype[Any], str] = MappingProxyType({dtype: name for name, dtype in FLOATS.items()})
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: its file, dtype (safetensors' name), shape, and the place of its bytes."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of a file or of a folder's shards.
+
+    Attributes:
+      path: the file, or the folder.
+      tensors: name -> Stored.
+    """
+
+    path: Path
+    tensors: Mapping[str, Stored]
+    _maps: dict[Path, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+
+    def array(self, name: str) -> np.ndarray:
+        """A float tensor as a view of the mapped file, read from disk when touched.
+
+        Raises:
+          UserError: no such tensor, or one of another type than F32, F16, BF16, F64.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: no tensor {name!r}")
+        t = self.tensors[name]
+        if t.dtype not in FLOATS:
+            known = ", ".join(FLOATS)
+            raise UserError(f"{t.path}: tensor {name!r} has type {t.dtype}; expected one of {known}")
+        if t.nbytes == 0:
+            return np.zeros(t.shape, FLOATS[t.dtype])
+        raw = self._map(t.path)[t.offset : t.offset + t.nbytes]
+        if t.offset % FLOATS[t.dtype].itemsize:
+            raw = raw.copy()  # a header of odd length leaves its tensors unaligned
+        return raw.view(FLOATS[t.dtype]).reshape(t.shape)
+
+    def _map(self, path: Path) -> np.ndarray:
+        if path not in self._maps:
+            try:
+                self._maps[path] = np.memmap(path, np.uint8, mode="r")
+            except (OSError, ValueError) as e:
+                raise UserError(f"cannot read {path}: {e}") from e
+        return self._maps[path]
+
+
+def open_file(path: str | Path) -> Checkpoint:
+    """Open one safetensors file.
+
+    Raises:
+      UserError: unreadable, truncated or corrupt; names the file.
+    """
+    path = Path(path)
+    return Checkpoint(path, dict(_entries(path)))
+
+
+def open_folder(folder: str | Path) -> Checkpoint:
+    """Open a folder's model.safetensors, or the shards of its model.safetensors.index.json.
+
+    Raises:
+      UserError: neither is there, a shard is missing, corrupt, or outside the folder, or lacks a tensor that the
+        index promises.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise UserError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+        return open_file(folder / SINGLE)
+    index = folder / INDEX
+    try:
+        spec = json.loads(index.read_text("utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read {index}: {e.strerror or e}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{index}: not valid JSON: {e}") from e
+    where = spec.get("weight_map") if isinstance(spec, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+        raise UserError(f"{index}: its weight_map is no object of tensor names to file names")
+    shards: dict[str, dict[str, Stored]] = {}
+    for name in sorted(set(where.values())):
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f"{index}: names the shard {name!r}; shards must lie in the same folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: shard {name!r}, which {INDEX} names, is missing")
+        shards[name] = dict(_entries(folder / name))
+    for tensor, shard in where.items():
+        if tensor not in shards[shard]:
+            raise UserError(f"{folder / shard}: no tensor {tensor!r}, which {INDEX} says is there")
+    return Checkpoint(folder, {tensor: shards[shard][tensor] for tensor, shard in where.items()})
+
+
+def write_file(
+    path: str | Path, infos: Sequence[tuple[str, str, tuple[int, ...]]], tensors: Iterable[np.ndarray]
+) -> None:
+    """Write a file atomically, one tensor in memory at a time.
+
+    Args:
+      path: the final name.
+      infos: (name, dtype as "F32", "BF16" ..., shape) of the tensors in the order they will come.
+      tensors: arrays of those dtypes and shapes; an iterator is asked for one at a time.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in infos:
+        end = at + FLOATS[dtype].itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        rest = iter(tensors)
+        for name, dtype, shape in infos:
+            tensor = np.ascontiguousarray(next(rest))
+            if (tensor.dtype, tensor.shape) != (FLOATS[dtype], shape):
+                raise UserError(
+                    f"tensor {name!r}: expected {dtype}{list(shape)}, got {tensor.dtype}{list(tensor.shape)}"
+                )
+            f.write(tensor.reshape(-1).view(np.uint8))
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Stored]]:
+    try:
+        with safe_open(path, framework="numpy"):  # checks everything that is said in the header
+            pass
+        with open(path, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as e:
+        what = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise UserError(f"{path}: not a readable safetensors file: {' '.join(what.split())}") from e
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
