@@ -279,7 +279,7 @@ def test_importance_is_checked_and_used(model, tmp_path):
 def test_not_over_itself_and_not_from_nowhere(model, tmp_path):
     with pytest.raises(UserError, match="is the model itself"):
         quantize_file(model, model, "Q8_0")
-    with pytest.raises(UserError, match="no such model"):
+    with pytest.raises(UserError, match="no such file or folder"):
         quantize_file(tmp_path / "nothing", tmp_path / "q.gguf", "Q8_0")
 
 

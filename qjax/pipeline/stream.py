@@ -55,18 +55,20 @@ def quantize_file(
     pure: bool = False,
     overrides: Sequence[tuple[str, str]] = (),
     requantize: bool = False,
+    pre: str | None = None,
     progress: Progress = lambda name, done, total: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Report:
     """Quantize a model into a GGUF file that llama.cpp runs, in bounded memory.
 
     Args:
-      model: a Hugging Face directory or a GGUF file.
+      model: a Hugging Face directory, a GGUF file, a llama2.c file, or a built-in name.
       out: the file to write. Until it is whole it is called `OUT.partial`; a second call continues it.
       plan: one of llama-quantize's file types ("Q4_K_M"), or a Plan.
       importance: {path or GGUF name: f32[in]}, the importance of each input of a weight; others are rounded without.
       pure, overrides: see `qjax.plan.mix`; for a file type only.
       requantize: allow a source whose weights are quantized already.
+      pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
       progress: called as (tensor, bytes of the source done, of all) after each tensor.
       notify: told in one line when earlier work is continued or dropped.
 
@@ -76,8 +78,8 @@ def quantize_file(
       UserError: what `open_source`, `Plan.assign` and `encode_tensor` raise; an input that is quantized already; a full
         disk. Nothing has the final name then.
     """
-    source, out = open_source(model), Path(out)
-    if out.exists() and any(out.samefile(t.file) for t in source.tensors):
+    source, out = open_source(model, pre), Path(out)
+    if out.exists() and any(t.values is None and out.samefile(t.file) for t in source.tensors):
         raise UserError(f"{out} is the model itself; write to another file")
     importance = _by_gguf_name(source, importance or {})
     if isinstance(plan, str):
@@ -124,7 +126,7 @@ def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, requa
             "weights: start from those, or allow it (requantize)"
         )
     kept = reason or None
-    if fmt is None and (t.rope_heads is not None or t.add):  # its values change on the way, so it cannot be copied
+    if fmt is None and t.is_changed:
         fmt = get_format(t.type)
     info = TensorInfo(t.name, t.weight.shape, t.type if fmt is None else fmt.name)
     return _Job(t, info, fmt, kept)

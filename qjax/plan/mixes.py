@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qjax.errors import UserError
+from qjax.io.gguf_model import FILE_TYPES as FILE_TYPE_NUMBERS
 from qjax.io.gguf_types import TENSOR_TYPES
 from qjax.io.gguf_write import tensor_order
 from qjax.models.config import DecoderConfig
@@ -22,31 +23,35 @@ from qjax.models.family_table import family_of
 from qjax.models.weight_names import weight_names
 from qjax.plan.rules import KEEP, Plan, Rule, Weight
 
-# File type -> (number in general.file_type, type of most tensors).
+# File type -> (number in general.file_type, type of most tensors). MXFP4 of a dense model is qjax's own: every layer in
+# that type; it shares its number with llama.cpp's mixture-of-experts type.
 FILE_TYPES: dict[str, tuple[int, str]] = {
-    "F32": (0, "F32"),
-    "F16": (1, "F16"),
-    "BF16": (32, "BF16"),
-    "Q8_0": (7, "Q8_0"),
-    "Q6_K": (18, "Q6_K"),
-    "Q5_K_M": (17, "Q5_K"),
-    "Q5_K_S": (16, "Q5_K"),
-    "Q5_1": (9, "Q5_1"),
-    "Q5_0": (8, "Q5_0"),
-    "Q4_K_M": (15, "Q4_K"),
-    "Q4_K_S": (14, "Q4_K"),
-    "Q4_1": (3, "Q4_1"),
-    "Q4_0": (2, "Q4_0"),
-    "IQ4_NL": (25, "IQ4_NL"),
-    "IQ4_XS": (30, "IQ4_XS"),
-    "MXFP4": (38, "MXFP4"),
-    "Q3_K_L": (13, "Q3_K"),
-    "Q3_K_M": (12, "Q3_K"),
-    "Q3_K_S": (11, "Q3_K"),
-    "Q2_K": (10, "Q2_K"),
-    "Q2_K_S": (21, "Q2_K"),
-    "TQ2_0": (37, "TQ2_0"),
-    "TQ1_0": (36, "TQ1_0"),
+    name: (FILE_TYPE_NUMBERS["MXFP4_MOE" if name == "MXFP4" else name], base)
+    for name, base in {
+        "F32": "F32",
+        "F16": "F16",
+        "BF16": "BF16",
+        "Q8_0": "Q8_0",
+        "Q6_K": "Q6_K",
+        "Q5_K_M": "Q5_K",
+        "Q5_K_S": "Q5_K",
+        "Q5_1": "Q5_1",
+        "Q5_0": "Q5_0",
+        "Q4_K_M": "Q4_K",
+        "Q4_K_S": "Q4_K",
+        "Q4_1": "Q4_1",
+        "Q4_0": "Q4_0",
+        "IQ4_NL": "IQ4_NL",
+        "IQ4_XS": "IQ4_XS",
+        "MXFP4": "MXFP4",
+        "Q3_K_L": "Q3_K",
+        "Q3_K_M": "Q3_K",
+        "Q3_K_S": "Q3_K",
+        "Q2_K": "Q2_K",
+        "Q2_K_S": "Q2_K",
+        "TQ2_0": "TQ2_0",
+        "TQ1_0": "TQ1_0",
+    }.items()
 }
 ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 
