@@ -36,8 +36,8 @@ def config_from_gguf(meta: Mapping[str, Any], *, tied: bool = False, rope_freqs:
       UserError: an unknown architecture, a missing or malformed key, or an unsupported option, named with its value.
     """
     arch = meta.get("general.architecture")
-    names = {f.arch: name for name, f in reversed(FAMILIES.items())}
-    if arch not in names:
+    names = {family.arch: name for name, family in FAMILIES.items() if name != "mistral"}
+    if not isinstance(arch, str) or arch not in names:
         raise UserError(f"general.architecture = {arch!r} is not supported; supported: {', '.join(sorted(names))}")
 
     def count(key: str, default: int | None = None) -> int:
@@ -115,15 +115,19 @@ def _shortest(value: Any) -> float:
 
 
 def _windows(arch: str, meta: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[int, ...]]:
-    window = meta.get(f"{arch}.attention.sliding_window", 4096 if arch == "gemma2" else 0)
+    key = f"{arch}.attention.sliding_window"
+    window = meta.get(key, 4096 if arch == "gemma2" else 0)
+    if not isinstance(window, int | np.integer) or window < 0:
+        raise UserError(f"{key} = {window!r}; expected a positive integer")
     pattern = meta.get(f"{arch}.attention.sliding_window_pattern", _PERIOD.get(arch, 0))
     if not window:
         return None, ()
     if isinstance(pattern, list | tuple | np.ndarray):
         if len(pattern) < layers:
-            key = f"{arch}.attention.sliding_window_pattern"
-            raise UserError(f"{key} has {len(pattern)} entries for {layers} layers")
+            raise UserError(f"{key}_pattern has {len(pattern)} entries for {layers} layers")
         full = tuple(i for i in range(layers) if not pattern[i])
+    elif not isinstance(pattern, int | np.integer) or pattern < 0:
+        raise UserError(f"{key}_pattern = {pattern!r}; expected an integer or one boolean a layer")
     else:
         full = tuple(range(pattern - 1, layers, pattern)) if pattern else ()
     return (None, ()) if len(full) == layers else (int(window), full)
@@ -208,7 +212,7 @@ def config_to_gguf(config: DecoderConfig) -> dict[str, Any]:
 
 def _as_float32(config: DecoderConfig) -> DecoderConfig:
     """The config with its floats as a file of float32 gives them back."""
-    rounded = {
+    rounded: dict[str, Any] = {
         f.name: _shortest(value)
         for f in dataclasses.fields(config)
         if isinstance(value := getattr(config, f.name), float)

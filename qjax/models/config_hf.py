@@ -39,7 +39,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         and is not supported; the message names key and value.
     """
     kind = hf.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         hint = ' (its language model alone is "gemma3_text")' if kind == "gemma3" else ""
         raise UserError(f"config.json: model_type {kind!r} is not supported{hint}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
@@ -64,7 +64,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     layers = count("num_hidden_layers")
     window, global_layers = _windows(kind, get, count, hf, layers)
     theta, scaling, local_theta = _rope(hf, get)
-    query_dim = get("query_pre_attn_scalar")
+
+    def optional(key: str) -> float | None:
+        return None if get(key) is None else _number(key, get(key))
+
+    query_dim = optional("query_pre_attn_scalar")
     config = DecoderConfig(
         vocab=count("vocab_size"),
         dim=dim,
@@ -83,8 +87,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         global_layers=global_layers,
         local_rope_theta=local_theta if window is not None else None,
         query_dim=None if query_dim in (None, head_dim) else query_dim,
-        attn_softcap=get("attn_logit_softcapping"),
-        logit_softcap=get("final_logit_softcapping"),
+        attn_softcap=optional("attn_logit_softcapping"),
+        logit_softcap=optional("final_logit_softcapping"),
         **family.traits,
     )
     _check_activation(hf, family, config)
@@ -115,10 +119,12 @@ def _windows(kind: str, get, count, hf: Mapping[str, Any], layers: int) -> tuple
     if "sliding_window" in hf and hf["sliding_window"] is None:
         return None, ()
     types = hf.get("layer_types")
+    if not isinstance(types, list | tuple | None):
+        raise UserError(f"config.json: layer_types = {types!r}; expected a list")
     if kind == "mistral":
         full: tuple[int, ...] = ()
     elif types is not None:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
+        unknown = {str(t) for t in types} - {"full_attention", "sliding_attention"}
         if unknown or len(types) != layers:
             what = f"{sorted(unknown)[0]!r}" if unknown else f"{len(types)} entries for {layers} layers"
             raise UserError(f"config.json: layer_types has {what}; expected full_attention or sliding_attention each")
@@ -134,16 +140,21 @@ def _windows(kind: str, get, count, hf: Mapping[str, Any], layers: int) -> tuple
 def _rope(hf: Mapping[str, Any], get) -> tuple[float, RopeScaling | None, float | None]:
     """(theta, scaling, theta of the windowed layers) from either spelling."""
     new = hf.get("rope_parameters")
+    local_theta = get("rope_local_base_freq")
+    local_theta = None if local_theta is None else _number("rope_local_base_freq", local_theta)
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(key), Mapping | None):
+            raise UserError(f"config.json: {key} = {hf[key]!r}; expected an object or null")
     if new is None:
         scaling = _scaling(hf.get("rope_scaling"), "rope_scaling", hf)
-        return _number("rope_theta", get("rope_theta", 10000.0)), scaling, get("rope_local_base_freq")
+        return _number("rope_theta", get("rope_theta", 10000.0)), scaling, local_theta
     if "full_attention" in new or "sliding_attention" in new:
         full, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
         if _scaling(local, "rope_parameters.sliding_attention", hf) is not None:
             raise UserError("config.json: rope_parameters.sliding_attention is scaled, which is not supported")
-        local_theta = local.get("rope_theta", get("rope_local_base_freq", 10000.0))
+        local_theta = _number("rope_parameters.sliding_attention.rope_theta", local.get("rope_theta", local_theta))
     else:
-        full, local_theta = new, get("rope_local_base_freq")
+        full = new
     theta = _number("rope_parameters.rope_theta", full.get("rope_theta", get("rope_theta", 10000.0)))
     return theta, _scaling(full, "rope_parameters", hf), local_theta
 
@@ -222,7 +233,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf |= {"use_sliding_window": c.window is not None, "max_window_layers": leading}
     if c.family.startswith("gemma"):
         hf["hidden_activation"] = hf.pop("hidden_act")
-        hf["query_pre_attn_scalar"] = c.head_dim if c.query_dim is None else c.query_dim
+        hf["query_pre_attn_scalar"] = c.head_dim if c.query_dim is None else _integral(c.query_dim)
         hf["attn_logit_softcapping"] = c.attn_softcap
         hf["final_logit_softcapping"] = c.logit_softcap
     if c.family == "gemma3_text" and c.local_rope_theta is not None:
@@ -237,6 +248,10 @@ def check_equal(config: DecoderConfig, back: DecoderConfig, where: str) -> None:
         want, got = getattr(config, field.name), getattr(back, field.name)
         if want != got:
             raise UserError(f"{where} cannot say {field.name} = {want!r} (it would be read back as {got!r})")
+
+
+def _integral(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from jax import lax
 
 from qjax.models.config import DecoderConfig, RopeScaling
 
-# One (keys, values) pair a layer, each [batch, capacity, kv_heads, head_dim], and how many positions are filled.
+# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch, capacity, kv_heads, head_dim]}.
 Cache = dict[str, Any]
 
 
@@ -54,7 +54,7 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
 
     Args:
       x: [batch, length, heads, head_dim].
-      positions: i32[batch, length].
+      positions: i32[1, length].
       frequencies: f32[head_dim / 2].
     """
     angle = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
@@ -84,7 +84,7 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
     Args:
       q: [b, t, heads, d].
       k, v: [b, s, kv_heads, d].
-      mask: bool[b, t, s], True where a query may look.
+      mask: bool[1, t, s], True where a query may look.
 
     Returns: [b, t, heads * d].
     """
@@ -125,11 +125,12 @@ class Attention(nn.Module):
         if cache is None:
             key_positions = positions
         else:
-            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1)
-            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1)
-            cache = {"k": k, "v": v, "length": cache["length"] + t}
+            start = positions[0, 0]
+            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=1)
+            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=1)
+            cache = {"k": k, "v": v}
             # Slots past the filled part lie after every query, so the causal mask hides them too.
-            key_positions = jnp.broadcast_to(jnp.arange(k.shape[1])[None, :], (b, k.shape[1]))
+            key_positions = jnp.arange(k.shape[1])[None, :]
         distance = positions[:, :, None] - key_positions[:, None, :]
         mask = distance >= 0
         window = c.layer_window(self.layer)
@@ -180,8 +181,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The decoder. `apply({"params": p}, tokens)` gives f32 logits [batch, length, vocab].
 
-    With `cache` (see `empty_cache`) the tokens continue the cached ones and the new cache comes back as well.
-    `dtype` is the arithmetic of activations; `dot_general` may be replaced, e.g. by one that fits the hardware.
+    With `cache` (see `empty_cache`) the tokens continue the cached ones and the new cache comes back as well; all rows
+    of the batch are equally long, and `length + cached` must not exceed the cache's capacity. `at` asks for the logits
+    of one position only, [batch, 1, vocab]. `dtype` is the arithmetic of activations; `dot_general` may be
+    replaced, e.g. by one that fits the hardware.
     """
 
     config: DecoderConfig
@@ -189,20 +192,21 @@ class Decoder(nn.Module):
     dot_general: Callable = lax.dot_general
 
     @nn.compact
-    def __call__(self, tokens, cache: Cache | None = None, positions=None):
+    def __call__(self, tokens, cache: Cache | None = None, at=None):
         c = self.config
-        if positions is None:
-            start = jnp.int32(0) if cache is None else cache["layers_0"]["length"]
-            positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        start = jnp.int32(0) if cache is None else cache["length"]
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         embed = nn.Embed(c.vocab, c.dim, name="embed", dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))
         x = embed(tokens)
         if c.embed_scale:
             x = x * jnp.asarray(c.dim**0.5, x.dtype)
-        new_cache: Cache = {}
+        new_cache: Cache = {"length": start + tokens.shape[1]}
         for i in range(c.layers):
             name = f"layers_{i}"
             block = Block(c, i, self.dtype, self.dot_general, name=name)
             x, new_cache[name] = block(x, positions, None if cache is None else cache[name])
+        if at is not None:
+            x = lax.dynamic_slice_in_dim(x, at, 1, axis=1)
         x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         if c.tied:
             kernel = embed.embedding.T.astype(self.dtype)
@@ -218,7 +222,5 @@ class Decoder(nn.Module):
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """A key/value cache for `capacity` positions."""
     shape = (batch, capacity, config.kv_heads, config.head_dim)
-    return {
-        f"layers_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "length": jnp.int32(0)}
-        for i in range(config.layers)
-    }
+    layers = {f"layers_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(config.layers)}
+    return {"length": jnp.int32(0)} | layers

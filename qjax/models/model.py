@@ -1,0 +1,100 @@
+"""A loaded model: what it is, its weights, its tokenizer.
+
+    logits = Decoder(config)(dense(params), tokens)
+
+The decoder knows nothing of quantization: packed weights are decoded first (`dense_params`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig
+from qjax.models.config_hf import config_from_hf
+from qjax.models.decoder import Decoder
+from qjax.tensor import dequantize, is_qtensor
+from qjax.typing import Array, Float
+
+if TYPE_CHECKING:
+    from qjax.io.tokenizer import Tokenizer
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder with its weights.
+
+    Attributes:
+      config: the architecture.
+      params: the flax params tree of `Decoder(config)`; leaves are arrays or QTensors.
+      tokenizer: turns text into token ids and back; None where the files brought none.
+    """
+
+    config: DecoderConfig
+    params: Params
+    tokenizer: Tokenizer | None = None
+
+    @functools.cached_property
+    def dense(self) -> Params:
+        """The params with every packed weight decoded to float32; decoded once, then kept."""
+        return dense_params(self.params)
+
+    def logits(self, tokens: Any) -> Float[Array, "batch length vocab"]:
+        """Next-token scores at every position, float32, of integers [batch, length].
+
+        Raises:
+          UserError: a sequence longer than the context, or a token outside the vocabulary.
+        """
+        tokens = check_tokens(self.config, tokens)
+        return forward(self.config, self.dense, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def forward(config: DecoderConfig, params: Params, tokens: Array) -> Array:
+    """Logits of dense params, jitted once per config and shape: f32[batch, length, vocab]."""
+    logits: Any = Decoder(config).apply({"params": params}, tokens)
+    return logits
+
+
+def check_tokens(config: DecoderConfig, tokens: Any) -> Array:
+    """Token ids as i32[batch, length], or a UserError where the model cannot read them."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"tokens must be integers [batch, length], got {tokens.dtype}{list(tokens.shape)}")
+    if tokens.shape[1] > config.context:
+        raise UserError(f"{tokens.shape[1]} tokens are more than the model's context of {config.context}")
+    if tokens.size and not isinstance(tokens, jax.core.Tracer):
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.vocab:
+            bad = low if low < 0 else high
+            raise UserError(f"token {bad} is outside the model's vocabulary of {config.vocab}")
+    return tokens.astype(jnp.int32)
+
+
+def dense_params(params: Params) -> Params:
+    """The same tree with every QTensor decoded to float32; arrays pass through."""
+    return jax.tree.map(lambda leaf: dequantize(leaf) if is_qtensor(leaf) else leaf, params, is_leaf=is_qtensor)
+
+
+def reference_config() -> DecoderConfig:
+    """The architecture of the built-in reference model, from its config.json.
+
+    Raises:
+      UserError: this installation lacks the model's files.
+    """
+    file = resources.files("qjax.models") / "reference" / "config.json"
+    if not file.is_file():
+        raise UserError(
+            "the built-in reference model is missing from this installation; train it with "
+            "`qjax run configs/pretrain_reference.toml`"
+        )
+    return config_from_hf(json.loads(file.read_text()))
