@@ -8,6 +8,7 @@ without a piece become byte pieces `<0x41>`. Source: sentencepiece's bpe_model.c
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from tokenizers import decoders, models, normalizers
 
 from qjax.errors import UserError
 from qjax.io.tokenizer import (
+    BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -121,13 +123,17 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     try:
         fields = list(_fields(raw))
-        pieces = [dict(_fields(value)) for number, value in fields if number == 1]
-        trainer = dict(_fields(b"".join(v for n, v in fields if n == 2)))
-        normalizer = dict(_fields(b"".join(v for n, v in fields if n == 3)))
-        tokens = [str(p.get(1, b""), "utf-8") for p in pieces]
-        scores = [struct.unpack("<f", p.get(2, bytes(4)))[0] for p in pieces]
-        types = [int(p.get(3, NORMAL)) for p in pieces]
-    except (ValueError, TypeError, struct.error) as e:
+        pieces = [dict(_fields(_typed(value, bytes))) for number, value in fields if number == 1]
+        trainer, normalizer = (
+            dict(_fields(b"".join(_typed(value, bytes) for number, value in fields if number == part)))
+            for part in (2, 3)
+        )
+        tokens = [str(_typed(p.get(1, b""), bytes), "utf-8") for p in pieces]
+        scores = [struct.unpack("<f", _typed(p.get(2, bytes(4)), bytes))[0] for p in pieces]
+        types = [_typed(p.get(3, NORMAL), int) for p in pieces]
+        if not all(map(math.isfinite, scores)) or not set(types) <= set(range(NORMAL, BYTE + 1)):
+            raise ValueError("a piece has a score or a type that makes no sense")
+    except (ValueError, struct.error) as e:
         raise UserError(f"{path}: corrupt sentencepiece model: {e}") from None
     if not pieces or trainer.get(3, 1) != 2:
         kind = {1: "unigram", 3: "word", 4: "char"}.get(trainer.get(3, 1), "empty")
@@ -142,6 +148,12 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
     special = {name: trainer.get(40 + i, at) for i, (name, at) in enumerate(default.items())}
     found = {name: at if isinstance(at, int) and 0 <= at < len(tokens) else None for name, at in special.items()}
     return {"tokens": tokens, "types": types, "scores": scores, "add_space_prefix": bool(normalizer.get(3, 1)), **found}
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError("a field has the wrong type")
+    return value
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:

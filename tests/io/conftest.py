@@ -17,7 +17,7 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 
 TEXT = """The quick brown fox jumps over the lazy dog; it's 12345 o'clock, isn't it? We'll see WHAT'S up: I'd say "no".
-def f(x, *args):\n\treturn [x**2 for x in y]  # naïve Größe, 北京大学, привет мир, 🙂🎉 e\u0301\n\n\n    indented   text \r
+def f(x, *args):\n\treturn [x**2 for x in y]  # naïve Größe, 北京, мир, 🙂🎉 e\u0301\n\n\n    indented   text \r
 HTTPServer/camelCase/snake_case 3.14159 1,000,000 ½ ٣٤ don't DON'T they'Re\u00a0nbsp\u3000wide  trailing   """
 
 
