@@ -22,9 +22,12 @@ import orbax.checkpoint as ocp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from qjax.io.checkpoint import save
+from qjax.io.tokenizer import load_tokenizer
 from qjax.models import stdlib_text
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
+from qjax.models.model import Model
 from qjax.training.precision import mixed_dot_general
 
 
@@ -173,4 +176,6 @@ def run(config: Config, out: Path) -> dict:
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     manager.save(done, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
-    return result
+    params = jax.tree.map(np.asarray, state["params"])
+    save(Model(architecture, params, load_tokenizer(out)), out / "model", dtype="bfloat16")
+    return result | {"model": str(out / "model")}
