@@ -179,7 +179,7 @@ def llama_types():
         return {name: kind.upper() for name, kind in found}
 
     yield types
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p())
+    llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p())
 
 
 # MXFP4 of a dense model is qjax's own file type: llama.cpp's MXFP4_MOE means experts.

@@ -42,8 +42,8 @@ class Encoding:
         Raises:
           UserError: NaN or Inf among the weights, or values beyond what the format's scales can hold.
         """
-        sums = np.sum([piece.result() for piece in self.pieces], axis=0, dtype=np.float64)
-        bad, square, error = (float(s) for s in sums)
+        sums = np.asarray([piece.result() for piece in self.pieces], np.float64).sum(axis=0)
+        bad, square, error = sums.tolist()
         if bad:
             raise broken_weights(self.name, int(bad))
         if not np.isfinite(error):

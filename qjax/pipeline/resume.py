@@ -38,7 +38,7 @@ class Partial:
 
     def write(self, name: str, offset: int, raw: np.ndarray | bytes, note: Any = None) -> None:
         """Store a part for good: its bytes, then its line."""
-        view = memoryview(raw).cast("B")
+        view = (raw.data if isinstance(raw, np.ndarray) else memoryview(raw)).cast("B")
         _write_at(self._fd, view, offset)
         line = {"part": name, "offset": offset, "nbytes": len(view), "crc32": zlib.crc32(view), "note": note}
         _write(self._journal, (json.dumps(line) + "\n").encode())

@@ -135,7 +135,7 @@ class Source:
                 place += [t.file.name, t.offset, t.nbytes, stat.st_size, stat.st_mtime_ns]
             h.update(json.dumps(place).encode())
             if t.values is not None:
-                h.update(np.ascontiguousarray(t.values).reshape(-1).view(np.uint8))
+                h.update(t.values.tobytes())
         return h.hexdigest()
 
 
