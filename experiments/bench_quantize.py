@@ -11,6 +11,7 @@ whether every tensor has the same type, and the relative errors of some tensors 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -102,7 +103,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         for name, command in commands.items():
             (ours if name == "qjax" else theirs).unlink(missing_ok=True)
             runs[name].append(measure(command))
-            print(name, runs[name][-1], flush=True)
+            print(name, runs[name][-1], file=sys.stderr, flush=True)
     results = {
         "weights": sum(int(np.prod(w.shape)) for w in weight_names(decoder)),
         "type": config.type,
@@ -160,16 +161,26 @@ def write_checkpoint(folder: Path, base: Path, decoder: DecoderConfig, seed: int
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Run a command to its end: wall and CPU seconds, peak resident megabytes (of the kernel's own count)."""
+    """Run a command to its end: wall and CPU seconds, peak resident megabytes.
+
+    The peak is the kernel's VmHWM, read while the process lives: wait4's ru_maxrss would begin at the size of the
+    process that started it.
+    """
     clock = time.perf_counter()
     pid = os.posix_spawn(command[0], command, os.environ)
-    _, status, usage = os.wait4(pid, 0)
+    peak = done = 0
+    while not done:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        time.sleep(0.0 if done else 0.02)
     if status:
         raise UserError(f"{' '.join(command[:4])} ... ended with status {os.waitstatus_to_exitcode(status)}")
     return {
         "seconds": round(time.perf_counter() - clock, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_rss_mb": round(usage.ru_maxrss / 1024, 1),
+        "peak_rss_mb": round(peak / 1024, 1),
     }
 
 
