@@ -1,6 +1,23 @@
-"""The one exception that means: the input is wrong, not the program."""
+"""The one exception that means: the input is wrong, not the program; and what exit status an exception stands for."""
+
+import errno
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: a file, a key, a name, a shape. Its message is one line that says what is
     wrong, where, and what would be right. The command line prints it and exits with 2."""
+
+
+# What the outside world does to a file is not a bug of this program.
+_WORLD = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
+    errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOTEMPTY, errno.EXDEV,
+}  # fmt: skip
+
+
+def exit_status(error: BaseException) -> int:
+    """2 for a user's mistake or the file system's refusal, 130 for Ctrl-C, 1 for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    world = isinstance(error, OSError) and error.errno in _WORLD
+    return 2 if world or isinstance(error, UserError) else 1

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qjax.errors import UserError
+from qjax.errors import UserError, exit_status
 from qjax.io.atomic import write_text
 
 PACKAGES = ("qjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gguf", "tokenizers", "safetensors")
@@ -89,7 +89,7 @@ def record(
         yield manifest
         status = 0
     except BaseException as error:
-        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        status = exit_status(error)
         problem = f"{type(error).__name__}: {error}"
         raise
     finally:
@@ -98,8 +98,11 @@ def record(
             "exit_status": status,
             "error": problem,
         }
-        with contextlib.suppress(OSError if status else ()):  # a full disk must not hide what went wrong
+        try:
             write_json(out / "manifest.json", manifest)
+        except UserError:
+            if not status:  # a full disk must not hide what went wrong before
+                raise
 
 
 def describe(
@@ -123,12 +126,17 @@ def describe(
         "device": {"backend": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
-        "inputs_sha256": {str(path): sha256(path) for path in dict.fromkeys(named)},
+        "inputs_sha256": {_short(path): sha256(path) for path in dict.fromkeys(named)},
         "seeds": _seeds(config),
         "wall_seconds": None,
         "exit_status": None,
         "error": None,
     }
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where it lies below."""
+    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)
 
 
 def sha256(path: Path) -> str:

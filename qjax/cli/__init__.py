@@ -7,14 +7,13 @@ Results go to standard output, progress and complaints to standard error.
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from qjax.errors import UserError
+from qjax.errors import UserError, exit_status
 
 # name: (module, class, what it does). A command's module is imported only when it is called.
 COMMANDS = {
@@ -41,12 +40,6 @@ Start with:
     qjax generate small.gguf --prompt "def main("
 """
 
-# What the outside world does to a file is not a bug of this program.
-_USER_ERRNO = {
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
-    errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOTEMPTY, errno.EXDEV,
-}  # fmt: skip
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
@@ -66,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno in _USER_ERRNO:
+        if exit_status(error) == 2:
             name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
             return _complain(f"{name}{error.strerror}")
         return _bug(error)
@@ -81,9 +74,12 @@ def _dispatch(args: list[str]) -> int:
         print(HELP.format(commands="\n".join(lines)), end="", file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
     if args[0] == "--version":
-        from importlib.metadata import version
+        from importlib import metadata
 
-        print(f"qjax {version('qjax')}")
+        try:
+            print(f"qjax {metadata.version('qjax')}")
+        except metadata.PackageNotFoundError:
+            print("qjax from a source tree that is not installed")
         return 0
     if args[0] not in COMMANDS:
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -39,7 +39,7 @@ class Evaluate:
         model = load_with_tokenizer(self.model)
         from qjax.evaluate.judge import baseline_of, judge
 
-        cut = {"protocol": self.protocol, "context": self.ctx, "limit": self.limit}
+        cut: dict[str, Any] = {"protocol": self.protocol, "context": self.ctx, "limit": self.limit}
         if self.baseline is None:
             with progress_bar(self.model, "windows") as progress:
                 found = judge(model, text, **cut, name=self.model, progress=progress)
@@ -51,7 +51,7 @@ class Evaluate:
                 found = judge(model, baseline=ran, name=self.model, progress=progress)
         numbers = {"text": str(self.text), "baseline": self.baseline, **found.to_json()}
         if not output.write_json(self.json, numbers):
-            output.table(("", ""), _lines(found), numbers=(1,))
+            output.pairs(_lines(found))
 
 
 def _lines(found) -> list[tuple[str, str]]:
@@ -68,12 +68,12 @@ def _lines(found) -> list[tuple[str, str]]:
     return [
         *lines,
         ("baseline's perplexity", f"{d.base_perplexity:.4f} ± {d.base_perplexity_se:.4f}"),
-        ("ln(perplexity ratio)", f"{d.log_ratio:.6f} ± {d.log_ratio_se:.6f}"),
-        ("KL divergence, mean", f"{d.kl_mean:.6f} ± {d.kl_mean_se:.6f}"),
-        ("KL divergence, median", f"{d.kl_median:.6f}"),
-        ("KL divergence, 99 %", f"{d.kl_p99:.6f}"),
-        ("KL divergence, 99.9 %", f"{d.kl_p999:.6f}"),
-        ("KL divergence, max", f"{d.kl_max:.6f}"),
-        ("same top token", f"{d.same_top_percent:.3f} ± {d.same_top_percent_se:.3f} %"),
+        ("ln(perplexity ratio)", f"{d.log_ratio:.4g} ± {d.log_ratio_se:.2g}"),
+        ("KL divergence, mean", f"{d.kl_mean:.4g} ± {d.kl_mean_se:.2g}"),
+        ("KL divergence, median", f"{d.kl_median:.4g}"),
+        ("KL divergence, 99 %", f"{d.kl_p99:.4g}"),
+        ("KL divergence, 99.9 %", f"{d.kl_p999:.4g}"),
+        ("KL divergence, max", f"{d.kl_max:.4g}"),
+        ("same top token", f"{d.same_top_percent:.2f} ± {d.same_top_percent_se:.2f} %"),
         ("RMS change of the true token's probability", f"{d.rms_dp_percent:.3f} ± {d.rms_dp_percent_se:.3f} %"),
     ]

@@ -47,7 +47,7 @@ class Generate:
         prompt = tokenizer.encode(self.prompt)
         if tokenizer.add_bos and tokenizer.bos is not None and prompt[:1] != [tokenizer.bos]:
             prompt = [tokenizer.bos, *prompt]
-        stop = {tokenizer.eos} - {None}
+        stop = set() if tokenizer.eos is None else {tokenizer.eos}
         made: list[int] = []
         shown = tokenizer.decode(prompt)
         print(shown, end="", flush=True)

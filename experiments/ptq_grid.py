@@ -1,0 +1,125 @@
+"""Every format on one model: what each costs in bits, and what it does to the predictions.
+
+    qjax run configs/quickstart.toml
+
+An entry of `formats` is a GGUF mix by its llama-quantize name (Q4_K_M), or a format for every matrix (NF4, int4_g128;
+`pure:Q4_0` where a mix has that name too). The float model runs once; every quantized one is judged on the same
+windows: perplexity, KL(float || quantized), how often both find the same token most probable. Weights are rounded to
+nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qjax import rundir
+from qjax.errors import UserError
+from qjax.evaluate import plots, report
+from qjax.evaluate.judge import Judgement, baseline_of, judge
+from qjax.evaluate.perplexity import PROTOCOLS
+from qjax.evaluate.sizes import TensorRow, named_leaves, tensor_rows
+from qjax.io.checkpoint import load, save
+from qjax.models import stdlib_text
+from qjax.models.model import Model
+from qjax.pipeline import quantize_params
+from qjax.plan import Plan, decoder_weights
+from qjax.plan.named import plan_named
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to quantize, how, and what to judge it on."""
+
+    model: str = "reference"  # Hugging Face directory, .gguf, llama2.c .bin or built-in name
+    formats: tuple[str, ...] = ("Q8_0", "Q4_K_M", "NF4", "int4_g128")  # mixes and formats
+    text: Path | None = None  # UTF-8; none: the held-out modules of Python's standard library
+    tokens: int = 16_384  # judged from the start of the text, in whole windows
+    context: int | None = None  # tokens a window; none: the protocol's, or the model's if shorter
+    protocol: str = "llama.cpp"
+    gguf: str = "Q4_K_M"  # the entry written as a GGUF file; "" for none
+    shown: str = "Q4_K_M"  # the entry whose error by layer and weight grid the report draws; "" for none
+
+
+def run(config: Config, out: Path) -> dict:
+    """Fill `out` with metrics.jsonl, report.html and its plots, and one GGUF file. Returns the table's rows."""
+    if not config.formats:
+        raise UserError('formats: the list is empty; name at least one, as in formats = ["Q4_K_M"]')
+    for key in ("gguf", "shown"):
+        if getattr(config, key) not in ("", *config.formats):
+            raise UserError(f"{key}: {getattr(config, key)!r} is not among the formats")
+    model = load(config.model)
+    plans = {name: plan_named(name, model.config) for name in config.formats}
+    for plan in plans.values():  # what does not fit fails before any work
+        plan.assign(decoder_weights(model.config))
+    rows, tensors = grid(config, model, plans, out)
+    rows.sort(key=lambda row: -row.sizes.whole_bits)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(report.table(rows))
+
+    manifest = json.loads(path.read_text()) if (path := out / "manifest.json").is_file() else None
+    text = path.read_text() if (path := out / "config.toml").is_file() else None
+    page = report.write_report(
+        out, rows,
+        title=f"{config.model}: {len(plans)} formats", plots=pictures(config, model, rows, tensors), tensors=tensors,
+        config=text, manifest=manifest, notes="Every weight rounded to the nearest level of each format.",
+    )  # fmt: skip
+    print(f"report: {page}")
+    if config.gguf:
+        print(f"GGUF:   {out / f'{config.gguf}.gguf'}")
+    return {"rows": [row.to_json() for row in rows]}
+
+
+def grid(
+    config: Config, model: Model, plans: dict[str, Plan], out: Path
+) -> tuple[list[Judgement], dict[str, list[TensorRow]]]:
+    """Quantize and judge, one entry at a time; only one quantized model is in memory."""
+    text = stdlib_text.heldout_text() if config.text is None else config.text.read_text(encoding="utf-8")
+    window = config.context or min(PROTOCOLS.get(config.protocol, 512), model.config.context)
+    tensors = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("float baseline", total=len(plans) + 1)
+        baseline = baseline_of(
+            model, text, protocol=config.protocol, context=window, limit=max(1, config.tokens // window)
+        )
+        rows = [judge(model, baseline=baseline, name="float32")]
+        rundir.log(out, rows[0].to_json())
+        for name, plan in plans.items():
+            bar.update(task, description=name, advance=1)
+            clock = time.perf_counter()
+            qparams, _ = quantize_params(model.params, plan)
+            jax.block_until_ready(qparams)
+            seconds = time.perf_counter() - clock
+            quantized = dataclasses.replace(model, params=qparams)
+            rows.append(judge(quantized, baseline=baseline, name=name, encode_seconds=seconds))
+            rundir.log(out, rows[-1].to_json())
+            if name in (config.shown, config.gguf):
+                tensors[name] = tensor_rows(qparams, model.params)
+            if name == config.gguf:
+                save(quantized, out / f"{name}.gguf", name=f"{config.model} {name}")
+    return rows, tensors
+
+
+def pictures(
+    config: Config, model: Model, rows: list[Judgement], tensors: dict[str, list[TensorRow]]
+) -> dict[str, bytes]:
+    """Caption -> PNG: both Pareto fronts, and for the entry `shown` its error by layer and the weights on its grid."""
+    made = {"KL divergence against bits": plots.pareto_plot(rows, "kl")}
+    made["Perplexity against bits"] = plots.pareto_plot(rows, "perplexity")
+    if config.shown:
+        drawn = tensors[config.shown]
+        made["Error by layer"] = plots.error_heatmap(drawn, f"{config.shown}: relative error of the weights, %")
+        middle = [row for row in drawn if row.path.endswith("mlp/up/kernel")]
+        row = middle[len(middle) // 2]
+        axis = -2  # a flax kernel (in, out) is contracted along `in`
+        made["Weights on the grid"] = plots.weight_histogram(
+            named_leaves(model.params)[row.path], row.format, axis, f"{row.path} in {row.format}"
+        )
+    return made
