@@ -173,6 +173,10 @@ def config_to_gguf(config: DecoderConfig) -> dict[str, Any]:
     if c.family not in FAMILIES:
         raise UserError(f"family {c.family!r} is unknown; known: {', '.join(FAMILIES)}")
     arch = family_of(c).arch
+    if arch == "qwen2" and c.heads * c.head_dim != c.dim:
+        raise UserError(
+            f"llama.cpp's qwen2 wants heads x head_dim = embedding_length, got {c.heads} x {c.head_dim} and {c.dim}"
+        )
     keys: dict[str, Any] = {
         "vocab_size": c.vocab,
         "context_length": c.context,

@@ -174,7 +174,7 @@ def test_weight_names_of_a_llama_and_a_gemma():
 
     qwen = {w.path: w for w in weight_names(config_from_hf(TINY["qwen2"]))}
     assert qwen["layers_1", "attn", "k", "bias"].hf == "model.layers.1.self_attn.k_proj.bias"
-    assert qwen["layers_1", "attn", "k", "bias"].shape == (32,)
+    assert qwen["layers_1", "attn", "k", "bias"].shape == (24,)
 
 
 def test_published_llama3_scaling_survives_gguf_as_a_formula():
@@ -199,6 +199,11 @@ def test_gguf_defaults_are_llama_cpps():
         "tokenizer.ggml.tokens": ["a", "b", "c"],
     }
     assert config_from_gguf(meta, tied=True) == DecoderConfig(3, 32, 48, 2, 4, 2, 8, context=64, tied=True)
+
+
+def test_head_sizes_llama_cpp_cannot_load():
+    with pytest.raises(UserError, match="4 x 16 and 48"):
+        config_to_gguf(config_from_hf(TINY["qwen2"] | {"head_dim": 16}))
 
 
 def test_gemma_27b_scores_are_llama_cpps():
@@ -285,7 +290,7 @@ def test_bad_rope_freqs(bad):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_family_cannot_say_is_an_error(family):
-    plain = config_from_hf(TINY["llama"] | {"model_type": family, "query_pre_attn_scalar": 16})
+    plain = config_from_hf(TINY["llama"] | {"model_type": family, "query_pre_attn_scalar": 12, "head_dim": 12})
     wrong = {"norm_offset": 0.5} if family.startswith("gemma") else {"post_norms": True}
     for write in (config_to_hf, config_to_gguf):
         with pytest.raises(UserError, match=next(iter(wrong))):

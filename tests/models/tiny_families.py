@@ -37,9 +37,10 @@ TINY = {
     "llama-v5-spelling": {"model_type": "llama", "rope_parameters": _LLAMA3 | {"rope_theta": 1000.0}},
     "mistral": {"model_type": "mistral", "sliding_window": 7},
     "mistral-full": {"model_type": "mistral", "sliding_window": None},
-    "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
+    "qwen2": {"model_type": "qwen2", "head_dim": None, "rope_theta": 1e6},
     "qwen2-window": {
         "model_type": "qwen2",
+        "head_dim": None,
         "use_sliding_window": True,
         "sliding_window": 7,
         "max_window_layers": 1,
