@@ -102,8 +102,8 @@ def make_baseline(
     A decoder needs `dim` floats a scored token, 16 to 32 times less than its logits.
     """
     network = as_network(network)
-    tokens = jax.ShapeDtypeStruct((1, windows.context), jnp.int32)
-    one = jax.eval_shape(lambda p, t: network.trunk(p, t)[:, windows.first : -1], params, tokens)
+    window = jax.ShapeDtypeStruct((1, windows.context), jnp.int32)
+    one = jax.eval_shape(lambda p, t: network.trunk(p, t)[:, windows.first : -1], params, window)
     shape = (len(windows), *one.shape[1:])
     if math.prod(shape) * one.dtype.itemsize > cache_bytes:
         return Baseline(network, params, windows)

@@ -165,12 +165,13 @@ def windows_of(
     _check_context(context, model)
     tokenizer = model.tokenizer
     bos = tokenizer.bos if tokenizer is not None and tokenizer.add_bos else None
+    ids: Sequence[int] | np.ndarray
     if isinstance(text, str):
         if tokenizer is None:
             raise UserError("the model has no tokenizer; give token ids instead of text")
         ids = list(tokenizer.encode(text))
         if bos is not None:
-            ids = ids[1:] if ids[:1] == [bos] else ids
+            ids = ids[1:] if ids and ids[0] == bos else ids
             ids = [bos, *ids] if protocol == "llama.cpp" else ids
     else:
         ids = text
