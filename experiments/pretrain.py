@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qjax.io.checkpoint import save
-from qjax.io.tokenizer import load_tokenizer
+from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models import stdlib_text
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
@@ -107,6 +107,8 @@ def run(config: Config, out: Path) -> dict:
     else:
         tokenizer = train_tokenizer(texts, config.vocab)
         tokenizer.save(str(out / "tokenizer.json"))
+        special = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+        (out / "tokenizer_config.json").write_text(json.dumps(special))
     tokens = token_stream(tokenizer, texts)
     heldout = token_stream(tokenizer, [stdlib_text.heldout_text()])
     width = config.context + 1
@@ -177,5 +179,7 @@ def run(config: Config, out: Path) -> dict:
                     manager.save(done, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
     params = jax.tree.map(np.asarray, state["params"])
-    save(Model(architecture, params, load_tokenizer(out)), out / "model", dtype="bfloat16")
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+    save(Model(architecture, params, read_tokenizer(out)), out / "model", dtype="bfloat16")
     return result | {"model": str(out / "model")}
