@@ -180,7 +180,7 @@ class _Cursor:
     """A place in the file that only moves forward, by amounts it has checked."""
 
     def __init__(self, path: Path, data: np.ndarray):
-        self.path, self.data, self.size, self.at = path, memoryview(data), len(data), 0
+        self.path, self.data, self.size, self.at = path, data.data, len(data), 0
 
     def error(self, what: str) -> UserError:
         return UserError(f"{self.path}: corrupt GGUF file: {what}")

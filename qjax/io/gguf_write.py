@@ -76,7 +76,9 @@ def layout(metadata: Mapping[str, Any], infos: Sequence[TensorInfo]) -> Layout:
     """
     metadata = {k: v for k, v in metadata.items() if k != "general.alignment"}  # always the default here
     kv = b"".join(_string(key) + _value(key, value) for key, value in metadata.items())
-    table, offsets, at = [], {}, 0
+    table: list[bytes] = []
+    offsets: dict[str, int] = {}
+    at = 0
     for info in infos:
         _check(info, offsets)
         dims = struct.pack(f"<{len(info.shape)}Q", *reversed(info.shape))
@@ -116,7 +118,7 @@ def write_gguf(
 
 def write_tensor(f: BinaryIO, info: TensorInfo, tensor: np.ndarray | bytes) -> None:
     """Write one tensor's bytes and their padding at the file's position."""
-    raw = tensor if isinstance(tensor, bytes) else np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    raw = tensor if isinstance(tensor, bytes) else np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
     if len(raw) != info.nbytes:
         raise UserError(
             f"tensor {info.name!r} ({info.type} {list(info.shape)}) takes {info.nbytes} bytes, got {len(raw)}"

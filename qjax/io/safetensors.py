@@ -160,7 +160,7 @@ def write_file(
                 raise UserError(
                     f"tensor {name!r}: expected {dtype}{list(shape)}, got {tensor.dtype}{list(tensor.shape)}"
                 )
-            f.write(tensor.reshape(-1).view(np.uint8))
+            f.write(tensor.reshape(-1).view(np.uint8).data)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Stored]]:

@@ -152,7 +152,7 @@ def tokenizer_from_gguf(meta: Mapping[str, Any], pre: str | None = None) -> Toke
     }
     add_bos = meta.get("tokenizer.ggml.add_bos_token")
     template = meta.get("tokenizer.chat_template")
-    common = {**special, "chat_template": template if isinstance(template, str) else None}
+    common: dict[str, Any] = {**special, "chat_template": template if isinstance(template, str) else None}
     if model == "gpt2":
         merges = _column(meta, "merges", str)
         pre = pre or meta.get("tokenizer.ggml.pre")

@@ -98,7 +98,7 @@ def _from_json(path: Path, settings: Mapping[str, Any], config: Mapping[str, Any
     if backend.post_processor is None:
         begin_with_bos(backend, tokens, special["bos"], add_bos)
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
-    common = {**special, "add_bos": add_bos, "chat_template": _template(path.parent, settings)}
+    common: dict[str, Any] = {**special, "add_bos": add_bos, "chat_template": _template(path.parent, settings)}
     if kind == "bpe":
         joined = tuple(" ".join(m) for m in merges)
         return Tokenizer(backend, "bpe", tuple(tokens), tuple(types), merges=joined, pre=pre_of(spec), **common)

@@ -159,30 +159,31 @@ def _typed(value: Any, kind: type) -> Any:
 def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
     """The (number, value) pairs of a protobuf message: ints, or bytes for everything of a length."""
     at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = 0
-        for shift in range(0, 70, 7):
-            if at >= len(raw):
-                raise ValueError("it is truncated")
-            byte = raw[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError("a number is too long")
-
     while at < len(raw):
-        key = varint()
+        key, at = _varint(raw, at)
         number, wire = key >> 3, key & 7
         if wire == 0:
-            yield number, varint()
+            value, at = _varint(raw, at)
+            yield number, value
             continue
         if wire not in (1, 2, 5):
             raise ValueError(f"unknown wire type {wire}")
-        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        size, at = _varint(raw, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
         if size > len(raw) - at:
             raise ValueError("it is truncated")
         at += size
         yield number, raw[at - size : at]
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    """The number at a place, seven bits a byte, and the place behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(raw):
+            raise ValueError("it is truncated")
+        byte = raw[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number is too long")

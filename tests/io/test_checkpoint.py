@@ -291,7 +291,8 @@ def test_transformers_reads_our_folder(model, tmp_path, varied_text):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     qjax.save(model, tmp_path / "m")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    # AutoTokenizer gives every qwen2 the pre-tokenizer of Qwen2, whatever its tokenizer.json says.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
     assert tokenizer(varied_text).input_ids == model.tokenizer.encode(varied_text, bos=True)
     ids = np.array([[0, *range(7, 100, 5)]])
     with torch.no_grad():
