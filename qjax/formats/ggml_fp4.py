@@ -8,8 +8,8 @@ T = 0 1 2 3 4 6 8 12 and, with bit 3 set, their negatives (both zeros are +0). B
 holds weight j in its low nibble and weight j + 16 (j + 8) in its high nibble. NVFP4's second-level scale is a tensor
 of its own in the file (`<name>.scale`) and not part of the format. Layouts: ggml-common.h of llama.cpp.
 
-Without importance `encode` gives ggml's exact bytes: e = floor(log2 absmax) - 2, s = ue4m3(absmax / 6), the nearest level, ties to
-the smaller. ggml ignores importance; here `weight` picks the best of a few neighbouring scales.
+Without importance `encode` gives ggml's exact bytes: e = floor(log2 absmax) - 2, s = ue4m3(absmax / 6), the nearest
+level, ties to the smaller. ggml ignores importance; here `weight` picks the best of a few neighbouring scales.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ trit highest; multiplying the byte by 3^k and keeping 8 bits moves trit k to the
 TQ2_0: byte m of each half of 32 bytes holds weights m, m + 32, m + 64, m + 96 from its lowest bits up.
 Layouts: ggml-common.h of llama.cpp.
 
-Without importance `encode` gives ggml's exact bytes: d = absmax. ggml ignores importance here; `fit` with `weight` searches d,
-which matters for weights that are not ternary yet.
+Without importance `encode` gives ggml's exact bytes: d = absmax. ggml ignores importance here; `fit` with `weight`
+searches d, which matters for weights that are not ternary yet.
 """
 
 from __future__ import annotations

@@ -18,7 +18,13 @@ from jax import Array, lax
 from qjax.formats.blocks import round_fp16
 from qjax.formats.exact import reciprocal
 
+Best = tuple[Array, Array, Array]  # d, m, error
+
 _POLISH = 3
+_STRETCH = np.arange(
+    -2.0, 2.01, 0.4
+)  # the level of the maximum less that of the minimum, from the highest code
+_SHIFT = (-0.8, -0.4, 0.0, 0.4, 0.8)  # the level of the minimum
 _SMALL = 1e-30  # blocks below have no fp16 scale; kept from dividing by zero
 _LARGEST = 65504.0
 
@@ -36,9 +42,7 @@ def search_scale(x: Array, weight: Array, start: Array, low: int, high: int) -> 
     """
     u, unit = _normalized(x, jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     v = _relative(weight)
-    far = max(-low, high)
-    near = np.arange(-0.9, 0.91, 0.1) * max(1, far / 32)
-    levels = jnp.asarray(np.concatenate([far + near, -far - near]), jnp.float32)
+    levels = jnp.asarray(_levels(low, high), jnp.float32)
 
     def codes(inverse: Array) -> Array:
         return jnp.clip(jnp.round(u * inverse), low, high)
@@ -78,10 +82,10 @@ def search_scale_min(x: Array, weight: Array, start: tuple[Array, Array], high: 
     u, unit = _normalized(x - least, jnp.max(x, axis=-1, keepdims=True) - least)
     v = _relative(weight)
     sum_v, sum_u = _sum(v), _sum(v * u)
-    levels = jnp.asarray(high + np.arange(-0.9, 0.91, 0.05), jnp.float32)
+    trials = jnp.asarray([(high + a, b) for a in _STRETCH for b in _SHIFT], jnp.float32)
 
-    def codes(t: Array | float, inverse: Array) -> Array:
-        return jnp.clip(jnp.round((u - t) * inverse), 0, high)
+    def codes(d: Array, m: Array) -> Array:
+        return jnp.clip(jnp.round((u - (m - least) / unit) * reciprocal(d / unit)), 0, high)
 
     def solve(l: Array) -> tuple[Array, Array]:
         vl = v * l
@@ -91,27 +95,48 @@ def search_scale_min(x: Array, weight: Array, start: tuple[Array, Array], high: 
         t = (m - least) / unit  # the scale is solved again for the minimum as stored
         return _fp16((sum_ul - t * sum_l) * reciprocal(sum_ll) * unit), m
 
-    def error(d: Array, m: Array) -> Array:
-        s, t = d / unit, (m - least) / unit
-        return _sum(v * jnp.square(u - t - s * codes(t, reciprocal(s))))
-
-    def keep(best: tuple[Array, Array, Array], dm: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        e = error(*dm)
+    def keep(best: Best, l: Array) -> tuple[Best, Array]:
+        """The better of the best and the solution for codes l; and the codes that solution rounds to."""
+        d, m = solve(l)
+        e, l = error(d, m)
         better = e < best[2]
         return (
-            jnp.where(better, dm[0], best[0]),
-            jnp.where(better, dm[1], best[1]),
+            jnp.where(better, d, best[0]),
+            jnp.where(better, m, best[1]),
             jnp.where(better, e, best[2]),
-        )
+        ), l
 
-    def polish(i: int, b: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        return keep(b, solve(codes((b[1] - least) / unit, reciprocal(b[0] / unit))))
+    def error(d: Array, m: Array) -> tuple[Array, Array]:
+        l = codes(d, m)
+        return _sum(v * jnp.square(u - (m - least) / unit - d / unit * l)), l
 
-    first = error(*start)
+    def trial(i: Array, best: Best) -> Best:
+        best, l = keep(best, jnp.clip(jnp.round(u * trials[i, 0] + trials[i, 1]), 0, high))
+        return keep(best, l)[0]
+
+    def polish(i: Array, best: Best) -> Best:
+        return keep(best, codes(best[0], best[1]))[0]
+
+    first, _ = error(*start)
     best = (*start, jnp.where(jnp.isnan(first), jnp.inf, first))
-    best = lax.fori_loop(0, len(levels), lambda i, b: keep(b, solve(codes(0.0, levels[i]))), best)
+    best = lax.fori_loop(0, len(trials), trial, best)
     best = lax.fori_loop(0, _POLISH, polish, best)
     return best[0], best[1]
+
+
+def _levels(low: int, high: int) -> np.ndarray:
+    """Where to put the largest magnitude: around the outermost level, and beyond it (the weight is then clipped).
+
+    Both directions where the range is lopsided, as the block's peak may be the one or the other end.
+    """
+    far = max(-low, high)
+    if far == 1:
+        levels = np.geomspace(0.55, 16, 48)
+    else:
+        levels = np.concatenate(
+            [far + np.arange(-0.9, 0.91, 0.1) * max(1, far / 32), far * np.linspace(1.15, 1.6, 10)]
+        )
+    return levels if low == -high else np.concatenate([levels, -levels])
 
 
 def _sum(x: Array) -> Array:
