@@ -84,7 +84,8 @@ def grid(
     window = config.context or min(PROTOCOLS.get(config.protocol, 512), model.config.context)
     tensors = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("float baseline", total=len(plans) + 1)
         baseline = baseline_of(
             model, text, protocol=config.protocol, context=window, limit=max(1, config.tokens // window)

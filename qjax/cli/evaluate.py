@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qjax.cli import output
-from qjax.cli.model import MODEL_HELP, load_with_tokenizer, progress_bar, read_text
+from qjax.cli.model import MODEL_HELP, load_with_tokenizer, read_text
+from qjax.cli.progress import count_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Evaluate:
 
         cut: dict[str, Any] = {"protocol": self.protocol, "context": self.ctx, "limit": self.limit}
         if self.baseline is None:
-            with progress_bar(self.model, "windows") as progress:
+            with count_bar(self.model, "windows") as progress:
                 found = judge(model, text, **cut, name=self.model, progress=progress)
         else:
             base = load_with_tokenizer(self.baseline)
-            with progress_bar(f"baseline {self.baseline}", "windows") as progress:
+            with count_bar(f"baseline {self.baseline}", "windows") as progress:
                 ran = baseline_of(base, text, **cut, progress=progress)
-            with progress_bar(self.model, "windows") as progress:
+            with count_bar(self.model, "windows") as progress:
                 found = judge(model, baseline=ran, name=self.model, progress=progress)
         numbers = {"text": str(self.text), "baseline": self.baseline, **found.to_json()}
         if not output.write_json(self.json, numbers):

@@ -1,9 +1,7 @@
-"""What several commands share: loading a MODEL argument, reading a text, a progress bar."""
+"""What several commands share: loading a MODEL argument, reading a text."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,25 +36,3 @@ def read_text(path: Path, option: str) -> str:
     if not text.strip():
         raise UserError(f"{option} {path}: the file is empty")
     return text
-
-
-@contextlib.contextmanager
-def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error with rate and time left; yields a function (done, total).
-
-    The first call may come late (after a compilation), so the rate is that of the work itself.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn("{task.fields[rate]}")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, rate="")
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            speed = bar.tasks[task].speed
-            bar.update(task, rate=f"{speed:.3g} {unit}/s" if speed else "")
-
-        yield advance

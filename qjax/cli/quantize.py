@@ -12,6 +12,7 @@ import tyro
 
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP
+from qjax.cli.progress import bytes_bar
 from qjax.cli.recipes import RECIPES
 from qjax.errors import UserError
 
@@ -77,7 +78,7 @@ class Quantize:
         else:
             assert self.type is not None
             plan = self.type if is_mix(self.type) else plan_named(self.type, open_source(path).config)
-        with output.bytes_bar(f"quantize {self.model}") as progress:
+        with bytes_bar(f"quantize {self.model}") as progress:
             return quantize_file(
                 path, self.out, plan,
                 requantize=self.requantize, progress=progress, notify=lambda line: print(line, file=sys.stderr),

@@ -1,0 +1,49 @@
+"""Progress on standard error, with rate and time left; silent where that is no terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over things that are counted; yields a function (done, of all)."""
+    from rich.progress import MofNCompleteColumn, TextColumn
+
+    with _bar(what, MofNCompleteColumn(), TextColumn("{task.fields[note]}")) as update:
+
+        def advance(done: int, total: int) -> None:
+            speed = update(done, total, "")
+            update(done, total, f"{speed:.3g} {unit}/s" if speed else "")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over bytes; yields a function (item, bytes done, of all)."""
+    from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
+
+    columns = DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[note]}")
+    with _bar(what, *columns) as update:
+        yield lambda item, done, total: update(done, total, item) and None
+
+
+@contextlib.contextmanager
+def _bar(what, *columns):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(what, total=None, note="")
+
+        def update(done: int, total: int, note: str) -> float | None:
+            bar.update(task, completed=done, total=total, note=note)
+            return bar.tasks[0].speed
+
+        yield update
