@@ -107,8 +107,6 @@ def run(config: Config, out: Path) -> dict:
     else:
         tokenizer = train_tokenizer(texts, config.vocab)
         tokenizer.save(str(out / "tokenizer.json"))
-        special = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-        (out / "tokenizer_config.json").write_text(json.dumps(special))
     tokens = token_stream(tokenizer, texts)
     heldout = token_stream(tokenizer, [stdlib_text.heldout_text()])
     width = config.context + 1

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_models import random_params
 
 import qjax
 from qjax.errors import UserError
@@ -39,8 +40,6 @@ def equal(a, b):
 
 @pytest.fixture(params=FAMILIES)
 def model(request, llama_model, bpe):
-    from conftest import random_params
-
     config = dataclasses.replace(llama_model.config, **FAMILIES[request.param])
     return Model(config, random_params(config), bpe)
 
