@@ -169,10 +169,7 @@ def windows_of(
     if isinstance(text, str):
         if tokenizer is None:
             raise UserError("the model has no tokenizer; give token ids instead of text")
-        ids = list(tokenizer.encode(text))
-        if bos is not None:
-            ids = ids[1:] if ids and ids[0] == bos else ids
-            ids = [bos, *ids] if protocol == "llama.cpp" else ids
+        ids = tokenizer.encode(text, bos=protocol == "llama.cpp")
     else:
         ids = text
     windows = cut_windows(ids, protocol, context, bos=bos, limit=limit)

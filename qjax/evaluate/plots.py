@@ -75,7 +75,7 @@ def pareto_plot(rows: Sequence[Judgement], metric: str = "kl", title: str = "") 
     axes.set_title(title or heading, loc="left", fontweight="bold")
     axes.margins(0.08, 0.08)
     axes.legend(frameon=False, loc="upper right")
-    _label_points(axes, x, y, [n["name"] for n in numbers])
+    _label_points(figure, axes, x, y, [n["name"] for n in numbers])
     return _png(figure)
 
 
@@ -169,7 +169,7 @@ def weight_histogram(w: Array | np.ndarray, format: str | Format, axis: int = -1
     figure, *panels = _figure(11.0, 4.2, panels=1 if place is None else 2)
     axes = panels[0]
     reach = float(np.quantile(np.abs(values), 0.9995)) or 1.0
-    bins = np.linspace(-reach, reach, 161)
+    bins = np.linspace(-reach, reach, 161).tolist()
     axes.hist(decoded, bins, color=FRONT, alpha=0.45, label=f"{fmt.name}", linewidth=0)
     heights, *_ = axes.hist(values, bins, color=INK, histtype="step", linewidth=1.1, label="weights")
     axes.set_ylim(0, min(axes.get_ylim()[1], 2.5 * float(np.max(heights))))  # the zeros of a coarse grid tower
@@ -181,7 +181,7 @@ def weight_histogram(w: Array | np.ndarray, format: str | Format, axis: int = -1
     if place is not None and levels is not None:
         axes = panels[1]
         edge = 0.5 / max(len(levels) - 1, 1)
-        axes.hist(place, np.linspace(-edge, 1 + edge, 161), color=POINT, alpha=0.75, linewidth=0)
+        axes.hist(place, np.linspace(-edge, 1 + edge, 161).tolist(), color=POINT, alpha=0.75, linewidth=0)
         for level in levels:
             axes.axvline(level, color=FRONT, linewidth=1, alpha=0.9)
         axes.set_xlabel("position between the first and the last level of the weight's block")
@@ -198,19 +198,22 @@ def _grid_positions(q: Any, values: np.ndarray) -> tuple[np.ndarray | None, np.n
     if not 1 < len(used) <= GRID_LEVELS:
         return None, None
     levels = np.stack([np.asarray(q.format.decode(scales, jnp.full_like(codes, c))).ravel() for c in used])
-    order = np.argsort(np.median(levels * np.sign(levels[-1] - levels[0])[None, :], axis=1))
+    # A negative scale turns a block's grid around, so levels are ordered by code, as the code farthest from 0 points.
+    turned = np.sign(levels[np.argmax(np.abs(levels).max(axis=1))])
+    order = np.argsort(np.median(levels * turned[None, :], axis=1))
     first, last = levels[order[0]], levels[order[-1]]
+    if np.median(last - first) < 0:
+        first, last = last, first
     live = last != first  # blocks of one value have no grid
     if not live.any():
         return None, None
     width = (last - first)[live]
     relative = np.median((levels[:, live] - first[live]) / width, axis=1)
-    return (values[live] - first[live]) / width, relative
+    return (values[live] - first[live]) / width, np.sort(relative)
 
 
-def _label_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
+def _label_points(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
     """Write each name beside its point, where it covers neither points nor names already written."""
-    figure = axes.figure
     figure.draw_without_rendering()
     points = axes.transData.transform(np.stack([x, y], axis=1))
     taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in points]

@@ -28,8 +28,8 @@ class Letters:
     eos: int | None = 2
     add_bos: bool = True
 
-    def encode(self, text):
-        return [ord(c) % 61 + 3 for c in text]
+    def encode(self, text, *, bos=False):
+        return [1] * (bos and self.add_bos) + [ord(c) % 61 + 3 for c in text]
 
 
 @pytest.fixture(scope="module")
