@@ -222,4 +222,5 @@ def plain(value: Any) -> Any:
 
 def command_line() -> list[str]:
     """How this process was started, for people to repeat: `qjax run ...`."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    name = Path(sys.argv[0]).name
+    return ["qjax" if name == "__main__.py" else name, *sys.argv[1:]]

@@ -23,8 +23,7 @@ CONFIG = DecoderConfig(vocab=384, dim=64, hidden=96, layers=2, heads=4, kv_heads
 TEXT = "def main(argv):\n    return [x for x in argv if x]\n" * 60
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def make_folder(path):
     """A random model in Hugging Face's layout, with a tokenizer trained on TEXT."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,12 +34,16 @@ def folder(tmp_path_factory):
     backend.train_from_iterator([TEXT], trainer)
     backend.add_special_tokens(special[2 : 2 + CONFIG.vocab - backend.get_vocab_size()])
     params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    path = tmp_path_factory.mktemp("models") / "tiny"
     qjax.save(Model(CONFIG, params, None), path)
     backend.save(str(path / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from qjax.cli import output
+
+ABOUT = {
+    "F32": "32-bit floats",
+    "F16": "16-bit floats",
+    "BF16": "bfloat16",
+    "Q4_0": "GGUF: 16 signed levels, one fp16 scale",
+    "Q4_1": "GGUF: 16 levels between the block's minimum and maximum",
+    "Q5_0": "GGUF: 32 signed levels, one fp16 scale",
+    "Q5_1": "GGUF: 32 levels between the block's minimum and maximum",
+    "Q8_0": "GGUF: signed bytes, one fp16 scale",
+    "Q2_K": "GGUF K-quant: 2 bits, 16 groups with 4-bit scales and minima",
+    "Q3_K": "GGUF K-quant: 3 bits signed, 16 groups with 6-bit scales",
+    "Q4_K": "GGUF K-quant: 4 bits, 8 groups with 6-bit scales and minima",
+    "Q5_K": "GGUF K-quant: 5 bits, 8 groups with 6-bit scales and minima",
+    "Q6_K": "GGUF K-quant: 6 bits signed, 16 groups with 8-bit scales",
+    "IQ4_NL": "GGUF: 16 levels spaced for bell-shaped weights, one fp16 scale",
+    "IQ4_XS": "GGUF: IQ4_NL's levels, 8 groups with 6-bit scales",
+    "TQ1_0": "GGUF: ternary, five weights in a byte",
+    "TQ2_0": "GGUF: ternary, four weights in a byte",
+    "MXFP4": "OCP microscaling: 4-bit floats (E2M1), a power of two per block",
+    "NVFP4": "4-bit floats (E2M1), an 8-bit float scale per 16",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +40,8 @@ class Formats:
         qjax formats
         qjax formats --json formats.json
 
-    These are the names `qjax.quantize`, plans and configs take. Block 0: the whole row shares its scales.
+    These are the names `qjax.quantize`, plans and configs take. Block 0: a whole row (or matrix) shares its scales.
+    Families with parameters know more names than are listed: int5_g64, uint3_g32_mse, NF4_b128_dq, FP8_E5M2_b64 ...
     """
 
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
@@ -33,7 +55,7 @@ class Formats:
                 "bits_per_weight": fmt.bits_per_weight,
                 "block": fmt.block,
                 "family": family.__name__.rsplit(".", 1)[-1],
-                "about": _first_sentence(fmt),
+                "about": about(fmt),
             }
             for family in FAMILIES
             for fmt in family.FORMATS
@@ -47,6 +69,25 @@ class Formats:
         )
 
 
-def _first_sentence(fmt: object) -> str:
-    about = getattr(fmt, "about", None) or inspect.getdoc(type(fmt)) or ""
-    return " ".join(about.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+def about(fmt: Any) -> str:
+    """One line on a format."""
+    if fmt.name in ABOUT:
+        return ABOUT[fmt.name]
+    kind = type(fmt).__name__
+    if kind == "IntegerFormat":
+        scale = f"a {fmt.scale} scale" if fmt.scale[0] != "u" else f"nested scales ({fmt.scale})"
+        words = [
+            f"{fmt.bits}-bit {'symmetric' if fmt.symmetric else 'affine'} integers",
+            f"{scale} per {fmt.group or 'row'}",
+            "" if fmt.zero in ("none", "int") else f"{fmt.zero} zeros",
+            "half-integer levels" if fmt.levels == "mid-rise" else "",
+            "searched for least squared error" if fmt.search == "mse" else "",
+        ]
+        return ", ".join(filter(None, words))
+    if kind == "Codebook":
+        levels = "16 quantiles of a normal (QLoRA)" if fmt.name.startswith("NF4") else "16 four-bit floats"
+        return f"bitsandbytes: {levels}, {'8-bit' if fmt.double else 'f32'} absmax per {fmt.block}"
+    if kind == "Float8":
+        per = {"channel": "row", "tensor": "matrix", "block": f"{fmt.block}"}[fmt.scope]
+        return f"8-bit floats {fmt.kind}, an f32 scale per {per}"
+    return ""
