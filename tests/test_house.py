@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "typing"},
     {"formats"},
     {"tensor"},
-    {"models", "io", "rounding"},
+    {"models", "io"},
     {"evaluate", "training"},
     {"plan"},
     {"pipeline"},

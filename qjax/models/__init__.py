@@ -1,0 +1,1 @@
+"""Plain flax models, with no quantization code in them."""
