@@ -23,7 +23,7 @@ from jax import lax
 
 from qjax.models.config import DecoderConfig, RopeScaling
 
-# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch, capacity, kv_heads, head_dim]}.
+# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch, kv_heads, capacity, head_dim]}.
 Cache = dict[str, Any]
 
 
@@ -54,11 +54,11 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
 
     Args:
       x: [batch, length, heads, head_dim].
-      positions: i32[1, length].
+      positions: i32[length].
       frequencies: f32[head_dim / 2].
     """
-    angle = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
-    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+    angle = positions[:, None].astype(jnp.float32) * frequencies[None, :]
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -83,21 +83,43 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
 
     Args:
       q: [b, t, heads, d].
-      k, v: [b, s, kv_heads, d].
-      mask: bool[1, t, s], True where a query may look.
+      k, v: [b, kv_heads, s, d].
+      mask: bool[t, s], True where a query may look.
 
     Returns: [b, t, heads * d].
     """
     b, t, heads, d = q.shape
-    kv = k.shape[2]
-    q = q.reshape(b, t, kv, heads // kv, d)
-    s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    kv, s = k.shape[1:3]
+    # The queries of a group are rows of one matrix: plain batched products, much faster on CPU than five-axis ones.
+    q = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, heads // kv * t, d)
+    scores = jnp.einsum("bkrd,bksd->bkrs", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
-        s = softcap * jnp.tanh(s / softcap)
-    s = jnp.where(mask[:, None, None, :, :], s, -1e30)
-    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    o = jnp.einsum("bkgts,bskd->btkgd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
-    return o.reshape(b, t, heads * d)
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[None, None, None], scores.reshape(b, kv, heads // kv, t, s), -1e30)
+    p = jax.nn.softmax(scores.reshape(b, kv, heads // kv * t, s), axis=-1).astype(v.dtype)
+    o = jnp.einsum("bkrs,bksd->bkrd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
+    return o.reshape(b, kv, heads // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d)
+
+
+def attend_causally(q, k, v, window: int | None, scale: float, softcap: float | None):
+    """`attend` among the positions of one sequence, query i seeing keys i-window+1..i.
+
+    Queries go in up to four blocks, each with only the keys that its mask leaves: 3/8 less work at equal results.
+    """
+    t, blocks = q.shape[1], []
+    size = max(128, -(-t // 4))
+    for first in range(0, t, size):
+        last = min(first + size, t)
+        oldest = 0 if window is None else max(0, first - window + 1)
+        mask = visible(jnp.arange(first, last), jnp.arange(oldest, last), window)
+        blocks.append(attend(q[:, first:last], k[:, :, oldest:last], v[:, :, oldest:last], mask, scale, softcap))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+    """Which key positions [s] the query positions [t] may look at: bool[t, s]."""
+    distance = queries[:, None] - keys[None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 class Attention(nn.Module):
@@ -122,22 +144,19 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
         frequencies = rope_frequencies(c.head_dim, *c.layer_theta(self.layer))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        scale = (c.head_dim if c.query_dim is None else c.query_dim) ** -0.5
+        window = c.layer_window(self.layer)
         if cache is None:
-            key_positions = positions
+            o = attend_causally(q, k, v, window, scale, c.attn_softcap)
         else:
-            start = positions[0, 0]
-            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=1)
-            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=1)
+            start = positions[0]
+            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=2)
+            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=2)
             cache = {"k": k, "v": v}
             # Slots past the filled part lie after every query, so the causal mask hides them too.
-            key_positions = jnp.arange(k.shape[1])[None, :]
-        distance = positions[:, :, None] - key_positions[:, None, :]
-        mask = distance >= 0
-        window = c.layer_window(self.layer)
-        if window is not None:
-            mask &= distance < window
-        scale = (c.head_dim if c.query_dim is None else c.query_dim) ** -0.5
-        o = attend(q, k, v, mask, scale, c.attn_softcap)
+            mask = visible(positions, jnp.arange(k.shape[2]), window)
+            o = attend(q, k, v, mask, scale, c.attn_softcap)
         return dense("o", c.dim)(o), cache
 
 
@@ -195,7 +214,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens, cache: Cache | None = None, at=None):
         c = self.config
         start = jnp.int32(0) if cache is None else cache["length"]
-        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         embed = nn.Embed(c.vocab, c.dim, name="embed", dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))
         x = embed(tokens)
         if c.embed_scale:
@@ -221,6 +240,6 @@ class Decoder(nn.Module):
 
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """A key/value cache for `capacity` positions."""
-    shape = (batch, capacity, config.kv_heads, config.head_dim)
+    shape = (batch, config.kv_heads, capacity, config.head_dim)
     layers = {f"layers_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(config.layers)}
     return {"length": jnp.int32(0)} | layers

@@ -9,7 +9,7 @@ import pytest
 from tiny_families import LENGTH, TINY, tiny, tiny_tokens
 
 from qjax.models.config import DecoderConfig, RopeScaling
-from qjax.models.decoder import Decoder, empty_cache, rope_frequencies, rotate
+from qjax.models.decoder import Decoder, attend_causally, empty_cache, rope_frequencies, rotate
 from qjax.models.families import config_from_hf, config_to_hf, weight_names
 from qjax.models.model import forward
 
@@ -127,9 +127,26 @@ def test_rotation_is_complex_multiplication(rng):
     x = rng.normal(size=(1, 5, 2, 8)).astype(np.float32)
     frequencies = rope_frequencies(8, 100.0, None)
     np.testing.assert_allclose(frequencies, 100.0 ** (-np.arange(0, 8, 2) / 8), rtol=1e-6)
-    y = np.asarray(rotate(jnp.asarray(x), jnp.arange(5)[None, :], frequencies))
+    y = np.asarray(rotate(jnp.asarray(x), jnp.arange(5), frequencies))
     z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * np.arange(5)[:, None] * np.asarray(frequencies))[None, :, None, :]
     np.testing.assert_allclose(y, np.concatenate([z.real, z.imag], axis=-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3, 150])
+@pytest.mark.parametrize("length", [1, 128, 129, 700])
+def test_attention_in_blocks_is_attention(rng, length, window):
+    """Against softmax attention written out in float64, head by head."""
+    q, k, v = (rng.normal(size=(1, length, heads, 4)) for heads in (4, 2, 2))
+    ours = attend_causally(
+        jnp.asarray(q, jnp.float32), *(jnp.asarray(x.swapaxes(1, 2), jnp.float32) for x in (k, v)), window, 0.7, 2.0
+    )
+    i, j = np.indices((length, length))
+    hidden = (j > i) | (i - j >= (window or length))
+    for head in range(4):
+        scores = 2.0 * np.tanh(0.7 * q[0, :, head] @ k[0, :, head // 2].T / 2.0)
+        p = np.exp(np.where(hidden, -np.inf, scores))
+        o = p / p.sum(axis=1, keepdims=True) @ v[0, :, head // 2]
+        np.testing.assert_allclose(ours[0, :, 4 * head : 4 * head + 4], o, atol=1e-5)
 
 
 def test_llama3_scaling_keeps_fast_and_divides_slow_frequencies():
