@@ -11,10 +11,13 @@ import difflib
 from types import ModuleType
 
 from qjax.errors import UserError
-from qjax.formats import ggml_dense, ggml_fp4, ggml_simple, ggml_ternary
+from qjax.formats import codebook, float8, ggml_dense, ggml_fp4, ggml_simple, ggml_ternary, integer
 from qjax.formats.protocol import BlockFormat, Format
 
-FAMILIES: tuple[ModuleType, ...] = (ggml_dense, ggml_simple, ggml_ternary, ggml_fp4)
+FAMILIES: tuple[ModuleType, ...] = (
+    *(ggml_dense, ggml_simple, ggml_ternary, ggml_fp4),
+    *(integer, codebook, float8),
+)
 
 _BY_NAME: dict[str, Format] = {fmt.name: fmt for family in FAMILIES for fmt in family.FORMATS}
 
