@@ -19,7 +19,7 @@ from qjax.formats.protocol import BlockFormat
 from qjax.io.gguf_read import GGUFFile, read_gguf
 from qjax.io.gguf_types import DENSE, TENSOR_TYPES
 from qjax.io.gguf_write import TensorInfo, tensor_order, write_gguf
-from qjax.io.huggingface import file_shape, get_leaf, set_leaf
+from qjax.io.huggingface import file_shape, get_leaf, own, set_leaf
 from qjax.io.rope_rows import to_halves, to_pairs
 from qjax.io.tokenizer import Tokenizer, tokenizer_from_gguf
 from qjax.models.config import DecoderConfig
@@ -50,6 +50,9 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
     file = read_gguf(path)
     tied = "output.weight" not in file.tensors
     freqs = np.array(file.array(ROPE_FREQS)) if ROPE_FREQS in file.tensors else None
+    layers = file.metadata.get(f"{file.metadata.get('general.architecture')}.block_count")
+    if isinstance(layers, int) and layers > len(file.tensors):  # before anything counts to it
+        raise UserError(f"{path}: block_count = {layers}, more layers than the {len(file.tensors)} tensors there are")
     try:
         config = config_from_gguf(file.metadata, tied=tied, rope_freqs=freqs)
     except UserError as e:
@@ -93,14 +96,13 @@ def read_weight(file: GGUFFile, w: WeightName, dtype: Any = jnp.float32) -> Any:
         rows = np.asarray(file.array(w.gguf))
         rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
         rows = rows - np.asarray(w.offset, rows.dtype) if w.offset else rows
-        return jnp.asarray(rows.T if w.transposed else rows, dtype)
+        return own(rows.T if w.transposed else rows, dtype)
     q = file.qtensor(w.gguf)
     if w.offset or q.ndim != 2:
         raise UserError(f"{file.path}: tensor {w.gguf!r} has type {file.entry(w.gguf).type}; expected F32, F16 or BF16")
-    blocks = q.leaves["blocks"]
-    if w.rope_heads is not None:
-        blocks = jnp.asarray(to_halves(np.asarray(blocks), w.rope_heads))
-    return QTensor({"blocks": blocks}, q.format, -2 if w.transposed else -1)
+    blocks = np.asarray(q.leaves["blocks"])
+    blocks = blocks if w.rope_heads is None else to_halves(blocks, w.rope_heads)
+    return QTensor({"blocks": own(blocks, np.uint8)}, q.format, -2 if w.transposed else -1)
 
 
 def save_gguf(

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
-from qjax.io.safetensors import DTYPE_NAME, FLOATS, SINGLE, Checkpoint, open_folder, write_file
+from qjax.io.safetensors import FLOATS, SINGLE, Checkpoint, open_folder, write_file
 from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, config_from_hf, config_to_hf, weight_names
@@ -33,11 +34,16 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face folder")
-    try:
-        config = config_from_hf(read_json(folder / "config.json"))
-    except UserError as e:
-        raise e if str(folder) in str(e) else UserError(f"{folder}: {e}") from e
+    settings = read_json(folder / "config.json")
     checkpoint = open_folder(folder)
+    layers = settings.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(checkpoint.tensors):  # before anything counts to it
+        count = len(checkpoint.tensors)
+        raise UserError(f"{folder}: config.json: num_hidden_layers = {layers}, more than the {count} tensors there are")
+    try:
+        config = config_from_hf(settings)
+    except UserError as e:
+        raise UserError(f"{folder}: {e}") from e
     names = weight_names(config)
     for w in names:
         if w.hf not in checkpoint.tensors:
@@ -73,9 +79,7 @@ def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
     config, checkpoint = open_model(folder)
     params: dict[str, Any] = {}
     for w, array in iterate_weights(config, checkpoint):
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
-        set_leaf(params, w.path, jnp.asarray(array.T if w.transposed else array, dtype))
+        set_leaf(params, w.path, own(array.T if w.transposed else array, dtype))
     return Model(config, params, read_tokenizer(folder, read_json(folder / "config.json")))
 
 
@@ -123,6 +127,12 @@ def set_leaf(params: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
     params[name] = leaf
 
 
+def own(view: np.ndarray, dtype: Any) -> jax.Array:
+    """A view of a mapped file as an array of its own, so that nothing done to the file later reaches the model."""
+    wide = view.dtype == np.float64 and dtype is None
+    return jnp.asarray(np.array(view, np.float32 if wide else dtype, order="C"))
+
+
 def get_leaf(params: Any, w: WeightName) -> Any:
     """The leaf of a weight, checked against its shape."""
     leaf = params
@@ -139,6 +149,3 @@ def _to_file(model: Model, w: WeightName) -> np.ndarray:
     leaf = get_leaf(model.params, w)
     array = np.asarray(dequantize(leaf) if isinstance(leaf, QTensor) else leaf)
     return array.T if w.transposed else array
-
-
-__all__ = ["DTYPE_NAME", "get_leaf", "iterate_weights", "load_folder", "open_model", "save_folder", "set_leaf"]

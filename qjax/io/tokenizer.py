@@ -155,7 +155,9 @@ def tokenizer_from_gguf(meta: Mapping[str, Any], pre: str | None = None) -> Toke
     common: dict[str, Any] = {**special, "chat_template": template if isinstance(template, str) else None}
     if model == "gpt2":
         merges = _column(meta, "merges", str)
-        pre = pre or meta.get("tokenizer.ggml.pre")
+        pre = meta.get("tokenizer.ggml.pre") if pre is None else pre
+        if not isinstance(pre, str | None):
+            raise UserError("tokenizer.ggml.pre is not a name")
         made = bpe_tokenizer(tokens, types, merges, pre, add_bos=bool(add_bos), **common)
     elif model == "llama":
         scores = _column(meta, "scores", float, len(tokens), 0.0)

@@ -132,11 +132,9 @@ def added_token(text: str) -> AddedToken:
 
 def pre_of(spec: Mapping[str, Any]) -> str | None:
     """llama.cpp's name of the pre-tokenizer of a tokenizer.json, or None where it knows none like it."""
-    normalizer = (spec.get("normalizer") or {}).get(
-        "type", "NFC"
-    )  # llama.cpp normalizes nothing; Qwen's NFC is let pass
     expressions = _expressions(spec.get("pre_tokenizer"))
-    if expressions is None or normalizer != "NFC":
+    # llama.cpp normalizes nothing; NFC, which Qwen asks for, is let pass.
+    if expressions is None or spec.get("normalizer") not in (None, {"type": "NFC"}):
         return None
     made = Pre(expressions, bool(spec["model"].get("ignore_merges")))
     return next((name for name, pre in PRE.items() if pre == made), None)

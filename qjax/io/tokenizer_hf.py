@@ -78,13 +78,18 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 def _from_json(path: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Tokenizer:
     spec = read_json(path)
+    model = spec.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise UserError(f"{path}: a tokenizer of type {kind!r} is not supported; expected BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):  # the first crashes the library
+        if model.get(key) not in (None, "", 0):
+            raise UserError(f"{path}: {key} = {model[key]!r} is not supported; expected none")
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as e:  # the library raises plain Exception
         raise UserError(f"{path}: not a tokenizer: {e}") from e
-    model, added = spec["model"], {a["id"]: a for a in spec.get("added_tokens") or ()}
-    if model.get("type", "BPE") != "BPE":
-        raise UserError(f"{path}: a {model['type']} tokenizer is not supported; expected BPE")
+    added = {a["id"]: a for a in spec.get("added_tokens") or ()}
     spelled = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
     size = max(spelled, default=-1) + 1
     if size > 1 << 24:
@@ -93,10 +98,11 @@ def _from_json(path: Path, settings: Mapping[str, Any], config: Mapping[str, Any
     tokens = [spelled.get(i, f"[PAD{i}]") for i in range(size)]
     types = [_type(i, tokens[i], spelled, added, kind, model.get("unk_token")) for i in range(size)]
     special = _special(backend, settings, config, model, path.parent)
-    first = backend.encode("", add_special_tokens=True).ids[:1]
-    add_bos = bool(settings.get("add_bos_token", first == [special["bos"]])) and special["bos"] is not None
+    bos = special["bos"]
+    begins = bos is not None and _first_token(spec.get("post_processor")) == tokens[bos]
+    add_bos = bool(settings.get("add_bos_token", begins)) and bos is not None
     if backend.post_processor is None:
-        begin_with_bos(backend, tokens, special["bos"], add_bos)
+        begin_with_bos(backend, tokens, bos, add_bos)
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
     common: dict[str, Any] = {**special, "add_bos": add_bos, "chat_template": _template(path.parent, settings)}
     if kind == "bpe":
@@ -137,6 +143,16 @@ def _special(backend, settings, config, model, folder: Path) -> dict[str, int | 
     if found["unk"] is None and isinstance(model.get("unk_token"), str):
         found["unk"] = backend.token_to_id(model["unk_token"])
     return found
+
+
+def _first_token(node: Any) -> str | None:
+    """The token that a tokenizer.json puts in front of every text."""
+    match node:
+        case {"type": "Sequence", "processors": [*parts]}:
+            return next((token for part in parts if (token := _first_token(part)) is not None), None)
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, *_]}:
+            return token
+    return None
 
 
 def _adds_space(spec: Mapping[str, Any]) -> bool:

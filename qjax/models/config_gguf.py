@@ -76,7 +76,7 @@ def config_from_gguf(meta: Mapping[str, Any], *, tied: bool = False, rope_freqs:
     name = "mistral" if arch == "llama" and window is not None else names[arch]
     tokens = meta.get("tokenizer.ggml.tokens")
     config = DecoderConfig(
-        vocab=count("vocab_size", None if tokens is None else len(tokens)),
+        vocab=count("vocab_size", len(tokens) if isinstance(tokens, list | tuple | np.ndarray) else None),
         dim=dim,
         hidden=count("feed_forward_length"),
         layers=layers,
@@ -103,7 +103,7 @@ def config_from_gguf(meta: Mapping[str, Any], *, tied: bool = False, rope_freqs:
 def _one(key: str, value: Any) -> Any:
     """The common value of a per-layer array; a plain value passes through."""
     if isinstance(value, list | tuple | np.ndarray):
-        if len(set(value)) != 1:
+        if len(value) == 0 or any(v != value[0] for v in value):
             raise UserError(f"{key} differs between layers, which is not supported")
         return value[0]
     return value

@@ -108,7 +108,7 @@ def _check_activation(hf: Mapping[str, Any], family: Family, config: DecoderConf
     # Gemma's first files say hidden_act = "gelu" where hidden_activation holds what is meant.
     key = "hidden_activation" if hf.get("hidden_activation") is not None else "hidden_act"
     value = hf.get(key)
-    if value is not None and _ACTIVATIONS.get(value) != config.activation:
+    if value is not None and _ACTIVATIONS.get(str(value)) != config.activation:
         raise UserError(f"config.json: {key} = {value!r} is not supported for model_type {config.family!r}")
 
 
