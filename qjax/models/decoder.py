@@ -23,7 +23,7 @@ from jax import lax
 
 from qjax.models.config import DecoderConfig, RopeScaling
 
-# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch, kv_heads, capacity, head_dim]}.
+# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]}.
 Cache = dict[str, Any]
 
 
@@ -83,21 +83,23 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
 
     Args:
       q: [b, t, heads, d].
-      k, v: [b, kv_heads, s, d].
+      k, v: [b * kv_heads, s, d].
       mask: bool[t, s], True where a query may look.
 
     Returns: [b, t, heads * d].
     """
     b, t, heads, d = q.shape
-    kv, s = k.shape[1:3]
+    n, s, _ = k.shape
+    kv = n // b
+    rows = heads // kv * t
     # The queries of a group are rows of one matrix: plain batched products, much faster on CPU than five-axis ones.
-    q = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4).reshape(b, kv, heads // kv * t, d)
-    scores = jnp.einsum("bkrd,bksd->bkrs", q, k, preferred_element_type=jnp.float32) * scale
+    q = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4).reshape(n, rows, d)
+    scores = jnp.einsum("nrd,nsd->nrs", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[None, None, None], scores.reshape(b, kv, heads // kv, t, s), -1e30)
-    p = jax.nn.softmax(scores.reshape(b, kv, heads // kv * t, s), axis=-1).astype(v.dtype)
-    o = jnp.einsum("bkrs,bksd->bkrd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
+    scores = jnp.where(mask[None, None], scores.reshape(n, heads // kv, t, s), -1e30)
+    p = jax.nn.softmax(scores.reshape(n, rows, s), axis=-1).astype(v.dtype)
+    o = jnp.einsum("nrs,nsd->nrd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
     return o.reshape(b, kv, heads // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d)
 
 
@@ -112,7 +114,7 @@ def attend_causally(q, k, v, window: int | None, scale: float, softcap: float | 
         last = min(first + size, t)
         oldest = 0 if window is None else max(0, first - window + 1)
         mask = visible(jnp.arange(first, last), jnp.arange(oldest, last), window)
-        blocks.append(attend(q[:, first:last], k[:, :, oldest:last], v[:, :, oldest:last], mask, scale, softcap))
+        blocks.append(attend(q[:, first:last], k[:, oldest:last], v[:, oldest:last], mask, scale, softcap))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
@@ -144,18 +146,18 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
         frequencies = rope_frequencies(c.head_dim, *c.layer_theta(self.layer))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, c.head_dim) for y in (k, v))
         scale = (c.head_dim if c.query_dim is None else c.query_dim) ** -0.5
         window = c.layer_window(self.layer)
         if cache is None:
             o = attend_causally(q, k, v, window, scale, c.attn_softcap)
         else:
             start = positions[0]
-            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=2)
-            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=2)
+            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=1)
+            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=1)
             cache = {"k": k, "v": v}
             # Slots past the filled part lie after every query, so the causal mask hides them too.
-            mask = visible(positions, jnp.arange(k.shape[2]), window)
+            mask = visible(positions, jnp.arange(k.shape[1]), window)
             o = attend(q, k, v, mask, scale, c.attn_softcap)
         return dense("o", c.dim)(o), cache
 
@@ -240,6 +242,6 @@ class Decoder(nn.Module):
 
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """A key/value cache for `capacity` positions."""
-    shape = (batch, config.kv_heads, capacity, config.head_dim)
+    shape = (batch * config.kv_heads, capacity, config.head_dim)
     layers = {f"layers_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(config.layers)}
     return {"length": jnp.int32(0)} | layers

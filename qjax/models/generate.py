@@ -140,13 +140,13 @@ def sample(logits: Float[Array, "batch vocab"], sampling: Sampling, key: Array) 
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        p = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # the probability before a token has not reached p yet
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    if sampling.top_k is None and sampling.top_p is None:
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    vocab = logits.shape[-1]
+    values, ids = jax.lax.top_k(logits, min(sampling.top_k or vocab, vocab))
+    if sampling.top_p is not None:
+        p = jax.nn.softmax(values, axis=-1)
+        reached = jnp.cumsum(p, axis=-1) - p  # by the more likely tokens alone
+        values = jnp.where(reached < sampling.top_p, values, -jnp.inf)
+    choice = jax.random.categorical(key, values, axis=-1)
+    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -138,7 +138,7 @@ def test_attention_in_blocks_is_attention(rng, length, window):
     """Against softmax attention written out in float64, head by head."""
     q, k, v = (rng.normal(size=(1, length, heads, 4)) for heads in (4, 2, 2))
     ours = attend_causally(
-        jnp.asarray(q, jnp.float32), *(jnp.asarray(x.swapaxes(1, 2), jnp.float32) for x in (k, v)), window, 0.7, 2.0
+        jnp.asarray(q, jnp.float32), *(jnp.asarray(x[0].swapaxes(0, 1), jnp.float32) for x in (k, v)), window, 0.7, 2.0
     )
     i, j = np.indices((length, length))
     hidden = (j > i) | (i - j >= (window or length))
