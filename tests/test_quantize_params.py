@@ -21,7 +21,9 @@ PLAN = Plan((Rule("layers_*/mlp/down/kernel", "keep"), Rule("*/kernel", "Q8_0"),
 
 @pytest.fixture(scope="module")
 def params():
-    return Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    shapes = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), jnp.float32), shapes)
 
 
 def test_every_leaf_is_what_the_plan_says(params):
@@ -61,12 +63,12 @@ def test_report_counts_every_byte_and_error(params):
 def test_nan_names_the_leaf(params, bad):
     broken = jax.tree.map(lambda x: x, params)
     broken["layers_1"]["attn"]["v"]["kernel"] = params["layers_1"]["attn"]["v"]["kernel"].at[3, 5].set(bad)
-    with pytest.raises(UserError, match=r"layers_1/attn/v/kernel: w has 1 of 2048 values that are NaN or infinite"):
+    with pytest.raises(UserError, match="layers_1/attn/v/kernel: 1 of its weights are NaN or infinite"):
         quantize_params(broken, PLAN)
 
 
 def test_other_mistakes_name_the_leaf(params):
-    with pytest.raises(UserError, match="layers_0/mlp/up/kernel: weight has shape"):
+    with pytest.raises(UserError, match="layers_0/mlp/up/kernel: importance of shape"):
         quantize_params(params, PLAN, stats={"layers_0/mlp/up/kernel": jnp.ones(3)})
     with pytest.raises(UserError, match="no weight is called 'layer_0'"):
         quantize_params(params, PLAN, stats={"layer_0": jnp.ones(3)})
@@ -75,6 +77,49 @@ def test_other_mistakes_name_the_leaf(params):
         quantize_params(q, PLAN)
     with pytest.raises(UserError, match="too large for Q8_0"):
         quantize_params({"a": {"kernel": jnp.full((32, 2), 1e30)}}, Plan((Rule("*", "Q8_0"),)))
+
+
+KINDS = [name for name in ("BF16", "Q4_0", "Q4_K", "Q6_K", "TQ2_0", "MXFP4") if name in qjax.formats()]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pieces_give_what_quantize_gives(name):
+    """Bytes do not depend on how a tensor is cut: ragged pieces against one call of `quantize`."""
+    kernel = jnp.asarray(np.random.default_rng(3).standard_t(4, (768, 100)), jnp.float32)
+    q, report = quantize_params({"a": {"kernel": kernel}}, Plan((Rule("*", name),)))
+    expected = qjax.quantize(kernel, name, axis=0)
+    np.testing.assert_array_equal(q["a"]["kernel"].leaves["blocks"], expected.leaves["blocks"])
+    error = float(jnp.linalg.norm(qjax.dequantize(expected) - kernel) / jnp.linalg.norm(kernel))
+    assert report.tensors[0].error == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1"])
+def test_importance_reaches_its_columns(name):
+    """As good as `quantize` under the weighted error, and better than without importance."""
+    rng = np.random.default_rng(3)
+    kernel = jnp.asarray(rng.standard_t(4, (768, 100)), jnp.float32)
+    weight = jnp.asarray(np.exp(2 * rng.standard_normal(768)), jnp.float32)
+
+    def loss(q):
+        return float(jnp.sum(weight[:, None] * (qjax.dequantize(q) - kernel) ** 2))
+
+    q, _ = quantize_params({"a": {"kernel": kernel}}, Plan((Rule("*", name),)), {"a/kernel": weight})
+    plain, _ = quantize_params({"a": {"kernel": kernel}}, Plan((Rule("*", name),)))
+    expected = loss(qjax.quantize(kernel, name, axis=0, weight=weight))
+    assert loss(q["a"]["kernel"]) == pytest.approx(expected, rel=1e-3)
+    assert loss(q["a"]["kernel"]) < 0.9 * loss(plain["a"]["kernel"])
+
+
+def test_formats_that_are_no_ggml_types(params):
+    name = "NF4"
+    plan = Plan((Rule("layers_0/mlp/down/*", name), Rule("*", "keep")))
+    q, report = quantize_params(params, plan)
+    kernel = params["layers_0"]["mlp"]["down"]["kernel"]
+    expected = qjax.quantize(kernel, name, axis=0)
+    jax.tree.map(np.testing.assert_array_equal, q["layers_0"]["mlp"]["down"]["kernel"].leaves, expected.leaves)
+    line = next(t for t in report.tensors if t.name == "layers_0/mlp/down/kernel")
+    error = float(jnp.linalg.norm(qjax.dequantize(expected) - kernel) / jnp.linalg.norm(kernel))
+    assert line.error == pytest.approx(error, rel=1e-4) and line.nbytes == expected.nbytes
 
 
 def test_all_zeros_have_no_error():

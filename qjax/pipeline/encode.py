@@ -1,11 +1,10 @@
 """Encode one large tensor on all cores, in pieces of one fixed shape.
 
-    rows (out, in)  ->  [pieces, CHUNK / block, block]  ->  encode each  ->  the tensor's bytes, in order
+    rows (out, in)  ->  pieces [CHUNK / block, block]  ->  encode each  ->  the tensor's bytes, in order
 
 ggml's blocks do not know of each other, so a tensor is a list of blocks, cut into pieces of CHUNK weights: small enough
-that a search's intermediates stay in a core's cache (2^18 weights take twice as long per weight as 2^15), and always
-the same shape, so that every format is compiled once whatever the model. A thread a core calls the compiled function;
-JAX lets go of Python's lock meanwhile. With importance the pieces are whole rows, for some types look at a row's mean.
+for a core's cache, large enough to hide the call, and always of the same shape, so that every format is compiled once
+whatever the model. A thread a core calls the compiled function; JAX lets go of Python's lock meanwhile.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from qjax.errors import UserError
 from qjax.formats import BlockFormat, Format
 
 CHUNK = 1 << 16
+_CHUNK_DEVICE = 1 << 22  # accelerators want more to do at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,29 +82,29 @@ def encode_tensor(
             raise UserError(f"{name}: importance of shape {importance.shape} for rows of {columns} weights")
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
             raise UserError(f"{name}: its importance has NaN, infinite or negative values")
-    width = fmt.block if importance is None else columns
-    rows = w.reshape(-1, width)
-    step = max(1, CHUNK // width)
-    row_bytes = width // fmt.block * fmt.block_bytes
-    out = np.empty((len(rows), row_bytes), np.uint8)
+    blocks = w.reshape(-1, fmt.block)
+    step = max(1, (CHUNK if jax.default_backend() == "cpu" else _CHUNK_DEVICE) // fmt.block)
+    weights = None if importance is None else importance.reshape(-1, fmt.block)
+    out = np.empty((len(blocks), fmt.block_bytes), np.uint8)
 
     def piece(start: int) -> np.ndarray:
-        x = rows[start : start + step]
+        x = blocks[start : start + step]
         count = len(x)
         if count < step:
-            x = np.concatenate([x, np.zeros((step - count, width), x.dtype)])
-        blocks, sums = _encode(x, importance, fmt)
-        out[start : start + count] = np.asarray(blocks).reshape(step, row_bytes)[:count]
+            x = np.concatenate([x, np.zeros((step - count, fmt.block), x.dtype)])
+        v = None if weights is None else weights[np.arange(start, start + step) % len(weights)]
+        packed, sums = _encode(x, v, fmt)
+        out[start : start + count] = np.asarray(packed).reshape(step, fmt.block_bytes)[:count]
         return np.asarray(sums)
 
-    return Encoding(name, fmt, out.reshape(-1), tuple(pool.submit(piece, start) for start in range(0, len(rows), step)))
+    pieces = tuple(pool.submit(piece, start) for start in range(0, len(blocks), step))
+    return Encoding(name, fmt, out.reshape(-1), pieces)
 
 
 @partial(jax.jit, static_argnames="fmt")
-def _encode(x: Array, importance: Array | None, fmt: BlockFormat) -> tuple[Array, Array]:
+def _encode(x: Array, weight: Array | None, fmt: BlockFormat) -> tuple[Array, Array]:
     """Blocks of a piece, and [weights that are not finite, sum w^2, sum (w - w_hat)^2]."""
     w = x.astype(jnp.float32)
-    weight = None if importance is None else jnp.broadcast_to(importance[None, :], w.shape)
     scales, codes = fmt.encode(w, weight)
     error = w - fmt.decode(scales, codes)
     sums = [jnp.sum(~jnp.isfinite(w), dtype=jnp.float32), jnp.sum(w * w), jnp.sum(error * error)]

@@ -6,6 +6,7 @@ qparams[path] = quantize(params[path], plan(path), weight=stats[path])       kep
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 from jax import Array
 
 from qjax.errors import UserError
+from qjax.formats import BlockFormat
+from qjax.pipeline.encode import encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
 from qjax.plan import Assignment, Plan, Weight
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
@@ -46,10 +49,11 @@ def quantize_params(
         if path not in {w.path for w in weights}:
             raise UserError(f"stats: no weight is called {path!r}; they are called like {weights[0].path!r}")
     out, lines = [], []
-    for (_, leaf), assignment in zip(leaves, plan.assign(weights), strict=True):
-        q, line = _quantize_leaf(leaf, assignment, stats.get(assignment.weight.path))
-        out.append(q)
-        lines.append(line)
+    with ThreadPoolExecutor(workers()) as pool:
+        for (_, leaf), assignment in zip(leaves, plan.assign(weights), strict=True):
+            q, line = _quantize_leaf(pool, leaf, assignment, stats.get(assignment.weight.path))
+            out.append(q)
+            lines.append(line)
     return jax.tree_util.tree_unflatten(tree, out), Report(tuple(lines))
 
 
@@ -65,25 +69,31 @@ def _weight(path: str, leaf: Any) -> Weight:
     return Weight(path, tuple(shape))
 
 
-def _quantize_leaf(leaf: Any, assignment: Assignment, importance: Array | None) -> tuple[Any, TensorReport]:
-    w = assignment.weight
-    if assignment.format is None:
+def _quantize_leaf(
+    pool: ThreadPoolExecutor, leaf: Any, assignment: Assignment, importance: Array | None
+) -> tuple[Any, TensorReport]:
+    w, fmt = assignment.weight, assignment.format
+    if fmt is None:
         name = leaf.format.name if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
     if is_qtensor(leaf):
         raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first, or keep it")
-    try:
-        q = quantize(leaf, assignment.format, axis=contracted_axis(w.path, leaf.ndim), weight=importance)
-    except UserError as e:
-        raise UserError(f"{w}: {e}") from None
-    return q, TensorReport(w.path, w.shape, q.format.name, q.nbytes, error=_error(leaf, q, w))
-
-
-def _error(leaf: Array, q: QTensor, w: Weight) -> float:
-    error = float(np.sqrt(np.asarray(_square_ratio(leaf, q))))
-    if not np.isfinite(error):
-        raise UserError(f"{w}: its values are too large for {q.format.name}'s scales (absmax {np.abs(leaf).max():.3g})")
-    return error
+    axis = contracted_axis(w.path, leaf.ndim)
+    if isinstance(fmt, BlockFormat):
+        rows = np.moveaxis(np.asarray(leaf), axis, -1)
+        encoding = encode_tensor(pool, str(w), rows, fmt, None if importance is None else np.asarray(importance))
+        raw, error = encoding.result()
+        packed = raw.reshape(*rows.shape[:-1], rows.shape[-1] // fmt.block, fmt.block_bytes)
+        q = QTensor({"blocks": jnp.asarray(packed)}, fmt, axis)
+    else:
+        try:
+            q = quantize(leaf, fmt, axis=axis, weight=importance)
+        except UserError as e:
+            raise UserError(f"{w}: {e}") from None
+        error = float(np.sqrt(np.asarray(_square_ratio(leaf, q))))
+        if not np.isfinite(error):
+            raise UserError(f"{w}: its values are too large for {fmt.name}")
+    return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, error)
 
 
 @jax.jit
