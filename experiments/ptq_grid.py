@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 from rich.console import Console
@@ -27,6 +28,7 @@ from qjax.evaluate.judge import Judgement, baseline_of, judge
 from qjax.evaluate.perplexity import PROTOCOLS
 from qjax.evaluate.sizes import TensorRow, named_leaves, tensor_rows
 from qjax.io.checkpoint import load, save
+from qjax.io.text import read_text
 from qjax.models import stdlib_text
 from qjax.models.model import Model
 from qjax.pipeline import quantize_params
@@ -43,7 +45,7 @@ class Config:
     text: Path | None = None  # UTF-8; none: the held-out modules of Python's standard library
     tokens: int = 16_384  # judged from the start of the text, in whole windows
     context: int | None = None  # tokens a window; none: the protocol's, or the model's if shorter
-    protocol: str = "llama.cpp"
+    protocol: Literal["llama.cpp", "gptq"] = "llama.cpp"  # how the text is cut and scored
     gguf: str = "Q4_K_M"  # the entry written as a GGUF file; "" for none
     shown: str = "Q4_K_M"  # the entry whose error by layer and weight grid the report draws; "" for none
 
@@ -80,8 +82,8 @@ def grid(
     config: Config, model: Model, plans: dict[str, Plan], out: Path
 ) -> tuple[list[Judgement], dict[str, list[TensorRow]]]:
     """Quantize and judge, one entry at a time; only one quantized model is in memory."""
-    text = stdlib_text.heldout_text() if config.text is None else config.text.read_text(encoding="utf-8")
-    window = config.context or min(PROTOCOLS.get(config.protocol, 512), model.config.context)
+    text = stdlib_text.heldout_text() if config.text is None else read_text(config.text)
+    window = config.context or min(PROTOCOLS[config.protocol], model.config.context)
     tensors = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     screen = Console(stderr=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qjax.cli import output
-from qjax.cli.model import MODEL_HELP, load_with_tokenizer, read_text
+from qjax.cli.model import MODEL_HELP, load_with_tokenizer
 from qjax.cli.progress import count_bar
 
 
@@ -36,7 +36,9 @@ class Evaluate:
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
 
     def execute(self) -> None:
-        text = read_text(self.text, "--text")
+        from qjax.io.text import read_text
+
+        text = read_text(self.text)
         model = load_with_tokenizer(self.model)
         from qjax.evaluate.judge import baseline_of, judge
 

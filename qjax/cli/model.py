@@ -1,8 +1,7 @@
-"""What several commands share: loading a MODEL argument, reading a text."""
+"""What several commands share: loading a MODEL argument."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qjax.errors import UserError
@@ -25,14 +24,3 @@ def load_with_tokenizer(model: str) -> Model:
     if loaded.tokenizer is None:
         raise UserError(f"{model}: has no tokenizer; put its tokenizer.json (or tokenizer.model) beside the weights")
     return loaded
-
-
-def read_text(path: Path, option: str) -> str:
-    """A text file as UTF-8; undecodable or empty text is a UserError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{option} {path}: byte {error.start} is not UTF-8 text") from None
-    if not text.strip():
-        raise UserError(f"{option} {path}: the file is empty")
-    return text
