@@ -11,11 +11,22 @@ import difflib
 from types import ModuleType
 
 from qjax.errors import UserError
-from qjax.formats import codebook, float8, ggml_dense, ggml_fp4, ggml_simple, ggml_ternary, integer
+from qjax.formats import (
+    codebook,
+    float8,
+    ggml_dense,
+    ggml_fp4,
+    ggml_simple,
+    ggml_ternary,
+    integer,
+    iq4,
+    kquant_affine,
+    kquant_symmetric,
+)
 from qjax.formats.protocol import BlockFormat, Format
 
 FAMILIES: tuple[ModuleType, ...] = (
-    *(ggml_dense, ggml_simple, ggml_ternary, ggml_fp4),
+    *(ggml_dense, ggml_simple, kquant_affine, kquant_symmetric, iq4, ggml_ternary, ggml_fp4),
     *(integer, codebook, float8),
 )
 

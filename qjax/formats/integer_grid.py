@@ -135,7 +135,7 @@ class IntegerFormat:
         best, _ = lax.scan(polish, best, None, length=_POLISH)
         if self._nested:
             for move in (-1, 1):
-                best = self._nudged(x, h, best, move)
+                best = self._nudged(x, h, best, move, 2 ** self._nested[0] - 1)
         return best
 
     def nearest(self, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b n"]:
@@ -292,21 +292,22 @@ class IntegerFormat:
         each = jnp.repeat(better, unit, axis=-1)
         return {k: jnp.where(better if k == "super" else each, b[k], a[k]) for k in a}
 
-    def _nudged(self, x: Array, h: Array | None, best: Scales, move: int) -> Scales:
+    def _nudged(self, x: Array, h: Array | None, best: Scales, move: int, top: int) -> Scales:
         """Each group's own scale code moved, where that lowers the error."""
-        codes = jnp.clip(best["scale"].astype(jnp.int32) + move, 0, 2 ** self._nested[0] - 1)
+        codes = jnp.clip(best["scale"].astype(jnp.int32) + move, 0, top)
         moved = self._with_zero({**best, "scale": codes.astype(jnp.uint8)}, self._step_and_offset(best)[1])
         better = self._error(x, h, moved, 1) < self._error(x, h, best, 1)
         return {k: best[k] if k == "super" else jnp.where(better, moved[k], best[k]) for k in best}
 
     def _error(self, x: Array, h: Array | None, scales: Scales, unit: int) -> Array:
         x_hat = self._values(scales, self._codes(scales, x))
-        return search.weighted_error(*(_joined(t, unit) for t in (x, h, x_hat)))
+        joined = None if h is None else _joined(h, unit)
+        return search.weighted_error(_joined(x, unit), joined, _joined(x_hat, unit))
 
 
-def _joined(x: Array | None, unit: int) -> Array | None:
+def _joined(x: Array, unit: int) -> Array:
     """[*b, G, g] -> [*b, G / unit, unit g]."""
-    return None if x is None else x.reshape(*x.shape[:-2], x.shape[-2] // unit, unit * x.shape[-1])
+    return x.reshape(*x.shape[:-2], x.shape[-2] // unit, unit * x.shape[-1])
 
 
 def _nested(scale: str) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -81,7 +82,7 @@ def search_range(
             s, gain = _project(u, h, q - z[..., None])
             new = s, -s * z, gain
         better = new[2] > best[2] * _MARGIN
-        return tuple(jnp.where(better, n, o) for n, o in zip(new, best, strict=True))
+        return jax.tree.map(lambda n, o: jnp.where(better, n, o), new, best)
 
     def ends(best: tuple[Array, Array, Array], factors: Array):
         lo, hi = a * factors[0], b * factors[1]
