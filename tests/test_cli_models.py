@@ -33,7 +33,9 @@ def make_folder(path):
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special[:2], initial_alphabet=alphabet)
     backend.train_from_iterator([TEXT], trainer)
     backend.add_special_tokens(special[2 : 2 + CONFIG.vocab - backend.get_vocab_size()])
-    params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    shapes = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(s.ndim == 1, 0.1, s.shape), jnp.float32), shapes)
     qjax.save(Model(CONFIG, params, None), path)
     backend.save(str(path / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
