@@ -17,7 +17,7 @@ from qjax.io.gguf_write import TensorInfo, write_gguf
 from qjax.models.config import DecoderConfig
 from qjax.models.families import config_to_gguf
 from qjax.pipeline import quantize_file
-from qjax.plan import Plan, Rule, decoder_weights, tensor_types
+from qjax.plan import Plan, Rule, decoder_weights
 
 CONFIG = DecoderConfig(vocab=96, dim=256, hidden=512, layers=2, heads=4, kv_heads=2, head_dim=64)
 PLAN = Plan((Rule("blk.0.ffn_up.weight", "keep"), Rule("blk.*", "Q8_0"), Rule("*", "Q4_0")))
@@ -283,10 +283,17 @@ def test_not_over_itself_and_not_from_nowhere(model, tmp_path):
         quantize_file(tmp_path / "nothing", tmp_path / "q.gguf", "Q8_0")
 
 
-def test_the_mix_is_llama_quantizes(model, tmp_path):
-    """Q4_0 of an untied model: output Q6_K needs a K-quant."""
-    pytest.importorskip("qjax.formats.kquant")
-    report = quantize_file(model, tmp_path / "q.gguf", "Q4_K_M")
-    shapes = {w.gguf: w.shape for w in decoder_weights(CONFIG)}
-    types = tensor_types("Q4_K_M", shapes, layers=2, heads=4, kv_heads=2)
-    assert {t.name: t.format for t in report.tensors if not t.kept} == types
+def test_a_mix_has_llama_cpps_types_and_no_larger_errors(model, tmp_path):
+    llama_quantize(model, tmp_path / "theirs.gguf", 15)
+    report = quantize_file(model, tmp_path / "ours.gguf", "Q4_K_M")
+    ours, theirs, source = read(tmp_path / "ours.gguf"), read(tmp_path / "theirs.gguf"), read(model)
+    assert {n: t for n, (t, _) in ours.items()} == {n: t for n, (t, _) in theirs.items()}
+    assert {"Q4_K", "Q6_K", "F32"} == set(report.formats)
+    for name, (kind, raw) in ours.items():
+        if kind != "F32":
+            w = np.frombuffer(source[name][1], ml_dtypes.bfloat16).astype(np.float32)
+            errors = [
+                np.sum((gguf.dequantize(np.frombuffer(b, np.uint8), gguf.GGMLQuantizationType[kind]).ravel() - w) ** 2)
+                for b in (raw, theirs[name][1])
+            ]
+            assert errors[0] <= errors[1], name
