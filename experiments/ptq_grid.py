@@ -106,7 +106,7 @@ def grid(
             if name in (config.shown, config.gguf):
                 tensors[name] = tensor_rows(qparams, model.params)
             if name == config.gguf:
-                save(quantized, out / f"{name}.gguf", name=f"{config.model} {name}")
+                save(quantized, out / f"{name}.gguf", name=f"{Path(config.model).name} {name}")
     return rows, tensors
 
 
