@@ -62,7 +62,7 @@ def search_affine(x: Array, v: Array | None, how: Affine) -> tuple[Array, Array,
     d, dmin = store(jnp.max(s, axis=0) / how.steps), store(jnp.max(m, axis=0) / how.steps)
     sc, mn = _integer(s, d, how), _integer(m, dmin, how)
 
-    def one_round(_: int, state: tuple[tuple[Array, ...], tuple[Array, ...]]) -> tuple:
+    def one_round(_: Array, state: tuple[tuple[Array, ...], tuple[Array, ...]]) -> tuple:
         best, (d, dmin, sc, mn) = state
         e, sc, mn = _neighbours(x, v, d, dmin, sc, mn, how)
         now = (jnp.sum(e, axis=0), d, dmin, sc, mn)
@@ -83,7 +83,9 @@ def _real(x: Array, v: Array | None, totals: tuple[Array, Array], how: Affine) -
 
     def trial(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         start = low + span * cut[i, 0]
-        s, m = (high - span * cut[i, 1] - start) / how.levels, -start
+        above = jnp.maximum(start, 0.0)  # no minimum is positive: such a cut lengthens the other end instead
+        start = start - above
+        s, m = (high - span * cut[i, 1] + 0.4 * above - start) / how.levels, -start
         last = i == len(pairs)  # the last trial polishes the best
         moments = _moments(x, v, jnp.where(last, best[1], s), jnp.where(last, best[2], m), how)
         new = _solve(*totals, *moments)
