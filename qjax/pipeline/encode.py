@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -83,7 +84,7 @@ def encode_tensor(
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
             raise UserError(f"{name}: its importance has NaN, infinite or negative values")
     blocks = w.reshape(-1, fmt.block)
-    step = max(1, (CHUNK if jax.default_backend() == "cpu" else _CHUNK_DEVICE) // fmt.block)
+    step = _step(fmt)
     weights = None if importance is None else importance.reshape(-1, fmt.block)
     out = np.empty((len(blocks), fmt.block_bytes), np.uint8)
 
@@ -99,6 +100,25 @@ def encode_tensor(
 
     pieces = tuple(pool.submit(piece, start) for start in range(0, len(blocks), step))
     return Encoding(name, fmt, out.reshape(-1), pieces)
+
+
+def compile_ahead(pool: ThreadPoolExecutor, kinds: Iterable[tuple[Format, Any, bool]]) -> None:
+    """Compile for every (format, dtype of the weights, with importance) at once, a thread each.
+
+    Without it all threads would meet at the first piece of a format and compile the same thing.
+    """
+
+    def one(kind: tuple[Format, Any, bool]) -> None:
+        fmt, dtype, weighted = kind
+        x = np.zeros((_step(fmt), fmt.block), dtype)
+        jax.block_until_ready(_encode(x, np.ones(x.shape, np.float32) if weighted else None, fmt))
+
+    list(pool.map(one, kinds))
+
+
+def _step(fmt: Format) -> int:
+    """Blocks of a piece."""
+    return max(1, (CHUNK if jax.default_backend() == "cpu" else _CHUNK_DEVICE) // fmt.block)
 
 
 @partial(jax.jit, static_argnames="fmt")

@@ -16,7 +16,7 @@ from jax import Array
 
 from qjax.errors import UserError
 from qjax.formats import BlockFormat
-from qjax.pipeline.encode import encode_tensor, workers
+from qjax.pipeline.encode import compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
 from qjax.plan import Assignment, Plan, Weight
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
@@ -49,8 +49,17 @@ def quantize_params(
         if path not in {w.path for w in weights}:
             raise UserError(f"stats: no weight is called {path!r}; they are called like {weights[0].path!r}")
     out, lines = [], []
+    assigned = plan.assign(weights)
     with ThreadPoolExecutor(workers()) as pool:
-        for (_, leaf), assignment in zip(leaves, plan.assign(weights), strict=True):
+        compile_ahead(
+            pool,
+            dict.fromkeys(
+                (a.format, np.dtype(leaf.dtype), a.weight.path in stats)
+                for (_, leaf), a in zip(leaves, assigned, strict=True)
+                if isinstance(a.format, BlockFormat) and not is_qtensor(leaf)
+            ),
+        )
+        for (_, leaf), assignment in zip(leaves, assigned, strict=True):
             q, line = _quantize_leaf(pool, leaf, assignment, stats.get(assignment.weight.path))
             out.append(q)
             lines.append(line)

@@ -25,14 +25,14 @@ from qjax.formats import format as get_format
 from qjax.io.gguf_types import DENSE
 from qjax.io.gguf_write import Layout, TensorInfo, layout, tensor_order
 from qjax.models.family_table import family_of
-from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, encode_tensor, workers
+from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
 from qjax.pipeline.resume import Partial, resumable_file
 from qjax.pipeline.source import Source, SourceTensor, open_source
 from qjax.plan import Plan, file_type_number, mix_of
 
 Progress = Callable[[str, int, int], None]
-_AHEAD = 2  # tensors in memory: one being encoded, one waiting or being written
+_AHEAD = 3  # tensors in memory: one being encoded, one before it being written, one behind it being fetched
 _HEADER = "the header"
 
 
@@ -178,6 +178,8 @@ def _run(
     pool = ThreadPoolExecutor(workers())
     waiting: list[tuple[_Job, Encoding | None]] = []
     try:
+        todo = [job for job in jobs if job.format is not None and job.info.name not in partial.finished]
+        compile_ahead(pool, dict.fromkeys(_kind(job, importance) for job in todo))
         for job in jobs:
             work = None
             if job.format is not None and job.info.name not in partial.finished:
@@ -189,6 +191,13 @@ def _run(
             finish(*waiting.pop(0))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _kind(job: _Job, importance: Mapping[str, np.ndarray]) -> tuple[Format, np.dtype, bool]:
+    assert job.format is not None
+    is_plain = job.tensor.type in DENSE and not job.tensor.add
+    dtype = DENSE[job.tensor.type] if is_plain else np.dtype(np.float32)
+    return job.format, dtype, job.info.name in importance
 
 
 def _copied(t: SourceTensor) -> np.ndarray:
