@@ -188,7 +188,7 @@ def test_degenerate_rows_stay_finite(name):
     w_hat = np.asarray(decoded(rows, name))
     assert np.isfinite(w_hat).all()
     assert (w_hat[0] == 0).all()
-    if "E8M0" not in name:
+    if "E8M0" not in name and not name.endswith("_dq"):  # absmaxes of all rows share one 8-bit grid there
         assert np.abs(w_hat[2]).max() < 1e-3
 
 
