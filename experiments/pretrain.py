@@ -148,9 +148,7 @@ def run(config: Config, out: Path) -> dict:
         count = sum(p.size for p in jax.tree.leaves(state["params"]))
         print(f"{count / 1e6:.2f} M parameters, {len(tokens) / 1e6:.2f} M training tokens, from step {first}")
         result: dict = {"parameters": count, "training_tokens": len(tokens)}
-        progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        )
+        progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with progress, (out / "metrics.jsonl").open("a") as log:
             task = progress.add_task("train", total=config.steps, completed=first)
             clock = time.perf_counter()
@@ -164,9 +162,7 @@ def run(config: Config, out: Path) -> dict:
                         "grad_norm": float(metrics["grad_norm"]),
                     }
                     if not np.isfinite(row["loss"]):
-                        raise FloatingPointError(
-                            f"loss is {row['loss']} at step {done}; last checkpoint kept"
-                        )
+                        raise FloatingPointError(f"loss is {row['loss']} at step {done}; last checkpoint kept")
                     if done % config.eval_every == 0 or done == config.steps:
                         row["heldout_loss"] = result["heldout_loss"] = evaluate(state["params"])
                     row["seconds"] = round(time.perf_counter() - clock, 2)

@@ -102,7 +102,7 @@ def _codes(x: Array, s: Array, m: Array, how: Affine) -> Array:
     return jnp.round(jnp.clip(x * inverse[None] + offset[None], 0, how.levels))
 
 
-def _moments(x: Array, v: Array | None, s: Array, m: Array, how: Affine) -> tuple[Array, Array, Array]:
+def _moments(x: Array, v: Array | None, s: Array, m: Array, how: Affine) -> tuple[Array, ...]:
     """sum v q, sum v q^2, sum v q x over elements, with the codes of (s, m): f32[J, N] each."""
     q = _codes(x, s, m, how)
     vq = q if v is None else v * q
@@ -116,7 +116,7 @@ def _totals(x: Array, v: Array | None) -> tuple[Array, Array]:
     return jnp.sum(v, axis=0), jnp.sum(v * x, axis=0)
 
 
-def _solve(one: Array, sx: Array, q: Array, qq: Array, qx: Array) -> tuple[Array, Array, Array]:
+def _solve(one: Array, sx: Array, q: Array, qq: Array, qx: Array) -> tuple[Array, ...]:
     """The least-squares (error - sum v x^2, scale, minimum) for given codes, the minimum not negative."""
     det = one * qq - q * q
     inverse = reciprocal(det)
@@ -137,7 +137,9 @@ def _neighbours(
     moves = jnp.asarray(how.neighbours, jnp.float32)
 
     def trial(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-        a, b = (jnp.clip(n + moves[i, k], 0, how.steps) for k, n in enumerate((sc, mn)))
+        # where minima hardly matter, what moves them also looks farther along the scales
+        step = moves[i, 0] + jnp.where(dmin < d * (how.levels / 32), 3 * moves[i, 1], 0.0)[None]
+        a, b = jnp.clip(sc + step, 0, how.steps), jnp.clip(mn + moves[i, 1], 0, how.steps)
         s, m = a * d[None], b * dmin[None]
         inverse = reciprocal(s)
         s, m, inverse, offset = once(s, m, inverse, m * inverse)

@@ -239,7 +239,7 @@ def _log2_rounds_up() -> np.ndarray:
     step = np.arange(1, 128)
     k = np.arange(256)[:, None] - 126.0
     rounded = (np.log2(1 - step * 2.0**-24) + k).astype(np.float32)
-    return np.sum(rounded >= k, axis=1, dtype=np.int32)
+    return np.asarray(np.sum(rounded >= k, axis=1), np.int32)
 
 
 _LOG2_ROUNDS_UP = _log2_rounds_up()

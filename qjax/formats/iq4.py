@@ -5,16 +5,17 @@
     T = -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113
 
     IQ4_NL, 18 bytes:   d, qs[16]       byte l = q[l], q[l+16] << 4
-    IQ4_XS, 136 bytes:  d, scales_h u16 (2 bits of u = sc + 32 per sub-block, top), scales_l[4] (4 bits each, low nibble first)
+    IQ4_XS, 136 bytes:  d, scales_h u16 (top 2 bits of sc + 32 per sub-block), scales_l[4] (its low 4 bits)
                         qs[128]         per 32 weights 16 bytes, as IQ4_NL
 
-Source: ggml's block_iq4_nl, block_iq4_xs. The search is our own: scales of both signs (the table is lopsided), judged by
-the squared error itself (ggml weighs by x^2 where no importance is given); see `symmetric_search` for IQ4_XS.
+Source: ggml's block_iq4_nl, block_iq4_xs. The search is our own: scales of both signs (the table is lopsided), judged
+by the squared error itself (ggml weighs by x^2 where no importance is given); see `symmetric_search` for IQ4_XS.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,11 +32,11 @@ from qjax.formats.blocks import (
     unpack_planes,
 )
 from qjax.formats.protocol import Leaves, Scales
-from qjax.formats.superblock import by_chunks, keep, once, reciprocal, store
+from qjax.formats.superblock import by_chunks, once, reciprocal, store
 from qjax.formats.symmetric_search import Symmetric, error, real_scales, search_symmetric
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_MIDDLES = tuple((a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False))
+_MIDDLES = tuple((a + b) / 2 for a, b in itertools.pairwise(LEVELS))
 
 
 def index(u: Array) -> Array:
@@ -75,7 +76,7 @@ class IQ4NL:
         return 8 * self.block_bytes / self.block
 
     def fit(self, w: Array, weight: Array | None = None) -> Scales:
-        """The scale of least squared error found: trial scales of both signs, then least squares, each judged in fp16."""
+        """The scale of least squared error found: trials of both signs, then least squares, each judged in fp16."""
         (d,) = by_chunks(_search, w, weight, self.block, self.block)
         return {"d": d[..., 0]}
 
@@ -94,9 +95,7 @@ class IQ4NL:
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         return {
-            "blocks": jnp.concatenate(
-                [to_fp16_bytes(scales["d"]), pack_planes(split(codes, self.block), 4)], axis=-1
-            )
+            "blocks": jnp.concatenate([to_fp16_bytes(scales["d"]), pack_planes(split(codes, self.block), 4)], axis=-1)
         }
 
     def unpack(self, leaves: Leaves) -> tuple[Scales, Array]:
@@ -166,7 +165,7 @@ def _search(x: Array, v: Array | None) -> tuple[Array]:
         vt = t if v is None else v * t
         d = store(jnp.sum(vt * x, axis=0) * reciprocal(jnp.sum(vt * t, axis=0)))
         e = error(x, v, d, value)
-        best = keep(e < best[0], (e, d), best)
+        best = jnp.where(e < best[0], e, best[0]), jnp.where(e < best[0], d, best[1])
     return (best[1],)
 
 

@@ -3,7 +3,7 @@
     w = d sc q - dmin mn        d, dmin fp16;  per sub-block sc, mn of 4 bits (Q2_K) or 6 bits;  q of 2, 4 or 5 bits
 
     Q2_K, 84 bytes, 16 x 16:   scales[16]  mn << 4 | sc
-                               qs[64]      per 128 weights 32 bytes, byte l = q[l], q[l+32] << 2, q[l+64] << 4, q[l+96] << 6
+                               qs[64]      per 128 weights 32 bytes, byte l = q[l] | q[l+32] << 2 | q[l+64] << 4 | ...
                                d, dmin
     Q4_K, 144 bytes, 8 x 32:   d, dmin, scales[12]
                                qs[128]     per 64 weights 32 bytes, byte l = q[l], q[l+32] << 4
@@ -15,8 +15,9 @@
                          byte j + 4  mn[j]  low 6 bits,  mn[j+4] >> 4  top 2
                          byte j + 8  sc[j+4] low nibble, mn[j+4] high nibble
 
-Source: ggml's block_q2_K, block_q4_K, block_q5_K (k-quants, llama.cpp PR 1684). The bytes mean what they mean there; which
-bytes a tensor gets is our own search (`affine_search`), which minimizes the plain or importance-weighted squared error itself.
+Source: ggml's block_q2_K, block_q4_K, block_q5_K (k-quants, llama.cpp PR 1684). The bytes mean what they mean there;
+which bytes a tensor gets is our own search (`affine_search`), which minimizes the plain or importance-weighted squared
+error itself.
 """
 
 from __future__ import annotations

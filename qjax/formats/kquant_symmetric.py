@@ -45,9 +45,9 @@ def _six(u: Array) -> Array:
     return jnp.round(jnp.clip(u, -32, 31))
 
 
-_TRIALS = (-3.1, -3.5, -3.9, -4.3, -4.7, -5.1, 2.9, 3.3, 3.7, 4.1, 4.5, 4.9)
+_TRIALS = (-3.2, -3.7, -4.2, -4.8, 3.0, 3.5, 4.0, 4.6)
 SEARCH = {
-    3: Symmetric(_three, 32, _TRIALS, down=2, up=2),
+    3: Symmetric(_three, 32, _TRIALS, down=8, up=8),
     6: Symmetric(_six, 128, (-32.0,), down=3, up=18, headroom=1.06),
 }
 

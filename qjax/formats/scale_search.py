@@ -21,9 +21,7 @@ from qjax.formats.exact import reciprocal
 Best = tuple[Array, Array, Array]  # d, m, error
 
 _POLISH = 3
-_STRETCH = np.arange(
-    -2.0, 2.01, 0.4
-)  # the level of the maximum less that of the minimum, from the highest code
+_STRETCH = np.arange(-2.0, 2.01, 0.4)  # the level of the maximum less that of the minimum, from the highest code
 _SHIFT = (-0.8, -0.4, 0.0, 0.4, 0.8)  # the level of the minimum
 _SMALL = 1e-30  # blocks below have no fp16 scale; kept from dividing by zero
 _LARGEST = 65504.0
@@ -133,9 +131,7 @@ def _levels(low: int, high: int) -> np.ndarray:
     if far == 1:
         levels = np.geomspace(0.55, 16, 48)
     else:
-        levels = np.concatenate(
-            [far + np.arange(-0.9, 0.91, 0.1) * max(1, far / 32), far * np.linspace(1.15, 1.6, 10)]
-        )
+        levels = np.concatenate([far + np.arange(-0.9, 0.91, 0.1) * max(1, far / 32), far * np.linspace(1.15, 1.6, 10)])
     return levels if low == -high else np.concatenate([levels, -levels])
 
 

@@ -3,8 +3,8 @@
     [*b, n]  ->  chunks of 128 super-blocks  ->  x[element, sub-block, super-block]
 
 With super-blocks in the minor axis, every step of a search is elementwise and a sum over a sub-block's weights is a
-chain of vector additions; a chunk (128 KiB) stays in cache; memory does not grow with the tensor. Chunks all have one shape,
-short tensors are padded and vmap merges its axis into the super-blocks, so that the same compiled body sees the
+chain of vector additions; a chunk (128 KiB) stays in cache; memory does not grow with the tensor. Chunks all have one
+shape, short tensors are padded and vmap merges its axis into the super-blocks, so that the same compiled body sees the
 same numbers whatever the shape of the call. One call keeps one core busy: several cores want several calls at a time.
 """
 

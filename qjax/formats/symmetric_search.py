@@ -5,12 +5,13 @@
 1. Real scales. The levels reach further below zero than above, so a trial maps a sub-block's largest magnitude onto a
    level near the lowest, or (the scale then has the other sign) near the highest's negative; true errors judge.
 2. d from the largest scale, with headroom so that the largest may still grow.
-3. For each sub-block the best integer scale of a whole neighbourhood, judged by the true error of the re-rounded codes; d by
-   least squares; nearer neighbours; and again.
+3. For each sub-block the best integer scale of a whole neighbourhood, judged by the true error of the re-rounded
+   codes; d by least squares; nearer neighbours; and again.
 
-The error as a function of a scale is jagged: with 16 or 32 weights, neighbouring integer scales differ by as much luck in the
-roundings as by size. Looking at many of exactly those scales that can be stored keeps the luck; ggml (make_qx_quants,
-make_q3_quants, quantize_row_iq4_nl_impl) searches real scales and loses most of it when it rounds them to integers.
+The error as a function of a scale is jagged: with 16 or 32 weights, neighbouring integer scales differ by as much luck
+in the roundings as by size. Looking at many of exactly those scales that can be stored keeps the luck; ggml
+(make_qx_quants, make_q3_quants, quantize_row_iq4_nl_impl) searches real scales and loses most of it when it rounds
+them to integers.
 """
 
 from __future__ import annotations
@@ -88,9 +89,7 @@ def search_symmetric(x: Array, v: Array | None, how: Symmetric) -> tuple[Array, 
     return d, sc.astype(jnp.int8)
 
 
-def real_scales(
-    x: Array, v: Array | None, nearest: Callable[[Array], Array], trials: tuple[float, ...]
-) -> Array:
+def real_scales(x: Array, v: Array | None, nearest: Callable[[Array], Array], trials: tuple[float, ...]) -> Array:
     """The best of the scales that map the largest magnitude onto a trial level: f32[J, N]."""
     low, high = jnp.min(x, axis=0), jnp.max(x, axis=0)
     far = jnp.where(high > -low, high, low)

@@ -241,9 +241,7 @@ def test_dense_types_keep_every_bit(rng):
 def test_exact_arithmetic_under_jit(rng):
     """The three ways of `exact` to get C's bits from XLA."""
     a, b = rng.standard_normal((2, 4096)).astype(np.float32)
-    np.testing.assert_array_equal(
-        jax.jit(lambda a, b: exact.apart(a * b, 1e9) + 8.5)(a, b), a * b + np.float32(8.5)
-    )
+    np.testing.assert_array_equal(jax.jit(lambda a, b: exact.apart(a * b, 1e9) + 8.5)(a, b), a * b + np.float32(8.5))
     for c in (6, 15, 31, 127):
         np.testing.assert_array_equal(jax.jit(lambda a, c=c: exact.divided(a, c))(a), a / np.float32(c))
     small = (a * 2.0**-130).astype(np.float32).reshape(-1, 32)
