@@ -105,6 +105,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             runs[name].append(measure(command))
             print(name, runs[name][-1], file=sys.stderr, flush=True)
     results = {
+        "command": "qjax run configs/bench_quantize.toml",
         "weights": sum(int(np.prod(w.shape)) for w in weight_names(decoder)),
         "type": config.type,
         "runs": runs,
@@ -166,7 +167,7 @@ def measure(command: list[str]) -> dict[str, float]:
     The peak is the kernel's VmHWM, read while the process lives: wait4's ru_maxrss would begin at the size of the
     process that started it.
     """
-    clock = time.perf_counter()
+    clock, load = time.perf_counter(), os.getloadavg()[0]
     pid = os.posix_spawn(command[0], command, os.environ)
     peak = done = 0
     while not done:
@@ -181,6 +182,7 @@ def measure(command: list[str]) -> dict[str, float]:
         "seconds": round(time.perf_counter() - clock, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss_mb": round(peak / 1024, 1),
+        "load_before": round(load, 1),
     }
 
 
