@@ -2,6 +2,7 @@
 
 from qjax.formats import format, formats
 from qjax.io.checkpoint import load, save
+from qjax.pipeline import quantize_params
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "is_qtensor",
     "load",
     "quantize",
+    "quantize_params",
     "save",
     "to_bytes",
 ]
