@@ -40,3 +40,10 @@ def ggml():
     from ggml_c import Ggml
 
     return Ggml(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Compiled programs of one test file are of no use to the next; kept, they grow to several GB."""
+    yield
+    jax.clear_caches()
