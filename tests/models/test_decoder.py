@@ -1,5 +1,6 @@
 """The decoder against transformers, against itself with a cache, and its parts against their formulas."""
 
+import copy
 import dataclasses
 
 import jax
@@ -21,7 +22,7 @@ def transformers_logits(hf, config, params, tokens):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
-    settings = transformers.AutoConfig.for_model(**hf)
+    settings = transformers.AutoConfig.for_model(**copy.deepcopy(hf))  # it edits nested dicts in place
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
     state = {}
     for weight in weight_names(config):
