@@ -78,6 +78,10 @@ class Codebook:
         return 1
 
     @property
+    def row_wise(self) -> bool:
+        return not self.double
+
+    @property
     def bits_per_weight(self) -> float:
         return 4 + ((8 + 32 / NESTED) if self.double else 32) / self.block
 
@@ -99,6 +103,15 @@ class Codebook:
         scales = self._stored(absmax)
         chosen_by = absmax if weight is None else self._absmax(scales)
         return scales, self._codes(self._blocks(w), chosen_by).reshape(w.shape)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return self._absmax(scales), None
+
+    def level(self, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
+        return self._level(u)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return self._stored(jnp.maximum(s, 0.0))
 
     def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
         pairs = self._blocks(codes).astype(jnp.uint8)

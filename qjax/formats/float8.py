@@ -74,6 +74,10 @@ class Float8:
         return 1
 
     @property
+    def row_wise(self) -> bool:
+        return self.scope != "tensor"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 + (32 / self.block if self.block else 0.0)
 
@@ -101,6 +105,17 @@ class Float8:
     ) -> tuple[Scales, Integer[Array, "*b n"]]:
         scales = self.fit(w)
         return scales, self.nearest(scales, w)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        s = scales["scale"]
+        return jnp.broadcast_to(s, (*shape[:-1], s.shape[-1])), None
+
+    def level(self, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
+        return lax.bitcast_convert_type(rounded(u, self.kind), _KINDS[self.kind].dtype).astype(jnp.float32)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        """A tensor's one scale stays: rows that share it cannot each have their own."""
+        return scales if self.scope == "tensor" else {"scale": jnp.maximum(s, 0.0)}
 
     def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
         return {"codes": codes.astype(jnp.uint8), **scales}

@@ -27,6 +27,7 @@ class Dense:
     block_bytes: int
     block: int = 1
     tile: int = 1
+    row_wise: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -53,6 +54,15 @@ class Dense:
 
     def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
         return {}, self.nearest({}, w)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return jnp.ones((*shape[:-1], 1), jnp.float32), None
+
+    def level(self, u: Array) -> Array:
+        return self.decode({}, self.nearest({}, u))
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return scales
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         return {"blocks": lax.bitcast_convert_type(codes.astype(self._stored), jnp.uint8)}

@@ -42,6 +42,7 @@ class MXFP4:
     ggml_type: int = 39
     block: int = 32
     tile: int = 1
+    row_wise: bool = True
     block_bytes: int = 17
 
     @property
@@ -80,6 +81,16 @@ class MXFP4:
         scales = self.fit(w, weight)
         return scales, self.nearest(scales, w)
 
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return scales["d"], None
+
+    def level(self, u: Array) -> Array:
+        return _unit_level(u)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        bits = exact.magnitude(s) + 0x00400000  # the nearer power of two
+        return {"d": _e8m0(jnp.clip((bits >> 23) + 1, 2, 254))}
+
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         e = _e8m0_byte(scales["d"])[..., None].astype(jnp.uint8)
         return {"blocks": jnp.concatenate([e, pack_planes(split(codes, self.block), 4)], axis=-1)}
@@ -103,6 +114,7 @@ class NVFP4:
     ggml_type: int = 40
     block: int = 64
     tile: int = 1
+    row_wise: bool = True
     block_bytes: int = 36
     group: int = 16
 
@@ -135,6 +147,15 @@ class NVFP4:
         scales = self.fit(w, weight)
         return scales, self.nearest(scales, w)
 
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return scales["d"], None
+
+    def level(self, u: Array) -> Array:
+        return _unit_level(u)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return {"d": _ue4m3(_ue4m3_byte(2 * s))}
+
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         s = split(_ue4m3_byte(2 * scales["d"]), self.block // self.group).astype(jnp.uint8)
         q = pack_planes(split(codes, self.group), 4)
@@ -158,6 +179,15 @@ def _nearest(x: Array, limits: list[Array]) -> Array:
     for limit in limits:
         q = q + (magnitude > limit).astype(jnp.uint8)
     return jnp.where(jnp.signbit(x) & (q > 0), q | 8, q)
+
+
+def _unit_level(u: Array) -> Array:
+    """The nearest of 0, +-1 2 3 4 6 8 12, ties to the smaller."""
+    size, below = jnp.zeros_like(u), 0.0
+    for level, mid in zip(_LEVELS, _MIDS, strict=True):
+        size = size + jnp.where(jnp.abs(u) > mid, jnp.float32(level - below), jnp.float32(0))
+        below = level
+    return jnp.sign(u) * size
 
 
 def _best_neighbour(

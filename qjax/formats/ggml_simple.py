@@ -28,6 +28,7 @@ from qjax.formats.blocks import (
     from_fp16_bytes,
     merge,
     pack_planes,
+    round_fp16,
     split,
     to_fp16_bytes,
     unpack_planes,
@@ -51,6 +52,7 @@ class ScaledBlock:
     block_bytes: int
     block: int = 32
     tile: int = 1
+    row_wise: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -85,6 +87,15 @@ class ScaledBlock:
         codes = exact.apart(x * inverse, 4.0 * self.half) + (self.half + 0.5)
         codes = jnp.minimum(codes.astype(jnp.int8), 2 * self.half - 1) - self.half
         return {"d": stored[..., 0]}, merge(codes.astype(jnp.int8))
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return scales["d"], None
+
+    def level(self, u: Array) -> Array:
+        return jnp.clip(lax.round(u, _EVEN), -self.half, self.half - 1)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return {"d": _fp16(s)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         q = split(codes, self.block).astype(jnp.uint8) + jnp.uint8(self.half)
@@ -122,6 +133,7 @@ class ScaledMinBlock:
     block_bytes: int
     block: int = 32
     tile: int = 1
+    row_wise: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -157,6 +169,15 @@ class ScaledMinBlock:
         codes = exact.apart(x * inverse, 2.0 * self.high) + 0.5
         codes = jnp.minimum(codes.astype(jnp.uint8), self.high)
         return {"d": d[..., 0], "m": m[..., 0]}, merge(codes)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        return scales["d"], scales["m"]
+
+    def level(self, u: Array) -> Array:
+        return jnp.clip(lax.round(u, _EVEN), 0, self.high)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return {"d": _fp16(s), "m": scales["m"] if m is None else _fp16(m)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         q = split(codes, self.block).astype(jnp.uint8)
@@ -195,6 +216,7 @@ class Q8_0:
     ggml_type: int = 8
     block: int = 32
     tile: int = 1
+    row_wise: bool = True
     block_bytes: int = 34
 
     @property
@@ -224,6 +246,15 @@ class Q8_0:
         codes = lax.round(x * inverse, _AWAY).astype(jnp.int8)
         return {"d": stored[..., 0]}, merge(codes)
 
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return scales["d"], None
+
+    def level(self, u: Array) -> Array:
+        return jnp.clip(lax.round(u, _EVEN), -127, 127)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return {"d": _fp16(s)}
+
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         q = lax.bitcast_convert_type(split(codes, self.block).astype(jnp.int8), jnp.uint8)
         return {"blocks": jnp.concatenate([to_fp16_bytes(scales["d"]), q], axis=-1)}
@@ -243,6 +274,10 @@ class Q8_0:
         d = exact.divided(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 127)
         d = exact.denormal_grid(d, tiny)
         return x, exact.drop_fp16(d, tiny), exact.reciprocal(d)
+
+
+def _fp16(x: Array) -> Array:
+    return round_fp16(jnp.clip(x, -65504.0, 65504.0))
 
 
 def _first_is_negative(x: Array, chosen: Array) -> Array:

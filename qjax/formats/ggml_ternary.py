@@ -27,6 +27,7 @@ from qjax.formats.blocks import (
     from_fp16_bytes,
     merge,
     pack_planes,
+    round_fp16,
     split,
     to_fp16_bytes,
     unpack_planes,
@@ -49,6 +50,7 @@ class Ternary:
     block_bytes: int
     block: int = 256
     tile: int = 1
+    row_wise: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,6 +81,15 @@ class Ternary:
         x, stored, inverse = self._plain(split(w, self.block))
         codes = lax.round(x * inverse, lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int8)
         return {"d": stored[..., 0]}, merge(codes)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return scales["d"], None
+
+    def level(self, u: Array) -> Array:
+        return jnp.sign(u) * (jnp.abs(u) > 0.5).astype(jnp.float32)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return {"d": round_fp16(jnp.clip(s, -65504.0, 65504.0))}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         trits = split(codes, self.block) + jnp.int8(1)

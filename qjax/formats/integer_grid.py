@@ -91,6 +91,10 @@ class IntegerFormat:
         return 1
 
     @property
+    def row_wise(self) -> bool:
+        return True
+
+    @property
     def bits_per_weight(self) -> float:
         if not self.group:
             return float(self.bits)
@@ -152,6 +156,23 @@ class IntegerFormat:
         return scales, self.nearest(scales, w)
 
     # storage
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+        s, m = self._step_and_offset(scales)
+        return s, None if self.symmetric else m
+
+    def level(self, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
+        return self._level(u)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        m = self._step_and_offset(scales)[1] if m is None else m
+        if not self._nested:
+            return self._stored(jnp.maximum(s, 0.0), m)
+        k, groups = self._nested
+        top = scales["super"]
+        units = s.reshape(*s.shape[:-1], -1, groups or s.shape[-1])
+        codes = jnp.clip(jnp.round(quotient(units, jnp.where(top > 0, top, 1.0)[..., None])), 0, 2**k - 1)
+        return self._with_zero({"scale": codes.astype(jnp.uint8).reshape(s.shape), "super": top}, m)
 
     def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
         offset = (self._groups(codes).astype(jnp.int32) - self._low).astype(jnp.uint8)

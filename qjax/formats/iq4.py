@@ -32,7 +32,7 @@ from qjax.formats.blocks import (
     unpack_planes,
 )
 from qjax.formats.protocol import Leaves, Scales
-from qjax.formats.superblock import by_chunks, once, reciprocal, store
+from qjax.formats.superblock import by_chunks, integer_scale, once, reciprocal, store
 from qjax.formats.symmetric_search import Symmetric, error, real_scales, search_symmetric
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -69,6 +69,7 @@ class IQ4NL:
     ggml_type: int = 20
     block: int = 32
     tile: int = 1
+    row_wise: bool = True
     block_bytes: int = 18
 
     @property
@@ -93,6 +94,15 @@ class IQ4NL:
         scales = self.fit(w, weight)
         return scales, self.nearest(scales, w)
 
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return scales["d"], None
+
+    def level(self, u: Array) -> Array:
+        return value(u)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return {"d": store(s)}
+
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         return {
             "blocks": jnp.concatenate([to_fp16_bytes(scales["d"]), pack_planes(split(codes, self.block), 4)], axis=-1)
@@ -114,6 +124,7 @@ class IQ4XS:
     ggml_type: int = 23
     block: int = 256
     tile: int = 1
+    row_wise: bool = True
     block_bytes: int = 136
 
     @property
@@ -138,6 +149,15 @@ class IQ4XS:
     def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
         scales = self.fit(w, weight)
         return scales, self.nearest(scales, w)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return merge(_product(scales)), None
+
+    def level(self, u: Array) -> Array:
+        return value(u)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        return {**scales, "sc": integer_scale(s, scales["d"], scales["sc"], -32, 31)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         u = (scales["sc"] + jnp.int8(32)).astype(jnp.uint8)

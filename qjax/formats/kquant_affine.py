@@ -39,7 +39,7 @@ from qjax.formats.blocks import (
 )
 from qjax.formats.exact import apart
 from qjax.formats.protocol import Leaves, Scales
-from qjax.formats.superblock import by_chunks, once, reciprocal
+from qjax.formats.superblock import by_chunks, integer_scale, once, reciprocal
 
 SEARCH = {
     2: Affine(3, 15, (0.0, 0.125, 0.25), NEAR),
@@ -66,6 +66,7 @@ class AffineKQuant:
     block_bytes: int
     block: int = 256
     tile: int = 1
+    row_wise: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -94,6 +95,18 @@ class AffineKQuant:
     def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
         scales = self.fit(w, weight)
         return scales, self.nearest(scales, w)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        s, m = _products(scales)
+        return merge(s), merge(-m)
+
+    def level(self, u: Array) -> Array:
+        return jnp.round(jnp.clip(u, 0, 2**self.bits - 1))
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        sc = integer_scale(s, scales["d"], scales["sc"], 0, SEARCH[self.bits].steps)
+        mn = scales["mn"] if m is None else integer_scale(-m, scales["dmin"], scales["mn"], 0, SEARCH[self.bits].steps)
+        return {**scales, "sc": sc, "mn": mn}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         d, dmin = to_fp16_bytes(scales["d"]), to_fp16_bytes(scales["dmin"])

@@ -33,7 +33,7 @@ from qjax.formats.blocks import (
     unpack_planes,
 )
 from qjax.formats.protocol import Leaves, Scales
-from qjax.formats.superblock import by_chunks, once, reciprocal
+from qjax.formats.superblock import by_chunks, integer_scale, once, reciprocal
 from qjax.formats.symmetric_search import Symmetric, search_symmetric
 
 
@@ -69,6 +69,7 @@ class SymmetricKQuant:
     block: int = 256
     sub: int = 16
     tile: int = 1
+    row_wise: bool = True
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,6 +94,16 @@ class SymmetricKQuant:
     def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
         scales = self.fit(w, weight)
         return scales, self.nearest(scales, w)
+
+    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+        return merge(_product(scales)), None
+
+    def level(self, u: Array) -> Array:
+        return SEARCH[self.bits].round(u)
+
+    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
+        steps = SEARCH[self.bits].steps
+        return {**scales, "sc": integer_scale(s, scales["d"], scales["sc"], -steps, steps - 1)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         d, sc = to_fp16_bytes(scales["d"]), scales["sc"]

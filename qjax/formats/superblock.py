@@ -86,6 +86,15 @@ def reciprocal(s: Array) -> Array:
     return jnp.where(ok, 1.0 / jnp.where(ok, s, 1.0), 0.0)
 
 
+def integer_scale(s: Array, d: Array, now: Array, low: int, high: int) -> Array:
+    """The integers nearest to s / d: s f32[*b, G], d f32[*b, B] -> `now`'s type and shape [*b, B, G / B].
+
+    Where d is 0 every integer means the same, and `now` stays.
+    """
+    x = jnp.round(s.reshape(now.shape) * reciprocal(d)[..., None])
+    return jnp.where(d[..., None] == 0, now, jnp.clip(x, low, high).astype(now.dtype))
+
+
 def once(*arrays: Array) -> tuple[Array, ...]:
     """Compute these here: a barrier that keeps XLA from repeating them for each weight that uses them."""
     return lax.optimization_barrier(arrays)

@@ -178,6 +178,31 @@ def test_a_grid_point_stays(name, w):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_the_grid_is_what_decode_gives(name, w):
+    """w_hat = s T + m weight by weight, level finds T again, and storing the grid changes nothing."""
+    fmt, w = qjax.format(name), jnp.asarray(w)
+    scales, codes = fmt.encode(w)
+    w_hat = fmt.decode(scales, codes)
+    s, m = fmt.grid(scales, w.shape)
+    assert s.shape[:-1] == w.shape[:-1] and N % s.shape[-1] == 0 and (m is None or m.shape == s.shape)
+    wide_s, wide_m = (jnp.repeat(a, N // s.shape[-1], axis=-1) for a in (s, jnp.zeros_like(s) if m is None else m))
+    u = jnp.where(wide_s == 0, 0.0, (w_hat - wide_m) / jnp.where(wide_s == 0, 1.0, wide_s))
+    np.testing.assert_allclose(wide_s * fmt.level(u) + wide_m, w_hat, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(fmt.level(fmt.level(u)), fmt.level(u))
+    # the level nearest to w itself is the code that `nearest` picks
+    again = fmt.decode(scales, fmt.nearest(scales, w))
+    u = jnp.where(wide_s == 0, 0.0, (w - wide_m) / jnp.where(wide_s == 0, 1.0, wide_s))
+    off = jnp.abs(wide_s * fmt.level(u) + wide_m - again) > 1e-5 * (1 + jnp.abs(w))
+    assert off.mean() < 1e-3  # ties may go the other way
+    stored = fmt.store(scales, s, m)
+    if fmt.row_wise:
+        assert jax.tree.structure(stored) == jax.tree.structure(scales)
+        for key in scales:
+            assert stored[key].dtype == scales[key].dtype
+            np.testing.assert_array_equal(stored[key], scales[key])
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_degenerate_rows_stay_finite(name):
     """Zero, constant, tiny, huge and one-outlier rows decode to finite numbers near what they were."""
     rows = np.zeros((6, N), np.float32)
