@@ -1,0 +1,140 @@
+"""The metric of a layer's output error, made fit for rounding: damping, factors, orders, the loss itself.
+
+    E|(W - W_hat) x|^2 = tr(E H E^T),    H = E[x x^T],    E = W - W_hat                     (the proxy loss)
+
+Damping adds lambda diag(H), not lambda mean(diag H): it does not change with the scale of a channel, and a few large
+channels do not drown the others.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.typing import Array, Float, Int
+
+Order = Literal["natural", "act", "group"]
+
+LADDER = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Multiples of the damping that are tried until Cholesky succeeds."""
+
+
+def alive(H: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """H with a diagonal entry for columns that saw nothing: they neither give nor take feedback."""
+    h = jnp.diagonal(H)
+    top = jnp.mean(h)
+    dead = (h <= 0) & ~jnp.any(H != 0, axis=0)
+    return H + jnp.diag(jnp.where(dead, jnp.where(top > 0, top, 1.0), 0.0))
+
+
+def damped(H: Float[Array, "n n"], damping: Float[Array, ""] | float) -> Float[Array, "n n"]:
+    """H + lambda diag(H)."""
+    H = alive(H)
+    return H + damping * jnp.diag(jnp.diagonal(H))
+
+
+def factor(
+    H: Float[Array, "n n"], damping: float | Float[Array, ""], tile: int = 1
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """The feedback L - 1 of H + lambda diag(H) = L D L^T, with the first lambda on the ladder that is enough.
+
+    Args:
+      H: symmetric; need not be definite.
+      damping: the first lambda tried.
+      tile: D's blocks; L is the identity on them.
+
+    Returns: f32[n, n], strictly below the diagonal tiles, and the lambda used. NaN for both when H is so indefinite
+      that no lambda of the ladder helps.
+    """
+    H = alive(H)
+    h = jnp.diagonal(H)
+    ladder = jnp.asarray(LADDER, jnp.float32) * damping
+
+    def attempt(i: Array) -> Array:
+        # The unit diagonal makes the factor as accurate as float32 allows whatever the channels' scales.
+        r = jnp.where(h > 0, lax.rsqrt(jnp.where(h > 0, h, 1.0)), 0.0)
+        unit = H * r[:, None] * r[None, :] + ladder[i] * jnp.eye(H.shape[0], dtype=H.dtype)
+        return jnp.linalg.cholesky(unit, symmetrize_input=False)
+
+    def failed(c: Array) -> Array:
+        return ~jnp.all(jnp.isfinite(jnp.diagonal(c)))
+
+    def more(state: tuple[Array, Array]) -> Array:
+        i, c = state
+        return failed(c) & (i < len(LADDER) - 1)
+
+    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        i, _ = state
+        return i + 1, attempt(i + 1)
+
+    i, c = lax.while_loop(more, again, (jnp.int32(0), attempt(jnp.int32(0))))
+    r = jnp.where(h > 0, jnp.sqrt(jnp.where(h > 0, h, 1.0)), 1.0)
+    c = jnp.tril(c) * r[:, None]  # back in the channels' own scales
+    bad = failed(c)
+    return jnp.where(bad, jnp.nan, _unit_lower(c, tile)), jnp.where(bad, jnp.nan, ladder[i])
+
+
+def _unit_lower(c: Array, tile: int) -> Array:
+    """C's columns times the inverse of its diagonal tiles, and nothing on these tiles."""
+    n = c.shape[0]
+    if tile == 1:
+        return c / jnp.diagonal(c)[None, :] * (1.0 - jnp.eye(n, dtype=c.dtype))
+    at = jnp.arange(n).reshape(-1, tile)
+    diagonal = c[at[:, :, None], at[:, None, :]]  # [n / tile, tile, tile]
+    columns = c.reshape(n, -1, tile).transpose(1, 2, 0)  # [n / tile, tile, n]
+    solved = jax.vmap(lambda d, x: jax.scipy.linalg.solve_triangular(d, x, lower=True, trans=1))(diagonal, columns)
+    return solved.transpose(2, 0, 1).reshape(n, n) * off_tiles(n, tile)
+
+
+def off_tiles(n: int, tile: int) -> Array:
+    """1 where row and column lie in different tiles: f32[n, n]."""
+    at = jnp.arange(n) // tile
+    return (at[:, None] != at[None, :]).astype(jnp.float32)
+
+
+def descent(H: Float[Array, "n n"], tile: int = 1) -> Float[Array, "n n"]:
+    """The coupling of coordinate descent: H_{.,J} H_JJ^{-1} for each tile J, nothing on the diagonal tiles."""
+    n = H.shape[0]
+    if tile == 1:
+        return H / jnp.diagonal(H)[None, :] * (1.0 - jnp.eye(n, dtype=H.dtype))
+    at = jnp.arange(n).reshape(-1, tile)
+    diagonal = H[at[:, :, None], at[:, None, :]]
+    columns = H.reshape(n, -1, tile).transpose(1, 2, 0)
+    return jnp.linalg.solve(diagonal, columns).transpose(2, 0, 1).reshape(n, n) * off_tiles(n, tile)
+
+
+def order_of(h: Float[Array, "n"], order: Order, tile: int, group: int) -> Int[Array, "n"]:
+    """The columns as the sweep wants them: the one rounded first comes last.
+
+    Args:
+      h: the diagonal of H.
+      order: "natural": from the first column to the last; "act": by descending h; "group": groups by their largest
+        h, and inside a group by h, so that groups stay whole.
+      tile: columns that stay together.
+      group: columns under one scale.
+    """
+    n = h.shape[0]
+    if order == "natural":
+        return _tiles(jnp.arange(n // tile)[::-1], tile)
+    if order == "act":
+        return _tiles(jnp.argsort(jnp.max(h.reshape(-1, tile), axis=1)), tile)
+    if order == "group":
+        peak = jnp.max(h.reshape(-1, tile), axis=1)
+        inside = peak.reshape(-1, group // tile)
+        first = jnp.argsort(jnp.max(inside, axis=1))
+        ranked = jnp.argsort(inside, axis=1)[first] + first[:, None] * (group // tile)
+        return _tiles(ranked.reshape(-1), tile)
+    raise ValueError(f"order is natural, act or group, got {order!r}")
+
+
+def _tiles(order: Array, tile: int) -> Array:
+    return (order[:, None] * tile + jnp.arange(tile)[None, :]).reshape(-1)
+
+
+def proxy(e: Float[Array, "*rows n"], H: Float[Array, "n n"]) -> Float[Array, "*rows"]:
+    """e H e^T of each row."""
+    product = lax.dot_general(e, H, (((e.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return jnp.sum(product * e, axis=-1)

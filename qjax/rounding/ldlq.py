@@ -1,0 +1,126 @@
+"""LDLQ, which is GPTQ: each column's error is fed into the columns that are still to be rounded.
+
+    H + lambda diag(H) = L D L^T          t_j = w_j + sum_{k > j} e_k L_kj         w_hat_j = nearest(t_j)
+
+The column of the largest h goes first ("act"), while the most columns can still make up for it. With fixed scales the
+loss of a grid without ends falls from s^2 / 12 tr(H) to s^2 / 12 tr(D).
+
+Sources: GPTQ, arXiv:2210.17323, and its act-order and static groups; QuIP, arXiv:2307.13304, sections 3 and theorem 6
+(their equality); group-aware order: GPTQModel; cross term: GPTAQ arXiv:2504.02692, QEP arXiv:2504.09629, Qronos
+arXiv:2505.11695, in the form W + alpha W cross (H + lambda diag H)^{-1}, the weight that makes of the inputs as they
+are now what W made of the float model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.errors import UserError
+from qjax.formats.protocol import Format, Scales
+from qjax.rounding.curvature import Order, damped, factor, order_of
+from qjax.rounding.protocol import State
+from qjax.rounding.sweep import Columns, fixed_grid, sweep
+from qjax.stats import Stats
+from qjax.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class LDLQ:
+    """See `ldlq`."""
+
+    order: Order = "act"
+    grid: Literal["static", "dynamic"] = "static"
+    cross: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.order not in ("natural", "act", "group"):
+            raise UserError(f"ldlq: order is natural, act or group, got {self.order!r}")
+        if self.grid not in ("static", "dynamic"):
+            raise UserError(f"ldlq: grid is static or dynamic, got {self.grid!r}")
+        if self.grid == "dynamic" and self.order == "act":
+            raise UserError(
+                "ldlq: a dynamic grid fits a block when its first column comes, and act order tears blocks apart; "
+                "use order='group' or grid='static'"
+            )
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"H", "cross"} if self.cross else {"H"})
+
+    def check(self, format: Format) -> None:
+        """Raise UserError where the format has no blocks to fit one after another."""
+        if self.grid == "dynamic" and (format.block < 2 or not format.row_wise):
+            raise UserError(f"ldlq: {format.name} has no blocks along the row, so grid='dynamic' means nothing for it")
+
+    def __call__(self, state: State, format: Format, stats: Stats) -> State:
+        H = stats.H
+        assert H is not None and state.scales is not None
+        target = state.target
+        if self.cross:
+            target = corrected(target, H, stats.cross, self.cross, state.damping)
+        n, tile = H.shape[0], format.tile
+        s, m = format.grid(state.scales, target.shape)
+        group = n // s.shape[-1]
+        dynamic = self.grid == "dynamic"
+        order = order_of(jnp.diagonal(H), self.order, tile, format.block if dynamic else group)
+        coupling, damping = factor(H[order][:, order], state.damping, tile)
+        w = target.T[order]
+        if dynamic:
+            e, scales = _fitted_on_the_way(w, coupling, order, format, jnp.diagonal(H))
+        else:
+            grid_of = fixed_grid(s.T, None if m is None else m.T, order // group)
+            e, _ = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, tile)
+            scales = state.scales
+        w_hat = jnp.zeros_like(w).at[order].set(w - e).T
+        codes = format.nearest(scales, w_hat)
+        return State(scales, codes, target, damping)
+
+
+def ldlq(order: Order = "act", grid: Literal["static", "dynamic"] = "static", cross: float = 0.0) -> LDLQ:
+    """Error feedback in the metric of H = E[x x^T].
+
+    Args:
+      order: "natural", "act" (descending h; blocks keep their places, so nothing is stored), or "group" (whole
+        blocks by their largest h).
+      grid: "static" keeps the scales of the stage before; "dynamic" fits each block when its first column comes, to
+        the weights as the feedback has left them.
+      cross: alpha of the cross term, the share of the predecessors' error that is corrected; 0 to 1.
+    """
+    return LDLQ(order, grid, cross)
+
+
+def corrected(
+    w: Float[Array, "rows n"], H: Float[Array, "n n"], cross: Array | None, alpha: float, damping: Array | float
+) -> Float[Array, "rows n"]:
+    """W + alpha W cross (H + lambda diag H)^{-1}."""
+    assert cross is not None
+    solved = jax.scipy.linalg.solve(damped(H, damping), cross.T, assume_a="pos")  # ((H')^-1 cross^T), [n, n]
+    return w + alpha * lax.dot(w, solved.T, precision=lax.Precision.HIGHEST)
+
+
+def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, h: Array) -> tuple[Array, Scales]:
+    """The sweep with each block's scales fitted to what the feedback has made of it; errors [n, rows] and scales."""
+    block = format.block
+
+    def fit(targets: Array, at: Array) -> Scales:
+        """Scales for columns `at`, whole blocks in any order."""
+        x = targets[jnp.argsort(at)].T
+        return format.fit(x, jnp.broadcast_to(h[jnp.sort(at)][None, :], x.shape))
+
+    def grid_of(j: Array, targets: Array) -> Columns:
+        at = lax.dynamic_slice_in_dim(order, j, block)
+        s, m = format.grid(fit(targets, at), targets.T.shape)
+        back = jnp.argsort(jnp.argsort(at))
+
+        def wide(a: Array) -> Array:
+            return jnp.repeat(a, block // a.shape[1], axis=1).T[back]
+
+        return wide(s), None if m is None else wide(m)
+
+    e, seen = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, format.tile, block)
+    return e, fit(seen, order)

@@ -1,0 +1,42 @@
+"""Round to nearest: every weight to its nearest level, scales by the format's own search.
+
+scales = fit(w, v)       codes = nearest(scales, w)        v = 1, or h = E[x^2] (llama.cpp's importance matrix)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from qjax.formats.protocol import Format
+from qjax.rounding.protocol import State
+from qjax.stats import Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+    """See `nearest`."""
+
+    weight: Literal["none", "h"] = "none"
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"h"} if self.weight == "h" else ())
+
+    def __call__(self, state: State, format: Format, stats: Stats) -> State:
+        w = state.target
+        h = stats.importance if self.weight == "h" else None
+        v = None if h is None else jnp.broadcast_to(h[None, :], w.shape)
+        scales, codes = format.encode(w, v)
+        return dataclasses.replace(state, scales=scales, codes=codes)
+
+
+def nearest(weight: Literal["none", "h"] = "none") -> Nearest:
+    """The first stage of every recipe: fit the scales, take the nearest codes.
+
+    Args:
+      weight: "h" minimizes sum h (w - w_hat)^2, h = E[x^2] of the input; "none" the plain squared error.
+    """
+    return Nearest(weight)

@@ -1,0 +1,150 @@
+"""What a rounding is: a function that chooses or improves scales and codes of one weight; roundings chain.
+
+    (scales, codes) = round_weight(w, format, (nearest(weight="h"), ldlq(order="act"), descend(3), refit()), stats)
+
+Each stage sees the problem (weights, format, curvature) and the state the stage before it left. The first stage fits
+the scales; later ones start from its codes and never make tr(E H E^T) larger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.formats.protocol import Format, Scales
+from qjax.rounding.curvature import damped, proxy
+from qjax.stats import Stats
+from qjax.typing import Array, Float, Integer
+
+DAMPING = 0.05
+"""lambda of H + lambda diag(H): within 2 % of the best on held-out statistics, and the same for every channel scale."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a stage leaves behind.
+
+    Attributes:
+      scales, codes: as the format understands them; codes [rows, n]. None before the first stage.
+      target: what is being rounded, f32[rows, n]: the weight, or the weight corrected for its inputs' errors.
+      damping: lambda in force; NaN once H turned out too indefinite for any.
+    """
+
+    scales: Scales | None
+    codes: Integer[Array, "rows n"] | None
+    target: Float[Array, "rows n"]
+    damping: Float[Array, ""]
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """A frozen, hashable record of a stage's parameters."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The statistics it cannot do without: names of `Stats` fields."""
+
+    def __call__(self, state: State, format: Format, stats: Stats) -> State:
+        """Choose or improve scales and codes. Pure and jittable."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """A rounded weight and what it cost.
+
+    Attributes:
+      scales, codes: the result.
+      damping: lambda used, f32[]; NaN: H was too indefinite, and the result is not to be used.
+      loss: tr(E H E^T) / tr(W H W^T) without damping, f32[]; NaN without H.
+      first_loss: the same after the first stage.
+      heldout_loss, first_heldout_loss: the same two in the held-out H.
+    """
+
+    scales: Scales
+    codes: Integer[Array, "rows n"]
+    damping: Float[Array, ""]
+    loss: Float[Array, ""]
+    first_loss: Float[Array, ""]
+    heldout_loss: Float[Array, ""]
+    first_heldout_loss: Float[Array, ""]
+
+
+def requires(roundings: Sequence[Rounding]) -> frozenset[str]:
+    """The statistics a chain cannot do without."""
+    return frozenset().union(*(r.requires for r in roundings))
+
+
+def check_chain(roundings: Sequence[Rounding], format: Format, stats: Stats, name: str = "the weight") -> None:
+    """Raise UserError where a chain cannot run on a weight: no stage, a missing statistic, one of another size."""
+    if not roundings:
+        raise UserError("a recipe needs at least one rounding, as in nearest()")
+    for needed in sorted(requires(roundings)):
+        if (stats.importance if needed == "h" else getattr(stats, needed)) is None:
+            raise UserError(f"{name}: the recipe needs the statistic {needed!r}, and none was collected for it")
+    for r in roundings:
+        check = getattr(r, "check", None)
+        if check is not None:
+            check(format)
+
+
+@partial(jax.jit, static_argnames=("format", "roundings", "damping"))
+def round_weight(
+    w: Float[Array, "rows n"],
+    format: Format,
+    roundings: tuple[Rounding, ...],
+    stats: Stats,
+    damping: float = DAMPING,
+    heldout: Float[Array, "n n"] | None = None,
+) -> Rounded:
+    """Run a chain of roundings on one weight.
+
+    Args:
+      w: rows (out, in), contracted axis last; its length a multiple of the format's block.
+      format: the grid.
+      roundings: stages, in order.
+      stats: what they require; rows of w share it.
+      damping: lambda of H + lambda diag(H), at least.
+      heldout: H of tokens that `stats` did not see, to report the loss in.
+
+    Returns: scales, codes and losses. Rows are independent of each other unless the format ties them together.
+    """
+    w = w.astype(jnp.float32)
+    state = State(None, None, w, jnp.float32(damping))
+    first = None
+    for r in roundings:
+        state = r(state, format, stats)
+        first = state if first is None else first
+    assert first is not None and first.scales is not None and first.codes is not None
+    assert state.scales is not None and state.codes is not None
+    last_hat, first_hat = format.decode(state.scales, state.codes), format.decode(first.scales, first.codes)
+    losses = (relative_loss(w, w_hat, H) for H in (stats.H, heldout) for w_hat in (last_hat, first_hat))
+    return Rounded(state.scales, state.codes, state.damping, *losses)
+
+
+def relative_loss(w: Float[Array, "rows n"], w_hat: Float[Array, "rows n"], H: Array | None) -> Float[Array, ""]:
+    """tr(E H E^T) / tr(W H W^T), 0 where W gives nothing; NaN without H."""
+    if H is None:
+        return jnp.float32(jnp.nan)
+    top = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
+    whole = jnp.sum(proxy(w / top, H))
+    return jnp.where(whole > 0, jnp.sum(proxy((w - w_hat) / top, H)) / jnp.where(whole > 0, whole, 1.0), 0.0)
+
+
+def errors_of(state: State, format: Format) -> Float[Array, "rows n"]:
+    """target - decode(scales, codes)."""
+    assert state.scales is not None and state.codes is not None
+    return state.target - format.decode(state.scales, state.codes)
+
+
+def metric(state: State, stats: Stats) -> Float[Array, "n n"]:
+    """The damped H that the state's losses are measured in."""
+    assert stats.H is not None
+    return damped(stats.H, state.damping)

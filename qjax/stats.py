@@ -1,0 +1,107 @@
+"""What was seen at the input of a weight, and how each statistic changes when the input does.
+
+    H = E[x x^T]    h = E[x^2]    absmean = E|x|    absmax = max|x|    cross = E[(x_float - x) x^T]    samples = some x
+
+A reparametrization W -> W B^-1 makes the input B x. H, cross and samples follow any linear B exactly; h, absmean and
+absmax follow permutations and channel scales only: a rotation mixes channels, and what they say is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.typing import Array, Float, Int
+
+KINDS = ("H", "h", "absmean", "absmax", "cross", "samples")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Statistics of one input, or a stack of them (leading axes); what was not collected is None.
+
+    Attributes:
+      H: E[x x^T], f32[n, n].
+      h: E[x^2], f32[n].
+      absmean, absmax: f32[n].
+      cross: E[(x_float - x) x^T], f32[n, n]: what the quantized predecessors changed about the input x.
+      samples: f32[k, n], rows of x.
+      count: tokens seen, f32[].
+    """
+
+    H: Float[Array, "*b n n"] | None = None
+    h: Float[Array, "*b n"] | None = None
+    absmean: Float[Array, "*b n"] | None = None
+    absmax: Float[Array, "*b n"] | None = None
+    cross: Float[Array, "*b n n"] | None = None
+    samples: Float[Array, "*b k n"] | None = None
+    count: Float[Array, "*b"] | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What was collected."""
+        return tuple(k for k in KINDS if getattr(self, k) is not None)
+
+    @property
+    def importance(self) -> Float[Array, "*b n"] | None:
+        """h, or the diagonal of H."""
+        if self.h is not None:
+            return self.h
+        return None if self.H is None else jnp.diagonal(self.H, axis1=-2, axis2=-1)
+
+    def permute(self, order: Int[Array, "n"]) -> Stats:
+        """Of x[order]."""
+
+        def vector(a: Array | None) -> Array | None:
+            return None if a is None else jnp.take(a, order, axis=-1)
+
+        def matrix(a: Array | None) -> Array | None:
+            return None if a is None else jnp.take(jnp.take(a, order, axis=-1), order, axis=-2)
+
+        return Stats(
+            matrix(self.H), vector(self.h), vector(self.absmean), vector(self.absmax), matrix(self.cross),
+            vector(self.samples), self.count,
+        )  # fmt: skip
+
+    def scale(self, d: Float[Array, "n"]) -> Stats:
+        """Of d x, channel by channel."""
+        size = jnp.abs(d)
+
+        def times(a: Array | None, by: Array) -> Array | None:
+            return None if a is None else a * by.reshape((1,) * (a.ndim - by.ndim) + by.shape)
+
+        both = d[:, None] * d[None, :]
+        return Stats(
+            times(self.H, both), times(self.h, d * d), times(self.absmean, size), times(self.absmax, size),
+            times(self.cross, both), times(self.samples, d), self.count,
+        )  # fmt: skip
+
+    def linear(self, B: Float[Array, "m n"]) -> Stats:
+        """Of B x. h is taken from H.
+
+        Raises:
+          UserError: a statistic that B destroys was collected alone: absmean, absmax, or h without H.
+        """
+        for kind in ("absmean", "absmax"):
+            if getattr(self, kind) is not None:
+                raise UserError(
+                    f"{kind} does not survive a rotation of the input: collect it again behind the rotation, or drop it"
+                )
+        if self.h is not None and self.H is None:
+            raise UserError("h does not survive a rotation of the input: collect H, whose diagonal it is")
+
+        def both(a: Array | None) -> Array | None:
+            return None if a is None else jnp.einsum("ij,...jk,lk->...il", B, a, B, precision="highest")
+
+        H = both(self.H)
+        h = None if self.h is None or H is None else jnp.diagonal(H, axis1=-2, axis2=-1)
+        samples = None if self.samples is None else jnp.matmul(self.samples, B.T, precision="highest")
+        return Stats(H, h, None, None, both(self.cross), samples, self.count)
+
+    def only(self, kinds: tuple[str, ...]) -> Stats:
+        """Without the other kinds; count stays."""
+        return Stats(**{k: getattr(self, k) for k in kinds}, count=self.count)
