@@ -1,21 +1,36 @@
 """qjax: ultra-low-bit quantization of language models in JAX."""
 
+from qjax import recipes
+from qjax.calibrate import observe
 from qjax.formats import format, formats
 from qjax.io.checkpoint import load, save
-from qjax.pipeline import quantize_params
+from qjax.lift import lift
+from qjax.pipeline import calibration_text, contracted_axes, quantize_file, quantize_model, quantize_params
+from qjax.recipes import Recipe, recipe
+from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
 
 __all__ = [
     "QTensor",
+    "Recipe",
+    "Stats",
+    "calibration_text",
+    "contracted_axes",
     "dequantize",
     "dot",
     "format",
     "formats",
     "from_bytes",
     "is_qtensor",
+    "lift",
     "load",
+    "observe",
     "quantize",
+    "quantize_file",
+    "quantize_model",
     "quantize_params",
+    "recipe",
+    "recipes",
     "save",
     "to_bytes",
 ]

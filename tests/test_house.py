@@ -16,8 +16,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "typing"},
     {"formats"},
+    {"stats"},
+    {"rounding"},
+    {"recipes"},
     {"tensor"},
+    {"lift"},
     {"models", "io"},
+    {"calibrate"},
     {"evaluate", "training"},
     {"plan"},
     {"pipeline"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -28,6 +29,21 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     columns = DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[note]}")
     with _bar(what, *columns) as update:
         yield lambda item, done, total: update(done, total, item) and None
+
+
+@contextlib.contextmanager
+def steps_bar(what: str) -> Iterator[Callable[[Any], None]]:
+    """A bar over the weights of a walk; yields what takes its `Step`s and shows each weight's loss."""
+    from rich.progress import MofNCompleteColumn, TextColumn
+
+    with _bar(what, MofNCompleteColumn(), TextColumn("{task.fields[note]}")) as update:
+
+        def show(step: Any) -> None:
+            line = step.report
+            loss = "" if line is None or line.loss is None else f"  loss {line.first_loss:.3g} -> {line.loss:.3g}"
+            update(step.done, step.total, f"{step.path}{loss}")
+
+        yield show
 
 
 @contextlib.contextmanager

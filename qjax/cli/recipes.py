@@ -1,8 +1,9 @@
-"""`qjax recipes`: every way of rounding."""
+"""`qjax recipes`: every named way of rounding."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -10,23 +11,34 @@ import tyro
 
 from qjax.cli import output
 
-# name: (what it needs, what it is). A format says which grid; a recipe says how weights are rounded to it.
-RECIPES = {
-    "rtn": ("nothing", "nearest level, scales by the format's own search on the plain squared error"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipes:
     """List the recipes `qjax quantize --recipe` takes: how weights are rounded onto a format's grid.
 
-    qjax recipes
-    qjax quantize MODEL -o out.gguf --type Q3_K_M --recipe imatrix --calib book.txt
+        qjax recipes
+        qjax quantize MODEL -o out.gguf --type Q3_K_M --recipe best_gguf --calib book.txt
+        qjax quantize MODEL -o out.gguf --type Q4_K_M --recipe "nearest('h') >> ldlq() >> descend(2)" --calib book.txt
+
+    A recipe is a line of stages: the table shows each name's line, and any such line is a recipe too.
     """
 
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
 
     def execute(self) -> None:
-        rows = [{"name": name, "needs": needs, "about": about} for name, (needs, about) in RECIPES.items()]
+        from qjax.recipes import RECIPES, recipe
+
+        rows = []
+        for name, make in RECIPES.items():
+            made = recipe(name)
+            rows.append(
+                {
+                    "name": name,
+                    "needs": "a calibration text" if made.requires else "nothing",
+                    "stages": str(made),
+                    "about": (inspect.getdoc(make) or "").splitlines()[0],
+                }
+            )
         if not output.write_json(self.json, {"recipes": rows}):
-            output.table(("name", "needs", "what it is"), [tuple(row.values()) for row in rows])
+            output.table(("name", "needs", "what it is", "stages"),
+                         [(r["name"], r["needs"], r["about"], r["stages"]) for r in rows])  # fmt: skip

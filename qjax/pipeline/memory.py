@@ -1,11 +1,14 @@
 """Quantize a params tree in memory.
 
-qparams[path] = quantize(params[path], plan(path), weight=stats[path])       kept leaves pass through
+qparams[path] = recipe(params[path], plan(path), stats[path])       kept leaves pass through
+
+Statistics come from outside, of the float model as `observe` gives them: any model will do. A decoder whose statistics
+should follow what is rounded already goes through `quantize_model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,40 +17,58 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qjax.calibrate import check_stats
 from qjax.errors import UserError
 from qjax.formats import BlockFormat
+from qjax.lift import report
 from qjax.pipeline.encode import compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
+from qjax.pipeline.rounded import relative_error, round_leaf
 from qjax.plan import Assignment, Plan, Weight
+from qjax.recipes import Recipe
+from qjax.recipes import recipe as get_recipe
+from qjax.rounding.nearest import Nearest
+from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
 
 
 def quantize_params(
-    params: Any, plan: Plan, stats: Mapping[str, Array] | None = None, key: Array | None = None
+    params: Any,
+    plan: Plan,
+    stats: Mapping[str, Stats | Array] | None = None,
+    key: Array | None = None,
+    *,
+    recipe: str | Recipe = "rtn",
+    axes: Mapping[str, int] | None = None,
 ) -> tuple[Any, Report]:
     """Quantize the weights of a params tree as a plan says.
 
     Args:
       params: a tree of floats. A leaf named `embedding` has its blocks along its last axis; every other matrix is a
-        flax kernel (in, out), or a stack of them, with its blocks along `in`.
+        flax kernel (in, out), or a stack of them, with its blocks along `in`; `axes` says otherwise.
       plan: patterns over the leaves' paths ("layers_0/attn/q/kernel"); see `qjax.plan`.
-      stats: {path: f32[in]}, the importance of each input of a weight (mean squared activation). Weights that it does
-        not name are rounded without.
+      stats: {path: Stats}, what `qjax.observe` gives; or {path: f32[in]}, the importance of each input of a weight
+        (mean squared activation). With a recipe that needs none, weights that it does not name are rounded without.
       key: for formats that draw random numbers; today's need none.
+      recipe: how to round where the plan's rule does not say; a name or a Recipe.
+      axes: {path: contracted axis, -1 or -2}, as `contracted_axes` finds them for any function.
 
     Returns: the same tree with QTensors in place of the quantized weights, and a Report of every leaf.
 
     Raises:
       UserError: what `Plan.assign` raises; NaN or Inf in a weight or its importance; importance of another length or
-        of no weight. Each names the leaf.
+        of no weight; a statistic that the recipe needs and the weight lacks; what `round_leaf` raises. Each names the
+        leaf.
     """
     del key
+    recipe, axes = get_recipe(recipe), axes or {}
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
-    weights = [_weight(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+    weights = [_weight(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, axes) for path, leaf in leaves]
     stats = {} if stats is None else stats
-    for path in stats:
-        if path not in {w.path for w in weights}:
-            raise UserError(f"stats: no weight is called {path!r}; they are called like {weights[0].path!r}")
+    for what, named in (("stats", stats), ("axes", axes)):
+        for path in named:
+            if path not in {w.path for w in weights}:
+                raise UserError(f"{what}: no weight is called {path!r}; they are called like {weights[0].path!r}")
     out, lines = [], []
     assigned = plan.assign(weights)
     with ThreadPoolExecutor(workers()) as pool:
@@ -56,11 +77,13 @@ def quantize_params(
             dict.fromkeys(
                 (a.format, np.dtype(leaf.dtype), a.weight.path in stats)
                 for (_, leaf), a in zip(leaves, assigned, strict=True)
-                if isinstance(a.format, BlockFormat) and not is_qtensor(leaf)
+                if isinstance(a.format, BlockFormat) and not is_qtensor(leaf) and _is_plain(a.recipe or recipe)
             ),
         )
         for (_, leaf), assignment in zip(leaves, assigned, strict=True):
-            q, line = _quantize_leaf(pool, leaf, assignment, stats.get(assignment.weight.path))
+            path = assignment.weight.path
+            axis = axes.get(path, contracted_axis(path, leaf.ndim))
+            q, line = _quantize_leaf(pool, leaf, axis, assignment, assignment.recipe or recipe, stats.get(path))
             out.append(q)
             lines.append(line)
     return jax.tree_util.tree_unflatten(tree, out), Report(tuple(lines))
@@ -71,15 +94,38 @@ def contracted_axis(path: str, ndim: int) -> int:
     return -1 if ndim < 2 or path.rsplit("/", 1)[-1] == "embedding" else -2
 
 
-def _weight(path: str, leaf: Any) -> Weight:
+def contracted_axes(apply_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, int]:
+    """{path: axis} of every weight that a function contracts or looks up, for `quantize_params`.
+
+    Raises:
+      UserError: a weight that is contracted along two different axes, or along one that is not among its last two.
+    """
+    found: dict[str, int] = {}
+    for use in report(apply_fn, params, *args):
+        if use.kind == "other" or use.axis is None:
+            continue
+        if len(use.axes) != 1 or use.axis < -2 or found.get(use.path, use.axis) != use.axis:
+            raise UserError(
+                f"{use.path}: contracted along {use.axes}, earlier {found.get(use.path)}; keep it in the plan"
+            )
+        found[use.path] = use.axis
+    return found
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    """Whether `quantize` alone does what the recipe says: scales fitted, with importance if there is one, nearest."""
+    return len(recipe.roundings) == 1 and isinstance(recipe.roundings[0], Nearest)
+
+
+def _weight(path: str, leaf: Any, axes: Mapping[str, int]) -> Weight:
     shape = list(leaf.shape)
     if shape:
-        shape.append(shape.pop(contracted_axis(path, len(shape))))
+        shape.append(shape.pop(axes.get(path, contracted_axis(path, len(shape)))))
     return Weight(path, tuple(shape))
 
 
 def _quantize_leaf(
-    pool: ThreadPoolExecutor, leaf: Any, assignment: Assignment, importance: Array | None
+    pool: ThreadPoolExecutor, leaf: Any, axis: int, assignment: Assignment, recipe: Recipe, stats: Stats | Array | None
 ) -> tuple[Any, TensorReport]:
     w, fmt = assignment.weight, assignment.format
     if fmt is None:
@@ -87,7 +133,14 @@ def _quantize_leaf(
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
     if is_qtensor(leaf):
         raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first, or keep it")
-    axis = contracted_axis(w.path, leaf.ndim)
+    if not _is_plain(recipe):
+        seen = stats if isinstance(stats, Stats) else Stats(h=stats)
+        check_stats(seen, str(w))
+        q, line = round_leaf(str(w), leaf, axis, fmt, recipe, seen)
+        return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, relative_error(leaf, q), calibration=line)
+    importance = stats.importance if isinstance(stats, Stats) else stats
+    if importance is None and recipe.requires:
+        raise UserError(f"{w}: the recipe needs the statistic 'h', and none was given for it")
     if isinstance(fmt, BlockFormat):
         rows = np.moveaxis(np.asarray(leaf), axis, -1)
         encoding = encode_tensor(pool, str(w), rows, fmt, None if importance is None else np.asarray(importance))

@@ -13,6 +13,30 @@ from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """How a weight was rounded in the metric of its inputs.
+
+    Attributes:
+      first_loss, loss: tr(E H E^T) / tr(W H W^T) of the first stage (scales fitted, nearest codes) and at the end, on
+        the tokens that made H.
+      first_heldout_loss, heldout_loss: the same on tokens that did not; None where none were held out.
+      damping: lambda of H + lambda diag(H) in force.
+      tokens: seen at the weight's input.
+      seconds: spent on the weight, statistics not included; weights rounded together share them.
+      note: what a reader should know, as that it saw fewer tokens than it has inputs.
+    """
+
+    first_loss: float | None
+    loss: float | None
+    first_heldout_loss: float | None
+    heldout_loss: float | None
+    damping: float
+    tokens: int
+    seconds: float
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorReport:
     """One tensor of a quantized model.
 
@@ -23,6 +47,7 @@ class TensorReport:
       nbytes: bytes stored, scales included.
       error: relative root mean square error, None where nothing was rounded.
       kept: why it was kept, None where it was quantized.
+      calibration: what a calibrated rounding did, None where there was none.
     """
 
     name: str
@@ -31,6 +56,7 @@ class TensorReport:
     nbytes: int
     error: float | None = None
     kept: str | None = None
+    calibration: CalibrationReport | None = None
 
     @property
     def size(self) -> int:
@@ -85,7 +111,24 @@ class Report:
         table.add_column("format", footer=", ".join(self.formats))
         table.add_column("bits/weight", justify="right", footer=f"{self.bits_per_weight:.4f}")
         table.add_column("rel. error", justify="right", footer=f"{self.nbytes:,} bytes")
+        calibrated = any(t.calibration for t in self.tensors)
+        if calibrated:
+            table.add_column("loss", justify="right")
+            table.add_column("held out", justify="right")
+            table.add_column("damping", justify="right")
         for t in self.tensors:
             error = f"[dim]kept: {t.kept}[/]" if t.kept else "" if t.error is None else f"{t.error:.5f}"
-            table.add_row(t.name, " x ".join(map(str, t.shape)), t.format, f"{t.bits_per_weight:.4g}", error)
+            row = [t.name, " x ".join(map(str, t.shape)), t.format, f"{t.bits_per_weight:.4g}", error]
+            table.add_row(*row, *(_calibration_cells(t.calibration) if calibrated else ()))
         return table
+
+
+def _calibration_cells(c: CalibrationReport | None) -> tuple[str, ...]:
+    """Losses before -> after, and the damping."""
+    if c is None:
+        return "", "", ""
+
+    def pair(before: float | None, after: float | None) -> str:
+        return "" if before is None or after is None else f"{before:.3g} -> {after:.3g}"
+
+    return pair(c.first_loss, c.loss), pair(c.first_heldout_loss, c.heldout_loss), f"{c.damping:.3g}"

@@ -5,6 +5,9 @@
 While one tensor is encoded the one before it is written and the next one's pages are fetched. The header is known
 before the first weight is read, so tensors have their places from the start, and an interrupted run continues where
 it stopped. The file is the same, byte by byte, as that of a run that was never interrupted.
+
+A recipe that needs statistics rounds its weights block by block behind what is rounded already (`walk`); each goes to
+its place in the same file as soon as it is done.
 """
 
 from __future__ import annotations
@@ -22,14 +25,23 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.formats import format as get_format
+from qjax.io.gguf_model import to_rows
 from qjax.io.gguf_types import DENSE
 from qjax.io.gguf_write import Layout, TensorInfo, layout, tensor_order
+from qjax.models.families import weight_names
 from qjax.models.family_table import family_of
+from qjax.models.stages import stages_of
+from qjax.pipeline.calibrated import key_of, loader, walk_folder
 from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, compile_ahead, encode_tensor, workers
-from qjax.pipeline.report import Report, TensorReport
+from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.resume import Partial, resumable_file
+from qjax.pipeline.rounded import relative_error
 from qjax.pipeline.source import Source, SourceTensor, open_source
+from qjax.pipeline.walk import Calibration, Step, walk
 from qjax.plan import Plan, file_type_number, mix_of
+from qjax.recipes import Recipe
+from qjax.recipes import recipe as get_recipe
+from qjax.tensor import QTensor
 
 Progress = Callable[[str, int, int], None]
 _AHEAD = 3  # tensors in memory: one being encoded, one before it being written, one behind it being fetched
@@ -44,6 +56,7 @@ class _Job:
     info: TensorInfo
     format: Format | None
     kept: str | None
+    recipe: Recipe
 
 
 def quantize_file(
@@ -51,12 +64,15 @@ def quantize_file(
     out: str | Path,
     plan: str | Plan,
     *,
+    recipe: str | Recipe = "rtn",
+    calibration: Calibration | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
     pure: bool = False,
     overrides: Sequence[tuple[str, str]] = (),
     requantize: bool = False,
     pre: str | None = None,
     progress: Progress = lambda name, done, total: None,
+    walked: Callable[[Step], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Report:
     """Quantize a model into a GGUF file that llama.cpp runs, in bounded memory.
@@ -65,33 +81,41 @@ def quantize_file(
       model: a Hugging Face directory, a GGUF file, a llama2.c file, or a built-in name.
       out: the file to write. Until it is whole it is called `OUT.partial`; a second call continues it.
       plan: one of llama-quantize's file types ("Q4_K_M"), or a Plan.
+      recipe: how to round where the plan's rule does not say; a name or a Recipe.
+      calibration: the text, for recipes that need statistics; see `calibration_of`.
       importance: {path or GGUF name: f32[in]}, the importance of each input of a weight; others are rounded without.
       pure, overrides: see `qjax.plan.mix`; for a file type only.
       requantize: allow a source whose weights are quantized already.
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
-      progress: called as (tensor, bytes of the source done, of all) after each tensor.
+      progress: called as (tensor, bytes of the source done, of all) after each tensor that is not calibrated.
+      walked: called after each tensor that is.
       notify: told in one line when earlier work is continued or dropped.
 
     Returns: a Report of every tensor, in the file's order.
 
     Raises:
-      UserError: what `open_source`, `Plan.assign` and `encode_tensor` raise; an input that is quantized already; a full
-        disk. Nothing has the final name then.
+      UserError: what `open_source`, `Plan.assign`, `encode_tensor` and `walk` raise; an input that is quantized
+        already; a recipe that needs a calibration text and has none; a full disk. Nothing has the final name then.
     """
-    source, out = open_source(model, pre), Path(out)
+    source, out, recipe = open_source(model, pre), Path(out), get_recipe(recipe)
     if out.exists() and any(t.values is None and out.samefile(t.file) for t in source.tensors):
         raise UserError(f"{out} is the model itself; write to another file")
     importance = _by_gguf_name(source, importance or {})
     if isinstance(plan, str):
-        plan = source_mix(source, plan, has_imatrix=bool(importance), pure=pure, overrides=overrides)
+        plan = source_mix(source, plan, has_imatrix=bool(importance or recipe.requires), pure=pure, overrides=overrides)
     elif pure or overrides:
         raise UserError("pure and overrides change a file type's choices; a plan says everything itself")
-    jobs = _jobs(source, plan, requantize)
+    jobs = _jobs(source, plan, recipe, requantize)
+    formats = _calibrated(jobs, importance, calibration)
     place = layout(_metadata(source, plan, jobs), [job.info for job in jobs])
-    with resumable_file(out, _key(source, place, importance), place.size, notify) as partial:
+    key = _key(source, place, importance, key_of(formats, calibration if formats else None))
+    with resumable_file(out, key, place.size, notify) as partial:
         if _HEADER not in partial.finished:
             partial.write(_HEADER, 0, place.header)
-        _run(jobs, place, importance, partial, progress)
+        _run([job for job in jobs if job.tensor.weight.path not in formats], place, importance, partial, progress)
+        if formats:
+            assert calibration is not None
+            _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
         return Report(tuple(_line(job, partial.finished[job.info.name]) for job in jobs))
 
 
@@ -109,13 +133,61 @@ def source_mix(source: Source, name: str, **options: Any) -> Plan:
     )
 
 
-def _jobs(source: Source, plan: Plan, requantize: bool) -> tuple[_Job, ...]:
+def _calibrated(
+    jobs: Sequence[_Job], importance: Mapping[str, np.ndarray], calibration: Calibration | None
+) -> dict[str, tuple[Format, Recipe]]:
+    """{path: (format, recipe)} of the weights that take a walk."""
+    formats = {}
+    for job in jobs:
+        needs = job.recipe.requires - ({"h"} if job.info.name in importance else set())
+        simple = len(job.recipe.roundings) == 1 and not needs
+        if job.format is None or job.kept or simple:
+            continue
+        if calibration is None and needs:
+            raise UserError(
+                f"{job.info.name}: recipe {job.recipe.name or job.recipe} needs {', '.join(sorted(needs))} of its "
+                "input: give a calibration text"
+            )
+        formats[job.tensor.weight.path] = (job.format, job.recipe)
+    if formats and calibration is None:
+        raise UserError("this recipe walks the model and needs a calibration text")
+    return formats
+
+
+def _walk(
+    source: Source, out: Path, key: str, jobs: Sequence[_Job], formats: Mapping[str, tuple[Format, Recipe]],
+    calibration: Calibration, place: Layout, partial: Partial, walked: Callable[[Step], None],
+    notify: Callable[[str], None],
+) -> None:  # fmt: skip
+    names = {"/".join(w.path): w for w in weight_names(source.config)}
+    load = loader(source)
+
+    def emit(path: str, q: QTensor, line: CalibrationReport | None) -> None:
+        w = names[path]
+        rows = to_rows(w, q, q.format.name)
+        whole = load(w.path[0])
+        for name in w.path[1:]:
+            whole = whole[name]
+        note = {"error": relative_error(whole, q), "calibration": None if line is None else dataclasses.asdict(line)}
+        partial.write(w.gguf, place.offsets[w.gguf], np.ascontiguousarray(rows).reshape(-1), note)
+
+    with walk_folder(out, key) as folder:
+        walk(
+            stages_of(source.config), load, formats, calibration, emit,
+            folder=folder, progress=walked, notify=notify,
+        )  # fmt: skip
+
+
+def _jobs(source: Source, plan: Plan, recipe: Recipe, requantize: bool) -> tuple[_Job, ...]:
     tensors = sorted(source.tensors, key=lambda t: tensor_order(t.name))
     assigned = plan.assign(t.weight for t in tensors)
-    return tuple(_job(source, t, a.format, a.reason, requantize) for t, a in zip(tensors, assigned, strict=True))
+    return tuple(
+        _job(source, t, a.format, a.reason, a.recipe or recipe, requantize)
+        for t, a in zip(tensors, assigned, strict=True)
+    )
 
 
-def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, requantize: bool) -> _Job:
+def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, recipe: Recipe, requantize: bool) -> _Job:
     if fmt is None and t.weight.is_vector and not source.is_gguf:
         fmt = get_format("F32")
     elif fmt is not None and fmt.name == t.type:
@@ -129,7 +201,7 @@ def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, requa
     if fmt is None and t.is_changed:
         fmt = get_format(t.type)
     info = TensorInfo(t.name, t.weight.shape, t.type if fmt is None else fmt.name)
-    return _Job(t, info, fmt, kept)
+    return _Job(t, info, fmt, kept, recipe)
 
 
 def _metadata(source: Source, plan: Plan, jobs: Sequence[_Job]) -> dict[str, Any]:
@@ -142,10 +214,10 @@ def _metadata(source: Source, plan: Plan, jobs: Sequence[_Job]) -> dict[str, Any
     }
 
 
-def _key(source: Source, place: Layout, importance: Mapping[str, np.ndarray]) -> str:
+def _key(source: Source, place: Layout, importance: Mapping[str, np.ndarray], recipes: str) -> str:
     """Identifies the output: the same key means the same bytes."""
     h = hashlib.sha256(place.header)
-    h.update(source.fingerprint().encode())
+    h.update(source.fingerprint().encode() + recipes.encode())
     for name in sorted(importance):
         h.update(name.encode() + np.ascontiguousarray(importance[name], np.float32).tobytes())
     for package in ("qjax", "jax"):
@@ -211,8 +283,12 @@ def _copied(t: SourceTensor) -> np.ndarray:
     return raw
 
 
-def _line(job: _Job, error: float | None) -> TensorReport:
-    return TensorReport(job.info.name, job.info.shape, job.info.type, job.info.nbytes, error, job.kept)
+def _line(job: _Job, note: Any) -> TensorReport:
+    error, line = note, None
+    if isinstance(note, dict):
+        error, calibration = note["error"], note["calibration"]
+        line = None if calibration is None else CalibrationReport(**calibration)
+    return TensorReport(job.info.name, job.info.shape, job.info.type, job.info.nbytes, error, job.kept, line)
 
 
 def _by_gguf_name(source: Source, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

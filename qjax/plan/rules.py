@@ -5,7 +5,8 @@
 A pattern is a shell glob over the whole name (`layers_[0-3]/attn/v/kernel`, `blk.*.attn_v.weight`, `*`), or, after
 `re:`, a regular expression over the whole name (`re:layers_(0|1|1[45])/mlp/.*`). Both the path in the params tree and
 the GGUF name are tried. Vectors (norms, biases) are no weights in this sense: they are always kept. What is left must
-be covered, by a format or by the word `keep`; nothing stays dense silently.
+be covered, by a format or by the word `keep`; nothing stays dense silently. `recipe:format` ("gptq:int4_g128") says how
+this weight is rounded as well; where a rule names a format alone, whoever runs the plan decides.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from typing import Any
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.formats import format as get_format
+from qjax.recipes import Recipe
+from qjax.recipes import recipe as get_recipe
 
 KEEP = "keep"
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a plan: what the pattern matches gets the format (a name, a Format, or `keep`)."""
+    """One line of a plan: what the pattern matches gets the format (a name, a Format, a Recipe on one, or `keep`)."""
 
     pattern: str
-    format: str | Format
+    format: str | Format | Recipe
 
     def matches(self, name: str) -> bool:
         if self.pattern.startswith("re:"):
@@ -43,6 +46,8 @@ class Rule:
 
     @property
     def format_name(self) -> str:
+        if isinstance(self.format, Recipe):
+            return f"{self.format.name}:{self.format.format.name if self.format.format else ''}"
         return self.format if isinstance(self.format, str) else self.format.name
 
 
@@ -75,11 +80,12 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A weight and its format, or (format None) why it is kept as it is."""
+    """A weight, its format and, where its rule names one, its recipe; or (format None) why it is kept as it is."""
 
     weight: Weight
     format: Format | None
     reason: str = ""
+    recipe: Recipe | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Plan:
         exact = {name: w for w in matrices for name in w.names}
         first: dict[str, Rule] = {}
         formats = {rule.format_name: rule.format for rule in self.rules}
-        known = {name: None if name == KEEP else get_format(f) for name, f in formats.items()}
+        known = {name: _target(f) for name, f in formats.items()}
         for rule in self.rules:
             if rule.pattern in exact:  # a mix has hundreds of rules that name one tensor each
                 hits = [exact[rule.pattern]]
@@ -127,14 +133,16 @@ class Plan:
                 first.setdefault(w.path, rule)
         return tuple(self._assignment(w, first.get(w.path), known) for w in weights)
 
-    def _assignment(self, w: Weight, rule: Rule | None, known: Mapping[str, Format | None]) -> Assignment:
+    def _assignment(
+        self, w: Weight, rule: Rule | None, known: Mapping[str, tuple[Format | None, Recipe | None]]
+    ) -> Assignment:
         if w.is_vector:
             return Assignment(w, None, "a vector")
         if rule is None:
             raise UserError(
                 f"no rule of plan {self.name!r} covers {w}; add a rule for it (-> {KEEP} leaves it as it is)"
             )
-        fmt = known[rule.format_name]
+        fmt, recipe = known[rule.format_name]
         if fmt is None:
             return Assignment(w, None, f"kept by rule {rule.pattern!r}")
         if fmt.block and w.shape[-1] % fmt.block:
@@ -142,7 +150,7 @@ class Plan:
                 f"{w}: its rows of {w.shape[-1]} weights are no multiple of {fmt.name}'s block of {fmt.block}; "
                 f"give it a format with a smaller block, or {KEEP} (rule {rule.pattern!r})"
             )
-        return Assignment(w, fmt)
+        return Assignment(w, fmt, recipe=recipe)
 
     def with_rules(self, rules: Sequence[Rule]) -> Plan:
         """A plan in which these rules are asked before the present ones."""
@@ -170,7 +178,7 @@ class Plan:
                 raise UserError(f"{where}: rules.{pattern!r} must be a format's name, got {spec!r}")
             if spec != KEEP:
                 try:
-                    get_format(spec)
+                    _target(spec)
                 except UserError as e:
                     raise UserError(f"{where}: rules.{pattern!r}: {e}") from None
         return cls(tuple(Rule(p, f) for p, f in rules.items()), str(d.get("name", "custom")))
@@ -194,6 +202,21 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(f"{pattern} -> {fmt}" for pattern, fmt in _folded(self.rules))
+
+
+def _target(spec: str | Format | Recipe) -> tuple[Format | None, Recipe | None]:
+    """What a rule's right-hand side means."""
+    if isinstance(spec, str):
+        if spec == KEEP:
+            return None, None
+        if ":" not in spec:
+            return get_format(spec), None
+        spec = get_recipe(spec)
+    if not isinstance(spec, Recipe):
+        return spec, None
+    if spec.format is None:
+        raise UserError(f"the recipe {spec.name or spec} in a rule needs a format, as in {spec.name or 'gptq'}:Q4_K")
+    return spec.format, spec
 
 
 def _folded(rules: Sequence[Rule]) -> list[tuple[str, str]]:

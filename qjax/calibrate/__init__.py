@@ -1,0 +1,11 @@
+"""Calibrate: what flows into every weight of a model, gathered once, kept, and carried through reparametrizations."""
+
+from qjax.calibrate.files import imatrix_of, load_stats, save_stats, stats_of_imatrix
+from qjax.calibrate.moments import add, means, sums
+from qjax.calibrate.observe import check_stats, observe
+from qjax.stats import KINDS, Stats
+
+__all__ = [
+    "KINDS", "Stats", "add", "check_stats", "imatrix_of", "load_stats", "means", "observe", "save_stats",
+    "stats_of_imatrix", "sums",
+]  # fmt: skip

@@ -1,0 +1,97 @@
+"""Statistics in files: our own .npz, and llama.cpp's importance matrices.
+
+.npz    `<path>|<kind>` arrays in float32, written whole or not at all; weights with one input share one entry
+imatrix h and count by GGUF tensor name (`qjax.io.imatrix`)
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.io.atomic import atomic_file
+from qjax.io.imatrix import Imatrix, check_imatrix
+from qjax.models.weight_names import WeightName
+from qjax.stats import KINDS, Stats
+
+_SHARED = "shared"
+
+
+def save_stats(path: str | Path, stats: Mapping[str, Stats]) -> None:
+    """Write {path: Stats} to an .npz file. Raises UserError as `atomic_file` does."""
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for name, s in stats.items():
+        shared[name] = first.setdefault(id(s), name)
+        if shared[name] == name:
+            for kind in (*KINDS, "count"):
+                if getattr(s, kind) is not None:
+                    arrays[f"{name}|{kind}"] = np.asarray(getattr(s, kind))
+    arrays[_SHARED] = np.frombuffer(json.dumps(shared).encode(), np.uint8)
+    with atomic_file(path) as f:
+        np.savez(f, **arrays)  # type: ignore[arg-type]
+
+
+def load_stats(path: str | Path) -> dict[str, Stats]:
+    """The inverse of `save_stats`. Raises UserError where the file is missing, broken or something else."""
+    try:
+        with np.load(path) as z:
+            shared = json.loads(z[_SHARED].tobytes())
+            fields: dict[str, dict[str, jnp.ndarray]] = {name: {} for name in set(shared.values())}
+            for key in z.files:
+                if key != _SHARED:
+                    name, kind = key.rsplit("|", 1)
+                    fields[name][kind] = jnp.asarray(z[key])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of statistics") from None
+    except (KeyError, ValueError, zipfile.BadZipFile, EOFError, OSError) as e:
+        raise UserError(f"{path} holds no statistics that qjax wrote: {e}") from None
+    made = {name: Stats(**f) for name, f in fields.items()}
+    return {name: made[of] for name, of in shared.items()}
+
+
+def imatrix_of(
+    stats: Mapping[str, Stats], names: Iterable[WeightName], datasets: tuple[str, ...] = (), chunk_size: int = 512
+) -> Imatrix:
+    """llama.cpp's importance matrix of a decoder's statistics.
+
+    Args:
+      stats: {path in the params tree: Stats} with h or H.
+      names: the decoder's weights, `weight_names(config)`.
+      datasets, chunk_size: what the file says about its making.
+
+    Raises:
+      UserError: no weight has h or H.
+    """
+    values: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    for w in names:
+        s = stats.get("/".join(w.path))
+        if s is not None and s.importance is not None:
+            values[w.gguf] = np.asarray(s.importance, np.float32)
+            counts[w.gguf] = int(np.asarray(s.count)) if s.count is not None else chunk_size
+    if not values:
+        raise UserError("an importance matrix needs the statistic h or H, and none was collected")
+    return Imatrix(values, counts, datasets, chunk_size)
+
+
+def stats_of_imatrix(imatrix: Imatrix, names: Iterable[WeightName]) -> dict[str, Stats]:
+    """{path: Stats(h, count)} of an importance matrix.
+
+    Raises:
+      UserError: it is another model's: a tensor the decoder lacks, or rows of another length.
+    """
+    weights = {w.gguf: w for w in names}
+    shapes = {g: (w.shape[::-1] if w.transposed else w.shape) for g, w in weights.items()}
+    check_imatrix(imatrix, shapes)
+    return {
+        "/".join(weights[g].path): Stats(h=jnp.asarray(h), count=jnp.float32(imatrix.counts[g]))
+        for g, h in imatrix.values.items()
+    }

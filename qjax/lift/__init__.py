@@ -1,0 +1,21 @@
+"""One interpreter of jaxprs, four uses: run packed weights, watch their inputs, change them, add to them.
+
+    apply_q = lift(apply)              apply_q(qparams, x): packed weights in a plain model
+    report(apply, params, x)           every use of every weight, by its path in the params tree
+    watch(apply, collect)              statistics of what flows into each weight
+    substitute(apply, transform)       fake quantization
+    adapt(apply)                       low-rank adapters
+    tap(apply)                         gradients by the outputs of weights
+
+A function is traced on the shapes of dense weights and its jaxpr evaluated again, with weights followed by name:
+`jax_names` (what is semi-public in JAX), `weight` (a weight on its way), `layout` and `packed` (rearrangements),
+`contract` and `lookup` (uses), `interpret` and `control` (the loop, the bodies), `scope` (where we stand), `run`.
+"""
+
+from qjax.lift.apply import lift
+from qjax.lift.change import adapt, substitute, tap, tap_shapes
+from qjax.lift.observe import report, watch
+from qjax.lift.scope import Stats
+from qjax.lift.weight import Use
+
+__all__ = ["Stats", "Use", "adapt", "lift", "report", "substitute", "tap", "tap_shapes", "watch"]

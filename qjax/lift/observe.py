@@ -1,0 +1,67 @@
+"""Look at a function's weights at work: where each is used, and what flows into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from qjax.errors import UserError
+from qjax.lift.run import matrices, run, survey, trace
+from qjax.lift.scope import Place, Program, Site, Stats
+from qjax.lift.weight import Use
+
+
+def report(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tuple[Use, ...]:
+    """Every use of every leaf of params, in the order of execution, from an abstract trace.
+
+    Args:
+      fn: a pure function of (params, *args, **kwargs).
+      params: arrays, QTensors or shapes.
+      *args, **kwargs: its inputs, or their shapes.
+
+    Returns: one `Use` per equation that uses a leaf; those inside a scan once. A leaf that is never used is absent.
+
+    >>> import jax.numpy as jnp
+    >>> for use in report(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))},
+    ...                   jnp.ones((3, 4))):
+    ...     print(use.path, use.kind, use.axis, use.source)
+    a dot -2 0
+    b dot -2 1
+    """
+    return tuple(survey(trace(fn, params, args, kwargs)).uses.values())
+
+
+def watch(fn: Callable[..., Any], collect: Callable[[Use, Any], Any]) -> Callable[..., tuple[Any, Stats]]:
+    """Run a function and collect statistics of what flows into its weights.
+
+    Args:
+      fn: a pure function of (params, *inputs); params dense or packed.
+      collect: (use, x) -> a tree of arrays, or None; called once for each source (again if JAX traces a body again).
+        For a dot, x is the activation with its contracted axes last and merged, the axes it shares with the weight
+        (batch axes of the dot_general) first: [*batch, *tokens, n]. For a gather, x is the integer indices.
+
+    Returns: a function of (params, *inputs) that returns (output, {source: statistic}), sources as in `report`. In a
+      scan the statistics are stacked on a leading axis; a branch of a cond that is not taken gives zeros.
+
+    Raises:
+      UserError: (when called) a statistic arises in a while loop or a shard_map, which it cannot leave.
+    """
+
+    def watched(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Stats]:
+        first: dict[int, Place] = {}
+
+        def visit(site: Site) -> tuple[Any, Stats]:
+            if first.setdefault(site.use.source, site.place) != site.place:
+                return site.y, {}
+            stat = collect(site.use, site.x)
+            if site.inside and jax.tree.leaves(stat):
+                raise UserError(
+                    f"the input of {site.use.path!r} is used in a {site.inside}, which no statistic can leave"
+                )
+            return site.y, {site.use.source: stat}
+
+        return run(trace(fn, params, args, kwargs), Program(visit=visit), matrices)
+
+    return watched

@@ -1,0 +1,159 @@
+"""Where the interpreter stands, and what it keeps in mind: the ledger of uses, the names of activations.
+
+A place is the path of equation numbers from the outermost jaxpr inwards, so tracing a loop body twice finds the same
+uses again, and two traces of one program number them alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
+
+from qjax.lift import jax_names
+from qjax.lift.contract import Contraction
+from qjax.lift.weight import Use, Weight, refuse, whole_axes
+
+Place = tuple[int, ...]
+Stats = dict[int, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What a visitor sees of one use.
+
+    Attributes:
+      use: the record of the use.
+      place: where it stands; equal when the same equation is traced again.
+      x: the activation, [*batch, *tokens, n] for a dot; the integer indices for a gather.
+      y: the result, in the program's own order.
+      contraction: how the dot's axes are arranged; None for a gather.
+      feed: the visitor's own arrays (taps, adapters), those of a scan cut to the present step.
+      inside: "while" or "shard_map" if the use stands in one, else "".
+    """
+
+    use: Use
+    place: Place
+    x: Any
+    y: Any
+    contraction: Contraction | None
+    feed: dict[str, Any]
+    inside: str
+
+
+# A visitor returns the result to go on with and statistics by source.
+Visit = Callable[[Site], tuple[Any, Stats]]
+
+
+@dataclasses.dataclass
+class Program:
+    """One interpretation of one function.
+
+    Attributes:
+      visit: called at every dot and gather; None where nobody looks.
+      on_dense: what to do where a packed weight must be decoded: raise, warn, or only note it in the ledger.
+      steps_over: (a scan's place, paths of the weights it steps over) -> keys of the feed that it steps over as well.
+      uses, sources: the ledger.
+    """
+
+    visit: Visit | None = None
+    on_dense: Literal["raise", "warn", "note"] = "raise"
+    steps_over: Callable[[Place, set[str]], set[str]] = lambda place, paths: set()
+    uses: dict[Place, Use] = dataclasses.field(default_factory=dict)
+    sources: dict[Hashable, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Scope:
+    """One jaxpr being interpreted: its place, the scans around it, and which outer variables its own stand for."""
+
+    program: Program
+    jaxpr: Any
+    place: Place = ()
+    stacked: tuple[int, ...] = ()
+    inside: str = ""
+    feed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    alias: dict[Any, tuple[Scope, Any]] = dataclasses.field(default_factory=dict)
+    definitions: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def enter(self, jaxpr: Any, *at: int, **changes: Any) -> Scope:
+        """The scope of a body whose activations are new ones: another at each step, or in each branch."""
+        fields = {"stacked": self.stacked, "inside": self.inside, "feed": self.feed} | changes
+        return Scope(self.program, jaxpr, (*self.place, *at), **fields)
+
+    def call(self, eqn: Any, jaxpr: Any, at: int, **changes: Any) -> Scope:
+        """The scope of a body that is called once: its activations are those outside."""
+        inner = self.enter(jaxpr, at, **changes)
+        inner.alias.update((v, (self, atom)) for v, atom in zip(jaxpr.invars, eqn.invars, strict=True))
+        self.alias.update((v, (inner, atom)) for v, atom in zip(eqn.outvars, jaxpr.outvars, strict=True))
+        return inner
+
+    def name(self, atom: Any) -> Hashable:
+        """What an activation is called: equal for the same variable seen through calls and equal conversions."""
+        if isinstance(atom, jax_names.Literal):
+            return self.place, id(atom)
+        if atom in self.alias:
+            scope, outer = self.alias[atom]
+            return scope.name(outer)
+        if not self.definitions:
+            self.definitions.update((v, eqn) for eqn in self.jaxpr.eqns for v in eqn.outvars)
+        eqn = self.definitions.get(atom)
+        if eqn is None or eqn.primitive.name != "convert_element_type":
+            return self.place, atom
+        source = eqn.invars[0]
+        return self.name(source) if source.aval.dtype == atom.aval.dtype else (atom.aval.dtype, self.name(source))
+
+    def use(
+        self,
+        weight: Weight,
+        at: int,
+        kind: Literal["dot", "gather"],
+        axes: tuple[int, ...],
+        key: Hashable,
+        batch: int = 0,
+    ) -> Use:
+        """Enter a dot or gather into the ledger; `key` tells sources apart."""
+        uses, place = self.program.uses, (*self.place, at)
+        if place not in uses:
+            source = self.program.sources.setdefault((kind, key), len(self.program.sources))
+            nth = sum(u.path == weight.path and u.kind != "other" for u in uses.values())
+            uses[place] = Use(
+                weight.path, kind, axes[-1], source, weight.stored, self.stacked, axes, weight.scanned, weight.levels,
+                nth, batch=batch,
+            )  # fmt: skip
+        return uses[place]
+
+    def visit(self, use: Use, at: int, x: Any, y: Any, contraction: Contraction | None) -> tuple[list[Any], Stats]:
+        """Show a use to the visitor."""
+        assert self.program.visit is not None
+        y, stats = self.program.visit(Site(use, (*self.place, at), x, y, contraction, self.feed, self.inside))
+        return [y], stats
+
+    def other(self, weight: Weight, at: Place, note: str = "") -> None:
+        """Enter a use that is neither dot nor gather into the ledger."""
+        use = Use(weight.path, "other", None, -1, weight.stored, self.stacked, (), weight.scanned, weight.levels, note=note)
+        self.program.uses.setdefault((*self.place, *at), use)
+
+    def decode(self, weight: Weight, at: Place, primitive: str, reason: str, hidden: bool = False) -> Any:
+        """Give up a weight to an operation that needs its values: a plain array, after raising or warning if asked to.
+
+        Args:
+          weight: the weight.
+          at: the equation's number and the operand's.
+          primitive, reason: why, as in "reduce_sum needs its values".
+          hidden: the operation may multiply with it where nobody sees, so that dense weights count as well.
+        """
+        note = f"{primitive} {reason}" if weight.packed or hidden else ""
+        self.other(weight, at, note)
+        if note and self.program.on_dense != "note":
+            error = refuse(weight, primitive, reason)
+            if self.program.on_dense == "raise":
+                raise error
+            warnings.warn(f"{weight.path!r} is decoded: {note}", stacklevel=2)
+        return weight.array()
+
+
+def contracts_whole(weight: Weight, contraction: Contraction) -> tuple[int, ...] | None:
+    """The stored axes a dot contracts, or None for a vector, a part of an axis, or nothing."""
+    return whole_axes(weight, contraction.w_contract) if len(weight.stored) > 1 else None

@@ -1,0 +1,71 @@
+"""The residual stream of all calibration windows: in memory, or mapped in a folder, so that a long text fits a disk.
+
+x_0 -> block 0 -> x_1 -> block 1 -> ...          one file an x, written under another name until it is whole
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activations:
+    """f32[windows, context, dim].
+
+    Attributes:
+      array: the numbers, a memory map where there is a folder.
+      path: their file.
+    """
+
+    array: np.ndarray
+    path: Path | None = None
+
+    def drop(self) -> None:
+        """Delete the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+class Writer:
+    """Activations being written; `done()` gives them their name."""
+
+    def __init__(self, folder: Path | None, name: str, shape: tuple[int, ...]):
+        self._path = None if folder is None else folder / f"{name}.f32"
+        if self._path is None:
+            self.array = np.empty(shape, np.float32)
+        else:
+            self.array = np.memmap(_unfinished(self._path), np.float32, "w+", shape=shape)
+
+    def done(self) -> Activations:
+        """The finished activations; on disk for good before their name appears."""
+        if self._path is None:
+            return Activations(self.array)
+        self.array.flush()  # type: ignore[attr-defined]
+        os.replace(_unfinished(self._path), self._path)
+        return Activations(self.array, self._path)
+
+
+def reopen(folder: Path, name: str, shape: tuple[int, ...]) -> Activations | None:
+    """Activations that an earlier run finished, or None."""
+    path = folder / f"{name}.f32"
+    if not path.is_file() or path.stat().st_size != 4 * int(np.prod(shape)):
+        return None
+    return Activations(np.memmap(path, np.float32, "r", shape=shape), path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".unfinished")
+
+
+def batches(count: int, size: int, stops: tuple[int, ...] = ()) -> Iterator[slice]:
+    """Slices of at most `size` that cover 0..count and end at every stop."""
+    at = 0
+    for stop in (*sorted(s for s in stops if 0 < s < count), count):
+        while at < stop:
+            yield slice(at, min(at + size, stop))
+            at = min(at + size, stop)

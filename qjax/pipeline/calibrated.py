@@ -1,0 +1,228 @@
+"""Calibrate and quantize a decoder: in memory, or from file to file with the walk's state beside the output.
+
+OUT.partial.calibration/    the residual stream, the survey and how far the walk has come; gone with the partial file
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.io.atomic import write_errors, write_text
+from qjax.io.rope_rows import to_halves
+from qjax.models.families import WeightName, weight_names
+from qjax.models.model import Model, check_tokens
+from qjax.models.stages import stages_of
+from qjax.pipeline.report import CalibrationReport, Report, TensorReport
+from qjax.pipeline.rounded import relative_error
+from qjax.pipeline.source import Source, SourceTensor
+from qjax.pipeline.survey import Survey
+from qjax.pipeline.walk import Calibration, Step, survey_of, walk
+from qjax.plan import Plan, decoder_weights
+from qjax.recipes import Recipe
+from qjax.recipes import recipe as get_recipe
+from qjax.tensor import QTensor, is_qtensor
+
+HELDOUT = 1 / 8
+"""The share of the calibration windows on which losses are reported and nothing is fitted."""
+
+
+def calibration_of(
+    model_context: int, tokens: Any, *, context: int | None = None, limit: int | None = None, heldout: float = HELDOUT,
+    batch: int | None = None, seed: int = 0, bos: int | None = None,
+) -> Calibration:  # fmt: skip
+    """Cut a text into calibration windows.
+
+    Args:
+      model_context: the model's longest window.
+      tokens: the ids of the text, in order.
+      context: tokens a window; None: 512, or the model's if shorter.
+      limit: windows at most.
+      heldout: the share of the windows that is held out, at the end; at least one window if it is not 0.
+      batch: windows a step; None: about 4096 tokens.
+      seed: of labels drawn from the model.
+      bos: what replaces the first token of each window, where the model expects one.
+
+    Raises:
+      UserError: a text shorter than two windows (one, if nothing is held out), a window longer than the model's.
+    """
+    context = min(512, model_context) if context is None else context
+    if context > model_context:
+        raise UserError(
+            f"calibration windows of {context} tokens are longer than the model's context of {model_context}"
+        )
+    if not 0 <= heldout < 1:
+        raise UserError(f"heldout is a share of the windows, from 0 to below 1; got {heldout}")
+    ids = np.asarray(tokens, np.int32).reshape(-1)
+    count = len(ids) // context
+    count = count if limit is None else min(count, limit)
+    held = max(1, round(heldout * count)) if heldout else 0
+    if count - held < 1:
+        raise UserError(
+            f"the calibration text has {len(ids)} tokens; {1 + (held > 0)} windows of {context} are the least "
+            "(one to calibrate on, one held out): give more text or a shorter context"
+        )
+    windows = ids[: count * context].reshape(count, context).copy()
+    if bos is not None:
+        windows[:, 0] = bos
+    return Calibration(windows, held, batch or max(1, 4096 // context), seed)
+
+
+def calibration_text(model: Model, text: str, **options: Any) -> Calibration:
+    """`calibration_of` a string, read by the model's tokenizer."""
+    if model.tokenizer is None:
+        raise UserError("the model has no tokenizer to read the calibration text with; give token ids")
+    t = model.tokenizer
+    ids = t.encode(text, bos=t.add_bos)
+    return calibration_of(model.config.context, ids, bos=t.bos if t.add_bos else None, **options)
+
+
+def quantize_model(
+    model: Model,
+    plan: Plan,
+    recipe: str | Recipe,
+    calibration: Calibration,
+    *,
+    seen: Survey | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> tuple[Model, Report]:
+    """Calibrate and quantize a decoder in memory, block by block.
+
+    Args:
+      model: float weights.
+      plan: which weight gets which format, and where its rules say so, which recipe.
+      recipe: for the others.
+      calibration: the text.
+      seen: `survey_model` of the same model and text, so that several recipes need it only once.
+      progress, notify: as for `walk`.
+
+    Returns: the model with packed weights, and a report of every weight.
+
+    Raises:
+      UserError: weights that are packed already; what `Plan.assign` and `walk` raise.
+    """
+    check_tokens(model.config, calibration.tokens[:, :1])
+    check_tokens(model.config, calibration.tokens)
+    recipe = get_recipe(recipe)
+    assigned = plan.assign(decoder_weights(model.config))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params, is_leaf=is_qtensor):
+        if is_qtensor(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"{name}: already quantized to {leaf.format.name}; start from the float model")
+    formats = {a.weight.path: (a.format, a.recipe or recipe) for a in assigned if a.format is not None}
+    params: Any = jax.tree.map(lambda leaf: leaf, model.params)
+    lines: dict[str, TensorReport] = {}
+
+    def emit(path: str, q: QTensor, line: CalibrationReport | None) -> None:
+        *folders, name = path.split("/")
+        at, was = params, model.params
+        for key in folders:
+            at, was = at[key], was[key]
+        lines[path] = TensorReport(
+            path, _file_shape(q), q.format.name, q.nbytes, relative_error(was[name], q), None, line
+        )
+        at[name] = q
+
+    walk(
+        stages_of(model.config), _tree_loader(model), formats, calibration, emit,
+        seen=seen, progress=progress, notify=notify,
+    )  # fmt: skip
+    report = [lines[a.weight.path] if a.weight.path in lines else _kept(a, params) for a in assigned]
+    return dataclasses.replace(model, params=params), Report(tuple(report))
+
+
+def survey_model(model: Model, calibration: Calibration) -> Survey:
+    """The float model's pass forwards and backwards that recipes with curvature begin with."""
+    return survey_of(stages_of(model.config), _tree_loader(model), calibration)
+
+
+def _tree_loader(model: Model) -> Callable[[str], Any]:
+    return lambda name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params[name])
+
+
+def _file_shape(q: QTensor) -> tuple[int, ...]:
+    *rest, a, b = q.shape
+    return (*rest, b, a) if q.axis == -2 else q.shape
+
+
+def _kept(a: Any, params: Any) -> TensorReport:
+    leaf = params
+    for key in a.weight.path.split("/"):
+        leaf = leaf[key]
+    return TensorReport(a.weight.path, a.weight.shape, jnp.dtype(leaf.dtype).name, leaf.nbytes, kept=a.reason)
+
+
+# from file to file
+
+
+def loader(source: Source) -> Callable[[str], Any]:
+    """Parts of a source's params tree by name, read when asked for, as `walk` wants them."""
+    tensors = {t.weight.path: t for t in source.tensors}
+    parts: dict[str, list[WeightName]] = {}
+    for w in weight_names(source.config):
+        parts.setdefault(w.path[0], []).append(w)
+
+    def load(name: str) -> Any:
+        tree: dict[str, Any] = {}
+        for w in parts[name]:
+            at = tree
+            for key in w.path[1:-1]:
+                at = at.setdefault(key, {})
+            at[w.path[-1]] = _flax_leaf(tensors["/".join(w.path)], w, source.is_gguf)
+        return tree
+
+    return load
+
+
+def _flax_leaf(t: SourceTensor, w: WeightName, is_gguf: bool) -> jax.Array:
+    """A tensor of a file as the decoder holds it: f32, kernels (in, out), rotary rows in halves, no offset."""
+    if is_gguf:
+        rows = t.read().astype(np.float32)
+        rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
+        rows = rows - np.float32(w.offset) if w.offset else rows
+    else:
+        rows = dataclasses.replace(t, rope_heads=None, add=0.0).read().astype(np.float32)
+    return jnp.asarray(rows.T if w.transposed else rows)
+
+
+def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration | None) -> str:
+    """Identifies what calibration and recipes make of a model."""
+    h = hashlib.sha256()
+    for path in sorted(formats):
+        h.update(f"{path} {formats[path][0].name} {formats[path][1]}\n".encode())
+    if calibration is not None:
+        c = calibration
+        h.update(f"{c.tokens.shape} {c.heldout} {c.batch} {c.seed} {jax.default_backend()}".encode())
+        h.update(np.ascontiguousarray(c.tokens, np.int32).tobytes())
+    return h.hexdigest()
+
+
+@contextmanager
+def walk_folder(out: Path, key: str) -> Iterator[Path]:
+    """The folder of a walk's state, empty unless it was left by a walk with the same key.
+
+    It goes when the body ends, and with a UserError or OSError; a kill or an interrupt leaves it.
+    """
+    folder = out.with_name(out.name + ".partial.calibration")
+    with write_errors(out):
+        if folder.is_dir() and not ((folder / "key").is_file() and (folder / "key").read_text() == key):
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        write_text(folder / "key", key)
+        try:
+            yield folder
+        except (UserError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder)

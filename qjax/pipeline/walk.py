@@ -1,0 +1,316 @@
+"""Calibrated quantization, block by block: each weight is rounded to what its input has become.
+
+    x_0 = embed_q(tokens)
+    block i:  for q k v | o | gate up | down:   H = E[x x^T] behind what is rounded already  ->  round  ->  put in place
+              x_{i+1} = block_i(x_i) with the rounded weights
+
+One block's weights are in memory, and the residual stream of the calibration windows, which may lie on disk. A folder
+makes the walk resumable: what a block leaves there is all that the next one needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.calibrate import add, check_stats, means, sums
+from qjax.errors import UserError
+from qjax.formats import Format
+from qjax.lift import Use, watch
+from qjax.models.stages import Apply, Stages
+from qjax.pipeline.activations import batches
+from qjax.pipeline.report import CalibrationReport
+from qjax.pipeline.rounded import plain, round_leaf
+from qjax.pipeline.survey import Load, Survey, groups_of, head_weights, run_piece, survey
+from qjax.pipeline.walk_state import Streams, commit, resumed, save_survey, saved_survey
+from qjax.recipes import Recipe
+from qjax.rounding.ldlq import LDLQ
+from qjax.stats import Stats
+from qjax.tensor import QTensor, dequantize
+from qjax.typing import Array
+
+EMBEDDING = "embed/embedding"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """The text a model is calibrated on.
+
+    Attributes:
+      tokens: i32[windows, context].
+      heldout: the last so many windows are not used to round, only to report the loss in.
+      batch: windows a step; it does not change the result beyond float32's last digits.
+      seed: of the labels drawn from the model.
+    """
+
+    tokens: np.ndarray
+    heldout: int = 0
+    batch: int = 8
+    seed: int = 0
+
+    @property
+    def used(self) -> int:
+        """Windows that make statistics."""
+        return len(self.tokens) - self.heldout
+
+    @property
+    def steps(self) -> list[slice]:
+        """Batches of windows, none both used and held out."""
+        return list(batches(len(self.tokens), self.batch, (self.used,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a walk reports after each weight.
+
+    Attributes:
+      path: the weight.
+      done, total: weights.
+      report: its losses.
+    """
+
+    path: str
+    done: int
+    total: int
+    report: CalibrationReport | None = None
+
+
+Formats = Mapping[str, tuple[Format, Recipe]]
+Emit = Callable[[str, QTensor, CalibrationReport | None], None]
+Round = Callable[[str, Any, int, Stats | None, Stats | None], Array]  # -> the rounded weight, dense
+
+
+def walk(
+    stages: Stages,
+    load: Load,
+    formats: Formats,
+    calibration: Calibration,
+    emit: Emit,
+    *,
+    folder: Path | None = None,
+    seen: Survey | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Round all weights of a decoder that `formats` names.
+
+    Args:
+      stages: the model's pieces.
+      load: name of a part of the params tree -> its float32 weights; each is asked for a few times.
+      formats: {path: (format, recipe)}.
+      calibration: the text.
+      emit: takes each rounded weight; called again with the same weights after a resume within a block.
+      folder: where to keep the state; a second call with the same arguments continues there.
+      seen: the survey of this calibration, where one has been made already.
+      progress: called after each weight.
+      notify: told in one line what the walk is doing before it reaches the blocks.
+
+    Raises:
+      UserError: as `round_leaf`; NaN in an activation; it names the weight.
+    """
+    if not formats:
+        return
+    recipes = [recipe for _, recipe in formats.values()]
+    kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
+    sequential = any(r.sequential for r in recipes if r.requires)
+    both = "cross" in kinds
+    shape = (*calibration.tokens.shape, load("embed")["embedding"].shape[-1])
+    start, streams = resumed(folder, shape, both)
+    order = [EMBEDDING, *stages.names, "head"]
+    done = sum(any(p.startswith(name) for name in order[: 1 + start]) for p in formats) if streams else 0
+    if start:
+        notify(f"continuing behind block {start} of {len(stages.blocks)}")
+
+    def round_one(path: str, leaf: Any, axis: int, stats: Stats | None, heldout: Stats | None) -> Array:
+        nonlocal done
+        format, recipe = formats[path]
+        recipe = plain(recipe) if stats is None and recipe.requires else recipe
+        recipe = _without_cross(recipe) if path == EMBEDDING else recipe
+        q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
+        emit(path, q, line)
+        done += 1
+        progress(Step(path, done, len(formats), line))
+        return dequantize(q)
+
+    if seen is None:
+        seen = _surveyed(stages, load, formats, calibration, folder, notify)
+    if streams is None:
+        embedding = _rounded_embedding(stages, load, formats, seen, round_one)
+        floats = {"embed": load("embed")}
+        tokens, steps = calibration.tokens, calibration.steps
+        x = run_piece(stages.embed, embedding if sequential else floats, tokens, shape, steps, folder, "x_0")
+        x_float = run_piece(stages.embed, floats, tokens, shape, steps, folder, "float_x_0") if both else None
+        streams = Streams(x, x_float)
+        commit(folder, 0)
+    observe = partial(_observe, calibration, kinds)
+    for i in range(start, len(stages.blocks)):
+        apply, floats = stages.blocks[i], load(stages.names[i])
+        weight = None if seen is None else seen.sensitivity[i]
+        rounded = _rounded_piece(stages.names[i], apply, floats, streams, weight, formats, observe, round_one)
+        before, steps = streams, calibration.steps
+        x = run_piece(apply, rounded if sequential else floats, before.x.array, shape, steps, folder, f"x_{i + 1}")
+        x_float = None
+        if before.x_float is not None:
+            x_float = run_piece(apply, floats, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
+        streams = Streams(x, x_float)
+        commit(folder, i + 1, before)
+    if not stages.tied:
+        weight = None if seen is None else seen.head_sensitivity[None]
+        floats = head_weights(stages, load)
+        _rounded_piece("", stages.head, floats, streams, weight, formats, observe, round_one)
+    streams.drop()
+
+
+def survey_of(
+    stages: Stages,
+    load: Load,
+    calibration: Calibration,
+    folder: Path | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Survey:
+    """`survey` of a calibration text."""
+    c = calibration
+    return survey(
+        stages, load, c.tokens, c.steps, c.used, c.seed, folder, lambda what: notify(f"float model: {what}")
+    )  # fmt: skip
+
+
+def _surveyed(
+    stages: Stages,
+    load: Load,
+    formats: Formats,
+    calibration: Calibration,
+    folder: Path | None,
+    notify: Callable[[str], None],
+) -> Survey | None:
+    """The survey, where a recipe looks at curvature; read back if an earlier run has made it."""
+    curved = EMBEDDING in formats and "H" in formats[EMBEDDING][1].requires
+    if not (curved or any(r.sensitive and r.requires for _, r in formats.values())):
+        return None
+    made = saved_survey(folder, len(stages.blocks))
+    if made is None:
+        made = survey_of(stages, load, calibration, folder, notify)
+        if folder is not None:
+            save_survey(folder, made)
+    return made
+
+
+def _rounded_embedding(stages: Stages, load: Load, formats: Formats, seen: Survey | None, round_one: Round) -> Any:
+    """The embedding, rounded in the curvature of its output; a tied one in that of both its uses."""
+    params = {"embed": load("embed")}
+    if EMBEDDING not in formats:
+        return params
+    stats = None
+    if seen is not None and "H" in formats[EMBEDDING][1].requires:
+        C = seen.embedding + seen.head if stages.tied else seen.embedding
+        stats = Stats(H=jnp.asarray(C), count=jnp.float32(seen.tokens))
+    return {"embed": {"embedding": round_one(EMBEDDING, params["embed"]["embedding"], -1, stats, None)}}
+
+
+def _rounded_piece(
+    prefix: str,
+    apply: Apply,
+    floats: Any,
+    streams: Streams,
+    sensitivity: np.ndarray | None,
+    formats: Formats,
+    observe: Callable[..., tuple[Stats, Stats | None]],
+    round_one: Round,
+) -> Any:
+    """Round a piece's weights in the order they run; returns its weights with these in place, dense."""
+    now = floats
+    example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
+    for g, group in enumerate(groups_of(apply, floats, example)):
+        todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in formats}
+        stats = heldout = None
+        if any(formats[name][1].requires for name in todo):
+            sensitive = any(formats[name][1].sensitive for name in todo)
+            weight = sensitivity[g] if sensitivity is not None and sensitive else None
+            stats, heldout = observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
+        for name, use in todo.items():
+            now = _put(now, use.path, round_one(name, _get(floats, use.path), _axis(use), stats, heldout))
+    return now
+
+
+def _observe(
+    calibration: Calibration,
+    kinds: tuple[str, ...],
+    apply: Apply,
+    source: int,
+    params: Any,
+    floats: Any,
+    streams: Streams,
+    weight: np.ndarray | None,
+    name: str,
+) -> tuple[Stats, Stats | None]:
+    """Means at one input over the windows that are used, and over those held out."""
+    totals: list[Stats | None] = [None, None]
+    both = streams.x_float is not None
+    for at in calibration.steps:
+        x_float = jnp.asarray(streams.x_float.array[at]) if streams.x_float is not None else None
+        v = None if weight is None else jnp.asarray(weight[at])
+        x = jnp.asarray(streams.x.array[at])
+        part = _observe_step(apply, source, kinds, params, floats if both else None, x, x_float, v)
+        which = int(at.start >= calibration.used)
+        before = totals[which]
+        totals[which] = part if before is None else add(before, part)
+    used, held = totals
+    assert used is not None
+    stats = means(used)
+    check_stats(stats, name)
+    return stats, None if held is None else means(held)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _observe_step(
+    apply: Apply,
+    source: int,
+    kinds: tuple[str, ...],
+    params: Any,
+    floats: Any,
+    x: Array,
+    x_float: Array | None,
+    weight: Array | None,
+) -> Stats:
+    """The sums of one source for one batch; what lies behind it is dead code."""
+
+    def inputs(params: Any, x: Array) -> Array:
+        return watch(apply, lambda use, v: v if use.source == source else None)(params, x)[1][source]
+
+    there = None if x_float is None else inputs(floats, x_float)
+    return sums(inputs(params, x), kinds, there, weight)
+
+
+def _without_cross(recipe: Recipe) -> Recipe:
+    """For the embedding, which has no input that could have changed."""
+    roundings = tuple(dataclasses.replace(r, cross=0.0) if isinstance(r, LDLQ) else r for r in recipe.roundings)
+    return dataclasses.replace(recipe, roundings=roundings)
+
+
+def _axis(use: Use) -> int:
+    if use.axis not in (-1, -2) or len(use.axes) != 1:
+        raise UserError(f"{use.path}: a block's weight must be contracted along one of its last two axes")
+    return use.axis
+
+
+def _join(prefix: str, path: str) -> str:
+    return f"{prefix}/{path}" if prefix else path
+
+
+def _get(tree: Any, path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: Any, path: str, leaf: Any) -> Any:
+    """The tree with one leaf replaced."""
+    key, _, rest = path.partition("/")
+    return {**tree, key: _put(tree[key], rest, leaf) if rest else leaf}

@@ -1,0 +1,43 @@
+"""Statistics and llama.cpp's importance matrices, there and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.calibrate import imatrix_of, observe, stats_of_imatrix
+from qjax.errors import UserError
+from qjax.io.imatrix import read_imatrix, write_imatrix
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.models.weight_names import weight_names
+
+CONFIG = DecoderConfig(vocab=96, dim=64, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True)
+
+
+@pytest.fixture(scope="module")
+def stats():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 16)), jnp.int32)
+    params = Decoder(CONFIG).init(jax.random.key(0), tokens)["params"]
+    return observe(lambda p, t: Decoder(CONFIG).apply({"params": p}, t), params, [tokens], kinds=("h",))
+
+
+def test_there_and_back(stats, tmp_path):
+    made = imatrix_of(stats, weight_names(CONFIG), ("a text",), 16)
+    assert set(made.values) == {f"blk.{i}.{k}.weight" for i in range(2) for k in (
+        "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")} | {"token_embd.weight"}  # fmt: skip
+    write_imatrix(tmp_path / "im.gguf", made)
+    back = stats_of_imatrix(read_imatrix(tmp_path / "im.gguf"), weight_names(CONFIG))
+    for path, s in back.items():
+        np.testing.assert_allclose(s.h, stats[path].h, rtol=1e-5)
+        assert int(s.count) == 32
+
+
+def test_another_model_is_named(stats):
+    made = imatrix_of(stats, weight_names(CONFIG))
+    wider = DecoderConfig(vocab=96, dim=128, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True)
+    with pytest.raises(UserError, match="attn_k.*64.*128|64.*128"):
+        stats_of_imatrix(made, weight_names(wider))
+    fewer = DecoderConfig(vocab=96, dim=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=16, tied=True)
+    with pytest.raises(UserError, match="blk.1"):
+        stats_of_imatrix(made, weight_names(fewer))

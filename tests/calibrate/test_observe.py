@@ -1,0 +1,150 @@
+"""What weights see: exact sums, shared by input, stacked by scan, the same on eight devices, every flaw named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax.calibrate import load_stats, observe, save_stats
+from qjax.errors import UserError
+
+N = 24
+
+
+def mlp(params, x):
+    h = x @ params["q"] + x @ params["k"]
+    return jnp.tanh(h) @ params["out"]
+
+
+@pytest.fixture
+def params(rng):
+    shapes = {"q": (N, 16), "k": (N, 16), "out": (16, 8)}
+    return {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+
+
+@pytest.fixture
+def batches(rng):
+    return [jnp.asarray(rng.standard_normal((5, 7, N)), jnp.float32) for _ in range(3)]
+
+
+def test_every_kind_equals_an_explicit_computation(params, batches):
+    stats = observe(mlp, params, batches, kinds=("H", "h", "absmean", "absmax", "samples"))
+    assert set(stats) == {"q", "k", "out"} and stats["q"] is stats["k"]
+    x = np.concatenate([np.asarray(b).reshape(-1, N) for b in batches]).astype(np.float64)
+    hidden = np.tanh(x @ np.asarray(params["q"], np.float64) + x @ np.asarray(params["k"], np.float64))
+    for name, seen in (("q", x), ("out", hidden)):
+        s = stats[name]
+        np.testing.assert_allclose(s.H, seen.T @ seen / len(seen), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(s.h, (seen**2).mean(0), rtol=1e-4)
+        np.testing.assert_allclose(s.absmean, np.abs(seen).mean(0), rtol=1e-4)
+        np.testing.assert_allclose(s.absmax, np.abs(seen).max(0), rtol=1e-5)
+        assert float(s.count) == len(x)
+        np.testing.assert_allclose(s.samples[: len(x)], seen, rtol=1e-3, atol=1e-5)
+
+
+def test_cross_compares_with_the_float_model(params, batches):
+    """`out` reads what q and k have become; q and k read the same input in both models."""
+    now = params | {"q": params["q"] * 0.9}
+    stats = observe(mlp, now, batches, kinds=("H", "cross"), float_params=params)
+    x = np.concatenate([np.asarray(b).reshape(-1, N) for b in batches]).astype(np.float64)
+    q, k = np.asarray(params["q"], np.float64), np.asarray(params["k"], np.float64)
+    is_, was = np.tanh(x @ (0.9 * q) + x @ k), np.tanh(x @ q + x @ k)
+    np.testing.assert_allclose(stats["out"].cross, (was - is_).T @ is_ / len(x), rtol=1e-3, atol=1e-5)
+    assert not np.asarray(stats["q"].cross).any()
+    with pytest.raises(UserError, match="give float_params"):
+        observe(mlp, now, batches, kinds=("cross",))
+
+
+def test_a_scanned_model_has_stacked_statistics(rng):
+    stack = {"layers": jnp.asarray(rng.standard_normal((3, N, N)) / 5, jnp.float32)}
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+
+    x = jnp.asarray(rng.standard_normal((40, N)), jnp.float32)
+    s = observe(scanned, stack, [x])["layers"]
+    assert s.H.shape == (3, N, N) and s.count.shape == (3,)
+    for i in range(3):
+        np.testing.assert_allclose(s.H[i], np.asarray(x.T @ x) / 40, rtol=1e-4, atol=1e-5)
+        x = jnp.tanh(x @ stack["layers"][i])
+
+
+def test_a_weight_used_twice_has_the_sums_of_both(rng):
+    w = {"w": jnp.asarray(rng.standard_normal((N, N)) / 5, jnp.float32)}
+    x = jnp.asarray(rng.standard_normal((10, N)), jnp.float32)
+    s = observe(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], w, [x])["w"]
+    both = np.concatenate([np.asarray(x), np.tanh(np.asarray(x @ w["w"]))])
+    np.testing.assert_allclose(s.H, both.T @ both / 20, rtol=1e-3, atol=1e-4)
+    assert float(s.count) == 20
+
+
+def experts(params, x):
+    """Two experts; tokens are routed by the sign of their first number."""
+    to_first = (x[:, :1] > 0).astype(x.dtype)
+    routed = jnp.stack([x * to_first, x * (1 - to_first)])
+    return jnp.einsum("etn,eno->eto", routed, params["experts"]).sum(axis=0)
+
+
+def test_experts_have_their_own_statistics_and_token_counts(rng):
+    params = {"experts": jnp.asarray(rng.standard_normal((2, N, 4)), jnp.float32)}
+    x = rng.standard_normal((50, N)).astype(np.float32)
+    x[:, 0] = np.where(np.arange(50) < 3, 1.0, -1.0)
+    s = observe(experts, params, [jnp.asarray(x)])["experts"]
+    assert s.count.tolist() == [3, 47]
+    np.testing.assert_allclose(s.H[0], x[:3].T @ x[:3] / 3, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(s.H[1], x[3:].T @ x[3:] / 47, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"experts \(entry \(.*0.*,\) of its stack\): no calibration token"):
+        observe(experts, params, [jnp.asarray(x[3:])])
+
+
+def test_eight_devices_give_the_sums_of_one(params, rng):
+    x = jnp.asarray(rng.standard_normal((16, 7, N)), jnp.float32)
+    one = observe(mlp, params, [x])
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    assert len(mesh.devices) == 8
+    eight = observe(mlp, params, [jax.device_put(x, NamedSharding(mesh, P("data")))])
+    for name in one:
+        np.testing.assert_allclose(one[name].H, eight[name].H, rtol=1e-5, atol=1e-6)
+
+
+def test_flaws_are_named(params, batches):
+    with pytest.raises(UserError, match="no batches"):
+        observe(mlp, params, [])
+    with pytest.raises(UserError, match="unknown statistic 'G'; there are H, h"):
+        observe(mlp, params, batches, kinds=("G",))
+    with pytest.raises(UserError, match="q: its input has NaN or Inf"):
+        observe(mlp, params, [batches[0].at[1, 2, 3].set(jnp.nan)])
+    with pytest.raises(UserError, match="q: no calibration token reached it"):
+        observe(mlp, params, [jnp.zeros_like(batches[0])])
+
+
+def test_the_second_batch_compiles_nothing(params, batches):
+    from qjax.calibrate.observe import _pass
+
+    observe(mlp, params, batches[:1])
+    before = _pass._cache_size()
+    observe(mlp, params, batches)
+    assert _pass._cache_size() == before
+
+
+def test_saved_statistics_come_back(params, batches, tmp_path):
+    stats = observe(mlp, params, batches, kinds=("H", "absmax"))
+    save_stats(tmp_path / "stats.npz", stats)
+    back = load_stats(tmp_path / "stats.npz")
+    assert set(back) == set(stats) and back["q"] is back["k"]
+    for name in stats:
+        np.testing.assert_array_equal(back[name].H, stats[name].H)
+        np.testing.assert_array_equal(back[name].absmax, stats[name].absmax)
+        assert float(back[name].count) == float(stats[name].count) and back[name].h is None
+    with pytest.raises(UserError, match="no such file"):
+        load_stats(tmp_path / "none.npz")
+    (tmp_path / "other.npz").write_bytes(b"not a zip")
+    with pytest.raises(UserError, match="holds no statistics that qjax wrote"):
+        load_stats(tmp_path / "other.npz")
+
+
+def test_public_name():
+    assert qjax.observe is observe
