@@ -3,11 +3,13 @@
     stats = observe(apply_fn, params, batches, kinds=("H",))         {path: Stats}
 
 `lift.watch` finds the inputs by the weights' paths. Weights that read the same input (q, k and v; gate and up) share
-one Stats. Under a scan statistics are stacked as the weights are.
+one Stats. Under a scan statistics are stacked as the weights are; where all steps share a weight (a recurrent cell),
+every step is a token more.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +24,7 @@ from qjax.stats import KINDS, Stats
 from qjax.typing import Array
 
 Progress = Callable[[int], None]
+Entry = tuple[int, tuple[int, ...]]
 
 
 def observe(
@@ -55,12 +58,12 @@ def observe(
             raise UserError(f"unknown statistic {kind!r}; there are {', '.join(KINDS)}")
     if "cross" in kinds and float_params is None:
         raise UserError("the statistic 'cross' compares with the float model: give float_params")
-    total: dict[int, Stats] | None = None
+    total: dict[Entry, Stats] | None = None
     uses: tuple[Use, ...] = ()
     for done, batch in enumerate(batches, 1):
         args = batch if isinstance(batch, tuple) else (batch,)
         if not uses:
-            uses = tuple(u for u in report(apply_fn, params, *args) if u.kind == "dot")
+            uses = _dots(apply_fn, params, *args)
         part = _pass(apply_fn, tuple(kinds), params, float_params if "cross" in kinds else None, *args)
         total = part if total is None else _add(total, part)
         progress(done)
@@ -69,29 +72,47 @@ def observe(
     return _by_path(uses, total)
 
 
+def _dots(apply_fn: Callable[..., Any], params: Any, *args: Any) -> tuple[Use, ...]:
+    return tuple(use for use in report(apply_fn, params, *args) if use.kind == "dot")
+
+
+def _entry(use: Use) -> Entry:
+    """What has one sum: an input, and those of the scans around it that step over the weight as well."""
+    return use.source, tuple(sorted(set(use.levels)))
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _pass(
     apply_fn: Callable[..., Any], kinds: tuple[str, ...], params: Any, floats: Any, *args: Any
-) -> dict[int, Stats]:
-    """The sums of one batch, by source."""
-    if floats is None:  # summed where the input arises: a scan's inputs never lie side by side
+) -> dict[Entry, Stats]:
+    """The sums of one batch."""
+    uses = _dots(apply_fn, params, *args)
+    late = {use.source for use in uses if floats is not None or len(_entry(use)[1]) < len(use.stacked)}
 
-        def collect(use: Use, x: Array) -> Stats | None:
-            return _mapped(lambda x: sums(x, kinds), use.batch)(x) if use.kind == "dot" else None
+    def collect(use: Use, x: Array) -> Any:
+        """Sums where the input arises, so that a scan's inputs never lie side by side, wherever that will do."""
+        if use.kind != "dot":
+            return None
+        return x if use.source in late else _mapped(lambda x: sums(x, kinds), use.batch)(x)
 
-        found = watch(apply_fn, collect)(params, *args)[1]
-        return {source: s for source, s in found.items() if s is not None}
+    here = watch(apply_fn, collect)(params, *args)[1]
+    there = {} if floats is None else watch(apply_fn, collect)(floats, *args)[1]
+    made: dict[Entry, Stats] = {}
+    for use in uses:
+        x, was = here[use.source], there.get(use.source)
+        made[_entry(use)] = _summed(use, kinds, x, was) if use.source in late else x
+    return made
 
-    def inputs(params: Any) -> dict[int, Array]:
-        found = watch(apply_fn, lambda use, x: x if use.kind == "dot" else None)(params, *args)[1]
-        return {source: x for source, x in found.items() if x is not None}
 
-    here, there = inputs(params), inputs(floats)
-    lead = {u.source: len(u.stacked) + u.batch for u in report(apply_fn, params, *args) if u.kind == "dot"}
-    return {
-        source: _mapped(lambda x, was: sums(x, kinds, was), lead[source])(x, there[source])
-        for source, x in here.items()
-    }
+def _summed(use: Use, kinds: tuple[str, ...], x: Array, was: Array | None) -> Stats:
+    """The sums of inputs [*stacked, *batch, *tokens, n]; steps of a scan that share the weight are tokens."""
+    steps = len(use.stacked)
+    lead = (*_entry(use)[1], *range(steps, steps + use.batch))
+    order = (*lead, *(axis for axis in range(x.ndim) if axis not in lead))
+    x, was = x.transpose(order), None if was is None else was.transpose(order)
+    if was is None:
+        return _mapped(lambda x: sums(x, kinds), len(lead))(x)
+    return _mapped(lambda x, was: sums(x, kinds, was), len(lead))(x, was)
 
 
 def _mapped(fn: Callable[..., Stats], axes: int) -> Callable[..., Stats]:
@@ -102,24 +123,41 @@ def _mapped(fn: Callable[..., Stats], axes: int) -> Callable[..., Stats]:
 
 
 @jax.jit
-def _add(a: dict[int, Stats], b: dict[int, Stats]) -> dict[int, Stats]:
-    return {source: add(a[source], b[source]) for source in a}
+def _add(a: dict[Entry, Stats], b: dict[Entry, Stats]) -> dict[Entry, Stats]:
+    return {entry: add(a[entry], b[entry]) for entry in a}
 
 
-def _by_path(uses: Sequence[Use], total: Mapping[int, Stats]) -> dict[str, Stats]:
-    sources: dict[str, tuple[int, ...]] = {}
+def _by_path(uses: Sequence[Use], total: Mapping[Entry, Stats]) -> dict[str, Stats]:
+    parts: dict[str, dict[Entry, tuple[int, ...]]] = {}
     for use in uses:
-        if use.source not in sources.get(use.path, ()):
-            sources[use.path] = (*sources.get(use.path, ()), use.source)
-    made: dict[tuple[int, ...], Stats] = {}
-    for path, of in sources.items():
-        if of not in made:
-            joined = total[of[0]]
-            for source in of[1:]:
-                joined = add(joined, total[source])
-            made[of] = means(joined)
-            check_stats(made[of], path)
-    return {path: made[of] for path, of in sources.items()}
+        parts.setdefault(use.path, {})[_entry(use)] = _stack_of(use)
+    made: dict[tuple[Any, ...], Stats] = {}
+    for path, of in parts.items():
+        key = tuple(of.items())
+        if key not in made:
+            first, *rest = (_stacked(total[entry], len(entry[1]), lead) for entry, lead in key)
+            for other in rest:
+                first = add(first, other)
+            made[key] = means(first)
+            check_stats(made[key], path)
+    return {path: made[tuple(of.items())] for path, of in parts.items()}
+
+
+def _stack_of(use: Use) -> tuple[int, ...]:
+    """The lengths of the weight's own axes that scans step over.
+
+    Raises:
+      UserError: they step over a part of one.
+    """
+    lead = tuple(use.shape[axis] for axis in dict.fromkeys(use.scanned))
+    if math.prod(lead) != math.prod(use.stacked[level] for level in _entry(use)[1]):
+        raise UserError(f"{use.path}: a scan steps over a part of its stack of {list(lead)}; make that part a weight")
+    return lead
+
+
+def _stacked(stats: Stats, steps: int, lead: tuple[int, ...]) -> Stats:
+    """Statistics with the axes of the weight's stack in place of those of the scans."""
+    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[steps:]), stats)
 
 
 def check_stats(stats: Stats, path: str) -> None:

@@ -24,8 +24,9 @@ def stats():
 
 def test_there_and_back(stats, tmp_path):
     made = imatrix_of(stats, weight_names(CONFIG), ("a text",), 16)
-    assert set(made.values) == {f"blk.{i}.{k}.weight" for i in range(2) for k in (
-        "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")} | {"token_embd.weight"}  # fmt: skip
+    kinds = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    blocks = {f"blk.{i}.{kind}.weight" for i in range(2) for kind in kinds}
+    assert set(made.values) == blocks | {"token_embd.weight"}
     write_imatrix(tmp_path / "im.gguf", made)
     back = stats_of_imatrix(read_imatrix(tmp_path / "im.gguf"), weight_names(CONFIG))
     for path, s in back.items():
@@ -36,7 +37,7 @@ def test_there_and_back(stats, tmp_path):
 def test_another_model_is_named(stats):
     made = imatrix_of(stats, weight_names(CONFIG))
     wider = DecoderConfig(vocab=96, dim=128, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True)
-    with pytest.raises(UserError, match="attn_k.*64.*128|64.*128"):
+    with pytest.raises(UserError, match=r"64.*128"):
         stats_of_imatrix(made, weight_names(wider))
     fewer = DecoderConfig(vocab=96, dim=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=16, tied=True)
     with pytest.raises(UserError, match="blk.1"):

@@ -148,3 +148,82 @@ def test_saved_statistics_come_back(params, batches, tmp_path):
 
 def test_public_name():
     assert qjax.observe is observe
+
+
+@pytest.mark.parametrize("layers_outside", [True, False])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_weight_that_the_steps_of_a_scan_share_has_their_sums(rng, layers_outside, batches):
+    """Four layers, four steps, so that lengths cannot tell which scan is which; stacked by layer, summed over steps."""
+    params = {"layers": jnp.asarray(rng.standard_normal((4, N, N)) / 5, jnp.float32), "all": jnp.eye(N)}
+    xs = [jnp.asarray(rng.standard_normal((4, 6, N)), jnp.float32) for _ in range(batches)]
+
+    def step(h, w, shared):
+        return jnp.tanh(h @ w) @ shared
+
+    def outside(params, x):
+        return jax.lax.scan(
+            lambda x, w: (jax.lax.map(lambda t: step(t, w, params["all"]), x), None), x, params["layers"]
+        )[0]
+
+    def inside(params, x):
+        return jax.lax.map(
+            lambda t: jax.lax.scan(lambda t, w: (step(t, w, params["all"]), None), t, params["layers"])[0], x
+        )
+
+    kinds = ("H", "h", "absmean", "absmax", "samples")
+    stats = observe(outside if layers_outside else inside, params, xs, kinds)
+    x = np.stack(xs).reshape(-1, N)
+    both = []
+    for i in range(4):
+        both.append(x)
+        x = np.tanh(x @ np.asarray(params["layers"][i]))
+    tanh = np.concatenate([*both[1:], x])
+    for s, seen in ((jax.tree.map(lambda a: a[2], stats["layers"]), both[2]), (stats["all"], tanh)):
+        np.testing.assert_allclose(s.H, seen.T @ seen / len(seen), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(s.h, (seen**2).mean(0), rtol=1e-3)
+        np.testing.assert_allclose(s.absmean, np.abs(seen).mean(0), rtol=1e-3)
+        np.testing.assert_allclose(s.absmax, np.abs(seen).max(0), rtol=1e-4)
+        assert float(s.count) == len(seen)
+        norms = np.sort(np.linalg.norm(seen, axis=1))
+        kept = np.sort(np.linalg.norm(np.asarray(s.samples), axis=1))[-len(seen) :]
+        np.testing.assert_allclose(kept, norms, rtol=1e-4)
+
+
+def test_a_stack_of_several_axes_is_stacked_as_it_lies(rng):
+    """One scan over the merged axes of a stack [2, 3], and two scans over the halves of a stack [6]."""
+    x = jnp.asarray(rng.standard_normal((9, N)), jnp.float32)
+    flat = {"w": jnp.asarray(rng.standard_normal((6, N, N)) / 5, jnp.float32)}
+    nested = {"w": flat["w"].reshape(2, 3, N, N)}
+
+    def over(ws, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+    plain = observe(lambda p, x: over(p["w"], x), flat, [x])["w"]
+    merged = observe(lambda p, x: over(p["w"].reshape(6, N, N), x), nested, [x])["w"]
+    split = observe(lambda p, x: jax.lax.scan(lambda x, ws: (over(ws, x), None), x, p["w"].reshape(2, 3, N, N))[0],
+                    flat, [x])["w"]  # fmt: skip
+    assert merged.H.shape == (2, 3, N, N) and split.H.shape == plain.H.shape == (6, N, N)
+    np.testing.assert_allclose(merged.H.reshape(plain.H.shape), plain.H, rtol=1e-5)
+    np.testing.assert_allclose(split.H, plain.H, rtol=1e-5)
+    with pytest.raises(UserError, match=r"w: a scan steps over a part of its stack of \[6\]"):
+        observe(lambda p, x: over(p["w"][:4], x), flat, [x])
+
+
+def test_cross_under_a_scan_that_shares_the_weight(rng):
+    params = {"w": jnp.asarray(rng.standard_normal((N, N)) / 5, jnp.float32)}
+    now = {"w": 0.9 * params["w"]}
+    x = jnp.asarray(rng.standard_normal((7, N)), jnp.float32)
+
+    def recur(p, x):
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, None, length=3)[0]
+
+    def states(w):
+        h = [np.asarray(x)]
+        for _ in range(2):
+            h.append(np.tanh(h[-1] @ np.asarray(w)))
+        return np.concatenate(h)
+
+    is_, was = states(now["w"]), states(params["w"])
+    got = observe(recur, now, [x], kinds=("H", "cross"), float_params=params)["w"]
+    np.testing.assert_allclose(got.cross, (was - is_).T @ is_ / len(is_), rtol=1e-3, atol=1e-4)
+    assert float(got.count) == 21
