@@ -6,6 +6,7 @@ from qjax.formats import format, formats
 from qjax.io.checkpoint import load, save
 from qjax.lift import lift
 from qjax.pipeline import calibration_text, contracted_axes, quantize_file, quantize_model, quantize_params
+from qjax.plan.named import plan_named
 from qjax.recipes import Recipe, recipe
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
@@ -25,6 +26,7 @@ __all__ = [
     "lift",
     "load",
     "observe",
+    "plan_named",
     "quantize",
     "quantize_file",
     "quantize_model",

@@ -153,7 +153,7 @@ def _apply(apply: Apply, params: Any, x: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _head_step(apply: Apply, params: Any, x: Array, windows: Array, seed: int) -> tuple[Array, Array, Array]:
+def _head_step(apply: Apply, params: Any, x: Array, windows: Array, seed: Array | int) -> tuple[Array, Array, Array]:
     """dL/dx; sum (1 - sum p^2) n n^T with n the head's input; and 1 - sum p^2 token by token."""
 
     def loss(x: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -153,9 +153,9 @@ def walk(
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
         weight = None if seen is None else seen.sensitivity[i]
-        rounded = _rounded_piece(stages.names[i], apply, floats, streams, weight, formats, observe, round_one)
+        now = _rounded_piece(stages.names[i], apply, floats, streams, weight, formats, sequential, observe, round_one)
         before, steps = streams, calibration.steps
-        x = run_piece(apply, rounded if sequential else floats, before.x.array, shape, steps, folder, f"x_{i + 1}")
+        x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
         if before.x_float is not None:
             x_float = run_piece(apply, floats, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
@@ -164,7 +164,7 @@ def walk(
     if not stages.tied:
         weight = None if seen is None else seen.head_sensitivity[None]
         floats = head_weights(stages, load)
-        _rounded_piece("", stages.head, floats, streams, weight, formats, observe, round_one)
+        _rounded_piece("", stages.head, floats, streams, weight, formats, sequential, observe, round_one)
     streams.drop()
 
 
@@ -221,10 +221,11 @@ def _rounded_piece(
     streams: Streams,
     sensitivity: np.ndarray | None,
     formats: Formats,
+    sequential: bool,
     observe: Callable[..., tuple[Stats, Stats | None]],
     round_one: Round,
 ) -> Any:
-    """Round a piece's weights in the order they run; returns its weights with these in place, dense."""
+    """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
     now = floats
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
     for g, group in enumerate(groups_of(apply, floats, example)):
@@ -235,7 +236,8 @@ def _rounded_piece(
             weight = sensitivity[g] if sensitivity is not None and sensitive else None
             stats, heldout = observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
         for name, use in todo.items():
-            now = _put(now, use.path, round_one(name, _get(floats, use.path), _axis(use), stats, heldout))
+            w_hat = round_one(name, _get(floats, use.path), _axis(use), stats, heldout)
+            now = _put(now, use.path, w_hat) if sequential else now
     return now
 
 
