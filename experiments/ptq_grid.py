@@ -3,9 +3,10 @@
     qjax run configs/quickstart.toml
 
 An entry of `formats` is a GGUF mix by its llama-quantize name (Q4_K_M), or a format for every matrix (NF4, int4_g128;
-`pure:Q4_0` where a mix has that name too). The float model runs once; every quantized one is judged on the same
-windows: perplexity, KL(float || quantized), how often both find the same token most probable. Weights are rounded to
-nearest.
+`pure:Q4_0` where a mix has that name too), and may have a recipe in front (best_gguf:Q4_K_M, gptq:uint4_g128), which
+is calibrated on a text disjoint from the judged one. Without a recipe weights are rounded to nearest. The float model
+runs once; every quantized one is judged on the same windows: perplexity, KL(float || quantized), how often both find
+the same token most probable.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qjax import rundir
+from qjax import recipes, rundir
 from qjax.errors import UserError
 from qjax.evaluate import plots, report
 from qjax.evaluate.judge import Judgement, baseline_of, judge
@@ -31,9 +32,12 @@ from qjax.io.checkpoint import load, save
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
 from qjax.models.model import Model
-from qjax.pipeline import quantize_params
+from qjax.pipeline.calibrated import Calibration, calibration_text, quantize_model, survey_model
+from qjax.pipeline.memory import quantize_params
+from qjax.pipeline.survey import Survey
 from qjax.plan import Plan, decoder_weights
 from qjax.plan.named import plan_named
+from qjax.recipes import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Config:
     protocol: Literal["llama.cpp", "gptq"] = "llama.cpp"  # how the text is cut and scored
     gguf: str = "Q4_K_M"  # the entry written as a GGUF file; "" for none
     shown: str = "Q4_K_M"  # the entry whose error by layer and weight grid the report draws; "" for none
+    calibration: Path | None = None  # UTF-8 text for recipes; none: a draw of the standard library's other modules
+    calibration_windows: int = 64  # at most; an eighth is held out
+    seed: int = 0  # of the draw, and of labels drawn from the model
 
 
 def run(config: Config, out: Path) -> dict:
@@ -58,7 +65,7 @@ def run(config: Config, out: Path) -> dict:
         if getattr(config, key) not in ("", *config.formats):
             raise UserError(f"{key}: {getattr(config, key)!r} is not among the formats")
     model = load(config.model)
-    plans = {name: plan_named(name, model.config) for name in config.formats}
+    plans = {name: plan_named(split(name)[1], model.config) for name in config.formats}
     for plan in plans.values():  # what does not fit fails before any work
         plan.assign(decoder_weights(model.config))
     rows, tensors = grid(config, model, plans, out)
@@ -70,11 +77,12 @@ def run(config: Config, out: Path) -> dict:
     page = report.write_report(
         out, rows,
         title=f"{config.model}: {len(plans)} formats", plots=pictures(config, model, rows, tensors), tensors=tensors,
-        config=text, manifest=manifest, notes="Every weight rounded to the nearest level of each format.",
+        config=text, manifest=manifest,
+        notes="Weights rounded as the recipe in front of an entry says, to the nearest level where there is none.",
     )  # fmt: skip
     print(f"report: {page}")
     if config.gguf:
-        print(f"GGUF:   {out / f'{config.gguf}.gguf'}")
+        print(f"GGUF:   {out / file_name(config.gguf)}")
     return {"rows": [row.to_json() for row in rows]}
 
 
@@ -85,6 +93,8 @@ def grid(
     text = stdlib_text.heldout_text() if config.text is None else read_text(config.text)
     window = config.context or min(PROTOCOLS[config.protocol], model.config.context)
     tensors = {}
+    text_seen: Calibration | None = None
+    seen: Survey | None = None
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     screen = Console(stderr=True)
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
@@ -96,18 +106,51 @@ def grid(
         rundir.log(out, rows[0].to_json())
         for name, plan in plans.items():
             bar.update(task, description=name, advance=1)
+            recipe = split(name)[0]
+            if recipe.requires and text_seen is None:
+                text_seen = calibration_of_config(config, model)
+                seen = survey_model(model, text_seen)
             clock = time.perf_counter()
-            qparams, _ = quantize_params(model.params, plan)
-            jax.block_until_ready(qparams)
+            quantized = rounded(model, plan, recipe, text_seen, seen)
             seconds = time.perf_counter() - clock
-            quantized = dataclasses.replace(model, params=qparams)
+            qparams = quantized.params
             rows.append(judge(quantized, baseline=baseline, name=name, encode_seconds=seconds))
             rundir.log(out, rows[-1].to_json())
             if name in (config.shown, config.gguf):
                 tensors[name] = tensor_rows(qparams, model.params)
             if name == config.gguf:
-                save(quantized, out / f"{name}.gguf", name=f"{Path(config.model).name} {name}")
+                save(quantized, out / file_name(name), name=f"{Path(config.model).name} {name}")
     return rows, tensors
+
+
+def split(name: str) -> tuple[Recipe, str]:
+    """The recipe of an entry, rtn where it names none, and the mix or format."""
+    head, colon, rest = name.partition(":")
+    return (recipes.recipe(head), rest) if colon and head in recipes.RECIPES else (recipes.rtn(), name)
+
+
+def file_name(name: str) -> str:
+    """The GGUF file of an entry."""
+    return f"{name.replace(':', '-')}.gguf"
+
+
+def calibration_of_config(config: Config, model: Model) -> Calibration:
+    """The windows recipes look at."""
+    if config.calibration is None:
+        text = stdlib_text.calibration_text(1_200_000, config.seed)
+    else:
+        text = read_text(config.calibration)
+    return calibration_text(model, text, limit=config.calibration_windows, seed=config.seed)
+
+
+def rounded(model: Model, plan: Plan, recipe: Recipe, calibration: Calibration | None, seen: Survey | None) -> Model:
+    """The quantized model of one entry."""
+    if recipe.requires:
+        assert calibration is not None
+        return quantize_model(model, plan, recipe, calibration, seen=seen)[0]
+    qparams, _ = quantize_params(model.params, plan)
+    jax.block_until_ready(qparams)
+    return dataclasses.replace(model, params=qparams)
 
 
 def pictures(
