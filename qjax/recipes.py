@@ -159,6 +159,8 @@ def _composed(text: str) -> Recipe:
             continue
         name, args, kwargs = _literal_call(node, part, text)
         if name == "options":
+            if args:
+                raise UserError(f"recipe {text!r}: {part!r}: name each option, as in options(damping=0.01)")
             options = kwargs
             continue
         if name not in STAGES:

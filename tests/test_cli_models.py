@@ -218,7 +218,8 @@ def test_names_that_do_not_exist(folder, gguf, text, tmp_path, mistake):
     assert "matches no weight" in mistake(*quantize, "--plan", plan(tmp_path, '"blk.9.*" = "Q8_0"\n"*" = "Q8_0"'))
     assert "Q8_1x" in mistake(*quantize, "--plan", plan(tmp_path, '"*" = "Q8_1x"'))
     assert "multiple of" in mistake(*quantize, "--plan", plan(tmp_path, '"*" = "TQ1_0"'))  # a row that no type fits
-    assert "there is rtn" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gptq")
+    assert "did you mean gptq" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gpqt")
+    assert "--calib TEXT" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gptq")
     assert "takes no calibration" in mistake(*quantize, "--type", "Q8_0", "--calib", text)
     assert "--type" in mistake(*quantize)
     assert "--type" in mistake(*quantize, "--type", "Q8_0", "--plan", "p.toml")

@@ -132,7 +132,9 @@ class Scope:
 
     def other(self, weight: Weight, at: Place, note: str = "") -> None:
         """Enter a use that is neither dot nor gather into the ledger."""
-        use = Use(weight.path, "other", None, -1, weight.stored, self.stacked, (), weight.scanned, weight.levels, note=note)
+        use = Use(
+            weight.path, "other", None, -1, weight.stored, self.stacked, (), weight.scanned, weight.levels, note=note
+        )
         self.program.uses.setdefault((*self.place, *at), use)
 
     def decode(self, weight: Weight, at: Place, primitive: str, reason: str, hidden: bool = False) -> Any:

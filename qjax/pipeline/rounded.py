@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.calibrate.moments import SAMPLES
 from qjax.errors import UserError
 from qjax.formats import Format
-from qjax.pipeline.encode import broken_weights
+from qjax.pipeline.encode import broken_weights, workers
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
-from qjax.rounding import Rounded, check_chain, nearest, round_weight
+from qjax.rounding import Rounded, Rounding, check_chain, nearest, round_weight
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
+
+_SHORT, _TALL = 256, 1024  # rows rounded at a time; every part factors H anew, which pays where n is small
+_WIDE, _MOST_WIDE = 2048, 8192  # columns from which parts are tall; beyond which they take turns, for memory's sake
 
 
 def round_leaf(
@@ -49,7 +57,9 @@ def round_leaf(
             size = getattr(stats, kind).shape[-1]
             raise UserError(f"{name}: the statistic {kind!r} is of {size} inputs, the weight has {n}")
     check_chain(recipe.roundings, format, stats, name)
-    stats = stats.only(tuple(recipe.requires))
+    needed: dict[str, Any] = {k: getattr(stats, k) for k in recipe.requires - {"h"}}
+    needed |= {"h": stats.importance} if "h" in recipe.requires else {}
+    stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats)))
     made = _stacked(rows, format, recipe, stats, None if heldout is None else heldout.H)
     damping = float(np.max(np.asarray(made.damping)))
     if not np.isfinite(np.asarray(made.damping)).all():
@@ -60,10 +70,14 @@ def round_leaf(
     q = QTensor(format.pack(made.scales, made.codes), format, axis)
     if not np.isfinite(relative_error(rows, QTensor(q.leaves, format, -1))):
         raise UserError(f"{name}: its values are too large for {format.name}")
-    count = 0 if stats.count is None else int(np.min(np.asarray(stats.count)))
+    count = int(np.min(np.asarray(stats.count)))
     note = f"saw {count} tokens, fewer than its {n} inputs" if recipe.requires and 0 < count < n else ""
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
     return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note)
+
+
+def _count(stats: Stats) -> Any:
+    return 0.0 if stats.count is None else stats.count
 
 
 def plain(recipe: Recipe) -> Recipe:
@@ -78,28 +92,70 @@ def relative_error(leaf: Any, q: QTensor) -> float:
 
 
 def _stacked(rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None) -> Rounded:
-    """`round_weight`, mapped over leading axes one matrix at a time."""
-
-    def one(w: Array, stats: Stats, heldout: Array | None) -> Rounded:
-        return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout)
-
+    """A matrix, or a stack of them one after the other."""
     if rows.ndim == 2:
-        return one(rows, stats, heldout)
+        return _in_parts(rows, format, recipe, stats, heldout)
     lead = rows.shape[:-2]
-    flat = rows.reshape(-1, *rows.shape[-2:])
-
-    def spread(a: Array, own: int) -> Array:
-        """A statistic with `own` axes of its own, for every matrix of the stack."""
-        shared = (1,) * (len(lead) - (a.ndim - own))
-        a = jnp.broadcast_to(a.reshape(*a.shape[: a.ndim - own], *shared, *a.shape[a.ndim - own :]),
-                             (*lead, *a.shape[a.ndim - own :]))  # fmt: skip
-        return a.reshape(-1, *a.shape[len(lead) :])
-
     own = {"H": 2, "cross": 2, "samples": 2, "h": 1, "absmean": 1, "absmax": 1, "count": 0}
-    each = Stats(**{k: None if getattr(stats, k) is None else spread(getattr(stats, k), o) for k, o in own.items()})
-    held = None if heldout is None else spread(heldout, 2)
-    made = jax.lax.map(lambda args: one(*args), (flat, each, held))
-    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), made)
+
+    def pick(a: Array | None, own: int, at: tuple[int, ...]) -> Array | None:
+        """The part of a statistic for one matrix; a statistic without the stack's axes is for all."""
+        return a if a is None or a.ndim == own else a[at]
+
+    made = []
+    for at in np.ndindex(*lead):
+        one = Stats(**{k: pick(getattr(stats, k), axes, at) for k, axes in own.items()})
+        made.append(_in_parts(rows[at], format, recipe, one, pick(heldout, 2, at)))
+    return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*lead, *parts[0].shape), *made)
+
+
+def _in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None) -> Rounded:
+    """`round_weight` on parts of its rows: one compiled program for all heights, and every core at work.
+
+    The parts' height depends on n alone, so the same weight gives the same bytes on every number of cores. Accelerators
+    take all rows at once.
+    """
+    rows, n = w.shape
+    height = _SHORT if n < _WIDE else _TALL
+    if jax.default_backend() != "cpu" or not format.row_wise:
+        return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout)
+    grid: Any = format  # hashable, which its protocol cannot say
+    program = _program(height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None)
+    seen = {kind: jnp.asarray(np.asarray(getattr(stats, kind))) for kind in stats.kinds}  # off other devices
+    heldout = None if heldout is None else jnp.asarray(np.asarray(heldout))
+    padded = jnp.pad(w, ((0, -rows % height), (0, 0)))
+    parts = [padded[at : at + height] for at in range(0, len(padded), height)]
+    with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
+        made = list(pool.map(lambda part: program(part, seen, heldout), parts))
+    joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded)}
+    scales = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:rows], *joined.pop("scales"))
+    codes = jnp.concatenate(joined.pop("codes"))[:rows]
+    damping = jnp.max(jnp.stack(joined.pop("damping")))
+    return Rounded(scales, codes, damping, **{name: sum(parts[1:], parts[0]) for name, parts in joined.items()})
+
+
+@lru_cache(maxsize=64)
+def _program(
+    height: int,
+    n: int,
+    format: Format,
+    roundings: tuple[Rounding, ...],
+    damping: float,
+    kinds: tuple[str, ...],
+    heldout: bool,
+) -> Callable[[Array, dict[str, Array], Array | None], Rounded]:
+    """`round_weight` compiled for parts of one height, before the threads begin: each would compile it for itself."""
+
+    def f32(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    shapes = {"H": (n, n), "cross": (n, n), "h": (n,), "absmean": (n,), "absmax": (n,), "samples": (SAMPLES, n)}
+    seen = {kind: f32(*shapes[kind]) for kind in kinds}
+
+    def part(w: Array, seen: dict[str, Array], heldout: Array | None) -> Rounded:
+        return round_weight(w, format, roundings, Stats(**seen), damping, heldout)
+
+    return jax.jit(part).lower(f32(height, n), seen, f32(n, n) if heldout else None).compile()
 
 
 @jax.jit

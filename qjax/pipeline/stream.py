@@ -174,7 +174,7 @@ def _walk(
     with walk_folder(out, key) as folder:
         walk(
             stages_of(source.config), load, formats, calibration, emit,
-            folder=folder, progress=walked, notify=notify,
+            folder=folder, kept=lambda path: names[path].gguf in partial.finished, progress=walked, notify=notify,
         )  # fmt: skip
 
 

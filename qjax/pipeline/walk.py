@@ -95,6 +95,7 @@ def walk(
     emit: Emit,
     *,
     folder: Path | None = None,
+    kept: Callable[[str], bool] = lambda path: True,
     seen: Survey | None = None,
     progress: Callable[[Step], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
@@ -108,6 +109,7 @@ def walk(
       calibration: the text.
       emit: takes each rounded weight; called again with the same weights after a resume within a block.
       folder: where to keep the state; a second call with the same arguments continues there.
+      kept: whether a weight that an earlier run has emitted is still there; if not, it starts over.
       seen: the survey of this calibration, where one has been made already.
       progress: called after each weight.
       notify: told in one line what the walk is doing before it reaches the blocks.
@@ -123,8 +125,12 @@ def walk(
     both = "cross" in kinds
     shape = (*calibration.tokens.shape, load("embed")["embedding"].shape[-1])
     start, streams = resumed(folder, shape, both)
-    order = [EMBEDDING, *stages.names, "head"]
-    done = sum(any(p.startswith(name) for name in order[: 1 + start]) for p in formats) if streams else 0
+    order = ["embed", *stages.names]
+    behind = [p for p in formats if p.startswith(tuple(f"{name}/" for name in order[: 1 + start]))] if streams else []
+    if not all(map(kept, behind)):
+        notify("earlier weights are gone; starting over")
+        start, streams, behind = 0, None, []
+    done = len(behind)
     if start:
         notify(f"continuing behind block {start} of {len(stages.blocks)}")
 

@@ -5,8 +5,9 @@
 A pattern is a shell glob over the whole name (`layers_[0-3]/attn/v/kernel`, `blk.*.attn_v.weight`, `*`), or, after
 `re:`, a regular expression over the whole name (`re:layers_(0|1|1[45])/mlp/.*`). Both the path in the params tree and
 the GGUF name are tried. Vectors (norms, biases) are no weights in this sense: they are always kept. What is left must
-be covered, by a format or by the word `keep`; nothing stays dense silently. `recipe:format` ("gptq:int4_g128") says how
-this weight is rounded as well; where a rule names a format alone, whoever runs the plan decides.
+be covered, by a format or by the word `keep`; nothing stays dense silently. `recipe:format` ("gptq:int4_g128") or a
+recipe's line ("Q4_K >> nearest() >> descend(2)") says how this weight is rounded as well; where a rule names a format
+alone, whoever runs the plan decides.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.formats import format as get_format
-from qjax.recipes import Recipe
+from qjax.recipes import RECIPES, Recipe
 from qjax.recipes import recipe as get_recipe
 
 KEEP = "keep"
@@ -46,8 +47,10 @@ class Rule:
 
     @property
     def format_name(self) -> str:
+        """What `from_dict` reads back."""
         if isinstance(self.format, Recipe):
-            return f"{self.format.name}:{self.format.format.name if self.format.format else ''}"
+            short = f"{self.format.name}:{self.format.format.name if self.format.format else ''}"
+            return short if self.format.name in RECIPES and get_recipe(short) == self.format else str(self.format)
         return self.format if isinstance(self.format, str) else self.format.name
 
 
@@ -209,7 +212,7 @@ def _target(spec: str | Format | Recipe) -> tuple[Format | None, Recipe | None]:
     if isinstance(spec, str):
         if spec == KEEP:
             return None, None
-        if ":" not in spec:
+        if not any(mark in spec for mark in (":", ">>", "(")):
             return get_format(spec), None
         spec = get_recipe(spec)
     if not isinstance(spec, Recipe):

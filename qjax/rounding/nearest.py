@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.protocol import State
 from qjax.stats import Stats
@@ -20,6 +21,10 @@ class Nearest:
     """See `nearest`."""
 
     weight: Literal["none", "h"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.weight not in ("none", "h"):
+            raise UserError(f"nearest: weight is none or h, got {self.weight!r}")
 
     @property
     def requires(self) -> frozenset[str]:

@@ -63,18 +63,40 @@ class Rounded:
     Attributes:
       scales, codes: the result.
       damping: lambda used, f32[]; NaN: H was too indefinite, and the result is not to be used.
-      loss: tr(E H E^T) / tr(W H W^T) without damping, f32[]; NaN without H.
-      first_loss: the same after the first stage.
-      heldout_loss, first_heldout_loss: the same two in the held-out H.
+      energy: tr(W H W^T), without damping; NaN without H.
+      error, first_error: tr(E H E^T) at the end, and after the first stage.
+      heldout_energy, heldout_error, first_heldout_error: the same three in the held-out H.
     """
 
     scales: Scales
-    codes: Integer[Array, "rows n"]
-    damping: Float[Array, ""]
-    loss: Float[Array, ""]
-    first_loss: Float[Array, ""]
-    heldout_loss: Float[Array, ""]
-    first_heldout_loss: Float[Array, ""]
+    codes: Integer[Array, "*b rows n"]
+    damping: Float[Array, "*b"]
+    energy: Float[Array, "*b"]
+    error: Float[Array, "*b"]
+    first_error: Float[Array, "*b"]
+    heldout_energy: Float[Array, "*b"]
+    heldout_error: Float[Array, "*b"]
+    first_heldout_error: Float[Array, "*b"]
+
+    @property
+    def loss(self) -> Float[Array, "*b"]:
+        """tr(E H E^T) / tr(W H W^T); 0 where W gives nothing, NaN without H."""
+        return _share(self.error, self.energy)
+
+    @property
+    def first_loss(self) -> Float[Array, "*b"]:
+        """`loss` after the first stage."""
+        return _share(self.first_error, self.energy)
+
+    @property
+    def heldout_loss(self) -> Float[Array, "*b"]:
+        """`loss` in the held-out H."""
+        return _share(self.heldout_error, self.heldout_energy)
+
+    @property
+    def first_heldout_loss(self) -> Float[Array, "*b"]:
+        """`first_loss` in the held-out H."""
+        return _share(self.first_heldout_error, self.heldout_energy)
 
 
 def requires(roundings: Sequence[Rounding]) -> frozenset[str]:
@@ -124,18 +146,18 @@ def round_weight(
         first = state if first is None else first
     assert first is not None and first.scales is not None and first.codes is not None
     assert state.scales is not None and state.codes is not None
-    last_hat, first_hat = format.decode(state.scales, state.codes), format.decode(first.scales, first.codes)
-    losses = (relative_loss(w, w_hat, H) for H in (stats.H, heldout) for w_hat in (last_hat, first_hat))
-    return Rounded(state.scales, state.codes, state.damping, *losses)
+    off = (w, w - format.decode(state.scales, state.codes), w - format.decode(first.scales, first.codes))
+    sums = (jnp.float32(jnp.nan) if H is None else jnp.sum(proxy(x, H)) for H in (stats.H, heldout) for x in off)
+    return Rounded(state.scales, state.codes, state.damping, *sums)
 
 
-def relative_loss(w: Float[Array, "rows n"], w_hat: Float[Array, "rows n"], H: Array | None) -> Float[Array, ""]:
-    """tr(E H E^T) / tr(W H W^T), 0 where W gives nothing; NaN without H."""
-    if H is None:
-        return jnp.float32(jnp.nan)
-    top = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
-    whole = jnp.sum(proxy(w / top, H))
-    return jnp.where(whole > 0, jnp.sum(proxy((w - w_hat) / top, H)) / jnp.where(whole > 0, whole, 1.0), 0.0)
+def relative_loss(w: Float[Array, "rows n"], w_hat: Float[Array, "rows n"], H: Float[Array, "n n"]) -> Float[Array, ""]:
+    """tr(E H E^T) / tr(W H W^T) of any w_hat."""
+    return _share(jnp.sum(proxy(w - w_hat, H)), jnp.sum(proxy(w, H)))
+
+
+def _share(error: Array, energy: Array) -> Array:
+    return jnp.where(energy > 0, error / jnp.where(energy > 0, energy, 1.0), jnp.where(energy == 0, 0.0, jnp.nan))
 
 
 def errors_of(state: State, format: Format) -> Float[Array, "rows n"]:
