@@ -54,9 +54,14 @@ def calibration_of(
       bos: what replaces the first token of each window, where the model expects one.
 
     Raises:
-      UserError: a text shorter than two windows (one, if nothing is held out), a window longer than the model's.
+      UserError: a text shorter than two windows (one, if nothing is held out), a window longer than the model's or
+        without a token, a batch without a window.
     """
     context = min(512, model_context) if context is None else context
+    if context < 1:
+        raise UserError(f"calibration windows need a context of at least one token, got {context}")
+    if batch is not None and batch < 1:
+        raise UserError(f"a batch needs at least one window, got {batch}")
     if context > model_context:
         raise UserError(
             f"calibration windows of {context} tokens are longer than the model's context of {model_context}"

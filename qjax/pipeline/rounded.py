@@ -77,7 +77,7 @@ def round_leaf(
 
 
 def _count(stats: Stats) -> Any:
-    return 0.0 if stats.count is None else stats.count
+    return jnp.float32(0.0) if stats.count is None else stats.count
 
 
 def plain(recipe: Recipe) -> Recipe:

@@ -46,6 +46,7 @@ from qjax.tensor import QTensor
 Progress = Callable[[str, int, int], None]
 _AHEAD = 3  # tensors in memory: one being encoded, one before it being written, one behind it being fetched
 _HEADER = "the header"
+_OFTEN_MISSING = ("token_embd.weight", "output.weight")  # llama-imatrix sees no lookup, and the head only if asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def quantize_file(
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
       progress: called as (tensor, bytes of the source done, of all) after each tensor that is not calibrated.
       walked: called after each tensor that is.
-      notify: told in one line when earlier work is continued or dropped.
+      notify: told in one line when earlier work is continued or dropped, and of a weight without its importance.
 
     Returns: a Report of every tensor, in the file's order.
 
@@ -106,7 +107,7 @@ def quantize_file(
     elif pure or overrides:
         raise UserError("pure and overrides change a file type's choices; a plan says everything itself")
     jobs = _jobs(source, plan, recipe, requantize)
-    formats = _calibrated(jobs, importance, calibration)
+    formats = _calibrated(jobs, importance, calibration, notify)
     place = layout(_metadata(source, plan, jobs), [job.info for job in jobs])
     key = _key(source, place, importance, key_of(formats, calibration if formats else None))
     with resumable_file(out, key, place.size, notify) as partial:
@@ -134,12 +135,18 @@ def source_mix(source: Source, name: str, **options: Any) -> Plan:
 
 
 def _calibrated(
-    jobs: Sequence[_Job], importance: Mapping[str, np.ndarray], calibration: Calibration | None
+    jobs: Sequence[_Job],
+    importance: Mapping[str, np.ndarray],
+    calibration: Calibration | None,
+    notify: Callable[[str], None],
 ) -> dict[str, tuple[Format, Recipe]]:
     """{path: (format, recipe)} of the weights that take a walk."""
     formats = {}
     for job in jobs:
-        needs = job.recipe.requires - ({"h"} if job.info.name in importance else set())
+        needs = job.recipe.requires - ({"h"} if job.info.name in importance else frozenset())
+        if importance and needs == {"h"} and job.info.name in _OFTEN_MISSING:
+            notify(f"{job.info.name} is not in the importance matrix; rounded without")
+            needs = frozenset()
         simple = len(job.recipe.roundings) == 1 and not needs
         if job.format is None or job.kept or simple:
             continue

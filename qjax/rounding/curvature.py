@@ -18,6 +18,9 @@ from qjax.typing import Array, Float, Int
 
 Order = Literal["natural", "act", "group"]
 
+_NOISE = 1e-6
+"""A diagonal entry below minus this share of the largest is no rounding error."""
+
 LADDER = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Multiples of the damping that are tried until Cholesky succeeds."""
 
@@ -73,7 +76,7 @@ def factor(
     i, c = lax.while_loop(more, again, (jnp.int32(0), attempt(jnp.int32(0))))
     r = jnp.where(h > 0, jnp.sqrt(jnp.where(h > 0, h, 1.0)), 1.0)
     c = jnp.tril(c) * r[:, None]  # back in the channels' own scales
-    bad = failed(c)
+    bad = failed(c) | jnp.any(h < -_NOISE * jnp.max(jnp.abs(h)))
     return jnp.where(bad, jnp.nan, _unit_lower(c, tile)), jnp.where(bad, jnp.nan, ladder[i])
 
 

@@ -17,8 +17,9 @@ from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.curvature import descent, order_of, proxy
 from qjax.rounding.protocol import State, errors_of, metric
-from qjax.rounding.sweep import fixed_grid, sweep
+from qjax.rounding.sweep import fixed_grid, outer_of, sweep
 from qjax.stats import Stats
+from qjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,13 @@ class Descend:
         s, m = format.grid(state.scales, target.shape)
         order = order_of(jnp.diagonal(H), "act", tile, 1)
         coupling = descent(H, tile)[order][:, order]
-        grid_of = fixed_grid(s.T, None if m is None else m.T, order // (n // s.shape[-1]))
+        grid_of = fixed_grid(s.T, None if m is None else m.T, order // (n // s.shape[-1]), outer_of(tile))
         w, first = target.T[order], errors_of(state, format).T[order]
-        e = lax.fori_loop(0, self.sweeps, lambda _, e: sweep(w, e, coupling, grid_of, format.level, tile)[0], first)
+
+        def once(_: Array, e: Array) -> Array:
+            return sweep(w, e, coupling, grid_of, format.level, tile, outer_of(tile))[0]
+
+        e = lax.fori_loop(0, self.sweeps, once, first)
         w_hat = jnp.zeros_like(w).at[order].set(w - e).T
         return keep_better(state, dataclasses.replace(state, codes=format.nearest(state.scales, w_hat)), format, H)
 

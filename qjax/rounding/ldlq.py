@@ -24,7 +24,7 @@ from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.curvature import Order, damped, factor, order_of
 from qjax.rounding.protocol import State
-from qjax.rounding.sweep import Columns, fixed_grid, sweep
+from qjax.rounding.sweep import Columns, fixed_grid, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -52,33 +52,43 @@ class LDLQ:
     def requires(self) -> frozenset[str]:
         return frozenset({"H", "cross"} if self.cross else {"H"})
 
+    @property
+    def factors(self) -> bool:
+        """It climbs the damping's ladder itself."""
+        return True
+
     def check(self, format: Format) -> None:
         """Raise UserError where the format has no blocks to fit one after another."""
-        if self.grid == "dynamic" and (format.block < 2 or not format.row_wise):
+        if self.grid == "dynamic" and not (format.block > 1 and format.row_wise and _blocks_stand_alone(format)):
             raise UserError(f"ldlq: {format.name} has no blocks along the row, so grid='dynamic' means nothing for it")
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H = stats.H
         assert H is not None and state.scales is not None
-        target = state.target
-        if self.cross:
-            target = corrected(target, H, stats.cross, self.cross, state.damping)
-        n, tile = H.shape[0], format.tile
+        n, tile, target = H.shape[0], format.tile, state.target
         s, m = format.grid(state.scales, target.shape)
         group = n // s.shape[-1]
         dynamic = self.grid == "dynamic"
         order = order_of(jnp.diagonal(H), self.order, tile, format.block if dynamic else group)
         coupling, damping = factor(H[order][:, order], state.damping, tile)
+        if self.cross:
+            target = corrected(target, H, stats.cross, self.cross, damping)
         w = target.T[order]
         if dynamic:
             e, scales = _fitted_on_the_way(w, coupling, order, format, jnp.diagonal(H))
         else:
-            grid_of = fixed_grid(s.T, None if m is None else m.T, order // group)
-            e, _ = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, tile)
+            grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(tile))
+            e, _ = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, tile, outer_of(tile))
             scales = state.scales
         w_hat = jnp.zeros_like(w).at[order].set(w - e).T
         codes = format.nearest(scales, w_hat)
         return State(scales, codes, target, damping)
+
+
+def _blocks_stand_alone(format: Format) -> bool:
+    """Whether two blocks have twice the scales of one: nothing is shared along the row."""
+    one, two = (jax.eval_shape(format.fit, jax.ShapeDtypeStruct((1, k * format.block), jnp.float32)) for k in (1, 2))
+    return all(two[name].shape[1] == 2 * one[name].shape[1] for name in one)
 
 
 def ldlq(order: Order = "act", grid: Literal["static", "dynamic"] = "static", cross: float = 0.0) -> LDLQ:
@@ -112,8 +122,18 @@ def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, 
         x = targets[jnp.argsort(at)].T
         return format.fit(x, jnp.broadcast_to(h[jnp.sort(at)][None, :], x.shape))
 
+    def free(targets: Array, w: Array, inside: Array) -> Array:
+        """A block as the feedback would leave it if nothing in it were rounded: what GPTQ has in its place by then.
+
+        e_J L_JJ = w_J - targets_J where every weight of block J takes its target, and w_J - e_J is what is fitted.
+        """
+        unit = inside + jnp.eye(block, dtype=inside.dtype)
+        return w + jax.scipy.linalg.solve_triangular(unit, targets - w, trans=1, lower=True, unit_diagonal=True)
+
     def grid_of(j: Array, targets: Array) -> Columns:
         at = lax.dynamic_slice_in_dim(order, j, block)
+        inside = lax.dynamic_slice(coupling, (j, j), (block, block))
+        targets = free(targets, lax.dynamic_slice_in_dim(w, j, block, 0), inside)
         s, m = format.grid(fit(targets, at), targets.T.shape)
         back = jnp.argsort(jnp.argsort(at))
 
@@ -123,4 +143,6 @@ def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, 
         return wide(s), None if m is None else wide(m)
 
     e, seen = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, format.tile, block)
-    return e, fit(seen, order)
+    blocks = jnp.arange(w.shape[0]).reshape(-1, block)
+    inside = coupling[blocks[:, :, None], blocks[:, None, :]]
+    return e, fit(jax.vmap(free)(seen[blocks], w[blocks], inside).reshape(w.shape), order)

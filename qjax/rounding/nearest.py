@@ -27,6 +27,10 @@ class Nearest:
             raise UserError(f"nearest: weight is none or h, got {self.weight!r}")
 
     @property
+    def fits(self) -> bool:
+        return True
+
+    @property
     def requires(self) -> frozenset[str]:
         return frozenset({"h"} if self.weight == "h" else ())
 

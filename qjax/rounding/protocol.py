@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.curvature import damped, proxy
+from qjax.rounding.curvature import damped, factor, proxy
 from qjax.stats import Stats
 from qjax.typing import Array, Float, Integer
 
@@ -108,6 +108,8 @@ def check_chain(roundings: Sequence[Rounding], format: Format, stats: Stats, nam
     """Raise UserError where a chain cannot run on a weight: no stage, a missing statistic, one of another size."""
     if not roundings:
         raise UserError("a recipe needs at least one rounding, as in nearest()")
+    if not getattr(roundings[0], "fits", False):
+        raise UserError(f"{name}: the first rounding must fit the scales, as nearest() does; {roundings[0]} has none")
     for needed in sorted(requires(roundings)):
         if (stats.importance if needed == "h" else getattr(stats, needed)) is None:
             raise UserError(f"{name}: the recipe needs the statistic {needed!r}, and none was collected for it")
@@ -139,7 +141,10 @@ def round_weight(
     Returns: scales, codes and losses. Rows are independent of each other unless the format ties them together.
     """
     w = w.astype(jnp.float32)
-    state = State(None, None, w, jnp.float32(damping))
+    lam = jnp.float32(damping)
+    if stats.H is not None and "H" in requires(roundings) and not any(getattr(r, "factors", False) for r in roundings):
+        _, lam = factor(stats.H, lam)  # descent alone would not notice an indefinite H
+    state = State(None, None, w, lam)
     first = None
     for r in roundings:
         state = r(state, format, stats)
@@ -169,4 +174,7 @@ def errors_of(state: State, format: Format) -> Float[Array, "rows n"]:
 def metric(state: State, stats: Stats) -> Float[Array, "n n"]:
     """The damped H that the state's losses are measured in."""
     assert stats.H is not None
-    return damped(stats.H, state.damping)
+    H = damped(stats.H, state.damping)
+    top = jnp.max(jnp.diagonal(H))  # products of two of its entries must stay within float32
+    _, exponent = jnp.frexp(jnp.where(top > 0, top, 1.0))
+    return jnp.ldexp(H, -exponent)

@@ -84,7 +84,7 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"]) -> Scales:
     T = jnp.where(wide_s == 0, 0.0, (state.target - e - wide_m) / jnp.where(wide_s == 0, 1.0, wide_s))
 
     # Units of whole blocks, about OUTER columns each; a unit's scales are a slice of every leaf along the row.
-    count = _units(n, format.block or n)
+    count = _units(n, max(format.block or n, size))
     per = groups // count
     outer = per * size
 

@@ -23,6 +23,13 @@ from qjax.typing import Array, Float
 
 OUTER, INNER = 256, 32
 
+
+def outer_of(tile: int) -> int:
+    """Columns of a block for tiles of this size: about OUTER, whole tiles."""
+    unit = lcm(INNER, tile) if lcm(INNER, tile) <= OUTER else tile
+    return max(OUTER // unit, 1) * unit
+
+
 Columns = tuple[Array, Array | None]  # s and m of each column of a block: f32[block, rows]
 GridOf = Callable[[Array, Array], Columns]  # (first column, targets f32[block, rows]) -> the block's grid
 Level = Callable[[Array], Array]

@@ -40,5 +40,5 @@ def test_another_model_is_named(stats):
     with pytest.raises(UserError, match=r"64.*128"):
         stats_of_imatrix(made, weight_names(wider))
     fewer = DecoderConfig(vocab=96, dim=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=16, tied=True)
-    with pytest.raises(UserError, match="blk.1"):
+    with pytest.raises(UserError, match=r"blk\.1"):
         stats_of_imatrix(made, weight_names(fewer))

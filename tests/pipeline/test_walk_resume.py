@@ -1,0 +1,197 @@
+"""From file to file: a walk that was stopped goes on behind its last finished block; the bytes do not show it."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_pipeline import write_model
+from tiny_walks import CONFIG, plan_of, tiny_calibration
+
+import qjax
+from qjax.pipeline import quantize_file, quantize_model
+
+RECIPE = "nearest('h') >> ldlq('act', cross=1.0) >> options(sensitive=True)"
+PLAN = plan_of(("layers_0/mlp/up/kernel", "keep"), ("*", "Q4_0"))
+CALIBRATION = tiny_calibration()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    def lively(tensors):
+        for name in tensors:
+            if tensors[name].ndim == 2:
+                tensors[name] *= 20 if name == "token_embd.weight" else 3
+
+    return write_model(tmp_path_factory.mktemp("model") / "m.gguf", CONFIG, edit=lively)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """(bytes, report, steps) of a run that nobody stopped."""
+    folder, steps = tmp_path_factory.mktemp("whole"), []
+    report = run(model, folder / "q.gguf", walked=steps.append)
+    assert os.listdir(folder) == ["q.gguf"]
+    return (folder / "q.gguf").read_bytes(), report, steps
+
+
+def run(model, out, plan=PLAN, recipe=RECIPE, calibration=CALIBRATION, **options):
+    return quantize_file(model, out, plan, recipe=recipe, calibration=calibration, **options)
+
+
+def interrupt(model, out, behind, recipe=RECIPE):
+    """Ctrl-C after the weight `behind`."""
+
+    def walked(step):
+        if step.path == behind:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, out, recipe=recipe, walked=walked)
+    state = out.with_name(out.name + ".partial.calibration")
+    assert not out.exists() and state.is_dir()
+    return state
+
+
+def without_time(report):
+    return [
+        dataclasses.replace(t, calibration=t.calibration and dataclasses.replace(t.calibration, seconds=0.0))
+        for t in report.tensors
+    ]
+
+
+STOPS = {  # behind which weight -> (blocks that are done, weights that are not done again)
+    "embed/embedding": (0, 0),
+    "layers_0/attn/v/kernel": (0, 1),
+    "layers_1/attn/o/kernel": (1, 7),
+    "head/kernel": (2, 14),
+}
+
+
+@pytest.mark.parametrize("behind", STOPS)
+def test_an_interrupted_walk_is_continued(model, whole, tmp_path, behind):
+    raw, report, all_steps = whole
+    blocks, skipped = STOPS[behind]
+    out = tmp_path / "q.gguf"
+    interrupt(model, out, behind)
+    messages, steps = [], []
+    again = run(model, out, notify=messages.append, walked=steps.append)
+    assert out.read_bytes() == raw
+    assert os.listdir(tmp_path) == ["q.gguf"]
+    assert any(m.endswith(f"continuing behind block {blocks} of 2") for m in messages) == (blocks > 0), messages
+    assert [(s.path, s.done, s.total) for s in steps] == [(s.path, s.done, s.total) for s in all_steps[skipped:]]
+    assert without_time(again) == without_time(report)
+
+
+@pytest.mark.parametrize("change", ["recipe", "tokens", "heldout", "seed", "plan"])
+def test_the_state_of_another_run_is_not_continued(model, tmp_path, change):
+    out = tmp_path / "q.gguf"
+    interrupt(model, out, "layers_1/attn/o/kernel")
+    plan = plan_of(("layers_1/mlp/up/kernel", "keep"), ("*", "Q4_0"))
+    c = CALIBRATION
+    options = {
+        "recipe": {"recipe": RECIPE.replace("1.0", "0.5")},
+        "tokens": {"calibration": dataclasses.replace(c, tokens=c.tokens[:, ::-1])},
+        "heldout": {"calibration": dataclasses.replace(c, heldout=4)},
+        "seed": {"calibration": dataclasses.replace(c, seed=1)},
+        "plan": {"plan": plan},
+    }[change]
+    messages, steps = [], []
+    run(model, out, notify=messages.append, walked=steps.append, **options)
+    assert "starting over" in messages[0] and not any("continuing" in m for m in messages)
+    assert steps[0].path == "embed/embedding" and steps[0].done == 1
+    run(model, tmp_path / "whole.gguf", **options)
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["the partial file", "the residual stream", "the survey", "one tensor's bytes"])
+def test_a_state_with_a_part_lost_is_made_good(model, whole, tmp_path, lost):
+    """As after a power cut, or a hand that tidied up."""
+    out = tmp_path / "q.gguf"
+    state = interrupt(model, out, "layers_1/attn/o/kernel")
+    partial = tmp_path / "q.gguf.partial"
+    if lost == "the partial file":
+        partial.unlink()
+        Path(f"{partial}.journal").unlink()
+    elif lost == "the residual stream":
+        (state / "x_1.f32").unlink()
+    elif lost == "the survey":
+        (state / "survey.npz").unlink()
+    else:
+        import gguf
+
+        (tmp_path / "whole").write_bytes(whole[0])
+        places = {t.name: t.data_offset for t in gguf.GGUFReader(tmp_path / "whole").tensors}
+        (tmp_path / "whole").unlink()
+        with open(partial, "r+b") as f:
+            f.seek(places["blk.0.attn_q.weight"] + 7)
+            f.write(b"\x55\xaa")
+    run(model, out)
+    assert out.read_bytes() == whole[0]
+    assert os.listdir(tmp_path) == ["q.gguf"]
+
+
+def test_a_mistake_leaves_nothing(model, tmp_path):
+    out = tmp_path / "q.gguf"
+    interrupt(model, out, "layers_1/attn/o/kernel")
+
+    def walked(step):
+        raise qjax.pipeline.walk.UserError("no")
+
+    with pytest.raises(qjax.pipeline.walk.UserError):
+        run(model, out, walked=walked)
+    assert os.listdir(tmp_path) == []
+
+
+def test_file_and_memory_give_the_same_weights(model, whole, tmp_path):
+    (tmp_path / "q.gguf").write_bytes(whole[0])
+    ours, report = quantize_model(qjax.load(model), PLAN, RECIPE, CALIBRATION)
+    theirs = qjax.load(tmp_path / "q.gguf")
+    jax.tree.map(np.testing.assert_array_equal, ours.dense, theirs.dense)
+    lines, names = {t.name: t for t in report.tensors}, dict(zip(*paths_and_names(), strict=True))
+    for t in report.tensors:
+        other = {x.name: x for x in whole[1].tensors}[names[t.name]]
+        assert (t.error is None) == (other.error is None) == (lines[t.name].calibration is None)
+        if t.calibration:
+            assert other.calibration.loss == pytest.approx(t.calibration.loss, rel=1e-5)
+            assert other.error == pytest.approx(t.error, rel=1e-5)
+
+
+def paths_and_names():
+    from qjax.models.families import weight_names
+
+    found = weight_names(CONFIG)
+    return ["/".join(w.path) for w in found], [w.gguf for w in found]
+
+
+KILLED = """
+import os, signal, sys
+from test_walk_resume import PLAN, CALIBRATION
+from qjax.pipeline import quantize_file
+def walked(step):
+    if step.path == "layers_1/mlp/gate/kernel":
+        os.kill(os.getpid(), signal.SIGKILL)
+quantize_file(sys.argv[1], sys.argv[2], PLAN, recipe=sys.argv[3], calibration=CALIBRATION, walked=walked)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_walk_is_continued(model, tmp_path):
+    out = tmp_path / "q.gguf"
+    here = Path(__file__).parent
+    path = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
+    argv = [sys.executable, "-c", KILLED, str(model), str(out), "best_gguf"]
+    died = subprocess.run(argv, capture_output=True, env=path)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert not out.exists() and (tmp_path / "q.gguf.partial.calibration" / "state.json").exists()
+    messages = []
+    run(model, out, recipe="best_gguf", notify=messages.append)
+    assert messages[-1].endswith("continuing behind block 1 of 2")
+    assert os.listdir(tmp_path) == ["q.gguf"]
+    run(model, tmp_path / "whole.gguf", recipe="best_gguf")
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()

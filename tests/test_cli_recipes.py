@@ -1,0 +1,98 @@
+"""`qjax recipes`, and `qjax quantize --recipe` from text to report."""
+
+import json
+
+import pytest
+from test_cli_models import TEXT, folder, text  # noqa: F401  (fixtures)
+
+import qjax
+from qjax.cli import main
+from qjax.recipes import RECIPES, recipe
+
+CALIBRATION = {
+    "first_loss", "loss", "first_heldout_loss", "heldout_loss", "damping", "tokens", "seconds", "note"
+}  # fmt: skip
+TENSOR = {"name", "shape", "format", "nbytes", "error", "kept", "calibration", "bits_per_weight"}
+
+
+def test_recipes_as_json_and_as_a_table(capsys, tmp_path):
+    assert main(["recipes", "--json", str(tmp_path / "r.json")]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["recipes"]
+    assert [row["name"] for row in rows] == list(RECIPES)
+    for row in rows:
+        assert set(row) == {"name", "needs", "stages", "about"}
+        assert recipe(row["stages"]) == recipe(row["name"]) and row["about"]
+        assert (row["needs"] == "nothing") == (row["name"] == "rtn")
+    capsys.readouterr()
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in RECIPES)
+
+
+@pytest.mark.parametrize("line, suffix", [
+    pytest.param("imatrix", ".gguf", marks=pytest.mark.slow), ("imatrix", ""),
+    ("nearest() >> ldlq()", ".gguf"), pytest.param("nearest() >> ldlq()", "", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_quantize_reports_every_weight(folder, text, tmp_path, capsys, line, suffix):  # noqa: F811
+    """A file and a folder, a name and a line of stages."""
+    out = tmp_path / f"q{suffix}"
+    argv = ["quantize", str(folder), "-o", str(out), "--type", "pure:int4_g32" if not suffix else "Q4_0"]
+    argv += ["--recipe", line, "--calib", str(text), "--calib-windows", "8", "--calib-ctx", "32"]
+    assert main([*argv, "--json", "-"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["recipe"] == line and made["type"] == argv[5]
+    for t in made["tensors"]:
+        assert set(t) == TENSOR
+        assert (t["calibration"] is None) == (t["kept"] is not None), t["name"]
+        if t["calibration"]:
+            assert set(t["calibration"]) == CALIBRATION and t["calibration"]["damping"] >= 0
+    kernels = [t for t in made["tensors"] if t["calibration"] and "emb" not in t["name"]]
+    assert len(kernels) == 14 and all(t["calibration"]["tokens"] == 7 * 32 for t in kernels)
+    if line != "imatrix":
+        assert all(t["calibration"]["loss"] < t["calibration"]["first_loss"] for t in kernels)
+        assert all(t["calibration"]["heldout_loss"] > 0 for t in kernels)
+    assert qjax.load(out).logits([[1, 2, 3]]).shape == (1, 3, 384)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "text.txt"] == [out.name]
+
+
+def test_the_table_shows_losses(folder, text, tmp_path, capsys):  # noqa: F811
+    argv = [
+        "quantize",
+        str(folder),
+        "-o",
+        str(tmp_path / "q.gguf"),
+        "--type",
+        "Q4_0",
+        "--recipe",
+        "nearest() >> ldlq()",
+    ]
+    assert main([*argv, "--calib", str(text), "--calib-windows", "8", "--calib-ctx", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "held out" in shown and "damping" in shown and "->" in shown
+
+
+@pytest.mark.slow
+def test_the_reference_model_by_best_gguf(tmp_path, capsys):
+    """The flagship line of the README."""
+    (tmp_path / "calib.txt").write_text(TEXT * 4)
+    out, argv = tmp_path / "ref.gguf", ["quantize", "reference", "--type", "Q3_K_M", "--recipe", "best_gguf"]
+    argv += ["-o", str(out), "--calib", str(tmp_path / "calib.txt"), "--calib-windows", "4", "--calib-ctx", "64"]
+    assert main([*argv, "--json", str(tmp_path / "j.json")]) == 0
+    made = json.loads((tmp_path / "j.json").read_text())
+    assert set(made) == {
+        "model", "out", "type", "recipe", "seconds", "bits_per_weight", "nbytes", "formats", "tensors"
+    }  # fmt: skip
+    assert (made["model"], made["type"], made["recipe"]) == ("reference", "Q3_K_M", "best_gguf")
+    for t in made["tensors"]:
+        assert set(t) == TENSOR and (t["calibration"] is None) == (t["kept"] is not None)
+        line = t["calibration"]
+        if line:
+            assert set(line) == CALIBRATION
+            assert line["tokens"] == 3 * 64 and line["damping"] >= 0.05 and 0 < line["loss"] < 0.5
+            assert line["note"] == f"saw 192 tokens, fewer than its {t['shape'][-1]} inputs"
+    plain = tmp_path / "plain.gguf"
+    assert (
+        main(["quantize", "reference", "-o", str(plain), "--type", "Q3_K_M", "--json", str(tmp_path / "p.json")]) == 0
+    )
+    assert abs(plain.stat().st_size - out.stat().st_size) < 4096
+    assert qjax.load(out).logits([[1, 2, 3]]).shape[1] == 3
