@@ -18,7 +18,8 @@ class CalibrationReport:
 
     Attributes:
       first_loss, loss: tr(E H E^T) / tr(W H W^T) of the first stage (scales fitted, nearest codes) and at the end, on
-        the tokens that made H.
+        the tokens that made H; E is what is missing from the target: W, or with a cross term W corrected for what its
+        input has become.
       first_heldout_loss, heldout_loss: the same on tokens that did not; None where none were held out.
       damping: lambda of H + lambda diag(H) in force.
       tokens: seen at the weight's input.

@@ -64,7 +64,8 @@ class Rounded:
       scales, codes: the result.
       damping: lambda used, f32[]; NaN: H was too indefinite, and the result is not to be used.
       energy: tr(W H W^T), without damping; NaN without H.
-      error, first_error: tr(E H E^T) at the end, and after the first stage.
+      error, first_error: tr(E H E^T) at the end, and after the first stage; E is what is missing from the target: W, or
+        with a cross term W corrected for what its input has become.
       heldout_energy, heldout_error, first_heldout_error: the same three in the held-out H.
     """
 
@@ -151,7 +152,8 @@ def round_weight(
         first = state if first is None else first
     assert first is not None and first.scales is not None and first.codes is not None
     assert state.scales is not None and state.codes is not None
-    off = (w, w - format.decode(state.scales, state.codes), w - format.decode(first.scales, first.codes))
+    last_hat, first_hat = format.decode(state.scales, state.codes), format.decode(first.scales, first.codes)
+    off = (w, state.target - last_hat, state.target - first_hat)
     sums = (jnp.float32(jnp.nan) if H is None else jnp.sum(proxy(x, H)) for H in (stats.H, heldout) for x in off)
     return Rounded(state.scales, state.codes, state.damping, *sums)
 

@@ -1,7 +1,7 @@
 """The contract: every format x every rounding x {eager, jit, vmap, scan, map}; one test a row of the table.
 
-Every entry is a compilation of seconds. All formats go through every stage of the best chain; orders and transformations
-take the formats whose grids differ in kind, for the stages know nothing of a format but its grid.
+Every entry is a compilation of seconds. All formats go through every stage of the best chain; orders and
+transformations take the formats whose grids differ in kind, for the stages know nothing of a format but its grid.
 """
 
 import dataclasses
