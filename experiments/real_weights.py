@@ -34,7 +34,7 @@ class Config:
     """The matrices and the grid of recipes."""
 
     weights: Path = Path("layer11.npz")  # .npz of matrices (in, out)
-    formats: tuple[str, ...] = ("uint4_g128", "uint3_g128", "Q4_K", "Q3_K", "Q2_K")
+    formats: tuple[str, ...] = ("uint4_g128", "uint3_g128", "Q4_K", "Q2_K")
     recipes: tuple[str, ...] = ("rtn", "imatrix", "gptq", "gptaq", "best_gguf")
     tokens: int = 8192  # drawn to round in, and as many to report on
     seeds: tuple[int, ...] = (0, 1, 2)
