@@ -137,9 +137,11 @@ def walk(
     def round_one(path: str, leaf: Any, axis: int, stats: Stats | None, heldout: Stats | None) -> Array:
         nonlocal done
         format, recipe = formats[path]
-        recipe = plain(recipe) if stats is None and recipe.requires else recipe
+        blind = stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
+        recipe = plain(recipe) if blind else recipe
         recipe = _without_cross(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
+        line = dataclasses.replace(line, note="has no input: nearest, without importance") if blind else line
         emit(path, q, line)
         done += 1
         progress(Step(path, done, len(formats), line))
