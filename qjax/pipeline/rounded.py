@@ -24,7 +24,7 @@ from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
 
-_SHORT, _TALL = 256, 1024  # rows rounded at a time; every part factors H anew, which pays where n is small
+_SHORT, _TALL = 256, 2048  # rows rounded at a time; every part factors H anew, which pays where n is small
 _WIDE, _MOST_WIDE = 2048, 8192  # columns from which parts are tall; beyond which they take turns, for memory's sake
 
 

@@ -19,7 +19,7 @@ from qjax.rounding.curvature import descent, order_of, proxy
 from qjax.rounding.protocol import State, errors_of, metric
 from qjax.rounding.sweep import fixed_grid, outer_of, sweep
 from qjax.stats import Stats
-from qjax.typing import Array
+from qjax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Descend:
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H = metric(state, stats)
+        return keep_better(state, self.swept(state, format, H), format, losses(state, format, H), H)[0]
+
+    def swept(self, state: State, format: Format, H: Float[Array, "n n"]) -> State:
+        """The state after the passes, whatever its loss."""
         n, tile, target = H.shape[0], format.tile, state.target
         assert state.scales is not None
         s, m = format.grid(state.scales, target.shape)
@@ -51,7 +55,7 @@ class Descend:
 
         e = lax.fori_loop(0, self.sweeps, once, first)
         w_hat = jnp.zeros_like(w).at[order].set(w - e).T
-        return keep_better(state, dataclasses.replace(state, codes=format.nearest(state.scales, w_hat)), format, H)
+        return dataclasses.replace(state, codes=format.nearest(state.scales, w_hat))
 
 
 def descend(sweeps: int = 3) -> Descend:
@@ -59,16 +63,23 @@ def descend(sweeps: int = 3) -> Descend:
     return Descend(sweeps)
 
 
-def keep_better(old: State, new: State, format: Format, H) -> State:
-    """Of two states the one with less loss, row by row, or for the whole matrix where the format ties its rows."""
-    before, after = (proxy(errors_of(x, format), H) for x in (old, new))
-    if not format.row_wise:
-        before, after = jnp.sum(before)[None], jnp.sum(after)[None]
-    better = after < before
+def losses(state: State, format: Format, H: Float[Array, "n n"]) -> Float[Array, "units"]:
+    """e H e^T of each row, or of the whole matrix where the format ties its rows together."""
+    by_row = proxy(errors_of(state, format), H)
+    return by_row if format.row_wise else jnp.sum(by_row)[None]
 
-    def choose(a, b):
+
+def keep_better(
+    old: State, new: State, format: Format, loss: Float[Array, "units"], H: Float[Array, "n n"]
+) -> tuple[State, Float[Array, "units"]]:
+    """Of two states the one with less loss, unit by unit, and that loss; `loss` is the old one's."""
+    after = losses(new, format, H)
+    better = after < loss
+
+    def choose(a: Array, b: Array) -> Array:
         return jnp.where(better.reshape((-1,) + (1,) * (b.ndim - 1)), b, a)
 
-    assert old.scales is not None and new.scales is not None
+    assert old.scales is not None and new.scales is not None and old.codes is not None and new.codes is not None
     scales = {k: choose(old.scales[k], new.scales[k]) for k in new.scales}
-    return dataclasses.replace(new, scales=scales, codes=choose(old.codes, new.codes))
+    kept = dataclasses.replace(new, scales=scales, codes=choose(old.codes, new.codes))
+    return kept, jnp.where(better, after, loss)

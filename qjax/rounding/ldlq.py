@@ -109,8 +109,8 @@ def corrected(
 ) -> Float[Array, "rows n"]:
     """W + alpha W cross (H + lambda diag H)^{-1}."""
     assert cross is not None
-    solved = jax.scipy.linalg.solve(damped(H, damping), cross.T, assume_a="pos")  # ((H')^-1 cross^T), [n, n]
-    return w + alpha * lax.dot(w, solved.T, precision=lax.Precision.HIGHEST)
+    moved = lax.dot(w, cross, precision=lax.Precision.HIGHEST)
+    return w + alpha * jax.scipy.linalg.solve(damped(H, damping), moved.T, assume_a="pos").T
 
 
 def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, h: Array) -> tuple[Array, Scales]:

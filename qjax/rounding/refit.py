@@ -22,7 +22,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.descend import Descend, keep_better
+from qjax.rounding.descend import Descend, keep_better, losses
 from qjax.rounding.protocol import State, errors_of, metric
 from qjax.rounding.sweep import OUTER
 from qjax.stats import Stats
@@ -50,13 +50,12 @@ class Refit:
         H = metric(state, stats)
         again = Descend(self.sweeps)
 
-        def one_round(_: Array, state: State) -> State:
-            assert state.scales is not None
-            scales = refitted(state, format, H)
-            new = again(dataclasses.replace(state, scales=scales), format, stats)
-            return keep_better(state, new, format, H)
+        def one_round(_: Array, now: tuple[State, Array]) -> tuple[State, Array]:
+            state, loss = now
+            new = again.swept(dataclasses.replace(state, scales=refitted(state, format, H)), format, H)
+            return keep_better(state, new, format, loss, H)
 
-        return lax.fori_loop(0, self.rounds, one_round, state)
+        return lax.fori_loop(0, self.rounds, one_round, (state, losses(state, format, H)))[0]
 
 
 def refit(rounds: int = 3, sweeps: int = 1) -> Refit:
