@@ -117,7 +117,6 @@ def quantize_model(
     Raises:
       UserError: weights that are packed already; what `Plan.assign` and `walk` raise.
     """
-    check_tokens(model.config, calibration.tokens[:, :1])
     check_tokens(model.config, calibration.tokens)
     recipe = get_recipe(recipe)
     assigned = plan.assign(decoder_weights(model.config))

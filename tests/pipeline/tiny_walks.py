@@ -17,7 +17,6 @@ from qjax.plan import Plan, Rule
 
 CONFIG = DecoderConfig(vocab=64, dim=64, hidden=64, layers=2, heads=4, kv_heads=4, head_dim=16, context=64)
 """All weights are 64 x 64, so that each rounding is compiled once."""
-MANY_SHAPES = dataclasses.replace(CONFIG, vocab=96, hidden=128, kv_heads=2)
 GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
 """The weights of a block in the order in which they are rounded; those of a group read the same input."""
 

@@ -18,8 +18,7 @@ from rounding_problems import damped64, losses, marked, problem
 import qjax
 from qjax.errors import UserError
 from qjax.rounding import Rounding, check_chain, descend, ldlq, nearest, refit, round_weight
-from qjax.rounding.curvature import proxy
-from qjax.rounding.protocol import DAMPING, State
+from qjax.rounding.protocol import DAMPING, State, relative_loss
 from qjax.stats import Stats
 
 ROWS, N = 8, 512
@@ -60,10 +59,6 @@ def one_by_one(name: str):
     """`round_weight` on each weight of the stack: losses [3] and codes [3, rows, n]."""
     found = [round_weight(w, qjax.format(name), BEST, Stats(H=H)) for w, H in zip(*stack(), strict=True)]
     return np.array([r.loss for r in found]), np.stack([r.codes for r in found])
-
-
-def relative_loss(w, w_hat, H):
-    return jnp.sum(proxy(w - w_hat, H)) / jnp.sum(proxy(w, H))
 
 
 def assert_stored_exactly(fmt, scales, codes):
