@@ -4,7 +4,7 @@
     imatrix    nearest(weight="h")                                                    llama.cpp's importance matrix
     gptq       nearest() >> ldlq(order="act")                                         arXiv:2210.17323
     gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
-    best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> descend(3) >> refit(3)     ours
+    best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)     ours
 
 A recipe prints as such a line and is read back from it; `recipe("best_gguf:Q3_K")` is a name and a format,
 `recipe("Q3_K >> nearest(weight='h') >> ldlq() >> descend(2)")` one of your own.
@@ -103,8 +103,8 @@ def gptaq(bits: int = 4, group: int = 128, format: str | Format | None = None, a
 
 
 def best_gguf(format: str | Format | None = None) -> Recipe:
-    """The best file of a GGUF type: importance-weighted fit, act-order feedback, descent, refit of the scales."""
-    return _recipe("best_gguf", format, nearest("h"), ldlq("act", cross=1.0), descend(3), refit(3), sensitive=True)
+    """The best file of a GGUF type: importance-weighted fit, act-order feedback, then scales and codes in turn."""
+    return _recipe("best_gguf", format, nearest("h"), ldlq("act", cross=1.0), refit(2, 2), sensitive=True)
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {f.__name__: f for f in (rtn, imatrix, gptq, gptaq, best_gguf)}

@@ -21,6 +21,9 @@ Order = Literal["natural", "act", "group"]
 _NOISE = 1e-6
 """A diagonal entry below minus this share of the largest is no rounding error."""
 
+_BLOCK = 256
+"""Columns below which half a product saves nothing."""
+
 LADDER = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Multiples of the damping that are tried until Cholesky succeeds."""
 
@@ -42,15 +45,20 @@ def damped(H: Float[Array, "n n"], damping: Float[Array, ""] | float) -> Float[A
 def factor(
     H: Float[Array, "n n"], damping: float | Float[Array, ""], tile: int = 1
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """The feedback L - 1 of H + lambda diag(H) = L D L^T, with the first lambda on the ladder that is enough.
+    """The feedback L - 1 of H + lambda diag(H) = L D L^T, D in tiles, and the lambda used; see `cholesky`."""
+    c, used = cholesky(H, damping)
+    return feedback(c, tile), used
+
+
+def cholesky(H: Float[Array, "n n"], damping: float | Float[Array, ""]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """The lower factor of H + lambda diag(H) = c c^T, with the first lambda on the ladder that is enough.
 
     Args:
       H: symmetric; need not be definite.
       damping: the first lambda tried.
-      tile: D's blocks; L is the identity on them.
 
-    Returns: f32[n, n], strictly below the diagonal tiles, and the lambda used. NaN for both when H is so indefinite
-      that no lambda of the ladder helps.
+    Returns: f32[n, n], lower triangular, and the lambda used. NaN for both when H is so indefinite that no lambda of
+      the ladder helps.
     """
     H = alive(H)
     h = jnp.diagonal(H)
@@ -77,11 +85,11 @@ def factor(
     r = jnp.where(h > 0, jnp.sqrt(jnp.where(h > 0, h, 1.0)), 1.0)
     c = jnp.tril(c) * r[:, None]  # back in the channels' own scales
     bad = failed(c) | jnp.any(h < -_NOISE * jnp.max(jnp.abs(h)))
-    return jnp.where(bad, jnp.nan, _unit_lower(c, tile)), jnp.where(bad, jnp.nan, ladder[i])
+    return jnp.where(bad, jnp.nan, c), jnp.where(bad, jnp.nan, ladder[i])
 
 
-def _unit_lower(c: Array, tile: int) -> Array:
-    """C's columns times the inverse of its diagonal tiles, and nothing on these tiles."""
+def feedback(c: Float[Array, "n n"], tile: int = 1) -> Float[Array, "n n"]:
+    """L - 1 of c c^T = L D L^T: c's columns times the inverse of its diagonal tiles, and nothing on these tiles."""
     n = c.shape[0]
     if tile == 1:
         return c / jnp.diagonal(c)[None, :] * (1.0 - jnp.eye(n, dtype=c.dtype))
@@ -100,13 +108,16 @@ def off_tiles(n: int, tile: int) -> Array:
 
 def descent(H: Float[Array, "n n"], tile: int = 1) -> Float[Array, "n n"]:
     """The coupling of coordinate descent: H_{.,J} H_JJ^{-1} for each tile J, nothing on the diagonal tiles."""
-    n = H.shape[0]
+    return over_tiles(H, H, tile) * off_tiles(H.shape[0], tile)
+
+
+def over_tiles(a: Float[Array, "k n"], H: Float[Array, "n n"], tile: int) -> Float[Array, "k n"]:
+    """a_{.,J} H_JJ^{-1} for each tile J."""
     if tile == 1:
-        return H / jnp.diagonal(H)[None, :] * (1.0 - jnp.eye(n, dtype=H.dtype))
-    at = jnp.arange(n).reshape(-1, tile)
-    diagonal = H[at[:, :, None], at[:, None, :]]
-    columns = H.reshape(n, -1, tile).transpose(1, 2, 0)
-    return jnp.linalg.solve(diagonal, columns).transpose(2, 0, 1).reshape(n, n) * off_tiles(n, tile)
+        return a / jnp.diagonal(H)[None, :]
+    at = jnp.arange(H.shape[0]).reshape(-1, tile)
+    columns = a.reshape(a.shape[0], -1, tile).transpose(1, 2, 0)  # [n / tile, tile, k]
+    return jnp.linalg.solve(H[at[:, :, None], at[:, None, :]], columns).transpose(2, 0, 1).reshape(a.shape)
 
 
 def order_of(h: Float[Array, "n"], order: Order, tile: int, group: int) -> Int[Array, "n"]:
@@ -138,6 +149,19 @@ def _tiles(order: Array, tile: int) -> Array:
 
 
 def proxy(e: Float[Array, "*rows n"], H: Float[Array, "n n"]) -> Float[Array, "*rows"]:
-    """e H e^T of each row."""
-    product = lax.dot_general(e, H, (((e.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
-    return jnp.sum(product * e, axis=-1)
+    """e H e^T of each row, H symmetric: its blocks below the diagonal count twice, those above are not multiplied."""
+    n = H.shape[0]
+    size = max(_BLOCK, -(-n // 8))
+    total = jnp.zeros(e.shape[:-1], jnp.float32)
+    for at in range(0, n, size):
+        end = min(at + size, n)
+        here = e[..., at:end]
+        product = _dot(here, H[at:end, at:end])
+        if end < n:
+            product += 2.0 * _dot(e[..., end:], H[end:, at:end])
+        total += jnp.sum(product * here, axis=-1)
+    return total
+
+
+def _dot(e: Array, H: Array) -> Array:
+    return lax.dot_general(e, H, (((e.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)

@@ -22,11 +22,11 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.curvature import Order, damped, factor, order_of
+from qjax.rounding.curvature import Order, cholesky, feedback, order_of
 from qjax.rounding.protocol import State
 from qjax.rounding.sweep import Columns, fixed_grid, outer_of, sweep
 from qjax.stats import Stats
-from qjax.typing import Array, Float
+from qjax.typing import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +70,16 @@ class LDLQ:
         group = n // s.shape[-1]
         dynamic = self.grid == "dynamic"
         order = order_of(jnp.diagonal(H), self.order, tile, format.block if dynamic else group)
-        coupling, damping = factor(H[order][:, order], state.damping, tile)
+        c, damping = cholesky(H[order][:, order], state.damping)
         if self.cross:
-            target = corrected(target, H, stats.cross, self.cross, damping)
+            target = corrected(target, stats.cross, self.cross, c, order)
+        coupling = feedback(c, tile)
         w = target.T[order]
         if dynamic:
             e, scales = _fitted_on_the_way(w, coupling, order, format, jnp.diagonal(H))
         else:
             grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(tile))
-            e, _ = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, tile, outer_of(tile))
+            e, _ = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, tile, outer_of(tile), lower=True)
             scales = state.scales
         w_hat = jnp.zeros_like(w).at[order].set(w - e).T
         codes = format.nearest(scales, w_hat)
@@ -105,12 +106,13 @@ def ldlq(order: Order = "act", grid: Literal["static", "dynamic"] = "static", cr
 
 
 def corrected(
-    w: Float[Array, "rows n"], H: Float[Array, "n n"], cross: Array | None, alpha: float, damping: Array | float
+    w: Float[Array, "rows n"], cross: Array | None, alpha: float, c: Float[Array, "n n"], order: Int[Array, "n"]
 ) -> Float[Array, "rows n"]:
-    """W + alpha W cross (H + lambda diag H)^{-1}."""
+    """W + alpha W cross (H + lambda diag H)^{-1}, from the factor c c^T of that matrix with its columns in `order`."""
     assert cross is not None
-    moved = lax.dot(w, cross, precision=lax.Precision.HIGHEST)
-    return w + alpha * jax.scipy.linalg.solve(damped(H, damping), moved.T, assume_a="pos").T
+    moved = lax.dot(w, cross[:, order], precision=lax.Precision.HIGHEST)
+    solved = jax.scipy.linalg.cho_solve((c, True), moved.T)
+    return w + alpha * jnp.zeros_like(solved).at[order].set(solved).T
 
 
 def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, h: Array) -> tuple[Array, Scales]:
@@ -142,7 +144,7 @@ def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, 
 
         return wide(s), None if m is None else wide(m)
 
-    e, seen = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, format.tile, block)
+    e, seen = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, format.tile, block, lower=True)
     blocks = jnp.arange(w.shape[0]).reshape(-1, block)
     inside = coupling[blocks[:, :, None], blocks[:, None, :]]
     return e, fit(jax.vmap(free)(seen[blocks], w[blocks], inside).reshape(w.shape), order)

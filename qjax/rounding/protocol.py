@@ -1,6 +1,6 @@
 """What a rounding is: a function that chooses or improves scales and codes of one weight; roundings chain.
 
-    (scales, codes) = round_weight(w, format, (nearest(weight="h"), ldlq(order="act"), descend(3), refit()), stats)
+    (scales, codes) = round_weight(w, format, (nearest(weight="h"), ldlq(order="act"), refit()), stats)
 
 Each stage sees the problem (weights, format, curvature) and the state the stage before it left. The first stage fits
 the scales; later ones start from its codes and never make tr(E H E^T) larger.

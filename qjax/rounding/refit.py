@@ -4,8 +4,9 @@
                  [1 H T^T   1 H 1^T] [dm] = [G 1^T]       e <- e - ds T - dm            group after group
 
 T are the group's unit levels, H its diagonal block. The solution is rounded to what the format stores before the next
-group is looked at, which then makes up for that rounding, and is taken only where the loss with it is smaller. Then the
-codes are descended again on the new grid.
+group is looked at, which then makes up for that rounding, and is taken only where the loss with it is smaller. Columns
+go in units of about 256; once a unit's scales are done its codes are descended on the new grid (descend.py), with the
+same G, so that a round over scales and codes is one product with H.
 
 Source: the H-metric refit of Spherical GPTQ (arXiv:2603.11021) and LNQ's codebook step (arXiv:2505.07004), here as
 Gauss-Seidel over groups with an offset, and with scales that are themselves quantized.
@@ -14,6 +15,7 @@ Gauss-Seidel over groups with an offset, and with scales that are themselves qua
 from __future__ import annotations
 
 import dataclasses
+from math import lcm
 from typing import Any
 
 import jax
@@ -22,9 +24,10 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
+from qjax.rounding.curvature import descent, over_tiles
 from qjax.rounding.descend import Descend, keep_better, losses
 from qjax.rounding.protocol import State, errors_of, metric
-from qjax.rounding.sweep import OUTER
+from qjax.rounding.sweep import OUTER, fixed_grid, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -48,11 +51,14 @@ class Refit:
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H = metric(state, stats)
-        again = Descend(self.sweeps)
+        if format.tile == 1 and format.row_wise:  # no step raises a row's loss: no need to measure
+            return lax.fori_loop(0, self.rounds, lambda _, state: refitted(state, format, H, self.sweeps), state)
 
         def one_round(_: Array, now: tuple[State, Array]) -> tuple[State, Array]:
             state, loss = now
-            new = again.swept(dataclasses.replace(state, scales=refitted(state, format, H)), format, H)
+            new = refitted(state, format, H, self.sweeps if format.row_wise else 0)
+            if not format.row_wise:
+                new = Descend(self.sweeps).swept(new, format, H)
             return keep_better(state, new, format, loss, H)
 
         return lax.fori_loop(0, self.rounds, one_round, (state, losses(state, format, H)))[0]
@@ -63,15 +69,16 @@ def refit(rounds: int = 3, sweeps: int = 1) -> Refit:
 
     Args:
       rounds: passes over all groups, each followed by its re-rounding.
-      sweeps: passes of coordinate descent that re-round.
+      sweeps: turns that the scales and the codes of a unit of columns take in a round.
     """
     return Refit(rounds, sweeps)
 
 
-def refitted(state: State, format: Format, H: Float[Array, "n n"]) -> Scales:
-    """Scales of less loss for the present codes: one Gauss-Seidel pass over the groups.
+def refitted(state: State, format: Format, H: Float[Array, "n n"], sweeps: int) -> State:
+    """Scales of less loss for the present codes, then codes of less loss on them: one Gauss-Seidel pass over the units.
 
-    Where the format ties rows together, groups are solved as if they were free and stored at the end.
+    Where the format ties rows together, groups are solved as if they were free and stored at the end, codes as they
+    were (sweeps is 0).
     """
     scales, e = state.scales, errors_of(state, format)
     assert scales is not None
@@ -79,11 +86,9 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"]) -> Scales:
     s, m = format.grid(scales, e.shape)
     groups = s.shape[-1]
     size = n // groups
-    wide_s, wide_m = (jnp.repeat(a, size, axis=1) for a in (s, jnp.zeros_like(s) if m is None else m))
-    T = jnp.where(wide_s == 0, 0.0, (state.target - e - wide_m) / jnp.where(wide_s == 0, 1.0, wide_s))
 
     # Units of whole blocks, about OUTER columns each; a unit's scales are a slice of every leaf along the row.
-    count = _units(n, max(format.block or n, size))
+    count = _units(n, lcm(max(format.block or n, size), format.tile))
     per = groups // count
     outer = per * size
 
@@ -130,29 +135,50 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"]) -> Scales:
         moved = lax.dynamic_update_slice_in_dim(moved, jnp.where(better[None], -(ds[None] * t + dm[None]), 0.0), j, 0)
         return moved, choose(new, kept), choose(new_s, s), choose(new_m, m)
 
+    def levels(w_hat: Array, s: Array, m: Array | None) -> Array:
+        s = jnp.repeat(s, size, axis=1).T
+        m = None if m is None else jnp.repeat(m, size, axis=1).T
+        return jnp.where(s == 0, 0.0, (w_hat if m is None else w_hat - m) / jnp.where(s == 0, 1.0, s))
+
     def one_unit(e: Array, at: tuple) -> tuple:
-        i, T_u, H_rows, kept, s, m = at
+        i, w, H_rows, kept, s, m = at
         H_u = lax.dynamic_slice_in_dim(H_rows, i * outer, outer, 1)
-        gradient = _dot(H_rows, e)
-        start = (jnp.zeros((outer, rows), e.dtype), kept, s, m)
-        moved, kept, s, m = lax.fori_loop(0, per, lambda g, now: one_group(g, now, (gradient, T_u, H_u)), start)
-        old = lax.dynamic_slice_in_dim(e, i * outer, outer, 0)
-        return lax.dynamic_update_slice_in_dim(e, old + moved, i * outer, 0), (kept, s, m)
+        e_u = lax.dynamic_slice_in_dim(e, i * outer, outer, 0)
+        outside = _dot(H_rows, e) - _dot(H_u, e_u)  # what the other units ask for
+        tile, block = format.tile, min(outer_of(format.tile), outer)
+        coupling, pull = descent(H_u, tile), over_tiles(outside.T, H_u, tile).T
+
+        def turn(_: Array, now: tuple) -> tuple:
+            e_u, kept, s, m = now
+            about = (outside + _dot(H_u, e_u), levels(w - e_u, s, m), H_u)
+            start = (jnp.zeros_like(e_u), kept, s, m)
+            moved, kept, s, m = lax.fori_loop(0, per, lambda g, now: one_group(g, now, about), start)
+            e_u = e_u + moved
+            if sweeps:
+                grid_of = fixed_grid(s.T, None if m is None else m.T, jnp.arange(outer) // size, block)
+                e_u, _ = sweep(w, e_u, coupling, grid_of, format.level, tile, block, pull)
+            return e_u, kept, s, m
+
+        e_u, *new = lax.fori_loop(0, max(sweeps, 1), turn, (e_u, kept, s, m))
+        return lax.dynamic_update_slice_in_dim(e, e_u, i * outer, 0), new
 
     kept = jax.tree.map(unit, scales) if format.row_wise else {}
     units = (
-        jnp.arange(count), T.T.reshape(count, outer, rows), H.reshape(count, outer, n),
+        jnp.arange(count), state.target.T.reshape(count, outer, rows), H.reshape(count, outer, n),
         kept, unit(s), None if m is None else unit(m),
     )  # fmt: skip
-    new: tuple[Scales, Array, Array | None] = lax.scan(one_unit, e.T, units)[1]
-    kept, s_new, m_new = new
+    swept: tuple[Array, tuple[Scales, Array, Array | None]] = lax.scan(one_unit, e.T, units)
+    e_new, (kept, s_new, m_new) = swept
 
     def whole(a: Array, like: Array) -> Array:
         return jnp.moveaxis(a, 0, 1).reshape(like.shape)
 
     if format.row_wise:
-        return jax.tree.map(whole, kept, scales)
-    return format.store(scales, whole(s_new, s), None if m is None or m_new is None else whole(m_new, m))
+        scales = jax.tree.map(whole, kept, scales)
+    else:
+        scales = format.store(scales, whole(s_new, s), None if m is None or m_new is None else whole(m_new, m))
+    codes = format.nearest(scales, state.target - e_new.T) if sweeps else state.codes
+    return dataclasses.replace(state, scales=scales, codes=codes)
 
 
 def _units(n: int, block: int) -> int:

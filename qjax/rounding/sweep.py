@@ -7,8 +7,8 @@ theorem 6). With C_kj = H_kj / H_jj and the errors of an earlier rounding, t_j m
 all others stand still: coordinate descent, which cannot raise it.
 
 Arrays are transposed, columns first: [n, rows]. Rows do not know of each other. Columns go in blocks of 256 (one
-product with all of C), in these in blocks of 32, in these one tile at a time, so that almost all work is matrix
-products and the compiled program's size does not depend on n.
+product with all of C, or with what lies below them), in these in blocks of 16, in these one tile at a time, so that
+almost all work is matrix products and the compiled program's size does not depend on n.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax import lax
 
 from qjax.typing import Array, Float
 
-OUTER, INNER = 256, 32
+OUTER, INNER = 256, 16
 
 
 def outer_of(tile: int) -> int:
@@ -43,6 +43,8 @@ def sweep(
     level: Level,
     tile: int = 1,
     outer: int = OUTER,
+    pull: Float[Array, "n rows"] | None = None,
+    lower: bool = False,
 ) -> tuple[Float[Array, "n rows"], Float[Array, "n rows"]]:
     """Round every column once, the last first.
 
@@ -54,6 +56,8 @@ def sweep(
       level: the format's unit levels, elementwise; for tiles of several weights over the last axis.
       tile: weights rounded together; divides n.
       outer: columns of a block.
+      pull: added to the targets: what errors outside of these columns ask for.
+      lower: C is strictly lower triangular and e is zero: feedback, at half the products.
 
     Returns: the errors after the pass, and the targets of each block as they were when its turn came.
     """
@@ -63,6 +67,7 @@ def sweep(
     pad = blocks * outer - n
     if pad:  # columns without weight, error or coupling
         w, e = (jnp.pad(a, ((0, pad), (0, 0))) for a in (w, e))
+        pull = None if pull is None else jnp.pad(pull, ((0, pad), (0, 0)))
         coupling = jnp.pad(coupling, ((0, pad), (0, pad)))
 
     def rounded(target: Array, s: Array, m: Array | None) -> Array:
@@ -97,7 +102,14 @@ def sweep(
         j = (blocks - 1 - i) * outer
         c_cols = lax.dynamic_slice_in_dim(coupling, j, outer, 1)
         w_blk = _rows(w, j, outer)
-        targets = w_blk + _product(c_cols, e)
+        targets = w_blk if pull is None else w_blk + _rows(pull, j, outer)
+        if lower:  # only blocks behind this one
+            targets = lax.fori_loop(
+                blocks - i, blocks,
+                lambda k, t: t + _product(_rows(c_cols, k * outer, outer), _rows(e, k * outer, outer)), targets,
+            )  # fmt: skip
+        else:
+            targets += _product(c_cols, e)
         s, m = grid_of(j, targets)
         inside = (w_blk, targets, _rows(c_cols, j, outer), s, m)
         old = _rows(e, j, outer)
