@@ -1,0 +1,124 @@
+"""The decoder's declared graph: every place where a channel scaling fits between a producer and its consumers.
+
+    y = W x = (W diag(d)) (x / d)             d > 0, one number a channel of x
+
+The left factor is the consumers' weight and the right one the producer's, so that both are plain weights again and
+nothing is computed at run time. It is exact where only a linear map lies between the two: behind a norm's gain, between
+the two halves of an MLP that meet in a product, and between values and the attention's output, which mixes positions
+but not channels (SmoothQuant, arXiv:2211.10438, section 4; AWQ, arXiv:2306.00978, section 3.2).
+
+The map below is all there is: one rule an edge, with the reason why a config may not have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig
+from qjax.models.weight_names import weight_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """Channels that one weight produces and others contract.
+
+    Attributes:
+      name: "layers_0/mlp: up -> down".
+      source: path of the weight whose output channels they are: a norm's gain [channels] or a kernel [in, channels].
+      sinks: paths of the kernels [channels, out] that contract them; nothing else reads them.
+      channels: how many.
+      bias: path of the source's bias [channels], or None.
+      offset: the source is stored minus this (Gemma's gains: 1).
+    """
+
+    name: str
+    source: str
+    sinks: tuple[str, ...]
+    channels: int
+    bias: str | None = None
+    offset: float = 0.0
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the source is a norm's gain, which may be folded into the sinks altogether."""
+        return self.source.endswith("/scale")
+
+
+def _untied(c: DecoderConfig) -> str | None:
+    return "a tied head is the embedding, and its channels are the residual stream's" if c.tied else None
+
+
+def _heads_of_their_own(c: DecoderConfig) -> str | None:
+    if c.kv_heads == c.heads:
+        return None
+    return f"{c.heads} query heads share {c.kv_heads} key/value heads, so one channel of v feeds several of o (GQA)"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """One kind of edge: paths below the layer, its channels, and why a config does not have it."""
+
+    label: str
+    source: str
+    sinks: tuple[str, ...]
+    channels: Callable[[DecoderConfig], int]
+    refusal: Callable[[DecoderConfig], str | None] = lambda c: None
+
+    def edge(self, c: DecoderConfig, at: str) -> Edge:
+        bias = f"{at}attn/v/bias" if c.qkv_bias and self.source == "attn/v/kernel" else None
+        offset = c.norm_offset if self.source.endswith("/scale") else 0.0
+        sinks = tuple(at + s for s in self.sinks)
+        return Edge(f"{at}{self.label}", at + self.source, sinks, self.channels(c), bias, offset)
+
+
+_LAYER = (
+    _Rule(
+        "attn_norm -> q, k, v", "attn_norm/scale", ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"), lambda c: c.dim
+    ),
+    _Rule("v -> o", "attn/v/kernel", ("attn/o/kernel",), lambda c: c.heads * c.head_dim, _heads_of_their_own),
+    _Rule("mlp_norm -> gate, up", "mlp_norm/scale", ("mlp/gate/kernel", "mlp/up/kernel"), lambda c: c.dim),
+    # The other factor of down's input, act(gate), is no linear function of gate.
+    _Rule("up -> down", "mlp/up/kernel", ("mlp/down/kernel",), lambda c: c.hidden),
+)
+_MODEL = (_Rule("final_norm -> head", "final_norm/scale", ("head/kernel",), lambda c: c.dim, _untied),)
+
+
+def _placed(config: DecoderConfig) -> list[tuple[_Rule, str]]:
+    """Every rule with the prefix of its paths, in the order of a forward pass."""
+    layers = [(rule, f"layers_{i}/") for i in range(config.layers) for rule in _LAYER]
+    return layers + [(rule, "") for rule in _MODEL]
+
+
+def edges(config: DecoderConfig) -> tuple[Edge, ...]:
+    """Every edge of a decoder, in the order of a forward pass."""
+    return tuple(rule.edge(config, at) for rule, at in _placed(config) if rule.refusal(config) is None)
+
+
+def edge_into(config: DecoderConfig, path: str) -> Edge:
+    """The edge whose channels a weight contracts.
+
+    Args:
+      config: the architecture.
+      path: a kernel's keys in the params tree, "layers_0/attn/q/kernel".
+
+    Raises:
+      UserError: the weight's input has no edge: an embedding, a tied head, o under grouped queries, a gain or a bias;
+        or there is no such weight.
+
+    >>> c = DecoderConfig(vocab=8, dim=4, hidden=6, layers=1, heads=2, kv_heads=1, head_dim=2)
+    >>> edge_into(c, "layers_0/mlp/down/kernel").source
+    'layers_0/mlp/up/kernel'
+    """
+    for rule, at in _placed(config):
+        if path.startswith(at) and path.removeprefix(at) in rule.sinks:
+            reason = rule.refusal(config)
+            if reason is not None:
+                raise UserError(f"{path} has no channel scaling: {reason}")
+            return rule.edge(config, at)
+    if path not in {"/".join(w.path) for w in weight_names(config)}:
+        raise UserError(f"{path!r} is no weight of this decoder; a path looks like 'layers_0/attn/q/kernel'")
+    if path == "embed/embedding":
+        raise UserError(f"{path} has no channel scaling: an embedding is looked up, no channels flow into it")
+    raise UserError(f"{path} has no channel scaling: it is not a kernel, so nothing is contracted with it")
