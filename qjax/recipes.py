@@ -1,10 +1,15 @@
-"""The named methods, each a few lines over the algebra: a format, then roundings.
+"""The named methods, each a few lines over the algebra: reparametrizations, a format, then roundings.
 
     rtn        nearest()
     imatrix    nearest(weight="h")                                                    llama.cpp's importance matrix
     gptq       nearest() >> ldlq(order="act")                                         arXiv:2210.17323
     gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
     best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)     ours
+    awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
+    spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
+    quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
+
+and smoothquant, llm_int8, w8a8, quarot, hqq, autoround, omniquant below.
 
 A recipe prints as such a line and is read back from it; `recipe("best_gguf:Q3_K")` is a name and a format,
 `recipe("Q3_K >> nearest(weight='h') >> ldlq() >> descend(2)")` one of your own.
@@ -22,15 +27,37 @@ from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.formats import format as get_format
 from qjax.formats.integer import affine
-from qjax.rounding import Rounding, descend, ldlq, nearest, refit
+from qjax.reparam import (
+    Reparam,
+    act,
+    awq_scale,
+    columns,
+    hadamard,
+    kronecker,
+    low_rank,
+    orthogonal,
+    permute,
+    rescale,
+    smooth,
+    sparse,
+)
+from qjax.rounding import Rounding, clip, descend, hqq, ldlq, learned, learned_clipping, nearest, refit, spqr
 from qjax.rounding.protocol import DAMPING, requires
 
-STAGES: dict[str, Callable[..., Rounding]] = {f.__name__: f for f in (nearest, ldlq, descend, refit)}
+STAGES: dict[str, Callable[..., Rounding]] = {
+    f.__name__: f for f in (nearest, ldlq, descend, refit, spqr, hqq, learned, learned_clipping, clip)
+}
+REPARAMS: dict[str, Callable[..., Reparam]] = {
+    f.__name__: f
+    for f in (
+        permute, smooth, awq_scale, rescale, hadamard, kronecker, orthogonal, columns, sparse, low_rank, act,
+    )
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """format >> rounding >> rounding ...
+    """reparam >> ... >> format >> rounding >> rounding ...
 
     Attributes:
       roundings: the stages, in order; the first fits the scales.
@@ -38,6 +65,7 @@ class Recipe:
       damping: lambda of H + lambda diag(H), at least.
       sequential: statistics are gathered behind the already quantized predecessors; otherwise in the float model.
       sensitive: tokens count in H by the size of the loss gradient at the weight's output; otherwise all alike.
+      reparams: changes of variables, made in this order before anything is rounded.
       name: for tables; equality does not look at it.
     """
 
@@ -46,6 +74,7 @@ class Recipe:
     damping: float = DAMPING
     sequential: bool = True
     sensitive: bool = False
+    reparams: tuple[Reparam, ...] = ()
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -56,8 +85,8 @@ class Recipe:
 
     @property
     def requires(self) -> frozenset[str]:
-        """The statistics its roundings cannot do without."""
-        return requires(self.roundings)
+        """The statistics its stages cannot do without."""
+        return requires(self.roundings).union(*(r.requires for r in self.reparams))
 
     def on(self, format: str | Format) -> Recipe:
         """The same roundings on a format."""
@@ -68,7 +97,8 @@ class Recipe:
 
     def __str__(self) -> str:
         """The line `recipe` reads back."""
-        head = [] if self.format is None else [self.format.name]
+        head = [_call(r) for r in self.reparams]
+        head += [] if self.format is None else [self.format.name]
         options = []
         for field in ("damping", "sequential", "sensitive"):
             value = getattr(self, field)
@@ -107,7 +137,70 @@ def best_gguf(format: str | Format | None = None) -> Recipe:
     return _recipe("best_gguf", format, nearest("h"), ldlq("act", cross=1.0), refit(2, 2), sensitive=True)
 
 
-RECIPES: dict[str, Callable[..., Recipe]] = {f.__name__: f for f in (rtn, imatrix, gptq, gptaq, best_gguf)}
+def awq(bits: int = 4, group: int = 128, format: str | Format | None = None) -> Recipe:
+    """AWQ (arXiv:2306.00978): salient channels scaled up, ranges clipped, nearest."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("awq", made, nearest(), clip(), reparams=(awq_scale(),))
+
+
+def smoothquant(alpha: float = 0.5, format: str | Format | None = None) -> Recipe:
+    """SmoothQuant (arXiv:2211.10438): outliers move from inputs to weights; both int8, per token and per row."""
+    made = "int8_row" if format is None else format
+    return _recipe("smoothquant", made, nearest(), reparams=(smooth(alpha), act("int8")))
+
+
+def llm_int8(threshold: float = 6.0, format: str | Format | None = None) -> Recipe:
+    """LLM.int8() (arXiv:2208.07339): inputs and weights int8, channels with an |x| >= 6 in floating point."""
+    made = "int8_row" if format is None else format
+    return _recipe("llm_int8", made, nearest(), reparams=(act("int8", threshold=threshold),))
+
+
+def w8a8(format: str | Format | None = None) -> Recipe:
+    """Weights per row and inputs per token in int8, accumulated in int32."""
+    return _recipe("w8a8", "int8_row" if format is None else format, nearest(), reparams=(act("int8"),))
+
+
+def spqr_3bit(threshold: float = 0.2, format: str | Format | None = None) -> Recipe:
+    """SpQR (arXiv:2306.03078): error feedback with outliers in CSR, groups of 16 with 3-bit scales."""
+    made = "uint3_g16_u3x16" if format is None else format
+    return _recipe("spqr", made, spqr(threshold))
+
+
+def quip(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | None = None) -> Recipe:
+    """QuIP (arXiv:2307.13304): incoherence by rescaling and two Kronecker rotations, LDLQ, greedy descent."""
+    made = f"int{bits}_row_mid_mse" if format is None else format
+    reparams = (rescale(), kronecker(seed=seed, best_of=best_of))
+    return _recipe("quip", made, nearest(), ldlq("act"), descend(9), reparams=reparams)
+
+
+def quarot(bits: int = 4, group: int = 128, seed: int = 0, format: str | Format | None = None) -> Recipe:
+    """Rotated inputs, then GPTQ: QuaRot's (arXiv:2404.00456) at run time; `qjax.models.fuse.rotated` folds it away."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("quarot", made, nearest(), ldlq("act"), reparams=(hadamard("in", seed=seed),))
+
+
+def hqq_recipe(bits: int = 4, group: int = 64, format: str | Format | None = None) -> Recipe:
+    """HQQ: data-free, a zero point that is robust to outliers."""
+    return _recipe("hqq", affine(bits, group, zero="f16") if format is None else format, hqq())
+
+
+def autoround(bits: int = 4, group: int = 128, steps: int = 200, format: str | Format | None = None) -> Recipe:
+    """AutoRound (arXiv:2309.05516): rounding offsets and ranges by signed gradients, on each layer's output."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("autoround", made, nearest(), learned(steps))
+
+
+def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | Format | None = None) -> Recipe:
+    """OmniQuant's learned clipping (arXiv:2308.13137), on each layer's output."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("omniquant", made, nearest(), learned_clipping(steps))
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "rtn": rtn, "imatrix": imatrix, "gptq": gptq, "gptaq": gptaq, "best_gguf": best_gguf, "awq": awq,
+    "smoothquant": smoothquant, "llm_int8": llm_int8, "w8a8": w8a8, "spqr": spqr_3bit, "quip": quip, "quarot": quarot,
+    "hqq": hqq_recipe, "autoround": autoround, "omniquant": omniquant,
+}  # fmt: skip
 
 
 def recipe(text: str | Recipe) -> Recipe:
@@ -138,23 +231,31 @@ def _recipe(name: str, format: str | Format | None, *roundings: Rounding, **opti
     return Recipe(roundings, None if format is None else get_format(format), name=name, **options)
 
 
-def _call(rounding: Any) -> str:
-    name = next((n for n in STAGES if n == type(rounding).__name__.lower()), type(rounding).__name__)
-    fields = dataclasses.fields(rounding)
-    return f"{name}({', '.join(f'{f.name}={getattr(rounding, f.name)!r}' for f in fields)})"
+def _call(stage: Any) -> str:
+    """The call that makes a stage; of a reparametrization's arguments those that are not its defaults."""
+    fields = {f.name: (getattr(stage, f.name), f.default) for f in dataclasses.fields(stage)}
+    kind = type(stage).__name__.lower()
+    name = next((n for n in STAGES if n.replace("_", "") == kind), kind)
+    if isinstance(stage, Reparam):
+        name = stage.name
+        fields = {k: v for k, v in fields.items() if v[0] != v[1] and v[0] != name}
+    return f"{name}({', '.join(f'{k}={v!r}' for k, (v, _) in fields.items())})"
 
 
 def _composed(text: str) -> Recipe:
     format, options = None, {}
+    reparams: list[Reparam] = []
     roundings: list[Rounding] = []
-    for i, part in enumerate(p.strip() for p in text.split(">>")):
+    for part in (p.strip() for p in text.split(">>")):
         try:
             node = ast.parse(part, mode="eval").body
         except SyntaxError:
             raise UserError(
                 f"recipe {text!r}: {part!r} is neither a format nor a stage like ldlq(order='act')"
             ) from None
-        if isinstance(node, ast.Name) and i == 0 and part not in STAGES:
+        if isinstance(node, ast.Name) and not roundings and part not in STAGES | REPARAMS:
+            if format is not None:
+                raise UserError(f"recipe {text!r}: two formats, {format.name} and {part}")
             format = get_format(part)
             continue
         name, args, kwargs = _literal_call(node, part, text)
@@ -163,14 +264,21 @@ def _composed(text: str) -> Recipe:
                 raise UserError(f"recipe {text!r}: {part!r}: name each option, as in options(damping=0.01)")
             options = kwargs
             continue
-        if name not in STAGES:
-            raise UserError(f"recipe {text!r}: unknown stage {name!r}; there are {', '.join(STAGES)}")
+        if name not in STAGES | REPARAMS:
+            raise UserError(f"recipe {text!r}: unknown stage {name!r}; there are {', '.join(STAGES | REPARAMS)}")
+        if name in REPARAMS and (roundings or format is not None):
+            raise UserError(
+                f"recipe {text!r}: {name} is a reparametrization and belongs in front of format and roundings"
+            )
         try:
-            roundings.append(STAGES[name](*args, **kwargs))
+            if name in REPARAMS:
+                reparams.append(REPARAMS[name](*args, **kwargs))
+            else:
+                roundings.append(STAGES[name](*args, **kwargs))
         except TypeError as e:
             raise UserError(f"recipe {text!r}: {part}: {e}") from None
     try:
-        return Recipe(tuple(roundings), format, **options)
+        return Recipe(tuple(roundings), format, reparams=tuple(reparams), **options)
     except TypeError as e:
         raise UserError(f"recipe {text!r}: {e}") from None
 

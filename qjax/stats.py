@@ -9,6 +9,7 @@ absmax follow permutations and channel scales only: a rotation mixes channels, a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,8 @@ class Stats:
             times(self.cross, both), times(self.samples, d), self.count,
         )  # fmt: skip
 
-    def linear(self, B: Float[Array, "m n"]) -> Stats:
-        """Of B x. h is taken from H.
+    def linear(self, B: Float[Array, "m n"] | Callable[[Array], Array]) -> Stats:
+        """Of B x; B is a matrix, or the linear map of the last axis that it makes. h is taken from H.
 
         Raises:
           UserError: a statistic that B destroys was collected alone: absmean, absmax, or h without H.
@@ -94,12 +95,15 @@ class Stats:
         if self.h is not None and self.H is None:
             raise UserError("h does not survive a rotation of the input: collect H, whose diagonal it is")
 
+        def of(x: Array) -> Array:
+            return B(x) if callable(B) else jnp.matmul(x, B.T, precision="highest")
+
         def both(a: Array | None) -> Array | None:
-            return None if a is None else jnp.einsum("ij,...jk,lk->...il", B, a, B, precision="highest")
+            return None if a is None else jnp.swapaxes(of(jnp.swapaxes(of(a), -1, -2)), -1, -2)
 
         H = both(self.H)
         h = None if self.h is None or H is None else jnp.diagonal(H, axis1=-2, axis2=-1)
-        samples = None if self.samples is None else jnp.matmul(self.samples, B.T, precision="highest")
+        samples = None if self.samples is None else of(self.samples)
         return Stats(H, h, None, None, both(self.cross), samples, self.count)
 
     def only(self, kinds: tuple[str, ...]) -> Stats:

@@ -18,10 +18,12 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import BlockFormat, Format, Leaves
+from qjax.reparam.inputs import RoundedInput
+from qjax.reparam.protocol import restore, through
 from qjax.typing import Array, Float
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("leaves",), meta_fields=("format", "axis"))
+@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "applied"), meta_fields=("format", "axis"))
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """A quantized array.
@@ -31,6 +33,8 @@ class QTensor:
       format: the frozen, hashable Format that reads them.
       axis: the contracted axis along which blocks run, counted from the end (-1, -2 ...), so that it stays right
         when vmap or scan add and remove leading axes.
+      applied: reparametrizations that the codes lie behind, in the order in which they were made; of matrices only,
+        with the matrices' leading axes first in each of their leaves.
 
     The logical shape is derived from the leaves: a QTensor may be stacked, sliced by scan, sharded, saved by orbax and
     mapped by optax like any array.
@@ -39,6 +43,7 @@ class QTensor:
     leaves: Any  # Leaves; Any, because trees of shardings, shapes or None pass through here too
     format: Format
     axis: int = -1
+    applied: Any = ()  # tuple[Applied, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,9 +64,14 @@ class QTensor:
         return jnp.dtype(jnp.float32)
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether its inputs are rounded too, which no array of weights can stand for."""
+        return any(isinstance(one, RoundedInput) for one in self.applied)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all leaves: codes, scales, padding."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.leaves))
+        """Bytes of all leaves: codes, scales, padding, and what reparametrizations keep (seeds, scales, outliers)."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.leaves, self.applied)))
 
     @property
     def bits_per_weight(self) -> float:
@@ -70,7 +80,8 @@ class QTensor:
 
     def __repr__(self) -> str:
         try:
-            return f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight)"
+            under = "".join(f" under {type(one).__name__}" for one in self.applied)
+            return f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight{under})"
         except Exception:  # a tree of something else than arrays (shardings, None) in place of the leaves
             return f"QTensor({self.format.name}, leaves={self.leaves})"
 
@@ -133,7 +144,13 @@ def _encode(w: Array, weight: Array | None, fmt: Format) -> Leaves:
 @jax.jit
 def dequantize(q: QTensor) -> Float[Array, "*w"]:
     """The values a QTensor stands for: f32 of its logical shape."""
-    return jnp.moveaxis(q.format.decode(*q.format.unpack(q.leaves)), -1, q.axis)
+    w = q.format.decode(*q.format.unpack(q.leaves))
+    if q.applied:
+        back = restore
+        for _ in range(w.ndim - 2):  # a stack of matrices
+            back = jax.vmap(back)
+        w = back(q.applied, w)
+    return jnp.moveaxis(w, -1, q.axis)
 
 
 def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
@@ -148,8 +165,25 @@ def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
     n = q.shape[q.axis]
     if x.ndim == 0 or x.shape[-1] != n:
         raise UserError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}")
+    if q.applied:
+        return _behind(x, q)
     w = q.format.decode(*q.format.unpack(q.leaves)).astype(x.dtype)
     y = lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _behind(x: Array, q: QTensor) -> Array:
+    """`dot` of a matrix under reparametrizations: x goes through them, and what comes out comes back."""
+    if q.ndim != 2:
+        raise UserError(f"dot takes one matrix under reparametrizations, got {q}; vmap over a stack of them")
+    *outer, last = q.applied
+    bare = QTensor(q.leaves, q.format, q.axis)
+    if isinstance(last, RoundedInput):
+        scales, codes = q.format.unpack(q.leaves)
+        w = q.format.decode(scales, codes)
+        y = through(outer, x, lambda z: last.product(z, q.format, scales, w).astype(x.dtype))
+    else:
+        y = through(q.applied, x, lambda z: dot(z, bare))
     return y.astype(x.dtype)
 
 
@@ -161,6 +195,10 @@ def to_bytes(q: QTensor) -> bytes:
     """
     if not isinstance(q.format, BlockFormat):
         raise UserError(f"{q.format.name} is not a ggml type; only those have a byte layout of their own")
+    if q.applied:
+        raise UserError(
+            f"{q}: a ggml file has no place for a reparametrization; fuse it into the model's weights first"
+        )
     if q.axis != -1:
         raise UserError(f"ggml blocks run along rows: quantize the transpose with axis=-1, not axis={q.axis}")
     return np.asarray(q.leaves["blocks"]).tobytes()

@@ -17,6 +17,7 @@ LAYERS = [
     {"errors", "typing"},
     {"formats"},
     {"stats"},
+    {"reparam"},
     {"rounding"},
     {"recipes"},
     {"tensor"},

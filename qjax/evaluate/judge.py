@@ -191,5 +191,9 @@ def _check_windows(windows: Windows, model: Model) -> None:
 
 
 def _dense(model: Model) -> Any:
-    """Float32 params, so that every format of one architecture runs the same compiled program."""
-    return jax.tree.map(as_float, model.params, is_leaf=is_qtensor)
+    """Float32 params, so that every format of one architecture runs the same program; what rounds its inputs stays."""
+
+    def dense(leaf: Any) -> Any:
+        return leaf if is_qtensor(leaf) and leaf.rounds_inputs else as_float(leaf)
+
+    return jax.tree.map(dense, model.params, is_leaf=is_qtensor)

@@ -28,6 +28,7 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Decoder
+from qjax.models.model import running
 from qjax.typing import Array, Float, Int
 
 Params = Any
@@ -64,6 +65,12 @@ def network_of_decoder(config: DecoderConfig) -> Network:
     model = Decoder(config)
 
     def trunk(params, tokens):
+        return running(hidden)(params, tokens)
+
+    def head(params, x):
+        return running(scores)(params, x)
+
+    def hidden(params, tokens):
         def keep(next_fun, args, kwargs, context):
             y = next_fun(*args, **kwargs)
             if context.module.path == ("final_norm",):
@@ -75,7 +82,7 @@ def network_of_decoder(config: DecoderConfig) -> Network:
             model.apply({"params": params}, tokens)  # its logits are dead code
         return kept[0]
 
-    def head(params, x):
+    def scores(params, x):
         def replace(next_fun, args, kwargs, context):
             if isinstance(context.module, Block):
                 return args[0], None

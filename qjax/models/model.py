@@ -2,7 +2,8 @@
 
     logits = Decoder(config)(dense(params), tokens)
 
-The decoder knows nothing of quantization: packed weights are decoded first (`dense_params`).
+The decoder knows nothing of quantization: packed weights are decoded first (`dense_params`), but for those whose inputs
+are rounded as well: these run packed, through `lift`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
+from qjax.lift import lift
 from qjax.models.config import DecoderConfig
 from qjax.models.config_hf import config_from_hf
 from qjax.models.decoder import Decoder
@@ -45,7 +48,7 @@ class Model:
 
     @functools.cached_property
     def dense(self) -> Params:
-        """The params with every packed weight decoded to float32; decoded once, then kept."""
+        """`dense_params` of the params; decoded once, then kept."""
         return dense_params(self.params)
 
     def logits(self, tokens: Any) -> Float[Array, "batch length vocab"]:
@@ -61,8 +64,21 @@ class Model:
 @functools.partial(jax.jit, static_argnames="config")
 def forward(config: DecoderConfig, params: Params, tokens: Array) -> Array:
     """Logits of dense params, jitted once per config and shape: f32[batch, length, vocab]."""
-    logits: Any = Decoder(config).apply({"params": params}, tokens)
-    return logits
+
+    def apply(params: Params, tokens: Array) -> Any:
+        return Decoder(config).apply({"params": params}, tokens)
+
+    return running(apply)(params, tokens)
+
+
+def running(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of (params, *inputs) for params that may hold packed weights."""
+
+    def run(params: Params, *args: Any) -> Any:
+        packed = any(is_qtensor(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_qtensor))
+        return (lift(apply) if packed else apply)(params, *args)
+
+    return run
 
 
 def check_tokens(config: DecoderConfig, tokens: Any) -> Array:
@@ -81,8 +97,12 @@ def check_tokens(config: DecoderConfig, tokens: Any) -> Array:
 
 
 def dense_params(params: Params) -> Params:
-    """The same tree with every QTensor decoded to float32; arrays pass through."""
-    return jax.tree.map(lambda leaf: dequantize(leaf) if is_qtensor(leaf) else leaf, params, is_leaf=is_qtensor)
+    """The same tree with QTensors decoded to float32, but for those that round their inputs; arrays pass through."""
+
+    def dense(leaf: Any) -> Any:
+        return dequantize(leaf) if is_qtensor(leaf) and not leaf.rounds_inputs else leaf
+
+    return jax.tree.map(dense, params, is_leaf=is_qtensor)
 
 
 def reference_config() -> DecoderConfig:

@@ -114,7 +114,7 @@ def contracted_axes(apply_fn: Callable[..., Any], params: Any, *args: Any) -> di
 
 def _is_plain(recipe: Recipe) -> bool:
     """Whether `quantize` alone does what the recipe says: scales fitted, with importance if there is one, nearest."""
-    return len(recipe.roundings) == 1 and isinstance(recipe.roundings[0], Nearest)
+    return not recipe.reparams and len(recipe.roundings) == 1 and isinstance(recipe.roundings[0], Nearest)
 
 
 def _weight(path: str, leaf: Any, axes: Mapping[str, int]) -> Weight:

@@ -19,7 +19,12 @@ from qjax.formats import Format
 from qjax.pipeline.encode import broken_weights, workers
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
+from qjax.reparam import Applied, Site, reparametrize, restore, settle
+from qjax.reparam.inputs import RoundedInput
+from qjax.reparam.split import sparse_of
 from qjax.rounding import Rounded, Rounding, check_chain, nearest, round_weight
+from qjax.rounding.curvature import proxy
+from qjax.rounding.protocol import requires
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
@@ -38,7 +43,7 @@ def round_leaf(
       leaf: floats [*b, ...]; its last two axes are a matrix, contracted along `axis`.
       axis: -1 or -2.
       format: the grid.
-      recipe: its roundings; its own format is not looked at.
+      recipe: its reparametrizations and roundings; its own format is not looked at.
       stats: of the leaf's input, stacked like the leaf, or one for the whole stack.
       heldout: statistics of other tokens, to report the loss in.
 
@@ -57,18 +62,25 @@ def round_leaf(
             size = getattr(stats, kind).shape[-1]
             raise UserError(f"{name}: the statistic {kind!r} is of {size} inputs, the weight has {n}")
     check_chain(recipe.roundings, format, stats, name)
+    for kind in recipe.requires - {"h"}:
+        if getattr(stats, kind) is None:
+            raise UserError(f"{name}: the recipe needs the statistic {kind!r}, and none was collected for it")
+        bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(getattr(stats, kind)))))
+        if bad:
+            raise UserError(f"{name}: the statistic {kind!r} has {bad} values that are NaN or infinite")
     needed: dict[str, Any] = {k: getattr(stats, k) for k in recipe.requires - {"h"}}
     needed |= {"h": stats.importance} if "h" in recipe.requires else {}
+    needed |= {} if stats.H is None else {"H": stats.H}  # to report the loss in
     stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats)))
-    made = _stacked(rows, format, recipe, stats, None if heldout is None else heldout.H)
+    made, applied = _stacked(rows, format, recipe, stats, None if heldout is None else heldout.H)
     damping = float(np.max(np.asarray(made.damping)))
     if not np.isfinite(np.asarray(made.damping)).all():
         raise UserError(
             f"{name}: H = E[x x^T] is not positive semi-definite, whatever is added to its diagonal; the statistics "
             "are broken: collect them again in float32"
         )
-    q = QTensor(format.pack(made.scales, made.codes), format, axis)
-    if not np.isfinite(relative_error(rows, QTensor(q.leaves, format, -1))):
+    q = QTensor(format.pack(made.scales, made.codes), format, axis, applied)
+    if not np.isfinite(relative_error(rows, dataclasses.replace(q, axis=-1))):
         raise UserError(f"{name}: its values are too large for {format.name}")
     count = int(np.min(np.asarray(stats.count)))
     note = f"saw {count} tokens, fewer than its {n} inputs" if recipe.requires and 0 < count < n else ""
@@ -91,10 +103,12 @@ def relative_error(leaf: Any, q: QTensor) -> float:
     return (error / square) ** 0.5 if square else 0.0
 
 
-def _stacked(rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None) -> Rounded:
+def _stacked(
+    rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None
+) -> tuple[Rounded, tuple[Applied, ...]]:
     """A matrix, or a stack of them one after the other."""
     if rows.ndim == 2:
-        return _in_parts(rows, format, recipe, stats, heldout)
+        return _one(rows, format, recipe, stats, heldout)
     lead = rows.shape[:-2]
     own = {"H": 2, "cross": 2, "samples": 2, "h": 1, "absmean": 1, "absmax": 1, "count": 0}
 
@@ -105,8 +119,49 @@ def _stacked(rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout:
     made = []
     for at in np.ndindex(*lead):
         one = Stats(**{k: pick(getattr(stats, k), axes, at) for k, axes in own.items()})
-        made.append(_in_parts(rows[at], format, recipe, one, pick(heldout, 2, at)))
+        made.append(_one(rows[at], format, recipe, one, pick(heldout, 2, at)))
     return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*lead, *parts[0].shape), *made)
+
+
+def _one(
+    w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None
+) -> tuple[Rounded, tuple[Applied, ...]]:
+    """One matrix, behind the recipe's reparametrizations; losses are those of the weight as it was."""
+    if not recipe.reparams:
+        made = _in_parts(w, format, recipe, stats, heldout)
+        return (made, ()) if made.outliers is None else _with_outliers(made, format, ())
+    roundings = recipe.roundings
+
+    def loss(w: Array, stats: Stats) -> Array:
+        return round_weight(w, format, roundings, stats, recipe.damping).error
+
+    kept = requires(roundings) | ({"H"} if stats.H is not None else frozenset())
+    site, applied, found = reparametrize(recipe.reparams, Site(w, stats, format, loss), kept)
+    made = _in_parts(site.w, format, recipe, site.stats, None)
+    w_hat = format.decode(made.scales, made.codes)
+    if made.outliers is not None:
+        w_hat = jnp.where(*made.outliers, w_hat)
+    applied = settle(applied, found, w_hat)
+    if stats.H is None:
+        return made, applied  # no rounding makes outliers without H
+    sums: dict[str, Any] = {"energy": jnp.sum(proxy(w, stats.H))}
+    if stats.cross is None:  # with a cross term the target is another one, known behind the chain only
+        e = w - restore(applied, w_hat)
+        sums["error"] = jnp.sum(proxy(e, stats.H))
+        if heldout is not None:
+            heldout = jnp.asarray(heldout)
+            sums |= {"heldout_energy": jnp.sum(proxy(w, heldout)), "heldout_error": jnp.sum(proxy(e, heldout))}
+    made = dataclasses.replace(made, **sums)
+    return (made, applied) if made.outliers is None else _with_outliers(made, format, applied)
+
+
+def _with_outliers(made: Rounded, format: Format, applied: tuple[Applied, ...]) -> tuple[Rounded, tuple[Applied, ...]]:
+    """Outliers of the rounding as the innermost split; rounded inputs stay last."""
+    assert made.outliers is not None
+    mask, values = made.outliers
+    part = sparse_of(values, np.asarray(mask), format.decode(made.scales, made.codes))
+    last = applied[-1:] if applied and isinstance(applied[-1], RoundedInput) else ()
+    return dataclasses.replace(made, outliers=None), (*applied[: len(applied) - len(last)], part, *last)
 
 
 def _in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None) -> Rounded:
@@ -117,7 +172,8 @@ def _in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: A
     """
     rows, n = w.shape
     height = _SHORT if n < _WIDE else _TALL
-    if jax.default_backend() != "cpu" or not format.row_wise:
+    whole = not format.row_wise or any(getattr(r, "whole", False) for r in recipe.roundings)
+    if jax.default_backend() != "cpu" or whole:
         return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout)
     grid: Any = format  # hashable, which its protocol cannot say
     program = _program(height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None)
@@ -127,7 +183,7 @@ def _in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: A
     parts = [padded[at : at + height] for at in range(0, len(padded), height)]
     with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
         made = list(pool.map(lambda part: program(part, seen, heldout), parts))
-    joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded)}
+    joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded) if f.name != "outliers"}
     scales = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:rows], *joined.pop("scales"))
     codes = jnp.concatenate(joined.pop("codes"))[:rows]
     damping = jnp.max(jnp.stack(joined.pop("damping")))

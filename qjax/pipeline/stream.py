@@ -148,7 +148,14 @@ def _calibrated(
             notify(f"{job.info.name} is not in the importance matrix; rounded without")
             needs = frozenset()
         simple = len(job.recipe.roundings) == 1 and not needs
-        if job.format is None or job.kept or simple:
+        if job.format is None or job.kept:
+            continue
+        if job.recipe.reparams:
+            raise UserError(
+                f"{job.info.name}: a GGUF file has no place for {job.recipe.reparams[0].name}; fuse it into the "
+                "model's weights first, or quantize in memory"
+            )
+        if simple:
             continue
         if calibration is None and needs:
             raise UserError(

@@ -139,7 +139,7 @@ def walk(
         format, recipe = formats[path]
         blind = stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
         recipe = plain(recipe) if blind else recipe
-        recipe = _without_cross(recipe) if path == EMBEDDING else recipe
+        recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
         line = dataclasses.replace(line, note="has no input: nearest, without importance") if blind else line
         emit(path, q, line)
@@ -298,10 +298,10 @@ def _observe_step(
     return sums(inputs(params, x), kinds, there, weight)
 
 
-def _without_cross(recipe: Recipe) -> Recipe:
-    """For the embedding, which has no input that could have changed."""
+def _of_embedding(recipe: Recipe) -> Recipe:
+    """Without a cross term, for it has no input that could have changed; as it is, for it is looked up."""
     roundings = tuple(dataclasses.replace(r, cross=0.0) if isinstance(r, LDLQ) else r for r in recipe.roundings)
-    return dataclasses.replace(recipe, roundings=roundings)
+    return dataclasses.replace(recipe, roundings=roundings, reparams=())
 
 
 def _axis(use: Use) -> int:

@@ -1,9 +1,27 @@
 """Round: how codes are chosen for a format, one algorithm a file; roundings chain."""
 
+from qjax.rounding.clip import clip
 from qjax.rounding.descend import descend
+from qjax.rounding.hqq import hqq
 from qjax.rounding.ldlq import ldlq
+from qjax.rounding.learned import learned, learned_clipping
 from qjax.rounding.nearest import nearest
 from qjax.rounding.protocol import Rounded, Rounding, check_chain, round_weight
 from qjax.rounding.refit import refit
+from qjax.rounding.spqr import spqr
 
-__all__ = ["Rounded", "Rounding", "check_chain", "descend", "ldlq", "nearest", "refit", "round_weight"]
+__all__ = [
+    "Rounded",
+    "Rounding",
+    "check_chain",
+    "clip",
+    "descend",
+    "hqq",
+    "ldlq",
+    "learned",
+    "learned_clipping",
+    "nearest",
+    "refit",
+    "round_weight",
+    "spqr",
+]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ DAMPING = 0.05
 """lambda of H + lambda diag(H): within 2 % of the best on held-out statistics, and the same for every channel scale."""
 
 
+Outliers = tuple[Array, Array]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -35,12 +38,14 @@ class State:
       scales, codes: as the format understands them; codes [rows, n]. None before the first stage.
       target: what is being rounded, f32[rows, n]: the weight, or the weight corrected for its inputs' errors.
       damping: lambda in force; NaN once H turned out too indefinite for any.
+      outliers: weights that are stored exactly beside the codes: which, bool[rows, n], and what as, f32[rows, n].
     """
 
     scales: Scales | None
     codes: Integer[Array, "rows n"] | None
     target: Float[Array, "rows n"]
     damping: Float[Array, ""]
+    outliers: Outliers | None = None
 
 
 @runtime_checkable
@@ -67,6 +72,7 @@ class Rounded:
       error, first_error: tr(E H E^T) at the end, and after the first stage; E is what is missing from the target: W, or
         with a cross term W corrected for what its input has become.
       heldout_energy, heldout_error, first_heldout_error: the same three in the held-out H.
+      outliers: as in `State`; their places in the codes do not count.
     """
 
     scales: Scales
@@ -78,6 +84,7 @@ class Rounded:
     heldout_energy: Float[Array, "*b"]
     heldout_error: Float[Array, "*b"]
     first_heldout_error: Float[Array, "*b"]
+    outliers: Outliers | None = None
 
     @property
     def loss(self) -> Float[Array, "*b"]:
@@ -148,14 +155,15 @@ def round_weight(
     state = State(None, None, w, lam)
     first = None
     for r in roundings:
+        if state.outliers is not None:
+            raise UserError(f"{r} would round outliers again that an earlier stage has stored exactly; put it first")
         state = r(state, format, stats)
         first = state if first is None else first
     assert first is not None and first.scales is not None and first.codes is not None
     assert state.scales is not None and state.codes is not None
-    last_hat, first_hat = format.decode(state.scales, state.codes), format.decode(first.scales, first.codes)
-    off = (w, state.target - last_hat, state.target - first_hat)
-    sums = (jnp.float32(jnp.nan) if H is None else jnp.sum(proxy(x, H)) for H in (stats.H, heldout) for x in off)
-    return Rounded(state.scales, state.codes, state.damping, *sums)
+    off = (w, errors_of(state, format), state.target - rounded_of(first, format))
+    sums: Any = (jnp.float32(jnp.nan) if H is None else jnp.sum(proxy(x, H)) for H in (stats.H, heldout) for x in off)
+    return Rounded(state.scales, state.codes, state.damping, *sums, outliers=state.outliers)
 
 
 def relative_loss(w: Float[Array, "rows n"], w_hat: Float[Array, "rows n"], H: Float[Array, "n n"]) -> Float[Array, ""]:
@@ -168,9 +176,15 @@ def _share(error: Array, energy: Array) -> Array:
 
 
 def errors_of(state: State, format: Format) -> Float[Array, "rows n"]:
-    """target - decode(scales, codes)."""
+    """target - w_hat."""
+    return state.target - rounded_of(state, format)
+
+
+def rounded_of(state: State, format: Format) -> Float[Array, "rows n"]:
+    """decode(scales, codes), and the outliers."""
     assert state.scales is not None and state.codes is not None
-    return state.target - format.decode(state.scales, state.codes)
+    w_hat = format.decode(state.scales, state.codes)
+    return w_hat if state.outliers is None else jnp.where(*state.outliers, w_hat)
 
 
 def metric(state: State, stats: Stats) -> Float[Array, "n n"]:

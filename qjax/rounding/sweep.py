@@ -45,6 +45,7 @@ def sweep(
     outer: int = OUTER,
     pull: Float[Array, "n rows"] | None = None,
     lower: bool = False,
+    reach: Float[Array, "n 1"] | None = None,
 ) -> tuple[Float[Array, "n rows"], Float[Array, "n rows"]]:
     """Round every column once, the last first.
 
@@ -58,6 +59,7 @@ def sweep(
       outer: columns of a block.
       pull: added to the targets: what errors outside of these columns ask for.
       lower: C is strictly lower triangular and e is zero: feedback, at half the products.
+      reach: a target farther than this from its level is taken itself: an outlier that is stored exactly.
 
     Returns: the errors after the pass, and the targets of each block as they were when its turn came.
     """
@@ -69,30 +71,33 @@ def sweep(
         w, e = (jnp.pad(a, ((0, pad), (0, 0))) for a in (w, e))
         pull = None if pull is None else jnp.pad(pull, ((0, pad), (0, 0)))
         coupling = jnp.pad(coupling, ((0, pad), (0, pad)))
+        reach = None if reach is None else jnp.pad(reach, ((0, pad), (0, 0)))
 
-    def rounded(target: Array, s: Array, m: Array | None) -> Array:
+    def rounded(target: Array, s: Array, m: Array | None, reach: Array | None) -> Array:
         u = target if m is None else target - m
         u = jnp.where(s == 0, 0.0, u / jnp.where(s == 0, 1.0, s))
         q = s * (level(u) if tile == 1 else level(u.T).T)
-        return q if m is None else q + m
+        q = q if m is None else q + m
+        return q if reach is None else jnp.where(jnp.abs(target - q) > reach, target, q)
 
     def one_tile(i: Array, state: tuple, at: tuple) -> tuple:
         e_sub, moved = state
-        w_sub, targets, c_sub, s, m = at
+        w_sub, targets, c_sub, s, m, r = at
         j = inner - (i + 1) * tile
         t = _rows(targets, j, tile) + _product(lax.dynamic_slice_in_dim(c_sub, j, tile, 1), moved)
-        new = _rows(w_sub, j, tile) - rounded(t, _rows(s, j, tile), None if m is None else _rows(m, j, tile))
+        m, r = (None if a is None else _rows(a, j, tile) for a in (m, r))
+        new = _rows(w_sub, j, tile) - rounded(t, _rows(s, j, tile), m, r)
         moved = _put(moved, new - _rows(e_sub, j, tile), j)
         return _put(e_sub, new, j), moved
 
     def one_inner(i: Array, state: tuple, at: tuple) -> tuple:
         e_blk, moved = state
-        w_blk, targets, c_blk, s, m = at
+        w_blk, targets, c_blk, s, m, r = at
         j = outer - (i + 1) * inner
         c_cols = lax.dynamic_slice_in_dim(c_blk, j, inner, 1)
         t = _rows(targets, j, inner) + _product(c_cols, moved)
-        s_sub, m_sub = _rows(s, j, inner), None if m is None else _rows(m, j, inner)
-        inside = (_rows(w_blk, j, inner), t, _rows(c_cols, j, inner), s_sub, m_sub)
+        grid = [None if a is None else _rows(a, j, inner) for a in (s, m, r)]
+        inside = (_rows(w_blk, j, inner), t, _rows(c_cols, j, inner), *grid)
         old = _rows(e_blk, j, inner)
         new, change = lax.fori_loop(0, inner // tile, lambda k, st: one_tile(k, st, inside), (old, jnp.zeros_like(old)))
         return _put(e_blk, new, j), _put(moved, change, j)
@@ -111,7 +116,7 @@ def sweep(
         else:
             targets += _product(c_cols, e)
         s, m = grid_of(j, targets)
-        inside = (w_blk, targets, _rows(c_cols, j, outer), s, m)
+        inside = (w_blk, targets, _rows(c_cols, j, outer), s, m, None if reach is None else _rows(reach, j, outer))
         old = _rows(e, j, outer)
         new, _ = lax.fori_loop(0, outer // inner, lambda k, st: one_inner(k, st, inside), (old, jnp.zeros_like(old)))
         return _put(e, new, j), _put(seen, targets, j)

@@ -1,0 +1,165 @@
+"""Rounding and ranges learned by gradient on the layer's output error.
+
+    T = level((w - m) / s + V)        w_hat = s T + m        L = tr(E H E^T),  E = W - W_hat
+
+`learned` is AutoRound (Cheng et al., arXiv:2309.05516, section 3, algorithm 1; intel/auto-round, data_type/int.py):
+V in [-1/2, 1/2] for each weight, alpha and beta in [0, 1] for each group, all moved by the sign of their gradient in
+steps that fall linearly from 1 / steps to 0; the best of all is kept.
+
+    low' = alpha low    high' = beta high    (s, m) of [low', high'] as stored                 (without m: s' = beta s)
+
+`learned_clipping` is the learnable weight clipping of OmniQuant (arXiv:2308.13137, section 3.2, equation 2): the same
+ranges with alpha, beta = sigmoid(a), sigmoid(b), both 4 at the start, by Adam, V = 0: what it leaves is nearest.
+
+The papers' loss is a transformer block's output error on samples; here it is restricted to the one linear map,
+E|(W - W_hat) x|^2 with H = E[x x^T], damped. [low, high] is the range of the grid that the stage before left. V counts
+in distances to the next level, which makes it the paper's where levels are integers. Where the codes that came in are
+not the nearest, as behind `ldlq`, the argument is moved so that V = 0 gives them back, and V looks around them. Where a
+format's scales cannot be moved (one for a tensor), V learns alone. The path itself is gradient.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.formats.protocol import Format
+from qjax.rounding.gradient import Parameters, shrunk, trained
+from qjax.rounding.protocol import State, errors_of, metric
+from qjax.rounding.ranges import ends, gap, grid_of_state, grouped, units
+from qjax.stats import Stats
+from qjax.typing import Array
+
+_START = 4.0  # sigmoid(4) = 0.98
+_NEARLY = 0.499  # of a gap: as far from its level as a weight may lie and still be rounded to it
+
+
+class _Learned:
+    """What the two have in common."""
+
+    steps: int
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"H"})
+
+    def check(self, format: Format) -> None:
+        """Raise UserError where weights are not rounded one by one."""
+        if format.tile != 1:
+            raise UserError(
+                f"{self}: {format.name} rounds {format.tile} weights together; take a format of single levels"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(_Learned):
+    """See `learned`."""
+
+    steps: int = 200
+    lr: float | None = None
+    ranges: bool = True
+
+    def __post_init__(self) -> None:
+        _check_schedule("learned", self.steps, self.lr)
+
+    def __call__(self, state: State, format: Format, stats: Stats) -> State:
+        first = 1.0 / self.steps if self.lr is None else self.lr
+        s, m = grid_of_state(state, format)
+        offset, width = _around_codes(state, format)
+        p = {"v": jnp.zeros_like(width)}
+        if self.ranges:
+            p |= {side: jnp.ones_like(s) for side in _sides(m)}
+
+        def step(t: Array, p: Parameters, memory: Any, grad: Parameters) -> tuple[Parameters, Any]:
+            lr = first * (1.0 - t.astype(jnp.float32) / self.steps)
+            moved = {k: p[k] - lr * jnp.sign(grad[k]) for k in p}
+            return {k: jnp.clip(x, *((-0.5, 0.5) if k == "v" else (0.0, 1.0))) for k, x in moved.items()}, memory
+
+        grid_of = shrunk(format, s, m) if self.ranges else None
+        return trained(
+            state, format, metric(state, stats), p, grid_of, lambda p: offset + width * p["v"], step, None, self.steps
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedClipping(_Learned):
+    """See `learned_clipping`."""
+
+    steps: int = 200
+    lr: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _check_schedule("learned_clipping", self.steps, self.lr)
+
+    def __call__(self, state: State, format: Format, stats: Stats) -> State:
+        s, m = grid_of_state(state, format)
+        p = {side: jnp.full_like(s, _START) for side in _sides(m)}
+        to_grid = shrunk(format, s, m)
+        memory = {k: (jnp.zeros_like(x), jnp.zeros_like(x)) for k, x in p.items()}
+
+        def step(t: Array, p: Parameters, memory: Any, grad: Parameters) -> tuple[Parameters, Any]:
+            new = {k: adam(t, memory[k], grad[k]) for k in p}
+            return {k: p[k] - self.lr * new[k][0] for k in p}, {k: new[k][1] for k in p}
+
+        return trained(
+            state, format, metric(state, stats), p, lambda p: to_grid(jax.tree.map(jax.nn.sigmoid, p)), None, step,
+            memory, self.steps,
+        )  # fmt: skip
+
+
+def learned(steps: int = 200, lr: float | None = None, ranges: bool = True) -> Learned:
+    """AutoRound on the layer's output error: roundings and ranges by signed gradients; never a larger loss.
+
+    Args:
+      steps: gradients taken; each is one product with H.
+      lr: the first step, in levels for V and in shares of the range; None: 1 / steps, which can just reach every bound.
+      ranges: the groups' ranges learn too.
+    """
+    return Learned(steps, lr, ranges)
+
+
+def learned_clipping(steps: int = 200, lr: float = 1e-2) -> LearnedClipping:
+    """OmniQuant's learned clipping on the layer's output error: ranges by Adam, codes nearest; never a larger loss.
+
+    Args:
+      steps: gradients taken; each is one product with H.
+      lr: Adam's step, in the logit of the share of the range that is kept.
+    """
+    return LearnedClipping(steps, lr)
+
+
+def adam(t: Array, moments: tuple[Array, Array], grad: Array) -> tuple[Array, tuple[Array, Array]]:
+    """Adam's direction at step t = 0, 1, ..., and its moments after it (decays 0.9 and 0.999)."""
+    first = 0.9 * moments[0] + 0.1 * grad
+    second = 0.999 * moments[1] + 0.001 * grad * grad
+    count = t.astype(jnp.float32) + 1.0
+    mean, size = first / (1.0 - 0.9**count), jnp.sqrt(second / (1.0 - 0.999**count))
+    return jnp.where(size > 0, mean / jnp.where(size > 0, size, 1.0), 0.0), (first, second)
+
+
+def _around_codes(state: State, format: Format) -> tuple[Array, Array]:
+    """The offset of `level`'s argument that gives the state's codes back, and V's unit: f32[rows, G, size] each."""
+    s, m = grid_of_state(state, format)
+    u = units(grouped(state.target, s), s, m)
+    nearest = format.level(u)
+    t = format.level(units(grouped(state.target - errors_of(state, format), s), s, m))
+    lo, hi = ends(format)
+    up = ((u > nearest) | (t == lo)) & (t < hi)  # the neighbour that the nearest rounding passed over
+    width = gap(format, t, up)
+    off = jnp.clip(u - nearest, -_NEARLY * width, _NEARLY * width)
+    return jnp.where(t == nearest, 0.0, t + off - u), width
+
+
+def _sides(m: Array | None) -> tuple[str, ...]:
+    return ("high",) if m is None else ("low", "high")
+
+
+def _check_schedule(name: str, steps: int, lr: float | None) -> None:
+    if steps < 1:
+        raise UserError(f"{name}: steps must be at least 1, got {steps}")
+    if lr is not None and not lr > 0:
+        raise UserError(f"{name}: lr must be positive, got {lr}")

@@ -1,0 +1,73 @@
+"""A group's grid as the range it spans: between its ends, and how far a level's cell goes.
+
+    low = s lo + m        high = s hi + m        s = (high - low) / (hi - lo)        m = low - s lo
+
+lo and hi are the format's first and last unit level. Clipping (clip.py) and learned ranges (learned.py) shrink [low,
+high]; a grid without an offset has one scale to shrink, and both its ends move.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.formats.protocol import Format
+from qjax.rounding.protocol import State
+from qjax.typing import Array, Float
+
+_FAR = 1e5  # beyond the levels of every format with scales, near enough to tell them apart by their distance
+_HALVINGS = 32
+
+
+def grid_of_state(state: State, format: Format) -> tuple[Float[Array, "rows G"], Float[Array, "rows G"] | None]:
+    """s and m of the scales that a stage left."""
+    assert state.scales is not None
+    return format.grid(state.scales, state.target.shape)
+
+
+def ends(format: Format) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """lo and hi, the first and the last unit level of a format with tile 1."""
+    return format.level(jnp.float32(-_FAR)), format.level(jnp.float32(_FAR))
+
+
+def span(format: Format, s: Float[Array, "rows G"], m: Float[Array, "rows G"]) -> tuple[Array, Array]:
+    """low = s lo + m and high = s hi + m of each group, f32[rows, G]."""
+    lo, hi = ends(format)
+    return s * lo + m, s * hi + m
+
+
+def between(format: Format, low: Float[Array, "rows G"], high: Float[Array, "rows G"]) -> tuple[Array, Array]:
+    """s and m of the grid whose first level lies at low and whose last at high, f32[rows, G]."""
+    lo, hi = ends(format)
+    s = (high - low) / (hi - lo)
+    return s, low - s * lo
+
+
+def grouped(w: Float[Array, "rows n"], s: Float[Array, "rows G"]) -> Float[Array, "rows G size"]:
+    """The weights of each group of s."""
+    return w.reshape(*s.shape, -1)
+
+
+def units(x: Float[Array, "rows G size"], s: Array, m: Array | None) -> Float[Array, "rows G size"]:
+    """(x - m) / s, the argument of `level`; 0 where s is."""
+    x = x if m is None else x - m[..., None]
+    return jnp.where(s == 0, 0.0, 1.0 / jnp.where(s == 0, 1.0, s))[..., None] * x
+
+
+def gap(format: Format, t: Float[Array, "*u"], up: Array) -> Float[Array, "*u"]:
+    """From unit levels t to the next one, above where `up`, else below; 0 where there is none.
+
+    `level` is all that is known of the levels: the border of t's cell is found by halving, and the next level lies as
+    far behind it. Exact for levels an even step apart.
+    """
+    lo, hi = ends(format)
+    far = jnp.where(up, hi - t, t - lo)
+    side = jnp.where(up, 1.0, -1.0)
+
+    def halve(_: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        inside, outside = now
+        middle = 0.5 * (inside + outside)
+        left = format.level(t + side * middle) != t
+        return jnp.where(left, inside, middle), jnp.where(left, middle, outside)
+
+    return 2 * lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(far), far))[1]

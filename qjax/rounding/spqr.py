@@ -1,0 +1,121 @@
+"""SpQR: error feedback that leaves out the weights it cannot round, and stores these exactly.
+
+    tau = share mean_j(var(W_:j) D_j)          H + lambda diag(H) = L D L^T
+    t_j = w_j + sum_{k > j} e_k L_kj           w_hat_j = nearest(t_j), or t_j where (t_j - nearest(t_j))^2 D_j > tau
+
+(t - q)^2 D_j is what a miss costs once the columns behind it have made up for what they can: GPTQ's (t - q)^2 / U_jj^2.
+Before the feedback begins, a weight that its group would miss by so much with a range made of the others is replaced by
+their mean, so that it does not spoil the group's range. Outliers go into a CSR part of 32 bits each (reparam/split.py).
+
+Source: SpQR, arXiv:2306.03078, section 4.1 and algorithm 1; here with static groups, so that columns keep their places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.formats.integer_grid import IntegerFormat
+from qjax.formats.protocol import Format
+from qjax.rounding.curvature import Order, cholesky, feedback, order_of
+from qjax.rounding.protocol import State
+from qjax.rounding.sweep import fixed_grid, outer_of, sweep
+from qjax.stats import Stats
+from qjax.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class SpQR:
+    """See `spqr`."""
+
+    threshold: float = 0.2
+    order: Order = "act"
+    loo: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise UserError(f"spqr: threshold must be positive (infinite: no outliers), got {self.threshold}")
+        if self.order not in ("natural", "act", "group"):
+            raise UserError(f"spqr: order is natural, act or group, got {self.order!r}")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset({"H"})
+
+    @property
+    def fits(self) -> bool:
+        """It fits the scales itself."""
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Its threshold looks at all rows of a weight."""
+        return True
+
+    @property
+    def factors(self) -> bool:
+        """It climbs the damping's ladder itself."""
+        return True
+
+    def check(self, format: Format) -> None:
+        """Raise UserError where the format has no groups of evenly spaced levels."""
+        if not isinstance(format, IntegerFormat) or not format.group:
+            raise UserError(f"spqr rounds onto integers in groups, such as uint3_g16_u3x16; got {format.name}")
+
+    def __call__(self, state: State, format: Format, stats: Stats) -> State:
+        H, w = stats.H, state.target
+        assert H is not None and isinstance(format, IntegerFormat)
+        group = format.group
+        order = order_of(jnp.diagonal(H), self.order, 1, group)
+        c, damping = cholesky(H[order][:, order], state.damping)
+        D = jnp.square(jnp.diagonal(c))
+        in_place = jnp.zeros_like(D).at[order].set(D)
+        tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place)
+        reach = jnp.sqrt(tau / jnp.where(in_place > 0, in_place, 1.0))
+        scales = format.fit(without_outliers(w, reach, group, format.bits) if self.loo else w)
+        s, m = format.grid(scales, w.shape)
+        grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(1))
+        rows = w.T[order]
+        e, _ = sweep(
+            rows, jnp.zeros_like(rows), feedback(c), grid_of, format.level, 1, outer_of(1), lower=True,
+            reach=reach[order][:, None],
+        )  # fmt: skip
+        w_hat = jnp.zeros_like(rows).at[order].set(rows - e).T
+        codes = format.nearest(scales, w_hat)
+        # Rounded weights lie on the grid up to float32; outliers farther from it than their column's reach.
+        missed = jnp.abs(w_hat - format.decode(scales, codes)) > 0.5 * reach[None, :]
+        return State(scales, codes, w, damping, (missed, w_hat))
+
+
+def spqr(threshold: float = 0.2, order: Order = "act", loo: bool = True) -> SpQR:
+    """Error feedback with outliers kept exactly.
+
+    Args:
+      threshold: share of the mean column sensitivity above which a miss makes an outlier; infinite: none, GPTQ.
+      order: of the columns, as for `ldlq`.
+      loo: leave outliers out of their group's range (the leave-one-out test of the paper).
+    """
+    return SpQR(threshold, order, loo)
+
+
+def without_outliers(
+    w: Float[Array, "rows n"], reach: Float[Array, "n"], group: int, bits: int
+) -> Float[Array, "rows n"]:
+    """w with each weight that the range of its group's others would miss by more than `reach` at the others' mean."""
+    x = w.reshape(w.shape[0], -1, group)
+    high, low = (_but_one(x, sign) for sign in (1.0, -1.0))
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    s = (high - low) / (2**bits - 1)
+    q = low + s * jnp.clip(jnp.round((x - low) / jnp.where(s > 0, s, 1.0)), 0, 2**bits - 1)
+    outlier = jnp.abs(x - q) > reach.reshape(1, -1, group)
+    rest = jnp.sum(jnp.where(outlier, 0.0, x), axis=-1, keepdims=True)
+    mean = rest / jnp.maximum(jnp.sum(~outlier, axis=-1, keepdims=True), 1).astype(x.dtype)
+    return jnp.where(outlier, mean, x).reshape(w.shape)
+
+
+def _but_one(x: Array, sign: float) -> Array:
+    """The largest (sign 1) or smallest (sign -1) of each group without the weight itself."""
+    top = jnp.sort(sign * x, axis=-1)[..., -2:]
+    return sign * jnp.where(sign * x >= top[..., 1:], top[..., :1], top[..., 1:])
