@@ -4,7 +4,7 @@
 
 Both run in this process, one after the other, `rounds` times; compile time is told apart. The torch loops are
 AutoRound's update (arXiv:2309.05516: V and both ends of each group's range by signed gradients, linearly falling steps,
-the best row by row) with integer zeros and fp16 scales, float32, all cores. One leaves the loss to autograd, which
+the best row by row) with integer zeros and fp16 scales, float32. One leaves the loss to autograd, which
 multiplies by H twice a step; the other hands it the gradient -2 E H, as qjax has it. Without torch, only qjax's side
 runs.
 """
@@ -48,6 +48,7 @@ class Config:
     rounds: int = 3
     seed: int = 0
     torch: bool = True  # the loops to compare with, where torch is installed
+    threads: int = 0  # torch's; 0: one a core. On cores that others share too its threads wait for each other: take 1
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def torch_loop(config: Config) -> Callable[[np.ndarray, np.ndarray, bool], np.nd
     except ImportError:
         print("torch is not installed: no loop to compare with", file=sys.stderr)
         return None
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
     top = 2**config.bits - 1
 
     def through(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ def rows(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 64, 200])
+@pytest.mark.parametrize("n", [1, 7, 64])
 def test_orthogonal(n):
     Q = np.asarray(orthogonal(3, n))
     assert Q.dtype == np.float32
