@@ -227,6 +227,18 @@ def recipe(text: str | Recipe) -> Recipe:
     return made if colon else dataclasses.replace(made, format=None)
 
 
+def reparam(text: str) -> Reparam:
+    """One reparametrization of a line such as "smooth(0.8)".
+
+    Raises:
+      UserError: no such reparametrization, or a wrong argument.
+    """
+    made = _composed(f"{text} >> nearest()")
+    if len(made.reparams) != 1 or made.format is not None or len(made.roundings) != 1:
+        raise UserError(f"{text!r} is not one reparametrization; there are {', '.join(REPARAMS)}")
+    return made.reparams[0]
+
+
 def _recipe(name: str, format: str | Format | None, *roundings: Rounding, **options: Any) -> Recipe:
     return Recipe(roundings, None if format is None else get_format(format), name=name, **options)
 

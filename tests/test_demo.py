@@ -18,18 +18,18 @@ from qjax.evaluate.judge import baseline_of, judge
 from qjax.models.stdlib_text import heldout_text
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
 REFERENCE = ROOT / "qjax" / "models" / "reference" / "config.json"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_every_config_is_valid_and_says_how_to_run_it(path):
     source = configs.read(path)
     module, _ = load_script(source)
     configs.build(module.Config, source)
     configs.build(module.Config, source, smoke=True)
     head = "".join(itertools.takewhile(lambda line: line.startswith("#"), path.open()))
-    assert f"qjax run configs/{path.name}" in head, "the head comment gives the exact command"
+    assert f"qjax run {path.relative_to(ROOT)}" in head, "the head comment gives the exact command"
     assert "core" in head or "GPU" in head, "and the hardware"
     assert "minute" in head or "second" in head, "and the time"
 

@@ -19,6 +19,7 @@ from qjax.errors import UserError, exit_status
 COMMANDS = {
     "run": ("qjax.cli.run", "Run", "run an experiment's config: table, metrics, report in a run directory"),
     "quantize": ("qjax.cli.quantize", "Quantize", "quantize a model and write it as GGUF or HF directory"),
+    "fuse": ("qjax.cli.fuse", "Fuse", "fold a rotation or channel scales into a model's weights"),
     "eval": ("qjax.cli.evaluate", "Evaluate", "perplexity, and KL divergence to a baseline model, on a text"),
     "inspect": ("qjax.cli.inspect", "Inspect", "metadata, tensors, types and bits per weight of a model file"),
     "generate": ("qjax.cli.generate", "Generate", "continue a prompt"),

@@ -1,0 +1,73 @@
+"""`qjax fuse MODEL -o OUT`: the same model in other variables, which are easier to round."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from qjax.cli.model import MODEL_HELP
+from qjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fuse:
+    """Fold a rotation or channel scales into a model's weights. Its output does not change; what rounding loses does.
+
+        qjax fuse reference -o rotated.gguf --rotate 0 --untie
+        qjax fuse path/to/directory -o scaled --scale "awq_scale()" --format Q4_K --calib book.txt
+        qjax fuse path/to/directory -o smooth --scale "smooth(0.5)" --calib book.txt
+
+    --rotate turns the residual stream (and each head's values) by a random Hadamard matrix, QuaRot's R1 and R2; norm
+    gains are folded into the weights behind them first. Round what comes out with error feedback (gptq, best_gguf):
+    with nearest rounding a rotation often loses. A model whose head is its embedding cannot be rotated as it is:
+    --untie gives it a head of its own.
+
+    --scale searches a factor for every channel between a norm or a linear layer and those behind it.
+
+    OUT.gguf is a GGUF file in F32, any other OUT a Hugging Face directory; both run anywhere, and `qjax quantize`
+    takes them.
+    """
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help=MODEL_HELP)]
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="OUT", help="what to write")]
+    rotate: Annotated[int | None, tyro.conf.arg(metavar="SEED", help="rotate, with signs of this seed")] = None
+    values: Annotated[bool, tyro.conf.arg(help="rotate the values of each head too")] = True
+    untie: Annotated[bool, tyro.conf.arg(help="give a tied model a head of its own")] = False
+    scale: Annotated[str | None, tyro.conf.arg(metavar="SEARCH", help="smooth(...), awq_scale(...) or rescale()")] = (
+        None
+    )
+    format: Annotated[str, tyro.conf.arg(metavar="NAME", help="the grid that awq_scale searches with")] = "Q4_K"
+    calib: Annotated[Path | None, tyro.conf.arg(metavar="TEXT", help="calibration text, for --scale")] = None
+    calib_ctx: Annotated[int | None, tyro.conf.arg(metavar="N", help="tokens a calibration window")] = None
+    calib_windows: Annotated[int, tyro.conf.arg(metavar="N", help="calibration windows at most")] = 64
+
+    def execute(self) -> None:
+        if self.rotate is None and self.scale is None:
+            raise UserError("fuse needs --rotate SEED, --scale SEARCH, or both")
+        if (self.scale is None) != (self.calib is None):
+            raise UserError("--scale looks at activations: it goes with --calib TEXT, and --calib with it")
+        from qjax.io.checkpoint import load, save
+        from qjax.io.text import read_text
+        from qjax.models.fuse import rotated
+        from qjax.pipeline import calibration_text
+        from qjax.pipeline.fused import fused_scales
+        from qjax.recipes import reparam
+
+        model = load(self.model)
+        if self.scale is not None:
+            assert self.calib is not None
+            search = reparam(self.scale)
+            text = read_text(self.calib)
+            calibration = calibration_text(model, text, context=self.calib_ctx, limit=self.calib_windows)
+            model = fused_scales(
+                model, search, self.format, calibration,
+                progress=lambda done: print(f"observed {done} batches", file=sys.stderr),
+            )  # fmt: skip
+        if self.rotate is not None:
+            model = rotated(model, self.rotate, self.values, self.untie)
+        save(model, self.out)
+        print(f"{self.out}: the same model, {'rotated' if self.rotate is not None else 'scaled'}")
