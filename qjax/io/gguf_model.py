@@ -164,6 +164,11 @@ def info_of(w: WeightName, leaf: Any, float_type: str) -> TensorInfo:
     path = "/".join(w.path)
     if not isinstance(leaf.format, BlockFormat) or leaf.format.name not in TENSOR_TYPES:
         raise UserError(f"{path!r} is packed as {leaf.format.name}, which is no ggml type: GGUF cannot hold it")
+    if leaf.applied:
+        raise UserError(
+            f"{path!r} lies behind {type(leaf.applied[0]).__name__}, and GGUF has no place for a change of variables: "
+            "fuse it into the float model, then quantize"
+        )
     axis = -2 if w.transposed else -1
     if leaf.axis != axis or len(w.shape) != 2:
         raise UserError(f"{path!r} is packed along axis {leaf.axis}; GGUF needs blocks along the input axis, {axis}")

@@ -147,5 +147,7 @@ def get_leaf(params: Any, w: WeightName) -> Any:
 
 def _to_file(model: Model, w: WeightName) -> np.ndarray:
     leaf = get_leaf(model.params, w)
+    if isinstance(leaf, QTensor) and leaf.rounds_inputs:
+        raise UserError(f"{'/'.join(w.path)!r} rounds its inputs, which a folder of floats cannot say")
     array = np.asarray(dequantize(leaf) if isinstance(leaf, QTensor) else leaf)
     return array.T if w.transposed else array

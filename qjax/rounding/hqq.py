@@ -7,8 +7,8 @@
 
 The zero point of the paper is z = -m / s. Scales stay where `format.fit` has them, as in the paper, whose start is
 min-max: formats named without a search, such as uint4_g64_zf16, fit so. beta is measured in the weights' own units:
-errors below beta^(-1 / (2 - p)), 0.17 at the defaults, are shrunk to 0, and then m is the plain mean of w - s T; for
-weights of a few hundredths a larger beta (1e3) lets the norm speak.
+errors below beta^(-1 / (2 - p)), 0.17 at the defaults, are shrunk to 0, and m is then the plain mean of w - s T. What
+beta is to weights w, c^(p - 2) beta is to c w: 10 at unit weights is 1600 at weights of 0.02.
 
 Where a format stores z as an integer (uint4_g64) or m as a code (Q4_K), `store` rounds it and little of the gain is
 left; float zeros (uint4_g64_zf16, Q4_1) keep it.

@@ -321,6 +321,22 @@ def test_a_gguf_file_has_no_place_for_it():
         qjax.to_bytes(q)
 
 
+def test_files_refuse_what_they_cannot_say(tmp_path):
+    """Neither a GGUF file nor a folder may drop a change of variables, or rounded inputs, silently."""
+    model = qjax.load("reference")
+    for reparams, suffix, message in (
+        ([hadamard("in")], "a.gguf", "no place"),
+        ([act()], "folder", "rounds its inputs"),
+    ):
+        kernel = model.params["layers_0"]["attn"]["q"]["kernel"]
+        q, _ = round_leaf("w", kernel, -2, qjax.format("Q8_0"), Recipe((nearest(),), reparams=tuple(reparams)), Stats())
+        attn = model.params["layers_0"]["attn"] | {"q": {"kernel": q}}
+        params = model.params | {"layers_0": model.params["layers_0"] | {"attn": attn}}
+        with pytest.raises(UserError, match=message):
+            qjax.save(dataclasses.replace(model, params=params), tmp_path / suffix)
+        assert not (tmp_path / suffix).exists()
+
+
 LINES = [
     "hadamard(side='in', seed=3) >> Q3_K >> nearest(weight='none') >> ldlq(order='act', grid='static', cross=0.0)",
     "columns(share=0.01) >> act(threshold=6.0) >> int8_row >> nearest(weight='none')",
