@@ -60,7 +60,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                     seconds = time.perf_counter() - clock
                     w_hat = np.asarray(dequantize(q))
                     row = {
-                        "seed": seed, "matrix": name, "format": format, "recipe": text, "loss": line.loss,
+                        "seed": seed, "matrix": name, "format": format, "recipe": text,
+                        "bits": q.bits_per_weight, "loss": line.loss,
                         "heldout_loss": line.heldout_loss, "output_error": output_error(w, w_hat, x, x_float),
                         "heldout_output_error": output_error(w, w_hat, y, y_float), "seconds": round(seconds, 2),
                     }  # fmt: skip
@@ -104,9 +105,16 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for format, recipe in dict.fromkeys((r["format"], r["recipe"]) for r in rows):
         mine = [r for r in rows if (r["format"], r["recipe"]) == (format, recipe)]
+        bits = statistics.fmean(r["bits"] for r in mine)
         means = {k: statistics.geometric_mean(r[k] for r in mine) for k in keys if mine[0][k] is not None}
         made.append(
-            {"format": format, "recipe": recipe, **means, "seconds": statistics.fmean(r["seconds"] for r in mine)}
+            {
+                "format": format,
+                "recipe": recipe,
+                "bits": bits,
+                **means,
+                "seconds": statistics.fmean(r["seconds"] for r in mine),
+            }
         )
     return made
 
@@ -114,11 +122,11 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(summary: list[dict[str, Any]]) -> Table:
     """For `rich.print`."""
     made = Table()
-    for column in ("format", "recipe", "loss", "held out", "output error", "held out", "s"):
+    for column in ("format", "recipe", "bits", "loss", "held out", "output error", "held out", "s"):
         made.add_column(column, justify="left" if column in ("format", "recipe") else "right")
     for s in summary:
         numbers = [
             f"{s[k]:.5f}" if k in s else "" for k in ("loss", "heldout_loss", "output_error", "heldout_output_error")
         ]
-        made.add_row(s["format"], s["recipe"], *numbers, f"{s['seconds']:.2f}")
+        made.add_row(s["format"], s["recipe"], f"{s['bits']:.2f}", *numbers, f"{s['seconds']:.2f}")
     return made
