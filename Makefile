@@ -2,7 +2,9 @@
 # make test: the whole test suite, slow tests included (`make test-fast`: without them)
 # Both make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
+# Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test test-fast test-env lint clean
@@ -11,10 +13,10 @@ demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
 
 test: test-env
-	@$(BIN)/python -m pytest -m "slow or not slow"
+	@$(BIN)/python -m pytest -m "slow or not slow" -n $(WORKERS) --dist loadfile
 
 test-fast: test-env
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-env: .venv/.test
 

@@ -92,7 +92,7 @@ MISTAKES = [
     ("nearest() >> 3", "is no stage"),
     ("nearest() >> a.b()", "is no stage"),
     ("nearest() >> __import__('os').system('true')", "is no stage"),
-    ("Q4_0 >> Q8_0 >> nearest()", "unknown stage 'Q8_0'"),
+    ("Q4_0 >> Q8_0 >> nearest()", "two formats, Q4_0 and Q8_0"),
     ("options(damping=0.1)", "needs at least one rounding"),
     ("nearest() >> options(damping=0.0)", "damping must be positive"),
     ("nearest() >> options(damping=-0.1)", "damping must be positive"),
