@@ -22,7 +22,7 @@ def test_recipes_as_json_and_as_a_table(capsys, tmp_path):
     for row in rows:
         assert set(row) == {"name", "needs", "stages", "about"}
         assert recipe(row["stages"]) == recipe(row["name"]) and row["about"]
-        assert (row["needs"] == "nothing") == (row["name"] == "rtn")
+        assert (row["needs"] == "nothing") == (row["name"] in ("rtn", "llm_int8", "w8a8", "hqq"))
     capsys.readouterr()
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out
@@ -96,3 +96,14 @@ def test_the_reference_model_by_best_gguf(tmp_path, capsys):
     )
     assert abs(plain.stat().st_size - out.stat().st_size) < 4096
     assert qjax.load(out).logits([[1, 2, 3]]).shape[1] == 3
+
+
+@pytest.mark.parametrize("recipe_, out, message", [
+    ("awq", "m.gguf", "no place for awq_scale"), ("w8a8", "m.gguf", "no place for act"),
+    ("w8a8", "folder", "cannot say that inputs are rounded"), ("hqq", "m.gguf", "needs a calibration text"),
+])  # fmt: skip
+def test_what_a_file_cannot_hold_is_said_before_any_work(folder, tmp_path, capsys, recipe_, out, message):  # noqa: F811
+    assert main(["quantize", str(folder), "-o", str(tmp_path / out), "--type", "Q4_1", "--recipe", recipe_]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / out).exists()

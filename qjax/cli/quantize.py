@@ -67,6 +67,14 @@ class Quantize:
             raise UserError(
                 f"--recipe {self.recipe}: the format comes from --type or --plan; say {made.name or 'it'} alone"
             )
+        changes = [r.name for r in made.reparams]
+        if changes and self.out.suffix == ".gguf":
+            raise UserError(
+                f"--recipe {self.recipe}: a GGUF file has no place for {changes[0]}; `qjax fuse` folds scales and "
+                "rotations into the model, and what it writes can be quantized by other recipes"
+            )
+        if "act" in changes:
+            raise UserError(f"--recipe {self.recipe}: a folder of floats cannot say that inputs are rounded too")
         if self.plan is None:
             if not made.requires and self.calib is not None:
                 raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")

@@ -41,6 +41,7 @@ from qjax.pipeline.walk import Calibration, Step, walk
 from qjax.plan import Plan, file_type_number, mix_of
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
+from qjax.rounding.nearest import Nearest
 from qjax.tensor import QTensor
 
 Progress = Callable[[str, int, int], None]
@@ -147,7 +148,7 @@ def _calibrated(
         if importance and needs == {"h"} and job.info.name in _OFTEN_MISSING:
             notify(f"{job.info.name} is not in the importance matrix; rounded without")
             needs = frozenset()
-        simple = len(job.recipe.roundings) == 1 and not needs
+        simple = len(job.recipe.roundings) == 1 and isinstance(job.recipe.roundings[0], Nearest) and not needs
         if job.format is None or job.kept:
             continue
         if job.recipe.reparams:
