@@ -41,6 +41,7 @@ from qjax.reparam import (
     smooth,
     sparse,
 )
+from qjax.reparam.inputs import Act
 from qjax.rounding import Rounding, clip, descend, hqq, ldlq, learned, learned_clipping, nearest, refit, spqr
 from qjax.rounding.protocol import DAMPING, requires
 
@@ -82,6 +83,10 @@ class Recipe:
             raise UserError("a recipe needs at least one rounding, as in nearest()")
         if not self.damping > 0:
             raise UserError(f"damping must be positive, got {self.damping}")
+        if any(isinstance(r, Act) for r in self.reparams[:-1]):
+            raise UserError(
+                "act rounds the input that meets the codes: it is the last reparametrization, and the only act"
+            )
 
     @property
     def requires(self) -> frozenset[str]:
@@ -251,7 +256,9 @@ def _call(stage: Any) -> str:
     if isinstance(stage, Reparam):
         name = stage.name
         fields = {k: v for k, v in fields.items() if v[0] != v[1] and v[0] != name}
-    return f"{name}({', '.join(f'{k}={v!r}' for k, (v, _) in fields.items())})"
+    # A literal that reads back: repr(inf) is a name.
+    shown = {k: "1e999" if v == float("inf") else repr(v) for k, (v, _) in fields.items()}
+    return f"{name}({', '.join(f'{k}={v}' for k, v in shown.items())})"
 
 
 def _composed(text: str) -> Recipe:

@@ -31,6 +31,7 @@ from qjax.pipeline.walk import Calibration, Step, survey_of, walk
 from qjax.plan import Plan, decoder_weights
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
+from qjax.rounding import check_grid
 from qjax.tensor import QTensor, is_qtensor
 
 HELDOUT = 1 / 8
@@ -125,6 +126,8 @@ def quantize_model(
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(f"{name}: already quantized to {leaf.format.name}; start from the float model")
     formats = {a.weight.path: (a.format, a.recipe or recipe) for a in assigned if a.format is not None}
+    for name, (format, made) in formats.items():
+        check_grid(made.roundings, format, name)
     params: Any = jax.tree.map(lambda leaf: leaf, model.params)
     lines: dict[str, TensorReport] = {}
 

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from qjax.calibrate.observe import observe
@@ -27,6 +28,7 @@ from qjax.pipeline.walk import Calibration
 from qjax.reparam import Reparam, Site
 from qjax.reparam.scale import Scaled
 from qjax.stats import Stats
+from qjax.tensor import is_qtensor
 from qjax.typing import Array
 
 
@@ -56,6 +58,10 @@ def fused_scales(
       UserError: a reparametrization that is no channel scaling; an edge name that no edge has; what `observe` and
         `fuse_scale` raise.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params, is_leaf=is_qtensor):
+        if is_qtensor(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"{name} is packed ({leaf.format.name}): fuse into the float weights, then quantize")
     chosen = tuple(e for e in edges(model.config) if not only or _producer(e) in only)
     for name in only:
         if name not in {_producer(e) for e in chosen}:

@@ -23,7 +23,7 @@ from qjax.formats import BlockFormat
 from qjax.lift import report
 from qjax.pipeline.encode import compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
-from qjax.pipeline.rounded import relative_error, round_leaf
+from qjax.pipeline.rounded import of_embedding, relative_error, round_leaf
 from qjax.plan import Assignment, Plan, Weight
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
@@ -133,6 +133,8 @@ def _quantize_leaf(
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
     if is_qtensor(leaf):
         raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first, or keep it")
+    if w.path.rsplit("/", 1)[-1] == "embedding":
+        recipe = of_embedding(recipe)
     if not _is_plain(recipe):
         seen = stats if isinstance(stats, Stats) else Stats(h=stats)
         check_stats(seen, str(w))

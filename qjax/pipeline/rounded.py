@@ -21,7 +21,7 @@ from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
 from qjax.reparam import Applied, Site, reparametrize, restore, settle
 from qjax.reparam.inputs import RoundedInput
-from qjax.reparam.split import sparse_of
+from qjax.reparam.split import Sparse, sparse_of
 from qjax.rounding import Rounded, Rounding, check_chain, nearest, round_weight
 from qjax.rounding.curvature import proxy
 from qjax.rounding.protocol import requires
@@ -120,7 +120,31 @@ def _stacked(
     for at in np.ndindex(*lead):
         one = Stats(**{k: pick(getattr(stats, k), axes, at) for k, axes in own.items()})
         made.append(_one(rows[at], format, recipe, one, pick(heldout, 2, at)))
-    return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*lead, *parts[0].shape), *made)
+    try:
+        return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*lead, *parts[0].shape), *_even(made))
+    except ValueError:
+        raise UserError(
+            "the matrices of a stack split off different numbers of columns; say columns(share=...), not threshold="
+        ) from None
+
+
+def _even(made: list[tuple[Rounded, tuple[Applied, ...]]]) -> list[tuple[Rounded, tuple[Applied, ...]]]:
+    """The same, with sparse parts padded to one length: values behind the last row are added nowhere."""
+
+    def pad(one: Applied, others: tuple[Applied, ...]) -> Applied:
+        if not isinstance(one, Sparse):
+            return one
+        most = max(o.values.shape[0] for o in others if isinstance(o, Sparse))
+        more = (0, most - one.values.shape[0])
+        return dataclasses.replace(one, at=jnp.pad(one.at, more), values=jnp.pad(one.values, more))
+
+    columns = list(zip(*(applied for _, applied in made), strict=True))
+    return [(r, tuple(map(pad, applied, columns))) for r, applied in made]
+
+
+def of_embedding(recipe: Recipe) -> Recipe:
+    """For a weight that is looked up: as it is, for there is no input to change."""
+    return dataclasses.replace(recipe, reparams=())
 
 
 def _one(

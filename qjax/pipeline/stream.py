@@ -41,6 +41,7 @@ from qjax.pipeline.walk import Calibration, Step, walk
 from qjax.plan import Plan, file_type_number, mix_of
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
+from qjax.rounding import check_grid
 from qjax.rounding.nearest import Nearest
 from qjax.tensor import QTensor
 
@@ -158,6 +159,7 @@ def _calibrated(
             )
         if simple:
             continue
+        check_grid(job.recipe.roundings, job.format, job.info.name)
         if calibration is None and needs:
             raise UserError(
                 f"{job.info.name}: recipe {job.recipe.name or job.recipe} needs {', '.join(sorted(needs))} of its "

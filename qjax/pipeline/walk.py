@@ -27,7 +27,7 @@ from qjax.lift import Use, watch
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import batches
 from qjax.pipeline.report import CalibrationReport
-from qjax.pipeline.rounded import plain, round_leaf
+from qjax.pipeline.rounded import of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Load, Survey, groups_of, head_weights, run_piece, survey
 from qjax.pipeline.walk_state import Streams, commit, resumed, save_survey, saved_survey
 from qjax.recipes import Recipe
@@ -301,7 +301,7 @@ def _observe_step(
 def _of_embedding(recipe: Recipe) -> Recipe:
     """Without a cross term, for it has no input that could have changed; as it is, for it is looked up."""
     roundings = tuple(dataclasses.replace(r, cross=0.0) if isinstance(r, LDLQ) else r for r in recipe.roundings)
-    return dataclasses.replace(recipe, roundings=roundings, reparams=())
+    return of_embedding(dataclasses.replace(recipe, roundings=roundings))
 
 
 def _axis(use: Use) -> int:

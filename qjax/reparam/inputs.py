@@ -112,7 +112,9 @@ class Act:
 
 
 def act(kind: Kind = "int8", scale: Literal["token", "tensor"] = "token", threshold: float | None = None) -> Act:
-    """Round the inputs as well.
+    """Round the inputs as well. Stands last among the reparametrizations.
+
+    Statistics do not know of it: H is that of the unrounded input, and reported losses are the weight's alone.
 
     Args:
       kind: int8, int4, e4m3 or e5m2.

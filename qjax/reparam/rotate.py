@@ -117,7 +117,8 @@ def hadamard(
     Args:
       side: of the weight: "in" (n), "out" (rows) or "both".
       seed: of the signs.
-      best_of: seeds tried, from `seed` on; the one with the least loss of the roundings that follow is kept.
+      best_of: seeds tried, from `seed` on; the one with the least loss of the recipe's roundings (reparametrizations
+        behind this one left out) is kept.
       block: a power of two dividing n: block-diagonal with Hadamards of that size, where n has none of its own.
       block_out: the same for the rows.
     """

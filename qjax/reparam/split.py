@@ -206,10 +206,13 @@ class SplitLowRank:
     """See `low_rank`."""
 
     rank: int = 16
+    by: Literal["h", "none"] = "h"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"low_rank: rank must be at least 1, got {self.rank}")
+        if self.by not in ("h", "none"):
+            raise UserError(f"low_rank: by is h or none, got {self.by!r}")
 
     @property
     def name(self) -> str:
@@ -217,12 +220,12 @@ class SplitLowRank:
 
     @property
     def requires(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset({"h"} if self.by == "h" else ())
 
     def __call__(self, site: Site) -> tuple[Site, LowRank]:
         if self.rank > _MOST * min(site.w.shape):
             raise UserError(f"low_rank: rank {self.rank} is more than half of {tuple(site.w.shape)}")
-        d = _root(site.stats, site.w.shape[1])
+        d = _root(site.stats) if self.by == "h" else jnp.ones(site.w.shape[1], jnp.float32)
         u, s, vt = jnp.linalg.svd(site.w * d[None, :], full_matrices=False)
         root = jnp.sqrt(s[: self.rank])
         A, B = u[:, : self.rank] * root[None, :], vt[: self.rank] * root[:, None] / d[None, :]
@@ -230,16 +233,19 @@ class SplitLowRank:
         return site.moved(site.w - done._whole(), site.stats), done
 
 
-def low_rank(rank: int = 16) -> SplitLowRank:
-    """The leading singular part, in the metric of diag(h) where h was observed, stays f16."""
-    return SplitLowRank(rank)
+def low_rank(rank: int = 16, by: Literal["h", "none"] = "h") -> SplitLowRank:
+    """The leading singular part stays f16.
+
+    Args:
+      rank: of the part, at most half of the smaller side.
+      by: the metric: "h", that of diag(E[x^2]), or "none", the plain one.
+    """
+    return SplitLowRank(rank, by)
 
 
-def _root(stats: Stats, n: int) -> Float[Array, "n"]:
-    """sqrt(h), away from zero; ones without h."""
-    h = stats.importance
-    if h is None:
-        return jnp.ones(n, jnp.float32)
+def _root(stats: Stats) -> Float[Array, "n"]:
+    """sqrt(h), away from zero."""
+    h = statistic(stats, "h", "low_rank")
     return jnp.sqrt(jnp.maximum(h, 1e-6 * jnp.maximum(jnp.max(h), 1e-30)))
 
 

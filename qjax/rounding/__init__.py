@@ -6,7 +6,7 @@ from qjax.rounding.hqq import hqq
 from qjax.rounding.ldlq import ldlq
 from qjax.rounding.learned import learned, learned_clipping
 from qjax.rounding.nearest import nearest
-from qjax.rounding.protocol import Rounded, Rounding, check_chain, round_weight
+from qjax.rounding.protocol import Rounded, Rounding, check_chain, check_grid, round_weight
 from qjax.rounding.refit import refit
 from qjax.rounding.spqr import spqr
 
@@ -14,6 +14,7 @@ __all__ = [
     "Rounded",
     "Rounding",
     "check_chain",
+    "check_grid",
     "clip",
     "descend",
     "hqq",

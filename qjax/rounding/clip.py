@@ -49,6 +49,11 @@ class Clip:
             raise UserError(f"clip: metric is H, h or none, got {self.metric!r}")
 
     @property
+    def ranges_only(self) -> bool:
+        """It judges groups on their own, so it must not come behind error feedback."""
+        return True
+
+    @property
     def requires(self) -> frozenset[str]:
         return frozenset(() if self.metric == "none" else {self.metric})
 

@@ -3,7 +3,7 @@
     (scales, codes) = round_weight(w, format, (nearest(weight="h"), ldlq(order="act"), refit()), stats)
 
 Each stage sees the problem (weights, format, curvature) and the state the stage before it left. The first stage fits
-the scales; later ones start from its codes and never make tr(E H E^T) larger.
+the scales, and may have its ranges clipped; later ones start from its codes and never make tr(E H E^T) larger.
 """
 
 from __future__ import annotations
@@ -121,10 +121,24 @@ def check_chain(roundings: Sequence[Rounding], format: Format, stats: Stats, nam
     for needed in sorted(requires(roundings)):
         if (stats.importance if needed == "h" else getattr(stats, needed)) is None:
             raise UserError(f"{name}: the recipe needs the statistic {needed!r}, and none was collected for it")
-    for r in roundings:
+    check_grid(roundings, format, name)
+
+
+def check_grid(roundings: Sequence[Rounding], format: Format, name: str = "the weight") -> None:
+    """Raise UserError where stages stand in an order that undoes their work, or cannot run on the format."""
+    for before, r in zip((None, *roundings), roundings, strict=False):
+        if before is not None and getattr(r, "fits", False):
+            raise UserError(f"{name}: {r} fits the scales, which only the first stage may do")
+        if getattr(r, "ranges_only", False) and not getattr(before, "fits", False):
+            raise UserError(
+                f"{name}: {r} looks at each group alone and would undo error feedback; put it behind nearest()"
+            )
         check = getattr(r, "check", None)
         if check is not None:
-            check(format)
+            try:
+                check(format)
+            except UserError as e:
+                raise UserError(f"{name}: {e}") from None
 
 
 @partial(jax.jit, static_argnames=("format", "roundings", "damping"))

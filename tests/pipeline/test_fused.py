@@ -104,3 +104,6 @@ def test_errors():
         fused_scales(model, hadamard(), "Q4_K", calibration)
     with pytest.raises(UserError, match="no edge of this decoder begins at 'v'"):
         fused_scales(model, smooth(), "Q4_K", calibration, only=("v",))  # grouped queries
+    packed, _ = qjax.quantize_params(model.params, Plan.from_dict({"rules": {"layers_0/*": "Q4_0", "*": "keep"}}))
+    with pytest.raises(UserError, match="is packed"):
+        fused_scales(dataclasses.replace(model, params=packed), smooth(), "Q4_K", calibration)

@@ -11,9 +11,10 @@ from reparam_problems import EXACT, INPUTS, OUT, SPLITS, N, inputs, site, stats_
 import qjax
 from qjax.errors import UserError
 from qjax.pipeline.rounded import round_leaf
+from qjax.plan import Plan
 from qjax.recipes import Recipe, recipe
 from qjax.reparam import act, awq_scale, columns, hadamard, low_rank, reparametrize, restore, smooth, sparse, through
-from qjax.rounding import ldlq, nearest
+from qjax.rounding import clip, hqq, ldlq, nearest
 from qjax.stats import Stats
 
 EVERY = EXACT | SPLITS
@@ -165,6 +166,23 @@ def test_bits_are_counted(name, tmp_path):
     assert 8 * sum(f.stat().st_size for f in tmp_path.iterdir()) / q.size == q.bits_per_weight
 
 
+def test_low_rank_looks_at_h():
+    """In the metric of h the split leaves less of what matters; without h it is the plain one."""
+    _, by_h = rounded([low_rank(4)], "uint2_g64", [nearest()])
+    _, plain = rounded([low_rank(4, by="none")], "uint2_g64", [nearest()])
+    assert by_h.loss < 0.8 * plain.loss
+
+
+def test_an_embedding_is_rounded_as_it_is():
+    """Looked up, not multiplied: no change of variables, so the model runs."""
+    model = qjax.load("reference")
+    plan = Plan.from_dict({"rules": {"embed/*": "int8_row", "layers_0/attn/q/*": "int8_row", "*": "keep"}})
+    params, _ = qjax.quantize_params(model.params, plan, recipe="w8a8")
+    assert params["embed"]["embedding"].applied == ()
+    assert params["layers_0"]["attn"]["q"]["kernel"].rounds_inputs
+    assert np.isfinite(dataclasses.replace(model, params=params).logits(np.zeros((1, 4), np.int32))).all()
+
+
 def test_orbax_keeps_it(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     q, _ = rounded([columns(share=0.05), hadamard(seed=5)])
@@ -294,6 +312,9 @@ WRONG = [
     (lambda: recipe("nearest() >> hadamard()"), "in front of format"),
     (lambda: recipe("hadamard(size=3) >> Q4_0 >> nearest()"), "size"),
     (lambda: recipe("Q4_0 >> Q4_1 >> nearest()"), "two formats"),
+    (lambda: recipe("act() >> hadamard() >> nearest()"), "the last reparametrization"),
+    (lambda: rounded([], roundings=[nearest(), ldlq(), clip()]), "would undo error feedback"),
+    (lambda: rounded([], "uint4_g32_zf16", [nearest(), hqq()]), "only the first stage may"),
 ]
 
 

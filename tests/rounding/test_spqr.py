@@ -108,8 +108,21 @@ def test_the_packed_weight(reparams, spiky):
     assert q.bits_per_weight < 6
 
 
-def test_recipe_reads_back():
-    made = recipe("uint3_g16 >> spqr(threshold=0.5, loo=False)")
+def test_a_stack_has_outliers_of_its_own(spiky):
+    w, H = spiky
+    stack = jnp.stack([w, 0.5 * w.at[:, :40].multiply(0.2)])
+    fmt = qjax.format("uint3_g16")
+    q, _ = round_leaf("w", stack, -1, fmt, Recipe((spqr(),)), Stats(H=H))
+    for i in range(2):
+        one, _ = round_leaf("w", stack[i], -1, fmt, Recipe((spqr(),)), Stats(H=H))
+        np.testing.assert_allclose(qjax.dequantize(q)[i], qjax.dequantize(one), atol=1e-6)
+        x = jax.random.normal(jax.random.key(0), (5, 128))
+        np.testing.assert_allclose(jax.vmap(qjax.dot, (None, 0))(x, q)[i], qjax.dot(x, one), atol=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [0.5, INFINITE])
+def test_recipe_reads_back(threshold):
+    made = Recipe((spqr(threshold, loo=False),), qjax.format("uint3_g16"))
     assert recipe(str(made)) == made
 
 
