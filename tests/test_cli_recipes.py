@@ -100,7 +100,7 @@ def test_the_reference_model_by_best_gguf(tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe_, out, message", [
     ("awq", "m.gguf", "no place for awq_scale"), ("w8a8", "m.gguf", "no place for act"),
-    ("w8a8", "folder", "cannot say that inputs are rounded"), ("hqq", "m.gguf", "needs a calibration text"),
+    ("w8a8", "folder", "cannot say that inputs are rounded"), ("hqq", "m.gguf", "has no offset to fit"),
 ])  # fmt: skip
 def test_what_a_file_cannot_hold_is_said_before_any_work(folder, tmp_path, capsys, recipe_, out, message):  # noqa: F811
     assert main(["quantize", str(folder), "-o", str(tmp_path / out), "--type", "Q4_1", "--recipe", recipe_]) == 2
