@@ -15,8 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
@@ -207,7 +204,4 @@ def table(summary: list[dict[str, Any]]) -> Table:
 
 def machine() -> dict[str, Any]:
     """Where the numbers come from."""
-    return {
-        "python": platform.python_version(), "jax": jax.__version__, "llama-cpp-python": version("llama-cpp-python"),
-        "cores": os.cpu_count(), "architecture": platform.machine(),
-    }  # fmt: skip
+    return {**rundir.machine(), "llama-cpp-python": version("llama-cpp-python")}

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,8 +75,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         {"name": k, "seconds": statistics.median(v), "runs": v, "relative_loss": losses[k]} for k, v in seconds.items()
     ]
     print(f"awq_scale over the torch loop: {statistics.median(ratios):.2f}; losses {losses}; first call {first:.1f} s")
-    where = {"cores": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__, "load": os.getloadavg()[0]}
-    return {"rows": made, "ratios": ratios, "first_call_seconds": first, "machine": where}
+    return {"rows": made, "ratios": ratios, "first_call_seconds": first, "machine": rundir.machine()}
 
 
 def loss(w: np.ndarray, s: np.ndarray, H: np.ndarray, format: Format) -> float:

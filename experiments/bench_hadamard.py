@@ -10,9 +10,6 @@ one round. Other jobs on the machine slow both.
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
-import resource
 import statistics
 import sys
 import time
@@ -49,7 +46,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise UserError("rounds and dense_rows must be at least 1")
     rows = [contest(config, *shape, out) for shape in config.shapes]
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table(rows))
-    return {"rows": rows, "machine": machine()}
+    return {"rows": rows, "machine": rundir.machine()}
 
 
 def contest(config: Config, rows: int, n: int, out: Path) -> dict[str, Any]:
@@ -102,12 +99,3 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{r['dense_seconds']:.1f}", f"{r['ratio']:.1f}", r["dense_seconds_are"],
         )  # fmt: skip
     return made
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
-    return {
-        "device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "architecture": platform.machine(),
-        "python": platform.python_version(), "jax": jax.__version__,
-        "load": os.getloadavg()[0], "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }  # fmt: skip

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
-import resource
 import statistics
 import sys
 import time
@@ -25,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from qjax import recipes, rundir
 from qjax.errors import UserError
+from qjax.evaluate.report import timing_table
 from qjax.pipeline.rounded import round_leaf
 from qjax.stats import Stats
 from qjax.tensor import dequantize
@@ -48,8 +46,8 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Time every recipe on every shape; returns the rows."""
     rows = [row for shape in config.shapes for row in contest(config, shape, out)]
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table(rows))
-    return {"rows": rows, "machine": machine()}
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(timing_table(rows))
+    return {"rows": rows, "machine": rundir.machine()}
 
 
 def contest(config: Config, shape: tuple[int, int], out: Path) -> list[dict[str, Any]]:
@@ -151,25 +149,3 @@ def torch_gptq() -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
         return Q[:, torch.argsort(order)].numpy()
 
     return gptq
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """For `rich.print`."""
-    made = Table()
-    for column in ("shape", "what", "seconds", "compile, s", "relative loss"):
-        made.add_column(column, justify="left" if column in ("shape", "what") else "right")
-    for r in rows:
-        first = "" if r["compile_seconds"] is None else f"{r['compile_seconds']:.1f}"
-        made.add_row(
-            " x ".join(map(str, r["shape"])), r["name"], f"{r['seconds']:.2f}", first, f"{r['relative_loss']:.5f}"
-        )
-    return made
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
-    return {
-        "device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "architecture": platform.machine(),
-        "python": platform.python_version(), "jax": jax.__version__,
-        "load": os.getloadavg()[0], "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }  # fmt: skip

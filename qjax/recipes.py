@@ -42,11 +42,13 @@ from qjax.reparam import (
     sparse,
 )
 from qjax.reparam.inputs import Act
-from qjax.rounding import Rounding, clip, descend, hqq, ldlq, learned, learned_clipping, nearest, refit, spqr
+from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit
+from qjax.rounding import hqq as hqq_stage
+from qjax.rounding import spqr as spqr_stage
 from qjax.rounding.protocol import DAMPING, requires
 
 STAGES: dict[str, Callable[..., Rounding]] = {
-    f.__name__: f for f in (nearest, ldlq, descend, refit, spqr, hqq, learned, learned_clipping, clip)
+    f.__name__: f for f in (nearest, ldlq, descend, refit, spqr_stage, hqq_stage, learned, learned_clipping, clip)
 }
 REPARAMS: dict[str, Callable[..., Reparam]] = {
     f.__name__: f
@@ -165,10 +167,10 @@ def w8a8(format: str | Format | None = None) -> Recipe:
     return _recipe("w8a8", "int8_row" if format is None else format, nearest(), reparams=(act("int8"),))
 
 
-def spqr_3bit(threshold: float = 0.2, format: str | Format | None = None) -> Recipe:
+def spqr(threshold: float = 0.2, format: str | Format | None = None) -> Recipe:
     """SpQR (arXiv:2306.03078): error feedback with outliers in CSR, groups of 16 with 3-bit scales."""
     made = "uint3_g16_u3x16" if format is None else format
-    return _recipe("spqr", made, spqr(threshold))
+    return _recipe("spqr", made, spqr_stage(threshold))
 
 
 def quip(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | None = None) -> Recipe:
@@ -184,9 +186,9 @@ def quarot(bits: int = 4, group: int = 128, seed: int = 0, format: str | Format 
     return _recipe("quarot", made, nearest(), ldlq("act"), reparams=(hadamard("in", seed=seed),))
 
 
-def hqq_recipe(bits: int = 4, group: int = 64, format: str | Format | None = None) -> Recipe:
+def hqq(bits: int = 4, group: int = 64, format: str | Format | None = None) -> Recipe:
     """HQQ: data-free, a zero point that is robust to outliers."""
-    return _recipe("hqq", affine(bits, group, zero="f16") if format is None else format, hqq())
+    return _recipe("hqq", affine(bits, group, zero="f16") if format is None else format, hqq_stage())
 
 
 def autoround(bits: int = 4, group: int = 128, steps: int = 200, format: str | Format | None = None) -> Recipe:
@@ -202,9 +204,11 @@ def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | F
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
-    "rtn": rtn, "imatrix": imatrix, "gptq": gptq, "gptaq": gptaq, "best_gguf": best_gguf, "awq": awq,
-    "smoothquant": smoothquant, "llm_int8": llm_int8, "w8a8": w8a8, "spqr": spqr_3bit, "quip": quip, "quarot": quarot,
-    "hqq": hqq_recipe, "autoround": autoround, "omniquant": omniquant,
+    f.__name__: f
+    for f in (
+        rtn, imatrix, gptq, gptaq, best_gguf, awq, smoothquant, llm_int8, w8a8, spqr, quip, quarot, hqq, autoround,
+        omniquant,
+    )
 }  # fmt: skip
 
 

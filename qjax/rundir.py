@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -132,6 +133,17 @@ def describe(
         "exit_status": None,
         "error": None,
     }
+
+
+def machine() -> dict[str, Any]:
+    """Where a benchmark's numbers come from; the load and the peak of memory are those of now."""
+    import jax
+
+    return {
+        "device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "architecture": platform.machine(),
+        "python": platform.python_version(), "jax": jax.__version__,
+        "load": os.getloadavg()[0], "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }  # fmt: skip
 
 
 def _short(path: Path) -> str:

@@ -51,6 +51,20 @@ def table(rows: Sequence[Judgement], title: str = "") -> Table:
     return made
 
 
+def timing_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A rich table of contestants on one problem: {shape, name, seconds, compile_seconds or None, relative_loss}."""
+    from rich.table import Table
+
+    made = Table()
+    for column in ("shape", "what", "seconds", "compile, s", "relative loss"):
+        made.add_column(column, justify="left" if column in ("shape", "what") else "right")
+    for r in rows:
+        first = "" if r["compile_seconds"] is None else f"{r['compile_seconds']:.1f}"
+        shape = " x ".join(map(str, r["shape"]))
+        made.add_row(shape, r["name"], f"{r['seconds']:.2f}", first, f"{r['relative_loss']:.6f}")
+    return made
+
+
 def html_report(
     rows: Sequence[Judgement],
     *,

@@ -93,7 +93,7 @@ def test_spikes_leave_their_groups_range(spiky):
 @pytest.mark.parametrize(
     "reparams", [(), (hadamard("in"),), (columns(share=0.02, by="h"),)], ids=["", "rotated", "columns"]
 )
-def test_the_packed_weight(reparams, spiky):
+def test_the_packed_weight(reparams, spiky, tmp_path):
     w, H = spiky
     fmt = qjax.format("uint3_g16_mse_u3x8")
     q, report = round_leaf("w", w, -1, fmt, Recipe((spqr(),), reparams=reparams), Stats(H=H))
@@ -105,7 +105,9 @@ def test_the_packed_weight(reparams, spiky):
     plain, _ = round_leaf("w", w, -1, fmt, Recipe((spqr(INFINITE),), reparams=reparams), Stats(H=H))
     part = q.applied[-1]
     assert q.nbytes - plain.nbytes == part.values.size * 4
-    assert q.bits_per_weight < 6
+    for i, leaf in enumerate(jax.tree.leaves((q.leaves, q.applied))):
+        np.asarray(leaf).tofile(tmp_path / f"{i}.bin")
+    assert q.bits_per_weight == 8 * sum(f.stat().st_size for f in tmp_path.iterdir()) / q.size < 6
 
 
 def test_a_stack_has_outliers_of_its_own(spiky):
