@@ -180,11 +180,6 @@ def round_weight(
     return Rounded(state.scales, state.codes, state.damping, *sums, outliers=state.outliers)
 
 
-def relative_loss(w: Float[Array, "rows n"], w_hat: Float[Array, "rows n"], H: Float[Array, "n n"]) -> Float[Array, ""]:
-    """tr(E H E^T) / tr(W H W^T) of any w_hat."""
-    return _share(jnp.sum(proxy(w - w_hat, H)), jnp.sum(proxy(w, H)))
-
-
 def _share(error: Array, energy: Array) -> Array:
     return jnp.where(energy > 0, error / jnp.where(energy > 0, energy, 1.0), jnp.where(energy == 0, 0.0, jnp.nan))
 
