@@ -10,6 +10,7 @@ from qjax.plan.named import plan_named
 from qjax.recipes import Recipe, recipe
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
+from qjax.training.fake_quant import fake_quant
 
 __all__ = [
     "QTensor",
@@ -19,6 +20,7 @@ __all__ = [
     "contracted_axes",
     "dequantize",
     "dot",
+    "fake_quant",
     "format",
     "formats",
     "from_bytes",

@@ -24,9 +24,10 @@ LAYERS = [
     {"lift"},
     {"models", "io"},
     {"calibrate"},
-    {"evaluate", "training"},
+    {"evaluate"},
     {"plan"},
     {"pipeline"},
+    {"training"},
     {"config", "rundir"},
     {"cli", "__main__"},
 ]

@@ -3,7 +3,8 @@
     apply_q = lift(apply)              apply_q(qparams, x): packed weights in a plain model
     report(apply, params, x)           every use of every weight, by its path in the params tree
     watch(apply, collect)              statistics of what flows into each weight
-    substitute(apply, transform)       fake quantization
+    substitute(apply, transform)       fake quantization of weights
+    replace_inputs(apply, transform)   fake quantization of activations
     adapt(apply)                       low-rank adapters
     tap(apply)                         gradients by the outputs of weights
 
@@ -13,9 +14,9 @@ A function is traced on the shapes of dense weights and its jaxpr evaluated agai
 """
 
 from qjax.lift.apply import lift
-from qjax.lift.change import adapt, substitute, tap, tap_shapes
+from qjax.lift.change import adapt, replace_inputs, substitute, tap, tap_shapes
 from qjax.lift.observe import report, watch
 from qjax.lift.scope import Stats
 from qjax.lift.weight import Use
 
-__all__ = ["Stats", "Use", "adapt", "lift", "report", "substitute", "tap", "tap_shapes", "watch"]
+__all__ = ["Stats", "Use", "adapt", "lift", "replace_inputs", "report", "substitute", "tap", "tap_shapes", "watch"]

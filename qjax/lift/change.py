@@ -62,6 +62,36 @@ def substitute(fn: Function, transform: Callable[[Use, Any], Any]) -> Function:
     return substituted
 
 
+def replace_inputs(fn: Function, transform: Callable[[Use, Any], Any]) -> Function:
+    """Replace the activation of each dot by a function of it, e.g. its fake-quantized self.
+
+    Args:
+      fn: a pure function of (params, *inputs); params dense or packed.
+      transform: (use, x) -> x' of the same shape and type, x [*batch, *tokens, n] with its contracted axes last and
+        merged; called for every dot with a weight, once for each weight that reads an activation. Gradients flow
+        through it. Lookups are left alone.
+
+    Returns: a function of (params, *inputs).
+
+    Raises:
+      UserError: (when called) transform returns another shape or type.
+    """
+
+    def checked(use: Use, x: Any) -> Any:
+        new = transform(use, x)
+        if (new.shape, new.dtype) != (x.shape, x.dtype):
+            raise UserError(
+                f"transform made {new.dtype}{list(new.shape)} of the input of {use.path!r}, which is "
+                f"{x.dtype}{list(x.shape)}"
+            )
+        return new
+
+    def replaced(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(trace(fn, params, args, kwargs), Program(replace_input=checked), matrices)[0]
+
+    return replaced
+
+
 def adapt(fn: Function) -> Function:
     """Add low-rank adapters to weights: y = x . W + scale (x . A) . B, as if W were W + scale A . B.
 

@@ -46,6 +46,12 @@ class Contraction:
         x = x.transpose(*self.x_batch, *self.x_free, *self.x_contract)
         return x.reshape(*x.shape[: len(self.x_batch) + len(self.x_free)], n)
 
+    def arranged(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """The inverse of `operand`: an activation of the program's shape and order."""
+        order = (*self.x_batch, *self.x_free, *self.x_contract)
+        x = x.reshape([shape[a] for a in order])
+        return x.transpose([order.index(a) for a in range(len(order))])
+
     def restore(self, y: Any) -> Any:
         """[*batch, *tokens, *out] in the order that the program's dot_general gives."""
         if not self.weight_first:

@@ -95,6 +95,12 @@ def _dot(eqn: Any, at: int, values: list[Any], scope: Scope) -> tuple[list[Any],
     weight, x = (values[0], values[1]) if first else (values[1], values[0])
     c = contraction(eqn, x.ndim, weight, first)
     axes = contracts_whole(weight, c)
+    key = (scope.name(eqn.invars[1 if first else 0]), c.x_batch, c.x_contract)
+    if scope.program.replace_input is not None and axes is not None:
+        use = scope.use(weight, at, "dot", axes, key, len(c.x_batch))
+        new = scope.program.replace_input(use, c.operand(x))
+        x = c.arranged(new, x.shape)
+        values = [values[0], x] if first else [x, values[1]]
     try:
         if weight.packed:
             y = packed_dot(eqn, c, x, weight.value)
@@ -108,7 +114,6 @@ def _dot(eqn: Any, at: int, values: list[Any], scope: Scope) -> tuple[list[Any],
     if axes is None:
         scope.other(weight, (at,))
         return [y], {}
-    key = (scope.name(eqn.invars[1 if first else 0]), c.x_batch, c.x_contract)
     return scope.visit(scope.use(weight, at, "dot", axes, key, len(c.x_batch)), at, c.operand(x), y, c)
 
 

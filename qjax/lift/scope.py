@@ -42,6 +42,9 @@ class Site:
     inside: str
 
 
+# What a dot's activation [*batch, *tokens, n] is replaced by, of the same shape and type.
+Replace = Callable[[Use, Any], Any]
+
 # A visitor returns the result to go on with and statistics by source.
 Visit = Callable[[Site], tuple[Any, Stats]]
 
@@ -52,12 +55,14 @@ class Program:
 
     Attributes:
       visit: called at every dot and gather; None where nobody looks.
+      replace_input: called with every dot's activation before the dot; None where activations stay.
       on_dense: what to do where a packed weight must be decoded: raise, warn, or only note it in the ledger.
       steps_over: (a scan's place, paths of the weights it steps over) -> keys of the feed that it steps over as well.
       uses, sources: the ledger.
     """
 
     visit: Visit | None = None
+    replace_input: Replace | None = None
     on_dense: Literal["raise", "warn", "note"] = "raise"
     steps_over: Callable[[Place, set[str]], set[str]] = lambda place, paths: set()
     uses: dict[Place, Use] = dataclasses.field(default_factory=dict)

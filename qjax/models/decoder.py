@@ -124,11 +124,17 @@ def visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Arra
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+def as_it_is(name: str, x: jax.Array) -> jax.Array:
+    """What the cache stores of keys ("k") and values ("v"): all of them."""
+    return x
+
+
 class Attention(nn.Module):
     config: DecoderConfig
     layer: int
     dtype: Any = jnp.float32
     dot_general: Callable = lax.dot_general
+    stored: Callable = as_it_is
 
     @nn.compact
     def __call__(self, x, positions, cache=None):
@@ -147,6 +153,7 @@ class Attention(nn.Module):
         frequencies = rope_frequencies(c.head_dim, *c.layer_theta(self.layer))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, c.head_dim) for y in (k, v))
+        k, v = self.stored("k", k), self.stored("v", v)
         scale = (c.head_dim if c.query_dim is None else c.query_dim) ** -0.5
         window = c.layer_window(self.layer)
         if cache is None:
@@ -183,6 +190,7 @@ class Block(nn.Module):
     layer: int
     dtype: Any = jnp.float32
     dot_general: Callable = lax.dot_general
+    stored: Callable = as_it_is
 
     @nn.compact
     def __call__(self, x, positions, cache=None):
@@ -191,7 +199,7 @@ class Block(nn.Module):
         def norm(name):
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)
 
-        y, cache = Attention(c, self.layer, self.dtype, self.dot_general, name="attn")(
+        y, cache = Attention(c, self.layer, self.dtype, self.dot_general, self.stored, name="attn")(
             norm("attn_norm")(x), positions, cache
         )
         x = x + (norm("attn_post_norm")(y) if c.post_norms else y)
@@ -205,12 +213,14 @@ class Decoder(nn.Module):
     With `cache` (see `empty_cache`) the tokens continue the cached ones and the new cache comes back as well; all rows
     of the batch are equally long, and `length + cached` must not exceed the cache's capacity. `at` asks for the logits
     of one position only, [batch, 1, vocab]. `dtype` is the arithmetic of activations; `dot_general` may be
-    replaced, e.g. by one that fits the hardware.
+    replaced, e.g. by one that fits the hardware. `stored`: ("k" or "v", [batch * kv_heads, length, head_dim]) -> what
+    the cache would give back of it, of the same shape and type, with or without a cache.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     dot_general: Callable = lax.dot_general
+    stored: Callable = as_it_is
 
     @nn.compact
     def __call__(self, tokens, cache: Cache | None = None, at=None):
@@ -224,7 +234,7 @@ class Decoder(nn.Module):
         new_cache: Cache = {"length": start + tokens.shape[1]}
         for i in range(c.layers):
             name = f"layers_{i}"
-            block = Block(c, i, self.dtype, self.dot_general, name=name)
+            block = Block(c, i, self.dtype, self.dot_general, self.stored, name=name)
             x, new_cache[name] = block(x, positions, None if cache is None else cache[name])
         if at is not None:
             x = lax.dynamic_slice_in_dim(x, at, 1, axis=1)

@@ -63,7 +63,8 @@ def quantize_params(
     del key
     recipe, axes = get_recipe(recipe), axes or {}
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
-    weights = [_weight(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, axes) for path, leaf in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    weights = [named_weight(name, leaf, axes) for name, (_, leaf) in zip(names, leaves, strict=True)]
     stats = {} if stats is None else stats
     for what, named in (("stats", stats), ("axes", axes)):
         for path in named:
@@ -117,7 +118,8 @@ def _is_plain(recipe: Recipe) -> bool:
     return not recipe.reparams and len(recipe.roundings) == 1 and isinstance(recipe.roundings[0], Nearest)
 
 
-def _weight(path: str, leaf: Any, axes: Mapping[str, int]) -> Weight:
+def named_weight(path: str, leaf: Any, axes: Mapping[str, int]) -> Weight:
+    """A leaf as a plan sees it: its contracted axis last; `axes` says which where the name does not."""
     shape = list(leaf.shape)
     if shape:
         shape.append(shape.pop(axes.get(path, contracted_axis(path, len(shape)))))

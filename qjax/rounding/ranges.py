@@ -19,7 +19,7 @@ _FAR = 1e5  # beyond the levels of every format with scales, near enough to tell
 _HALVINGS = 32
 
 
-def grid_of_state(state: State, format: Format) -> tuple[Float[Array, "rows G"], Float[Array, "rows G"] | None]:
+def grid_of_state(state: State, format: Format) -> tuple[Float[Array, "*b G"], Float[Array, "*b G"] | None]:
     """s and m of the scales that a stage left."""
     assert state.scales is not None
     return format.grid(state.scales, state.target.shape)
@@ -30,25 +30,25 @@ def ends(format: Format) -> tuple[Float[Array, ""], Float[Array, ""]]:
     return format.level(jnp.float32(-_FAR)), format.level(jnp.float32(_FAR))
 
 
-def span(format: Format, s: Float[Array, "rows G"], m: Float[Array, "rows G"]) -> tuple[Array, Array]:
+def span(format: Format, s: Float[Array, "*b G"], m: Float[Array, "*b G"]) -> tuple[Array, Array]:
     """low = s lo + m and high = s hi + m of each group, f32[rows, G]."""
     lo, hi = ends(format)
     return s * lo + m, s * hi + m
 
 
-def between(format: Format, low: Float[Array, "rows G"], high: Float[Array, "rows G"]) -> tuple[Array, Array]:
+def between(format: Format, low: Float[Array, "*b G"], high: Float[Array, "*b G"]) -> tuple[Array, Array]:
     """s and m of the grid whose first level lies at low and whose last at high, f32[rows, G]."""
     lo, hi = ends(format)
     s = (high - low) / (hi - lo)
     return s, low - s * lo
 
 
-def grouped(w: Float[Array, "rows n"], s: Float[Array, "rows G"]) -> Float[Array, "rows G size"]:
+def grouped(w: Float[Array, "*b n"], s: Float[Array, "*b G"]) -> Float[Array, "*b G size"]:
     """The weights of each group of s."""
     return w.reshape(*s.shape, -1)
 
 
-def units(x: Float[Array, "rows G size"], s: Array, m: Array | None) -> Float[Array, "rows G size"]:
+def units(x: Float[Array, "*b G size"], s: Array, m: Array | None) -> Float[Array, "*b G size"]:
     """(x - m) / s, the argument of `level`; 0 where s is."""
     x = x if m is None else x - m[..., None]
     return jnp.where(s == 0, 0.0, 1.0 / jnp.where(s == 0, 1.0, s))[..., None] * x

@@ -1,0 +1,204 @@
+"""Gradient estimators: what passes back to a weight through the rounding, w -> w_hat = s T + m.
+
+    u = (w - m) / s      T = level(u), its unit level      g = dL/dw_hat      dL/dw = estimator(g, place)
+
+    ste            g                                                Bengio et al., arXiv:1308.3432
+    clipped        g where lo <= u <= hi, else 0                    PACT, LSQ: arXiv:1805.06085, 1902.08153
+    ewgs(d)        g (1 + d sign(g) (u - T))                        Lee et al., arXiv:2104.00903, equation 6
+    trust(k)       g where |u - T| <= k half, else 0                QuEST, arXiv:2502.05003, section 3.2
+    soft_round(k)  g k (1 - t^2) / tanh(k),  t = tanh(k v)          the slope of a soft staircase
+
+`half` is half the distance from T to its neighbour on w's side, and v runs from -1 to 1 between two levels. lo, hi are
+the first and last unit level, or with reach "cells" half a gap outside of them: there a weight still rounds to its
+nearest level. Bounds are inclusive: absmax scales put a weight of every group on the tie, where `jnp.clip` would halve
+its gradient. Which w_hat these stand behind does not matter to them: scales refit at each step, frozen, or learned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.formats.protocol import Format
+from qjax.rounding.ranges import ends, gap, grouped, units
+from qjax.typing import Array, Float
+
+Reach = Literal["levels", "cells"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where weights lie among the levels of their grid; what is not asked for is not computed.
+
+    Attributes:
+      format: its levels.
+      w, w_hat: the weights before and after, f32[*b, n].
+      s, m: the grid as stored, f32[*b, G] each; m is None where there is no offset.
+    """
+
+    format: Format
+    w: Array
+    w_hat: Array
+    s: Array
+    m: Array | None
+
+    @functools.cached_property
+    def u(self) -> Float[Array, "*b n"]:
+        """(w - m) / s, 0 where s is."""
+        return units(grouped(self.w, self.s), self.s, self.m).reshape(self.w.shape)
+
+    @functools.cached_property
+    def T(self) -> Float[Array, "*b n"]:
+        """The unit level of w_hat."""
+        t = units(grouped(self.w_hat, self.s), self.s, self.m)
+        return self.format.level(t).reshape(self.w.shape)
+
+    def inside(self, reach: Reach) -> Array:
+        """Whether u lies between the ends of the grid, which count as inside: bool[*b, n]."""
+        lo, hi = ends(self.format)
+        if reach == "cells":
+            lo, hi = lo - 0.5 * gap(self.format, lo, jnp.bool_(True)), hi + 0.5 * gap(self.format, hi, jnp.bool_(False))
+        u = self.u
+        return (u >= lo) & (u <= hi)
+
+    def neighbour(self) -> Float[Array, "*b n"]:
+        """The distance from T to the next unit level on u's side; outside of the grid, to the one on the other side."""
+        lo, hi = ends(self.format)
+        t = self.T
+        return gap(self.format, t, ((self.u > t) | (t == lo)) & (t < hi))
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """A hashable function from the gradient by w_hat and the place to the gradient by w, f32[*b, n] each."""
+
+    def __call__(self, g: Array, place: Place) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ste:
+    """See `ste`."""
+
+    def __call__(self, g: Array, place: Place) -> Array:
+        return g
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """See `clipped`."""
+
+    reach: Reach = "cells"
+
+    def __post_init__(self) -> None:
+        if self.reach not in ("levels", "cells"):
+            raise UserError(f"clipped: reach must be levels or cells, got {self.reach!r}")
+
+    def __call__(self, g: Array, place: Place) -> Array:
+        return jnp.where(place.inside(self.reach), g, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ewgs:
+    """See `ewgs`."""
+
+    delta: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.delta >= 0:
+            raise UserError(f"ewgs: delta must not be negative, got {self.delta}")
+
+    def __call__(self, g: Array, place: Place) -> Array:
+        return g * (1.0 + self.delta * jnp.sign(g) * (place.u - place.T))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """See `trust`."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise UserError(f"trust: factor must be positive, got {self.factor}")
+
+    def __call__(self, g: Array, place: Place) -> Array:
+        return jnp.where(jnp.abs(place.u - place.T) <= self.factor * 0.5 * place.neighbour(), g, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftRound:
+    """See `soft_round`."""
+
+    sharpness: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.sharpness > 0:
+            raise UserError(f"soft_round: sharpness must be positive, got {self.sharpness}")
+
+    def __call__(self, g: Array, place: Place) -> Array:
+        k = self.sharpness
+        # From the middle of the gap in half gaps: -1 and 1 on the levels, 0 on the border between their cells.
+        away = 1.0 - 2.0 * jnp.abs(place.u - place.T) / place.neighbour()
+        t = jnp.tanh(k * away)
+        return jnp.where(place.inside("levels"), g * (k * (1.0 - t * t) / jnp.tanh(jnp.float32(k))), 0.0)
+
+
+def ste() -> Ste:
+    """Straight through: the gradient as it is, for scales that follow the weights."""
+    return Ste()
+
+
+def clipped(reach: Reach = "cells") -> Clipped:
+    """Straight through inside the grid, nothing outside: the estimator of learned scales."""
+    return Clipped(reach)
+
+
+def ewgs(delta: float = 1e-3) -> Ewgs:
+    """Element-wise gradient scaling: weights that must move away from their level move further; delta 0 is `ste`."""
+    return Ewgs(delta)
+
+
+def trust(factor: float = 1.0) -> Trust:
+    """QuEST's trust region: no gradient to weights further from their level than `factor` half gaps."""
+    return Trust(factor)
+
+
+def soft_round(sharpness: float = 2.0) -> SoftRound:
+    """A soft staircase's slope, mean 1 over a gap: largest between levels, least on them; sharpness near 0 is `ste`."""
+    return SoftRound(sharpness)
+
+
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    "ste": ste,
+    "clipped": clipped,
+    "ewgs": ewgs,
+    "trust": trust,
+    "soft_round": soft_round,
+}
+
+
+def estimator(text: str) -> Estimator:
+    """An estimator from a config's word: "ste", "ewgs(0.01)", "clipped(levels)".
+
+    Raises:
+      UserError: an unknown name or an argument it does not take.
+
+    >>> estimator("ewgs(0.01)")
+    Ewgs(delta=0.01)
+    """
+    name, _, rest = text.partition("(")
+    if name not in ESTIMATORS:
+        raise UserError(f"unknown estimator {text!r}; known: {', '.join(ESTIMATORS)}")
+    argument = rest.removesuffix(")")
+    make = ESTIMATORS[name]
+    if not argument:
+        return make()
+    try:
+        return make(argument if name == "clipped" else float(argument))
+    except (TypeError, ValueError):
+        raise UserError(f"estimator {text!r}: {name} does not take {argument!r}") from None

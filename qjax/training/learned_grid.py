@@ -1,0 +1,132 @@
+"""Learned scales, offsets and thresholds: gradients by the grid itself, on any format whose scales can be moved.
+
+    w_hat = s T + m,   T = level(u),   u = (w - m) / s,        sums over the weights that share the scale:
+    dL/ds = sum g (T - u) inside, g T outside      dL/dm = sum g 0 inside, g outside      dL/dw = estimator(g)
+
+On integers this is LSQ (Esser et al., arXiv:1902.08153, equation 3; T - u = round(v) - v, and Qn or Qp outside) and,
+with an offset, LSQ+ (arXiv:2004.09576); on the half-integer levels of `int2_g64_mid` it is ParetoQ's SEQ
+(arXiv:2502.02631). With a threshold scale p of its own, levels are chosen on one grid and stand on another (Dual-LSQ;
+for three levels, trained ternary quantization, arXiv:1612.01064):
+
+    w_hat = s T + m,   u = (w - m) / p
+    dL/ds = sum g T      dL/dp = -sum inside g u s / p      dL/dw = estimator(g) s / p
+
+s, m and p are used as the format stores them (`Format.store`), the gradient goes straight through the storing, and
+nested super-scales stay where they were at the start. The parameters that train are dimensionless, s = s0 exp(scale),
+p = p0 exp(threshold), m = m0 + s0 offset, all 0 at the start: one rate fits every format, a scale keeps its sign.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.formats.protocol import Format, Scales
+from qjax.rounding.ranges import grouped
+from qjax.training.estimators import Clipped, Estimator, Place
+from qjax.training.fake_quant import decoded, rounded
+from qjax.typing import Array, Float
+
+Grid = dict[str, Array]  # "s", and where the format has one "m", and where it is its own "p": f32[*b, G] each
+
+
+def start(fmt: Format, kept: Scales, shape: tuple[int, ...], threshold: Array | None = None) -> tuple[Grid, Grid]:
+    """Parameters at 0, and the grid that they move: of stored scales, and p where `threshold` gives it.
+
+    Args:
+      kept: the format's scales.
+      shape: of the weights, contracted axis last.
+      threshold: p, f32[*b, G], where levels are chosen on another grid than they stand on.
+    """
+    s, m = fmt.grid(kept, shape)
+    at: Grid = {"s": s} | ({} if m is None else {"m": m}) | ({} if threshold is None else {"p": threshold})
+    names = {"s": "scale", "m": "offset", "p": "threshold"}
+    return {names[k]: jnp.zeros_like(x) for k, x in at.items()}, at
+
+
+def moved(parameters: Grid, at: Grid) -> Grid:
+    """The grid of parameters: s = s0 exp(scale), m = m0 + s0 offset, p = p0 exp(threshold)."""
+    grid = {"s": at["s"] * jnp.exp(parameters["scale"])}
+    if "m" in at:
+        grid["m"] = at["m"] + at["s"] * parameters["offset"]
+    if "p" in at:
+        grid["p"] = at["p"] * jnp.exp(parameters["threshold"])
+    return grid
+
+
+def encode_on(fmt: Format, kept: Scales, grid: Grid, x: Float[Array, "*b n"]) -> tuple[Scales, Array]:
+    """What is stored of x on a grid: scales and codes."""
+    scales = _stored(fmt, kept, grid["s"], grid.get("m"))
+    chosen_on = _stored(fmt, kept, grid["p"], grid.get("m")) if "p" in grid else scales
+    return scales, rounded(fmt, chosen_on, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _stored(fmt: Format, kept: Scales, s: Array, m: Array | None) -> Scales:
+    return lax.optimization_barrier(fmt.store(*lax.optimization_barrier((kept, s, m))))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def learned_quant(
+    fmt: Format, estimator: Estimator, kept: Scales, grid: Grid, x: Float[Array, "*b n"]
+) -> Float[Array, "*b n"]:
+    """x on a learned grid, with gradients by x and by the grid.
+
+    Args:
+      fmt: the format.
+      estimator: what passes to x; its reach (else "cells") says what is inside for s, m and p.
+      kept: stored scales that give `Format.store` what it does not move.
+      grid: s, m, p.
+      x: contracted axis last.
+
+    Returns: the decoded values, f32.
+    """
+    return decoded(fmt, *encode_on(fmt, kept, grid, x))
+
+
+def _forward(fmt: Format, estimator: Estimator, kept: Scales, grid: Grid, x: Array) -> tuple[Array, tuple]:
+    scales, codes = encode_on(fmt, kept, grid, x)
+    x_hat = decoded(fmt, scales, codes)
+    return x_hat, (kept, scales, grid, x, x_hat)
+
+
+def _backward(fmt: Format, estimator: Estimator, residuals: tuple, g: Array) -> tuple[None, Grid, Array]:
+    kept, scales, grid, x, x_hat = residuals
+    s, m = fmt.grid(scales, x.shape)
+    p = fmt.grid(_stored(fmt, kept, grid["p"], grid.get("m")), x.shape)[0] if "p" in grid else s
+    T = Place(fmt, x, x_hat, s, m).T
+    place = Place(fmt, x, _spread(p, x) * T + (0.0 if m is None else _spread(m, x)), p, m)
+    inside = place.inside(estimator.reach if isinstance(estimator, Clipped) else "cells")
+    slope = jnp.where(p == s, 1.0, s / jnp.where(p == 0, 1.0, p))  # dw_hat / dw inside
+    passed = g * inside.astype(g.dtype)
+    back: Grid = {}
+    if "p" in grid:
+        back["s"] = _shared(g * T, s)
+        back["p"] = -slope * _shared(passed * place.u, s)
+    else:
+        back["s"] = _shared(g * T - passed * place.u, s)
+    if "m" in grid:
+        back["m"] = _shared(g, s) - slope * _shared(passed, s)
+    return None, back, estimator(g, place) * _spread(slope, x)
+
+
+learned_quant.defvjp(_forward, _backward)
+
+
+def _spread(per_group: Array, x: Array) -> Array:
+    """[*b, G] to x's shape."""
+    return jnp.broadcast_to(per_group[..., None], grouped(x, per_group).shape).reshape(x.shape)
+
+
+def _shared(per_weight: Array, s: Array) -> Array:
+    """Sums over the weights of each group: [*b, G]."""
+    return grouped(per_weight, s).sum(axis=-1)
+
+
+def gradient_scale(x: Array, factor: float | Array) -> Array:
+    """x, with its gradient multiplied by a factor: LSQ's g = 1 / sqrt(N Qp). Adam does not see it, SGD does."""
+    scaled = x * factor
+    return scaled + lax.stop_gradient(x - scaled)

@@ -1,0 +1,151 @@
+"""How one weight is quantized while it trains: a format, where its scales come from, what passes back.
+
+    refit       scales of the weights at every step                       w_hat = decode(encode(w))
+    frozen      scales of the weights at the last refresh                 w_hat = decode(scales, nearest(scales, w))
+    learned     scales, and offsets where the format has them, train      w_hat = learned_quant(grid(parameters), w)
+    decoupled   learned, with a threshold of its own
+
+`encode` is what is stored and `fake` its value, bit for bit: export packs what `encode` returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.errors import UserError
+from qjax.formats.protocol import Format, Scales
+from qjax.tensor import QTensor
+from qjax.training.estimators import Estimator, Place, clipped, ste
+from qjax.training.fake_quant import decoded, encoded, rounded, straight_through
+from qjax.training.learned_grid import encode_on, learned_quant, moved, start
+from qjax.training.scale_rules import OWN, ScaleRule
+from qjax.typing import Array, Float
+
+ScaleKind = Literal["refit", "frozen", "learned", "decoupled"]
+SCALES = ("refit", "frozen", "learned", "decoupled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """See the module's docstring.
+
+    Attributes:
+      format: the format.
+      axis: the contracted axis of the weight.
+      scales: "refit", "frozen", "learned" or "decoupled".
+      estimator: None: `ste()` for scales that follow the weights, `clipped()` for learned ones.
+      rule: where scales come from, at every step, at a refresh, at the start.
+    """
+
+    format: Format
+    axis: int = -1
+    scales: ScaleKind = "refit"
+    estimator: Estimator | None = None
+    rule: ScaleRule = OWN
+
+    def __post_init__(self) -> None:
+        if self.scales not in SCALES:
+            raise UserError(f"scales must be {', '.join(SCALES)}, got {self.scales!r}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has parameters of its own."""
+        return self.scales in ("learned", "decoupled")
+
+    def init(self, w: Float[Array, "*w"], weight: Array | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What trains and what is kept beside the weight.
+
+        Args:
+          w: the weight at the moment when quantization begins.
+          weight: importance of each weight for the format's own search, of w's shape or one for each of `axis`.
+
+        Returns: {"scale", "offset", "threshold"} or {}, and {"scales", "at"} or {}.
+        """
+        if self.scales == "refit":
+            return {}, {}
+        return _init(self, w, weight)
+
+    def init_from(self, q: QTensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`init` on the scales that any recipe chose: training goes on from its grid.
+
+        Raises:
+          UserError: another format or axis, or codes behind a reparametrization.
+        """
+        if q.format != self.format or q.axis != self.axis or q.applied:
+            raise UserError(f"{q} along axis {q.axis} does not fit {self.format.name} along axis {self.axis}")
+        scales, codes = q.format.unpack(q.leaves)
+        if self.scales == "refit":
+            return {}, {}
+        return self._beside(scales, jnp.shape(codes), None)
+
+    def _beside(self, scales: Scales, shape: tuple[int, ...], p: Array | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        if not self.trains:
+            return {}, {"scales": scales}
+        if self.scales == "decoupled" and p is None:
+            p = self.format.grid(scales, shape)[0]
+        parameters, at = start(self.format, scales, shape, p)
+        return parameters, {"scales": scales, "at": at}
+
+    def encode(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> tuple[Scales, Array]:
+        """Scales and codes, contracted axis last: what a file stores."""
+        x = self._rows(w)
+        if self.trains:
+            return encode_on(self.format, kept["scales"], moved(trained, kept["at"]), x)
+        if self.scales == "frozen":
+            return kept["scales"], rounded(self.format, kept["scales"], x)
+        return self._fitted(x, None)[:2]
+
+    def fake(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> Float[Array, "*w"]:
+        """The stored weight's value, f32, with gradients by w and by what trains."""
+        x = self._rows(w)
+        if self.trains:
+            estimator = self.estimator or clipped()
+            y = learned_quant(self.format, estimator, kept["scales"], moved(trained, kept["at"]), x)
+        else:
+            still = lax.stop_gradient((w, kept))
+            scales, codes = self.encode(still[0], {}, still[1])
+            value = decoded(self.format, scales, codes)
+            y = straight_through(self.format, self.estimator or ste(), x, value, scales)
+        return jnp.moveaxis(y, -1, self.axis)
+
+    def pack(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> QTensor:
+        """The weight as it is stored; `qjax.dequantize` of it equals `fake` bit for bit."""
+        return QTensor(self.format.pack(*self.encode(w, trained, kept)), self.format, self.axis)
+
+    def saturated(self, w: Float[Array, "*w"], scales: Scales, codes: Array) -> Float[Array, ""]:
+        """The share of weights outside of the cells of the grid."""
+        x = self._rows(w)
+        s, m = self.format.grid(scales, x.shape)
+        place = Place(self.format, x, self.format.decode(scales, codes), s, m)
+        return 1.0 - jnp.mean(place.inside("cells").astype(jnp.float32))
+
+    def _rows(self, w: Array) -> Array:
+        return jnp.moveaxis(w.astype(jnp.float32), self.axis, -1)
+
+    def _fitted(self, x: Array, weight: Array | None) -> tuple[Scales, Array, Array | None]:
+        """Scales and codes of the rule for x, and the threshold scale p that chose the codes."""
+        if self.rule.kind == "own":
+            return (*encoded(self.format, x, weight), None)
+        kept = encoded(self.format, x, weight)[0]
+        grid = self.rule(self.format, x)
+        offset = self.format.grid(kept, x.shape)[1]
+        grid |= {} if offset is None else {"m": offset}
+        return (*encode_on(self.format, kept, grid, x), grid.get("p"))
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(quantizer: Quantizer, w: Array, weight: Array | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    x = quantizer._rows(w)
+    if weight is not None:
+        weight = weight.astype(jnp.float32)
+        full = weight.ndim == w.ndim and w.ndim > 1
+        weight = jnp.moveaxis(weight, quantizer.axis, -1) if full else weight
+        weight = jnp.broadcast_to(weight.reshape((1,) * (w.ndim - weight.ndim) + weight.shape), x.shape)
+    scales, _, p = quantizer._fitted(x, weight)
+    return quantizer._beside(scales, x.shape, p)

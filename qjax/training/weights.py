@@ -1,0 +1,185 @@
+"""The weights of a params tree in training: which are quantized and how, their values, their export.
+
+    state = init(params, quantizers)          scales that train, and what is kept
+    fake_params(params, ...)                  the tree that the model runs on: quantized weights at their stored values
+    packed_params(params, ...)                the tree that is exported: QTensors of exactly these values
+
+Weights of one shape and one quantizer are stacked and quantized together: a search over scales is compiled once, not
+once a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.pipeline.memory import contracted_axis, named_weight
+from qjax.plan import Plan
+from qjax.tensor import dequantize, is_qtensor
+from qjax.training.estimators import Estimator
+from qjax.training.quantizer import Quantizer, ScaleKind
+from qjax.training.scale_rules import OWN, ScaleRule
+from qjax.typing import Array
+
+Quantizers = Mapping[str, Quantizer]
+ByPath = dict[str, Any]  # {path: {name: array}}
+
+
+def quantizers_of(
+    params: Any,
+    plan: Plan,
+    *,
+    scales: ScaleKind = "refit",
+    estimator: Estimator | None = None,
+    rule: ScaleRule = OWN,
+    axes: Mapping[str, int] | None = None,
+) -> dict[str, Quantizer]:
+    """How a plan's weights are quantized while they train.
+
+    Args:
+      params: a tree of floats, or of their shapes.
+      plan: patterns over the leaves' paths -> formats; recipes in it say how the start is rounded, not the training.
+      scales, estimator, rule: see `Quantizer`.
+      axes: {path: contracted axis}, as `qjax.contracted_axes` finds them; else embeddings -1, kernels -2.
+
+    Returns: {path: Quantizer} of the weights that the plan does not keep.
+
+    Raises:
+      UserError: what `Plan.assign` raises (a rule that matches nothing among it), or a plan that quantizes nothing.
+    """
+    axes = axes or {}
+    leaves = leaves_by_path(params)
+    made: dict[str, Quantizer] = {}
+    for one in plan.assign(named_weight(path, leaf, axes) for path, leaf in leaves.items()):
+        if one.format is not None:
+            path = one.weight.path
+            axis = axes.get(path, contracted_axis(path, leaves[path].ndim))
+            made[path] = Quantizer(one.format, axis, scales, estimator, rule)
+    if not made:
+        raise UserError(f"plan {plan.name!r} keeps every weight: there is nothing to train through")
+    return made
+
+
+def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | None = None) -> tuple[ByPath, ByPath]:
+    """What trains beside the weights, and what is kept: {path: {...}} each, of the weights as they are now.
+
+    Args:
+      params: a tree of floats; QTensors in it, any recipe's result, give their own scales instead of a new fit.
+      importance: {path: f32[n]}, the mean squared input of each position of the contracted axis, for the fit.
+    """
+    importance = importance or {}
+    leaves = leaves_by_path(params)
+    check_paths(quantizers, leaves)
+    made = {
+        path: quantizer.init_from(leaves[path])
+        if is_qtensor(leaves[path])
+        else quantizer.init(leaves[path], importance.get(path))
+        for path, quantizer in quantizers.items()
+    }
+    return {p: t for p, (t, _) in made.items() if t}, {p: k for p, (_, k) in made.items() if k}
+
+
+def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
+    """The tree with every quantized weight at its stored value, f32; gradients reach weights and what trains."""
+    return _replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, kept))
+
+
+def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
+    """The tree with every quantized weight as a QTensor of exactly the values that `fake_params` gives."""
+    return _replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, kept))
+
+
+def refreshed(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
+    """`kept` with frozen scales fitted anew to the weights as they are."""
+    leaves = leaves_by_path(params)
+    frozen = {path: q for path, q in quantizers.items() if q.scales == "frozen"}
+    new = _mapped(lambda q, w, t, k: q.init(w)[1], leaves, frozen, {}, {})
+    return kept | new
+
+
+def measured(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> tuple[dict[str, Array], ByPath]:
+    """What quantization does to the weights now.
+
+    Returns: {"quant_noise": |W - W_hat| / |W| over all quantized weights, "saturated": the mean share of weights
+      outside of their grid}, and {path: codes} to compare with those of another step (`flip_rate`).
+    """
+    leaves = leaves_by_path(params)
+
+    def one(q: Quantizer, w: Array, t: ByPath, k: ByPath) -> tuple[Array, ...]:
+        scales, codes = q.encode(w, t, k)
+        x = jnp.moveaxis(w.astype(jnp.float32), q.axis, -1)
+        error = x - q.format.decode(scales, codes)
+        return jnp.sum(error * error), jnp.sum(x * x), q.saturated(w, scales, codes), codes
+
+    all_of = _mapped(one, leaves, quantizers, trained, kept)
+    noise, power, saturated = (sum(r[i] for r in all_of.values()) for i in range(3))
+    out = {"quant_noise": jnp.sqrt(noise / power), "saturated": saturated / len(all_of)}
+    return out, {path: r[3] for path, r in all_of.items()}
+
+
+def flip_rate(before: Mapping[str, Any], now: Mapping[str, Any]) -> float:
+    """The share of codes that changed."""
+    flipped = sum(int(np.sum(np.asarray(before[p]) != np.asarray(now[p]))) for p in now)
+    return flipped / max(1, sum(np.asarray(now[p]).size for p in now))
+
+
+def check_same_values(packed: Any, faked: Any) -> None:
+    """Raise UserError, naming the weight, unless a packed tree decodes to exactly the values that training ran on."""
+    stored, values = leaves_by_path(packed), leaves_by_path(faked)
+    for path, leaf in stored.items():
+        if is_qtensor(leaf):
+            off = int(jnp.sum(dequantize(leaf) != values[path]))
+            if off:
+                raise UserError(f"{path}: {off} of {leaf.size} stored values are not those that were trained")
+
+
+def leaves_by_path(params: Any) -> dict[str, Any]:
+    """{path: leaf}, with QTensors as leaves."""
+    named = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+
+
+def check_paths(named: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Raise UserError for a name that is no leaf's."""
+    for path in named:
+        if path not in leaves:
+            raise UserError(f"no weight is called {path!r}; they are called like {next(iter(leaves))!r}")
+
+
+def _mapped(
+    fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Quantizers, trained: ByPath, kept: ByPath
+) -> dict[str, Any]:
+    """{path: fn(quantizer, weight, trained, kept)}, weights of one shape and quantizer in one call."""
+    check_paths(quantizers, leaves)
+    groups: dict[Any, list[str]] = {}
+    for path, quantizer in quantizers.items():
+        groups.setdefault((quantizer, leaves[path].shape, str(leaves[path].dtype)), []).append(path)
+    out: dict[str, Any] = {}
+    for (quantizer, *_), paths in groups.items():
+        each = [(leaves[p], trained.get(p, {}), kept.get(p, {})) for p in paths]
+        if len(each) == 1:
+            out[paths[0]] = fn(quantizer, *each[0])
+            continue
+        stack = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+        whole = jax.vmap(lambda w, t, k, q=quantizer: fn(q, w, t, k))(*stack)
+        for i, path in enumerate(paths):
+            out[path] = jax.tree.map(lambda x, i=i: x[i], whole)
+    return {path: out[path] for path in quantizers}
+
+
+def _replaced(params: Any, new: Mapping[str, Any]) -> Any:
+    def pick(path: Any, leaf: Any) -> Any:
+        return new.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(pick, params, is_leaf=is_qtensor)
+
+
+def quantized_share(params: Any, quantizers: Quantizers) -> float:
+    """The share of all parameters that is quantized."""
+    leaves = leaves_by_path(params)
+    return sum(leaves[p].size for p in quantizers) / sum(leaf.size for leaf in leaves.values())

@@ -1,0 +1,174 @@
+"""A tree of weights in training: what a plan says, exact export, gradients where they belong, inputs and caches too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder, empty_cache
+from qjax.plan import Plan
+from qjax.training import weights
+from qjax.training.activations import input_tops, quantized_cache, quantized_inputs, static_quant, token_quant
+from qjax.training.quantizer import Quantizer
+
+CONFIG = DecoderConfig(
+    vocab=64, dim=64, hidden=96, layers=3, heads=2, kv_heads=1, head_dim=32, context=64, tied=True
+)  # fmt: skip
+
+
+def apply(params, tokens):
+    return Decoder(CONFIG).apply({"params": params}, tokens)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(0), (2, 12), 0, CONFIG.vocab)
+
+
+@pytest.fixture(scope="module")
+def params(tokens):
+    return Decoder(CONFIG).init(jax.random.key(1), tokens)["params"]
+
+
+def paths_with(tree, test):
+    return {p for p, leaf in weights.leaves_by_path(tree).items() if test(leaf)}
+
+
+@pytest.mark.parametrize("scales", ["refit", "frozen", "learned"])
+def test_export_is_what_trained(params, tokens, scales):
+    quantizers = weights.quantizers_of(
+        params,
+        Plan.from_dict({"rules": {"layers_*/attn/*": "Q4_0", "layers_*": "int3_g32", "*": "Q8_0"}}),
+        scales=scales,
+    )
+    assert len(quantizers) == 3 * 7 + 1 and quantizers["embed/embedding"].axis == -1
+    trained, kept = weights.init(params, quantizers)
+    trained = jax.tree.map(lambda t: t + 0.03, trained)
+
+    def loss(params, trained):
+        fake = weights.fake_params(params, quantizers, trained, kept)
+        return -jax.nn.log_softmax(apply(fake, tokens))[..., 0].mean(), fake
+
+    (value, fake), (by_params, by_scales) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, trained)
+    packed = weights.packed_params(params, quantizers, trained, kept)
+    assert paths_with(packed, qjax.is_qtensor) == set(quantizers)
+    weights.check_same_values(packed, fake)
+    same_path = jax.jit(lambda p: -jax.nn.log_softmax(apply(p, tokens))[..., 0].mean())
+    decoded = jax.tree.map(lambda x: qjax.dequantize(x) if qjax.is_qtensor(x) else x, packed, is_leaf=qjax.is_qtensor)
+    assert float(same_path(decoded)) == float(same_path(fake)) == pytest.approx(float(value), abs=1e-6)
+    for path, g in weights.leaves_by_path(by_params).items():
+        assert float(jnp.abs(g).max()) > 0, path
+    for path, g in weights.leaves_by_path(by_scales).items():
+        assert path.endswith("offset") or float(jnp.abs(g).max()) > 0, path
+    assert bool(by_scales) == (scales == "learned")
+
+
+def test_what_differs_is_found(params):
+    quantizers = weights.quantizers_of(params, Plan.from_dict({"rules": {"layers_*": "Q4_0", "*": "keep"}}))
+    packed = weights.packed_params(params, quantizers, {}, {})
+    fake = weights.fake_params(params, quantizers, {}, {})
+    fake["layers_1"]["mlp"]["up"]["kernel"] = fake["layers_1"]["mlp"]["up"]["kernel"].at[3, 5].add(1e-6)
+    with pytest.raises(UserError, match="layers_1/mlp/up/kernel: 1 of"):
+        weights.check_same_values(packed, fake)
+
+
+def test_importance_and_refresh(params):
+    quantizers = weights.quantizers_of(
+        params, Plan.from_dict({"rules": {"layers_*/attn/q/kernel": "int2_g64_mid_mse", "*": "keep"}}), scales="frozen"
+    )
+    path = "layers_0/attn/q/kernel"
+    h = jnp.asarray(np.random.default_rng(0).uniform(0.01, 9, 64), jnp.float32)
+    plain, weighted = weights.init(params, quantizers)[1], weights.init(params, quantizers, {path: h})[1]
+    assert float(jnp.abs(plain[path]["scales"]["scale"] - weighted[path]["scales"]["scale"]).max()) > 0
+    doubled = jax.tree.map(lambda p: 2 * p, params)
+    renewed = weights.refreshed(doubled, quantizers, plain)
+    np.testing.assert_allclose(renewed[path]["scales"]["scale"], 2 * plain[path]["scales"]["scale"], rtol=2e-3)
+
+
+def test_measures(params):
+    quantizers = weights.quantizers_of(params, Plan.from_dict({"rules": {"layers_*": "Q4_0", "*": "keep"}}))
+    out, codes = weights.measured(params, quantizers, {}, {})
+    fake = weights.fake_params(params, quantizers, {}, {})
+    leaves, faked = weights.leaves_by_path(params), weights.leaves_by_path(fake)
+    noise = sum(float(((faked[p] - leaves[p]) ** 2).sum()) for p in quantizers)
+    power = sum(float((leaves[p] ** 2).sum()) for p in quantizers)
+    assert float(out["quant_noise"]) == pytest.approx(np.sqrt(noise / power), rel=1e-4)
+    assert weights.flip_rate(codes, codes) == 0
+    other = weights.measured(jax.tree.map(lambda p: jnp.roll(p, 1, axis=0), params), quantizers, {}, {})[1]
+    assert 0.5 < weights.flip_rate(codes, other) <= 1
+
+
+def test_plans_that_do_nothing_are_errors(params):
+    with pytest.raises(UserError, match="matches no weight"):
+        weights.quantizers_of(params, Plan.from_dict({"rules": {"blocks_*": "Q4_0", "*": "keep"}}))
+    with pytest.raises(UserError, match="nothing to train through"):
+        weights.quantizers_of(params, Plan.from_dict({"rules": {"*": "keep"}}))
+    with pytest.raises(UserError, match="no weight is called 'x'"):
+        weights.fake_params(params, {"x": Quantizer(qjax.format("Q4_0"))}, {}, {})
+
+
+# Activations
+
+
+def test_token_quant_is_what_act_runs():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 64)), jnp.float32)
+    s = np.abs(np.asarray(x)).max(-1, keepdims=True) / np.float32(7)
+    np.testing.assert_allclose(token_quant("int4", x), np.round(np.asarray(x) / s) * s, rtol=1e-6)
+    g = jax.grad(lambda x: (token_quant("int4", x) * x[::-1]).sum())(x)
+    np.testing.assert_allclose(
+        g, x[::-1] + token_quant("int4", x)[::-1], rtol=1e-5
+    )  # straight through, and the other use
+
+
+def test_a_static_scale_learns_as_lsq():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 64)), jnp.float32)
+    gg = jnp.asarray(np.random.default_rng(1).standard_normal((40, 64)), jnp.float32)
+    top = jnp.float32(1.4)
+    by_top, by_x = jax.grad(lambda t, x: (static_quant("int4", t, x) * gg).sum(), (0, 1))(top, x)
+    v, s = np.asarray(x, np.float64) / (1.4 / 7), 1.4 / 7
+    slope = np.where(np.abs(v) > 7, np.sign(v) * 7, np.round(v) - v) / 7  # dx_hat / ds, ds = dtop / 7
+    assert float(by_top) == pytest.approx((np.asarray(gg) * slope).sum(), rel=1e-4)
+    np.testing.assert_array_equal(by_x, np.where(np.abs(np.asarray(x)) <= 1.4, gg, 0))
+    assert s > 0
+
+
+def test_rounded_inputs_by_pattern(params, tokens):
+    plain = apply(params, tokens)
+    all_of = quantized_inputs(apply, "int4")(params, tokens)
+    some = quantized_inputs(apply, "int4", ["*/down/kernel"])(params, tokens)
+    assert float(jnp.abs(all_of - plain).max()) > float(jnp.abs(some - plain).max()) > 0
+    eight = quantized_inputs(apply, "int8")(params, tokens)
+    assert float(jnp.abs(eight - plain).max()) < 0.2 * float(jnp.abs(all_of - plain).max())
+    with pytest.raises(UserError, match="fits no weight"):
+        quantized_inputs(apply, "int4", ["*/dawn/*"])(params, tokens)
+    grads = jax.jit(jax.grad(lambda p: quantized_inputs(apply, "int4")(p, tokens).mean()))(params)
+    assert not paths_with(grads, lambda g: not float(jnp.abs(g).max()) > 0)
+
+
+def test_static_tops_come_from_the_inputs_and_train(params, tokens):
+    tops = input_tops(apply, params, tokens)
+    assert len(tops) == 3 * 7 + 1
+    lower = input_tops(apply, params, tokens, quantile=0.9)
+    assert all(float(lower[p]) < float(tops[p]) for p in tops)
+    loss = lambda tops: (quantized_inputs(apply, "int4", tops=tops)(params, tokens) ** 2).mean()  # noqa: E731
+    assert all(float(jnp.abs(g)) > 0 for g in jax.grad(loss)(lower).values())
+    with pytest.raises(UserError, match="no top was given"):
+        quantized_inputs(apply, "int4", tops={})(params, tokens)
+
+
+def test_prefill_and_decoding_see_the_same_cache(params, tokens):
+    model = Decoder(CONFIG, stored=quantized_cache("Q8_0", "Q4_0"))
+    full = model.apply({"params": params}, tokens)
+    assert float(jnp.abs(full - apply(params, tokens)).max()) > 1e-4
+    cache, outs = empty_cache(CONFIG, 2, 16), []
+    for i in range(tokens.shape[1]):
+        logits, cache = model.apply({"params": params}, tokens[:, i : i + 1], cache)
+        outs.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), full, atol=2e-5)
+    values = np.asarray(cache["layers_0"]["v"])[:, : tokens.shape[1]]
+    np.testing.assert_array_equal(qjax.dequantize(qjax.quantize(values, "Q4_0")), values)  # on the grid already
+    grads = jax.grad(lambda p: model.apply({"params": p}, tokens).mean())(params)
+    assert float(jnp.abs(grads["layers_1"]["attn"]["k"]["kernel"]).max()) > 0
