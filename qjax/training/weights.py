@@ -86,12 +86,12 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
 
 def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
     """The tree with every quantized weight at its stored value, f32; gradients reach weights and what trains."""
-    return _replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, kept))
+    return replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, kept))
 
 
 def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
     """The tree with every quantized weight as a QTensor of exactly the values that `fake_params` gives."""
-    return _replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, kept))
+    return replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, kept))
 
 
 def refreshed(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
@@ -172,7 +172,9 @@ def _mapped(
     return {path: out[path] for path in quantizers}
 
 
-def _replaced(params: Any, new: Mapping[str, Any]) -> Any:
+def replaced(params: Any, new: Mapping[str, Any]) -> Any:
+    """The tree with other leaves under the paths that `new` names."""
+
     def pick(path: Any, leaf: Any) -> Any:
         return new.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
 

@@ -1,0 +1,349 @@
+"""Quantization-aware training of a loaded model, from a plan to a model that is exported.
+
+    program        an arm's quantizers, optimizer and jitted step
+    start_state    the float weights, or any recipe's result for them
+    finetune       loop.train, then the packed model, checked against what training ran on, bit for bit
+
+An `Arm` is one way to do it, written as a config writes it; experiments compare arms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.formats import formats
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.models.model import Model
+from qjax.plan import FILE_TYPES, Plan, Rule
+from qjax.plan.named import plan_named
+from qjax.tensor import dequantize, is_qtensor
+from qjax.training import weights
+from qjax.training.activations import quantized_cache, quantized_inputs
+from qjax.training.estimators import Place, estimator
+from qjax.training.loop import Loop, Row, train
+from qjax.training.objectives import Apply, cross_entropy, decoder_hidden, language_loss, parse_terms, student
+from qjax.training.optim import Group, labels, partitioned, rates
+from qjax.training.precision import mixed_dot_general
+from qjax.training.quantizer import Quantizer, ScaleKind
+from qjax.training.scale_rules import ScaleRule
+from qjax.training.schedules import warmup_cosine
+from qjax.training.state import TrainState, init_state, make_step
+from qjax.typing import Array, Int
+
+BatchAt = Callable[[int], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train; every field is a config's.
+
+    Attributes:
+      name: what the tables call it.
+      format: that of the blocks' matrices, or a mix (Q4_K_M) for all; "" trains the float model.
+      outside: the format of embedding and head where `format` is one for the blocks; "keep" leaves them.
+      rules: (pattern, format) pairs that are asked before those.
+      scales: refit, frozen, learned or decoupled.
+      rule: where scales come from; "own" or see `scale_rules`, "absmean/matrix" for one of a matrix.
+      estimator: "" for the default of the scales; else as `estimators.estimator` reads it.
+      refresh_every: of frozen scales, in steps; 0: never.
+      init: a recipe that makes the start ("gptq", "best_gguf"); "": the weights as they are.
+      loss: see `objectives.parse_terms`.
+      trains: parts that train: "weights", "scales"; of learned scales with frozen weights codes may move.
+      inputs: "" or int8, int4, e4m3, e5m2: the inputs of every block's linear layers.
+      cache: "" or the format of keys and values in the cache.
+      rate, scale_rate: the peak learning rates; scale_rate 0: ten times the rate.
+      weight_decay, clip, warmup: of AdamW; warmup is a share of the steps.
+      ema: decay of the moving average that is exported; 0: none.
+    """
+
+    name: str
+    format: str = ""
+    outside: str = "Q8_0"
+    rules: tuple[tuple[str, str], ...] = ()
+    scales: ScaleKind = "refit"
+    rule: str = "own"
+    estimator: str = ""
+    refresh_every: int = 0
+    init: str = ""
+    loss: str = "ce"
+    trains: tuple[str, ...] = ("weights", "scales")
+    inputs: str = ""
+    cache: str = ""
+    rate: float = 5e-4
+    scale_rate: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: float = 0.05
+    ema: float = 0.0
+
+    def plan(self, config: DecoderConfig) -> Plan:
+        """Which weight gets which format."""
+        if self.format.upper() in FILE_TYPES and self.format not in formats():
+            plan = plan_named(self.format, config)
+        else:
+            plan = Plan.from_dict({"rules": {"layers_*": self.format, "*": self.outside}}, f"arm {self.name}")
+        return plan.with_rules([Rule(pattern, fmt) for pattern, fmt in self.rules])
+
+
+def quantizers_of_arm(arm: Arm, config: DecoderConfig) -> dict[str, Quantizer]:
+    """{path: Quantizer} of an arm; {} for the float model. Its rule is for the weights of the blocks."""
+    if not arm.format:
+        return {}
+    how = estimator(arm.estimator) if arm.estimator else None
+    made = weights.quantizers_of(shapes_of(config), arm.plan(config), scales=arm.scales, estimator=how)
+    kind, _, per = arm.rule.partition("/")
+    rule = ScaleRule(kind, per or "group")  # type: ignore[arg-type]
+    return {p: dataclasses.replace(q, rule=rule) if p.startswith("layers_") else q for p, q in made.items()}
+
+
+@lru_cache(maxsize=64)
+def shapes_of(config: DecoderConfig) -> Any:
+    """The params tree of a decoder, as shapes."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
+@lru_cache(maxsize=64)
+def forward(config: DecoderConfig, inputs: str = "", cache: str = "", mixed: bool = False) -> Apply:
+    """A decoder's forward for training: equal arguments give the same function.
+
+    Args:
+      inputs, cache: see `Arm`.
+      mixed: bfloat16 operands and float32 sums; else float32.
+    """
+    options: dict[str, Any] = {"dtype": jnp.bfloat16, "dot_general": mixed_dot_general} if mixed else {}
+    if cache:
+        options["stored"] = quantized_cache(cache)
+    model = Decoder(config, **options)
+
+    def apply(params: Any, tokens: Array) -> Array:
+        return model.apply({"params": params}, tokens)  # type: ignore[return-value]
+
+    return quantized_inputs(apply, inputs, ("layers_*",)) if inputs else apply  # type: ignore[arg-type]
+
+
+def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
+    """Where a recipe's result starts to train: its values, moved towards the float weights as far as their cells go.
+
+    The codes are the recipe's (error feedback's are not the nearest), and a weight near a border stays near it.
+    """
+    scales, codes = q.format.unpack(q.leaves)
+    x = jnp.moveaxis(jnp.asarray(w, jnp.float32), quantizer.axis, -1)
+    x_hat = q.format.decode(scales, codes)
+    s, m = q.format.grid(scales, x.shape)
+    place = Place(q.format, x, x_hat, s, m)
+    gaps = place.neighbour().reshape(*s.shape, -1) * jnp.abs(s)[..., None]
+    reach = 0.49 * gaps.reshape(x.shape)
+    return jnp.moveaxis(x_hat + jnp.clip(x - x_hat, -reach, reach), -1, quantizer.axis)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What an arm compiles: equal arms on equal models share it, and no second run compiles again."""
+
+    arm: Arm
+    quantizers: weights.Quantizers
+    groups: tuple[Group, ...]
+    schedule: Any
+    optimizer: Any
+    step: Any
+
+
+@lru_cache(maxsize=64)
+def program(
+    arm: Arm,
+    config: DecoderConfig,
+    steps: int,
+    teacher: DecoderConfig | None = None,
+    confidence: float | None = None,
+    accumulate: int = 1,
+    mixed: bool = True,
+    seed: int = 0,
+) -> Program:
+    """The step of an arm and what belongs to it.
+
+    Args:
+      steps: the length of the run, for its schedule.
+      teacher: the architecture of a teacher that runs in the same step.
+      confidence, accumulate, mixed, seed: see `finetune`.
+    """
+    quantizers, terms = quantizers_of_arm(arm, config), parse_terms(arm.loss)
+    groups: list[Group] = []
+    if arm.scales in ("learned", "decoupled") and quantizers:
+        if arm.scales == "decoupled" and "weights" not in arm.trains:  # codes stay: what decides them does not move
+            groups.append(Group("codes", "re:scales/.*/(threshold|offset)", frozen=True))
+        frozen = "scales" not in arm.trains
+        groups.append(Group("scales", "scales/*", arm.scale_rate or 10 * arm.rate, 0.0, arm.clip, frozen))
+    if "weights" in arm.trains:
+        groups.append(Group("weights", "weights/*", arm.rate, arm.weight_decay, arm.clip))
+    if all(g.frozen for g in groups):
+        raise UserError(f"arm {arm.name!r}: nothing trains; `trains` is {arm.trains} and the scales are {arm.scales}")
+    schedule = warmup_cosine(1.0, steps, round(arm.warmup * steps))
+    optimizer = partitioned(tuple(groups), schedule)
+    loss = language_loss(
+        forward(config, arm.inputs, arm.cache, mixed), terms, quantizers,
+        teacher=None if teacher is None else forward(teacher, mixed=mixed),
+        hidden=decoder_hidden(config) if any(t.name == "hidden" for t in terms) else None, confidence=confidence,
+    )  # fmt: skip
+    step = make_step(
+        loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)
+    )
+    return Program(arm, quantizers, tuple(groups), schedule, optimizer, step)
+
+
+def start_state(made: Program, params: Any, *, begun: Any = None, teacher: Any = None) -> TrainState:
+    """Where an arm starts.
+
+    Args:
+      params: the float weights.
+      begun: a recipe's result for the same weights, a tree with QTensors: its grids and codes are the start.
+      teacher: the weights of a teacher that runs in the same step.
+    """
+    arm, quantizers = made.arm, made.quantizers
+    trained, kept_scales = weights.init(params if begun is None else begun, quantizers)
+    if begun is not None:
+        stored = weights.leaves_by_path(begun)
+        moved = {
+            path: start_weights(leaf, stored[path], quantizers[path])
+            for path, leaf in weights.leaves_by_path(params).items()
+            if path in quantizers and is_qtensor(stored[path])
+        }
+        params = weights.replaced(params, moved)
+    kept: dict[str, Any] = {"scales": kept_scales} | ({} if teacher is None else {"teacher": teacher})
+    tree: dict[str, Any] = {"scales": trained} if trained else {}
+    (tree if "weights" in arm.trains else kept)["weights"] = params
+    return init_state(tree, made.optimizer, kept, ema=arm.ema > 0)
+
+
+def packed(state: TrainState, made: Program) -> Any:
+    """The tree that is exported: the average if there is one, quantized."""
+    params = state.params if state.ema is None else state.ema
+    if not made.quantizers:
+        return params.get("weights", state.kept.get("weights"))
+    return _packed(params, state.kept, made)
+
+
+@partial(jax.jit, static_argnums=2)
+def _packed(params: Any, kept: Any, made: Program) -> Any:
+    return weights.packed_params(_weights(params, kept), made.quantizers, *_scales(params, kept))
+
+
+@partial(jax.jit, static_argnums=2)
+def _faked(params: Any, kept: Any, made: Program) -> Any:
+    return student(params, kept, made.quantizers)
+
+
+@partial(jax.jit, static_argnums=2)
+def _measured(params: Any, kept: Any, made: Program) -> Any:
+    return weights.measured(_weights(params, kept), made.quantizers, *_scales(params, kept))
+
+
+@partial(jax.jit, static_argnums=2)
+def _refreshed(params: Any, kept: Any, made: Program) -> Any:
+    return kept | {"scales": weights.refreshed(_weights(params, kept), made.quantizers, kept["scales"])}
+
+
+def _weights(params: Any, kept: Any) -> Any:
+    return params.get("weights", kept.get("weights"))
+
+
+def _scales(params: Any, kept: Any) -> tuple[Any, Any]:
+    return params.get("scales", {}), kept.get("scales", {})
+
+
+def heldout_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch: int = 16) -> float:
+    """Mean negative log-likelihood of windows, nats per token; packed weights are decoded first."""
+    dense = jax.tree.map(lambda x: dequantize(x) if is_qtensor(x) else x, params, is_leaf=is_qtensor)
+    parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+    losses = [float(_mean_loss(apply, dense, jnp.asarray(p, jnp.int32))) * len(p) for p in parts]
+    return float(sum(losses) / len(windows))
+
+
+@partial(jax.jit, static_argnums=0)
+def _mean_loss(apply: Apply, params: Any, windows: Array) -> Array:
+    return cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:])
+
+
+def finetune(
+    arm: Arm,
+    model: Model,
+    batch_at: BatchAt,
+    loop: Loop,
+    out: Path,
+    *,
+    heldout: np.ndarray,
+    begun: Any = None,
+    teacher: Model | None = None,
+    confidence: float | None = None,
+    identity: dict[str, Any] | None = None,
+    accumulate: int = 1,
+    mixed: bool = True,
+    seed: int = 0,
+    place: Callable[[Any], Any] = lambda state: state,
+    sinks: tuple[Callable[[Row], None], ...] = (),
+) -> tuple[Model, list[Row], float]:
+    """Train a model in one way; resumes under `out`.
+
+    Args:
+      arm: how.
+      model: where it starts, with float weights.
+      batch_at: step -> {"tokens": i32[b, t + 1]}, and {"cached": ...} where the teacher was cached.
+      loop: steps and intervals.
+      out: the run's directory.
+      heldout: windows [n, t + 1] that judge it.
+      begun: a recipe's result for the model's weights, a tree with QTensors.
+      teacher: a model that runs in the same step; None with a distillation loss: the batch brings its top k.
+      confidence: b of cakld.
+      identity: further facts that a resumed run must share.
+      accumulate, seed: see `make_step`.
+      mixed: train with bfloat16 operands; the heldout loss is always in float32.
+      place: puts the state where it lives (`sharding.place`).
+      sinks: further readers of the log.
+
+    Returns: the model with packed weights, the log, and its heldout loss, computed from what is packed.
+
+    Raises:
+      UserError: what the parts raise; stored values that are not those that were trained; quantization that does
+        nothing (noise 0).
+    """
+    needs = any(t.name != "ce" for t in parse_terms(arm.loss))
+    live = teacher if needs else None
+    made = program(
+        arm, model.config, loop.steps, None if live is None else live.config, confidence, accumulate, mixed, seed
+    )
+    state = start_state(made, model.params, begun=begun, teacher=None if live is None else live.dense)
+    judge = forward(model.config, arm.inputs, arm.cache)
+
+    def evaluate(state: TrainState) -> Row:
+        return {"heldout": heldout_loss(judge, packed(state, made), heldout)}
+
+    def observe(state: TrainState, before: Any) -> tuple[Row, Any]:
+        numbers, codes = _measured(state.params, state.kept, made)
+        row = {k: float(v) for k, v in numbers.items()}
+        if not row["quant_noise"] > 0:
+            raise UserError(f"arm {arm.name!r}: quantization changes no weight (quant_noise is 0); is it a dense type?")
+        return row | ({"flip_rate": weights.flip_rate(before, codes)} if before is not None else {}), codes
+
+    state, rows = train(
+        place(state), made.step, batch_at, out, loop,
+        identity={**(identity or {}), "arm": dataclasses.asdict(arm), "steps": loop.steps, "seed": seed},
+        evaluate=evaluate, observe=observe if made.quantizers else None,
+        refresh=lambda state: dataclasses.replace(state, kept=_refreshed(state.params, state.kept, made)),
+        refresh_every=arm.refresh_every if arm.scales == "frozen" else 0,
+        describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(made.groups, made.schedule, at).items()},
+        name=arm.name, sinks=sinks,
+    )  # fmt: skip
+    done = packed(state, made)
+    if made.quantizers:
+        weights.check_same_values(done, _faked(state.params if state.ema is None else state.ema, state.kept, made))
+    return dataclasses.replace(model, params=done), rows, heldout_loss(judge, done, heldout)

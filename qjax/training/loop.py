@@ -1,0 +1,232 @@
+"""The loop: steps, a log, checkpoints, and exact resume.
+
+    OUT/identity.json    what the run is: whoever continues it must be the same
+    OUT/metrics.jsonl    one row every `log_every` steps, appended as the run goes
+    OUT/checkpoints/     orbax, written in the background; the newest two are kept
+
+2 N steps give the same bits as N steps, a kill and N more: the state holds all that a step reads, a batch is a function
+of the step, and on resume rows behind the checkpoint are dropped from the log. Losses are looked at one step late, so
+that the device never waits for the host; a loss that is no number stops the run before it reaches a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qjax.errors import UserError
+from qjax.io.atomic import write_text
+from qjax.training.state import Step, TrainState
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How a run is logged and saved.
+
+    Attributes:
+      steps: where the run ends, counted from the state's own step 0.
+      log_every: steps between rows of the log.
+      eval_every: steps between calls of `evaluate`; a multiple of log_every. The last step is always evaluated.
+      checkpoint_every: steps between checkpoints; a multiple of log_every. The last step is always saved.
+      keep: checkpoints kept.
+    """
+
+    steps: int
+    log_every: int = 20
+    eval_every: int = 200
+    checkpoint_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) % self.log_every:
+                raise UserError(f"{name} ({getattr(self, name)}) must be a multiple of log_every ({self.log_every})")
+
+
+def train(
+    state: TrainState,
+    step: Step,
+    batch_at: Callable[[int], Any],
+    out: Path,
+    loop: Loop,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    evaluate: Callable[[TrainState], Row] | None = None,
+    observe: Callable[[TrainState, Any], tuple[Row, Any]] | None = None,
+    refresh: Callable[[TrainState], TrainState] | None = None,
+    refresh_every: int = 0,
+    describe: Callable[[int], Row] | None = None,
+    name: str = "train",
+    sinks: tuple[Callable[[Row], None], ...] = (),
+) -> tuple[TrainState, list[Row]]:
+    """Run to the end, from the newest checkpoint under `out` if there is one.
+
+    Args:
+      state: where a new run starts; of a resumed one, its shapes, types and shardings.
+      step: see `make_step`.
+      batch_at: the batch of a step, counted from 0.
+      out: the run's directory.
+      loop: see `Loop`.
+      identity: facts that must be the same when a run is continued: seeds, the data's hash, the model.
+      evaluate: called every `eval_every` steps; its numbers join the row.
+      observe: (state, what it returned last or None) -> (numbers, memory), at every row: quantization noise, flips.
+      refresh: called before step k refresh_every, k > 0; for frozen scales.
+      describe: the step -> numbers for its row: learning rates, the batch's position.
+      name: what the progress bar says.
+      sinks: further readers of the rows, e.g. `tensorboard(out)`.
+
+    Returns: the last state, and the log.
+
+    Raises:
+      UserError: a checkpoint of another run or another model, a loss that is no number.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _check_identity(out, state, identity or {})
+    chief = jax.process_index() == 0
+    options = ocp.CheckpointManagerOptions(max_to_keep=loop.keep, enable_async_checkpointing=True)
+    with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as manager:
+        first = manager.latest_step() or 0
+        if first:
+            state = _restored(manager, first, state)
+        rows = _rows_until(out / "metrics.jsonl", first, write=chief)
+        memory = observe(state, None)[1] if observe else None
+        screen = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        clock, late = time.perf_counter(), None
+        with (
+            Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or not chief) as bar,
+            (out / "metrics.jsonl").open("a", encoding="utf-8") as log,
+        ):
+            task = bar.add_task(name, total=loop.steps, completed=first)
+            for at in range(first, loop.steps):
+                if refresh is not None and refresh_every and at and at % refresh_every == 0:
+                    state = refresh(state)
+                state, metrics = step(state, batch_at(at))
+                _check_number(late, at - 1, manager)
+                late = metrics["loss"]
+                done = at + 1
+                last = done == loop.steps
+                if done % loop.log_every and not last:
+                    continue
+                _check_number(late, at, manager)
+                row: Row = {"step": done, **{k: float(v) for k, v in metrics.items()}}
+                row |= describe(at) if describe else {}
+                if observe:
+                    numbers, memory = observe(state, memory)
+                    row |= numbers
+                if evaluate and (last or done % loop.eval_every == 0):
+                    row |= evaluate(state)
+                row["seconds"] = round(time.perf_counter() - clock, 3)
+                rows.append(row)
+                if chief:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                for sink in sinks:
+                    sink(row)
+                bar.update(task, completed=done, description=f"{name}: loss {row['loss']:.4f}")
+                if last or done % loop.checkpoint_every == 0:
+                    manager.save(done, args=ocp.args.StandardSave(_saved(state)))
+        manager.wait_until_finished()
+    return state, rows
+
+
+def _saved(state: TrainState) -> Any:
+    """The state as a tree of dicts and arrays: orbax keeps no None and no empty part."""
+    return {f.name: value for f in dataclasses.fields(state) if jax.tree.leaves(value := getattr(state, f.name))}
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
+    try:
+        back = manager.restore(step, args=ocp.args.StandardRestore(_saved(state)))
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"the checkpoint of step {step} in {manager.directory} does not fit this model or optimizer: "
+            f"{str(e).splitlines()[0]}; give another directory"
+        ) from None
+    return dataclasses.replace(state, **back)
+
+
+def _check_identity(out: Path, state: TrainState, identity: Mapping[str, Any]) -> None:
+    """Write what the run is, or raise UserError with the first fact that differs from what it was."""
+    named = jax.tree_util.tree_flatten_with_path(state.params)[0]
+    shapes = {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for p, x in named}
+    now = json.loads(json.dumps({**identity, "parameters": shapes}))
+    path = out / "identity.json"
+    if not path.is_file():
+        if jax.process_index() == 0:
+            write_text(path, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for where, a, b in _differences(before, now):
+        raise UserError(f"{out} holds another run: {where} was {a}, now it is {b}; give another directory")
+
+
+def _differences(before: Any, now: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        each = (_differences(before.get(k, "absent"), now.get(k, "absent"), f"{where}.{k}".strip(".")) for k in keys)
+        return [d for found in each for d in found]
+    return [] if before == now else [(where, before, now)]
+
+
+def _rows_until(path: Path, step: int, write: bool) -> list[Row]:
+    """The rows up to a step; what lies behind it, or was cut off in the middle of a line, leaves the file."""
+    rows: list[Row] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] > step:
+            break
+        rows.append(row)
+    if write:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _check_number(loss: Any, at: int, manager: ocp.CheckpointManager) -> None:
+    if loss is None or math.isfinite(float(loss)):
+        return
+    manager.wait_until_finished()
+    kept = manager.latest_step()
+    saved = "no checkpoint was written yet" if kept is None else f"the checkpoint of step {kept} is kept"
+    raise UserError(
+        f"the loss is {float(loss)} at step {at + 1}: lower the learning rate or the clipping norm; {saved}"
+    )
+
+
+def tensorboard(out: Path) -> Callable[[Row], None]:
+    """A sink that writes every number of a row for TensorBoard, under `out`/tensorboard.
+
+    Raises:
+      UserError: the package tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("tensorboard: install the package tensorboardX, or leave the option out") from None
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def sink(row: Row) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                writer.add_scalar(key, value, row["step"])
+        writer.flush()
+
+    return sink

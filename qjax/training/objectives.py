@@ -1,0 +1,143 @@
+"""What a language model is trained on: its text, a teacher, or both.
+
+    loss = sum_i  c_i  term_i      term: "ce", a divergence from a teacher ("fkl", "rkl", "jsd", "cakld"), or "hidden"
+
+"hidden" is the mean over blocks of |h_student - h_teacher|^2 / Var h_teacher (`relative_mse`). The student runs on
+quantized weights (weights.fake_params), the teacher on its own, in the same step or earlier: a batch may bring the
+teacher's top k (`topk`). Terms are written as a config writes them: "fkl", "0.5*ce + 0.5*fkl", "fkl + 0.1*hidden".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig
+from qjax.models.stages import stages_of
+from qjax.training.distill import Divergence, distill_loss, divergence, relative_mse
+from qjax.training.state import Loss
+from qjax.training.topk import top_k_loss
+from qjax.training.weights import Quantizers, fake_params
+from qjax.typing import Array, Float, Int
+
+Apply = Callable[[Any, Array], Array]  # (params, tokens i32[b, t]) -> logits f32[b, t, vocab]
+Hidden = Callable[[Any, Array], Sequence[Array]]  # -> what leaves each block, [b, t, dim]
+
+DIVERGENCES = ("fkl", "rkl", "jsd", "cakld")
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One summand of a loss: its factor and its name."""
+
+    factor: float
+    name: str
+
+
+def parse_terms(text: str) -> tuple[Term, ...]:
+    """A config's sum of terms.
+
+    Raises:
+      UserError: an unknown term, or a factor that is no number.
+
+    >>> parse_terms("0.5*ce + fkl")
+    (Term(factor=0.5, name='ce'), Term(factor=1.0, name='fkl'))
+    """
+    terms = []
+    for part in text.split("+"):
+        factor, star, name = part.strip().rpartition("*")
+        name = name.strip()
+        if name not in ("ce", "hidden", *DIVERGENCES):
+            raise UserError(f"loss {text!r}: unknown term {name!r}; known: ce, hidden, {', '.join(DIVERGENCES)}")
+        try:
+            terms.append(Term(float(factor) if star else 1.0, name))
+        except ValueError:
+            raise UserError(f"loss {text!r}: {factor!r} is no number") from None
+    return tuple(terms)
+
+
+def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Float[Array, ""]:
+    """Mean negative log-likelihood, nats per token."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets).mean()
+
+
+def student(params: Any, kept: Any, quantizers: Quantizers) -> Any:
+    """The weights that the student runs on, from the parts of a state; see `TrainState`."""
+    weights = params.get("weights", kept.get("weights"))
+    if not quantizers:
+        return weights
+    return fake_params(weights, quantizers, params.get("scales", {}), kept.get("scales", {}))
+
+
+def language_loss(
+    apply: Apply,
+    terms: Sequence[Term],
+    quantizers: Quantizers,
+    *,
+    teacher: Apply | None = None,
+    hidden: Hidden | None = None,
+    confidence: float | None = None,
+) -> Loss:
+    """The loss of a decoder's state on a batch {"tokens": i32[b, t + 1]} and, of a cached teacher, {"cached": top k}.
+
+    Args:
+      apply: the student's forward.
+      terms: see `parse_terms`.
+      quantizers: {path: Quantizer} of its weights; {} for a float model.
+      teacher: its forward, run on kept["teacher"] in the same step; None: the batch brings its top k.
+      hidden: what leaves the blocks, of student and teacher; for the term "hidden".
+      confidence: b of "cakld" (`teacher_confidence`).
+
+    Raises:
+      UserError: a term whose teacher or hidden states are missing.
+    """
+    measures: dict[str, Divergence] = {}
+    for term in terms:
+        if term.name == "hidden" and (hidden is None or teacher is None):
+            raise UserError("the term hidden compares with a teacher that runs in the same step")
+        if term.name in DIVERGENCES:
+            measures[term.name] = divergence(term.name, confidence if term.name == "cakld" else None)
+
+    def loss(params: Any, kept: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        del key
+        tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        w = student(params, kept, quantizers)
+        logits = apply(w, tokens)
+        ce = cross_entropy(logits, targets)
+        total, report = jnp.float32(0.0), {"ce": ce}
+        seen = teacher(kept["teacher"], tokens) if measures and teacher is not None else None
+        for term in terms:
+            if term.name == "ce":
+                value = ce
+            elif term.name == "hidden":
+                assert hidden is not None
+                pairs = zip(hidden(kept["teacher"], tokens), hidden(w, tokens), strict=True)
+                value = jnp.stack([relative_mse(t, s) for t, s in pairs]).mean()
+            elif seen is not None:
+                value = distill_loss(seen, logits, measures[term.name])
+            else:
+                value = top_k_loss(measures[term.name], batch["cached"], logits)
+            report[term.name] = value
+            total += jnp.float32(term.factor) * value
+        return total, report
+
+    return loss
+
+
+def decoder_hidden(config: DecoderConfig) -> Hidden:
+    """What leaves each block of a decoder."""
+    stages = stages_of(config)
+
+    def hidden(params: Any, tokens: Array) -> list[Array]:
+        x, out = stages.embed({"embed": params["embed"]}, tokens), []
+        for block, name in zip(stages.blocks, stages.names, strict=True):
+            x = block(params[name], x)
+            out.append(x)
+        return out
+
+    return hidden
