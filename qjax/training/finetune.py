@@ -159,7 +159,6 @@ class Program:
     step: Any
 
 
-@lru_cache(maxsize=64)
 def program(
     arm: Arm,
     config: DecoderConfig,
@@ -177,6 +176,14 @@ def program(
       teacher: the architecture of a teacher that runs in the same step.
       confidence, accumulate, mixed, seed: see `finetune`.
     """
+    return _program(arm, config, steps, teacher, confidence, accumulate, mixed, seed)
+
+
+@lru_cache(maxsize=64)
+def _program(
+    arm: Arm, config: DecoderConfig, steps: int, teacher: DecoderConfig | None, confidence: float | None,
+    accumulate: int, mixed: bool, seed: int,
+) -> Program:  # fmt: skip
     quantizers, terms = quantizers_of_arm(arm, config), parse_terms(arm.loss)
     groups: list[Group] = []
     if arm.scales in ("learned", "decoupled") and quantizers:

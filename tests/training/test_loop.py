@@ -1,0 +1,238 @@
+"""The loop: exact resume after kill -9, the same on several devices, errors that keep the last good checkpoint."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import train_tiny as tiny
+
+import qjax
+from qjax.errors import UserError
+from qjax.models.model import Model
+from qjax.training import sharding, weights
+from qjax.training.finetune import Arm, finetune, forward, heldout_loss, program, start_state
+from qjax.training.loop import Loop
+from qjax.training.optim import ADAM, Group, partitioned
+from qjax.training.state import init_state, make_step
+
+
+def rows(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+
+
+def checkpoint(out):
+    """The last saved state, whatever its shape: {path: array}."""
+    with ocp.CheckpointManager((Path(out) / "checkpoints").absolute()) as manager:
+        return manager.latest_step(), weights.leaves_by_path(manager.restore(manager.latest_step()))
+
+
+def same(a, b):
+    (step_a, tree_a), (step_b, tree_b) = checkpoint(a), checkpoint(b)
+    assert step_a == step_b and set(tree_a) == set(tree_b)
+    for path in tree_a:
+        np.testing.assert_array_equal(tree_a[path], tree_b[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_give_the_same_bits(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    model, _, loss = tiny.run(whole)
+    here = str(Path(__file__).parent)
+    command = [sys.executable, str(Path(here) / "train_tiny.py"), str(broken), "10"]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert [r["step"] for r in rows(broken)][-1] == 10 and checkpoint(broken)[0] in (4, 8)
+    again, _, loss_again = tiny.run(broken)
+    assert loss_again == loss
+    assert rows(broken) == rows(whole) and [r["step"] for r in rows(whole)] == [2, 4, 6, 8, 10, 12]
+    same(whole, broken)
+    for path, leaf in weights.leaves_by_path(model.params).items():
+        other = weights.leaves_by_path(again.params)[path]
+        jax.tree.map(np.testing.assert_array_equal, leaf, other)
+    assert {"loss", "ce", "fkl", "heldout", "quant_noise", "flip_rate", "saturated"} <= set(rows(whole)[-1])
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_with_frozen_scales_resumes_too(tmp_path):
+    seen = []
+
+    def stops(step):
+        seen.append(step)
+        if step == 7 and len(seen) < 10:
+            raise KeyboardInterrupt
+        return tiny.windows().batch_at(step)
+
+    whole = tiny.run(tmp_path / "whole", arm=tiny.FROZEN)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(tmp_path / "broken", arm=tiny.FROZEN, batch_at=stops)
+    broken = tiny.run(tmp_path / "broken", arm=tiny.FROZEN, batch_at=stops)
+    assert seen == [*range(8), *range(4, 12)]  # the batches of the steps behind the checkpoint, again
+    assert broken[2] == whole[2] and rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    same(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+def test_eight_devices_are_one(tmp_path, data, fsdp):
+    mesh = sharding.mesh(data, fsdp)
+    table = (("*kept/teacher/*", jax.sharding.PartitionSpec()), *sharding.DECODER)
+
+    def place(state):
+        return sharding.place(state, sharding.shardings(jax.eval_shape(lambda: state), mesh, table))
+
+    def batch_at(step):
+        return sharding.global_batch(tiny.windows().batch_at(step), mesh)
+
+    one, log, loss = tiny.run(tmp_path / "one")
+    many, log_many, loss_many = tiny.run(tmp_path / "many", batch_at=batch_at, place=place)
+    assert loss_many == pytest.approx(loss, abs=1e-5)
+    for a, b in zip(log, log_many, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    params = checkpoint(tmp_path / "many")[1]
+    for path, leaf in checkpoint(tmp_path / "one")[1].items():
+        if path.startswith("params"):
+            np.testing.assert_allclose(params[path], leaf, atol=1e-5, err_msg=path)
+    # and one device goes on from what eight saved
+    resumed, _, _ = tiny.run(tmp_path / "many")
+    for path, leaf in weights.leaves_by_path(many.params).items():
+        jax.tree.map(np.testing.assert_array_equal, leaf, weights.leaves_by_path(resumed.params)[path])
+    assert one.config == many.config
+
+
+def test_accumulation_is_the_whole_batch():
+    made = program(Arm("float", rate=1e-2), tiny.CONFIG, 10, mixed=False)
+    params, batch = tiny.model().params, {"tokens": tiny.windows().batch_at(0)}
+    whole = made.step(start_state(made, params), batch)
+    four = program(Arm("float", rate=1e-2), tiny.CONFIG, 10, accumulate=4, mixed=False)
+    parts = four.step(start_state(four, params), batch)
+    assert float(whole[1]["loss"]) == pytest.approx(float(parts[1]["loss"]), rel=1e-6)
+    assert float(whole[1]["grad_norm/weights"]) == pytest.approx(float(parts[1]["grad_norm/weights"]), rel=1e-5)
+    with pytest.raises(UserError, match="8 rows does not divide into 3"):
+        three = program(Arm("float"), tiny.CONFIG, 10, accumulate=3, mixed=False)
+        three.step(start_state(three, params), batch)
+
+
+def test_equal_arms_share_a_program_and_nothing_compiles_twice(tmp_path):
+    made = program(tiny.FROZEN, tiny.CONFIG, 4, mixed=False)
+    tiny.run(tmp_path / "a", 4, arm=tiny.FROZEN)
+    size = made.step._cache_size()
+    tiny.run(tmp_path / "b", 4, arm=dataclasses.replace(tiny.FROZEN))
+    assert program(dataclasses.replace(tiny.FROZEN), tiny.CONFIG, 4, mixed=False) is made
+    assert made.step._cache_size() == size == 1
+
+
+def test_export_is_recomputed(tmp_path):
+    """The number a run reports is the loss of the file it exports."""
+    arm = Arm("q8", format="Q4_0", outside="Q8_0", rate=3e-3)
+    model, log, loss = tiny.run(tmp_path / "run", 4, arm=arm)
+    assert log[-1]["heldout"] == loss
+    qjax.save(model, tmp_path / "hf")
+    back = qjax.load(tmp_path / "hf")
+    assert heldout_loss(forward(tiny.CONFIG), back.params, tiny.heldout()) == loss
+    with ocp.StandardCheckpointer() as saver:
+        saver.save((tmp_path / "orbax").absolute(), model.params)
+        saver.wait_until_finished()
+        restored = saver.restore((tmp_path / "orbax").absolute(), model.params)
+    assert heldout_loss(forward(tiny.CONFIG), restored, tiny.heldout()) == loss
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path):
+    arm = Arm("wild", rate=1e-3)
+
+    def batch_at(step):
+        return tiny.windows().batch_at(step)
+
+    tiny.run(tmp_path, 4, arm=arm)
+    broken = program(arm, tiny.CONFIG, 8, mixed=False)
+    assert broken is not None
+
+    def poisoned(state, batch):
+        state, metrics = broken.step(state, batch)
+        return state, metrics | {"loss": jnp.where(state.step > 5, jnp.nan, metrics["loss"])}
+
+    from qjax.training.loop import train
+
+    state = start_state(broken, tiny.model().params)
+    with pytest.raises(UserError, match=r"loss is nan at step 6: lower .*; the checkpoint of step 4 is kept"):
+        train(state, poisoned, lambda s: {"tokens": batch_at(s)}, tmp_path / "b", Loop(8, 2, 4, 4))
+    assert checkpoint(tmp_path / "b")[0] == 4
+
+
+def test_another_run_is_not_continued(tmp_path):
+    tiny.run(tmp_path, 4, arm=tiny.FROZEN)
+    with pytest.raises(UserError, match=r"arm\.rate was 0.003, now it is 0.1"):
+        tiny.run(tmp_path, 4, arm=dataclasses.replace(tiny.FROZEN, rate=0.1))
+    with pytest.raises(UserError, match="steps was 4, now it is 8"):
+        tiny.run(tmp_path, 8, arm=tiny.FROZEN)
+    wide = dataclasses.replace(tiny.CONFIG, hidden=96)
+    params = tiny.Decoder(wide).init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
+    with pytest.raises(UserError, match=r"parameters.weights/layers_0/mlp/down/kernel was float32\[64, 32\]"):
+        finetune(tiny.FROZEN, Model(wide, params), lambda s: {"tokens": tiny.windows().batch_at(s)},
+                 Loop(4, 2, 4, 4), tmp_path, heldout=tiny.heldout(), identity={"data": "walk"}, mixed=False)  # fmt: skip
+
+
+def test_quantization_that_does_nothing_is_found(tmp_path):
+    with pytest.raises(UserError, match="quantization changes no weight"):
+        tiny.run(tmp_path, 4, arm=Arm("dense", format="F32", outside="keep"))
+    with pytest.raises(UserError, match="nothing trains"):
+        tiny.run(tmp_path, 4, arm=Arm("none", format="Q4_0", trains=("scales",)))
+
+
+@pytest.mark.parametrize(
+    "loop, message",
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 9, "log_every": 2, "eval_every": 3}, "multiple of log_every"),
+    ],
+)
+def test_bad_intervals(loop, message):
+    with pytest.raises(UserError, match=message):
+        Loop(**loop)
+
+
+def test_gradients_reach_what_trains_and_nothing_else():
+    arm = Arm("l", format="int4_g32", scales="learned", rate=1e-2, warmup=0.0)
+    made = program(arm, tiny.CONFIG, 10, mixed=False)
+    state = start_state(made, tiny.model().params)
+    before = jax.tree.map(np.asarray, state.params)
+    after, metrics = made.step(state, {"tokens": tiny.windows().batch_at(0)})
+    assert {"grad_norm/weights", "grad_norm/scales"} <= set(metrics)
+    still = [p for p, leaf in weights.leaves_by_path(after.params).items()
+             if np.array_equal(leaf, weights.leaves_by_path(before)[p])]  # fmt: skip
+    assert still == []
+
+    scales = Arm("s", format="int4_g32", scales="learned", rate=1e-2, warmup=0.0, trains=("scales",))
+    made = program(scales, tiny.CONFIG, 10, mixed=False)
+    state = start_state(made, tiny.model().params)
+    after, _ = made.step(state, {"tokens": tiny.windows().batch_at(0)})
+    for path, leaf in weights.leaves_by_path(after.kept["weights"]).items():
+        np.testing.assert_array_equal(leaf, weights.leaves_by_path(tiny.model().params)[path])
+
+
+def test_a_key_of_its_own_for_every_step():
+    """Randomness is a function of (seed, step): the same draws whether or not the steps before were taken here."""
+
+    def loss(params, kept, batch, key):
+        draw = jax.random.normal(key, ())
+        return params["w"] * draw, {"draw": draw}
+
+    optimizer = partitioned((Group("all", "*"),), 0.1, optax.identity())
+    step = make_step(loss, optimizer, seed=5, donate=False)
+    state = init_state({"w": jnp.float32(1)}, optimizer)
+    draws = []
+    for _ in range(3):
+        state, metrics = step(state, {})
+        draws.append(float(metrics["draw"]))
+    assert len(set(draws)) == 3
+    late = init_state({"w": jnp.float32(1)}, optimizer, step=2)
+    assert float(step(late, {})[1]["draw"]) == draws[2]
+    assert ADAM is not None

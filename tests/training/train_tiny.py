@@ -1,0 +1,61 @@
+"""A tiny run in a process of its own, for tests that kill it: train_tiny.py OUT STEPS."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.models.model import Model
+from qjax.training.data import Tokens, Windows
+from qjax.training.finetune import Arm, finetune
+from qjax.training.loop import Loop
+
+CONFIG = DecoderConfig(
+    vocab=64, dim=32, hidden=64, layers=2, heads=2, kv_heads=1, head_dim=16, context=16, tied=True
+)  # fmt: skip
+ARM = Arm(
+    "tiny", format="int4_g32", scales="learned", rate=3e-3, loss="ce + fkl", ema=0.9, weight_decay=0.1
+)  # fmt: skip
+FROZEN = Arm("frozen", format="int3_g32_mse", scales="frozen", refresh_every=4, rate=3e-3)
+
+
+def model():
+    params = Decoder(CONFIG).init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
+    return Model(CONFIG, params)
+
+
+def windows():
+    """A text with something to learn: a walk over the tokens with short steps."""
+    steps = np.random.default_rng(0).integers(1, 4, 4000)
+    return Windows(Tokens((np.cumsum(steps) % CONFIG.vocab).astype(np.uint16), CONFIG.vocab, "walk"), 16, 8, 3)
+
+
+def heldout():
+    steps = np.random.default_rng(1).integers(1, 4, 17 * 8)
+    return (np.cumsum(steps) % CONFIG.vocab).astype(np.int32).reshape(8, 17)
+
+
+def run(out, steps=12, arm=ARM, batch_at=None, **options):
+    w = windows()
+    at = batch_at or w.batch_at
+    return finetune(
+        arm, model(), lambda s: {"tokens": at(s)}, Loop(steps, 2, 4, 4), Path(out), heldout=heldout(),
+        teacher=model(), identity={"data": "walk"}, mixed=False, **options,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    kill_at = int(sys.argv[2])
+
+    def batch_at(step):
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return windows().batch_at(step)
+
+    run(sys.argv[1], batch_at=batch_at)
