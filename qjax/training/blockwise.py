@@ -4,8 +4,8 @@
     z_0 = x_0,   L_l = |block_l(z_l; fake(W, s)) - y_l|^2 / Var y_l,   z_{l+1} = block_l(z_l; trained)
 
 `how` is the descent. "adam" is Block-AP (EfficientQAT, Chen et al., arXiv:2407.11062, section 3.2): Adam at one rate
-for weights and another for what trains beside them. "sign" is AutoRound's (Cheng et al., arXiv:2309.05516, algorithm 1) on
-the block's output, its paper's own loss: W = W_0 + s V moves by the sign of the gradient in steps that fall linearly
+for weights and another for what trains beside them. "sign" is AutoRound's (Cheng et al., arXiv:2309.05516, algorithm 1)
+on the block's output, its paper's own loss: W = W_0 + s V moves by the sign of the gradient in steps that fall linearly
 from 1 / steps levels to 0, so that |V| stays below one half. Blocks that do the same and have the same quantizers run
 one compiled program; a block keeps its start where training did not lower its loss.
 

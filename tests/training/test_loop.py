@@ -176,8 +176,10 @@ def test_another_run_is_not_continued(tmp_path):
     wide = dataclasses.replace(tiny.CONFIG, hidden=96)
     params = tiny.Decoder(wide).init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
     with pytest.raises(UserError, match=r"parameters.weights/layers_0/mlp/down/kernel was float32\[64, 32\]"):
-        finetune(tiny.FROZEN, Model(wide, params), lambda s: {"tokens": tiny.windows().batch_at(s)},
-                 Loop(4, 2, 4, 4), tmp_path, heldout=tiny.heldout(), identity={"data": "walk"}, mixed=False)  # fmt: skip
+        finetune(
+            tiny.FROZEN, Model(wide, params), lambda s: {"tokens": tiny.windows().batch_at(s)}, Loop(4, 2, 4, 4),
+            tmp_path, heldout=tiny.heldout(), identity={"data": "walk"}, mixed=False,
+        )  # fmt: skip
 
 
 def test_quantization_that_does_nothing_is_found(tmp_path):

@@ -1,0 +1,111 @@
+"""Distill from a cached teacher: its top k probabilities are written once, then any number of students learn from them.
+
+    qjax run configs/training/distill.toml
+
+The teacher reads each batch of the run once and leaves, for every position, its k most probable tokens and the mass of
+the rest (OUT/teacher). The student never sees the teacher again: a step costs what it costs without one. A student that
+starts from another model, in float or through a format, is the same run with other keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from qjax.errors import UserError
+from qjax.io.checkpoint import load, save
+from qjax.training.corpus import corpus_of, texts_of
+from qjax.training.data import Windows
+from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.loop import Loop
+from qjax.training.topk import read_top_k, rows, top_k, write_top_k
+
+STUDENT = Arm("student", format="int2_g64_mid_mse", scales="learned", loss="fkl", rate=3e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Who teaches whom, and for how long."""
+
+    teacher: str = "reference"  # Hugging Face directory, .gguf, llama2.c .bin or built-in name
+    student: str = ""  # where the student starts; "": the teacher
+    arm: Arm = STUDENT
+    k: int = 64  # probabilities kept of each position
+    text: Path | None = None  # UTF-8, to train on; none: the standard library
+    heldout: Path | None = None  # UTF-8, to be judged by
+    context: int = 256
+    batch: int = 8
+    steps: int = 200
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 50
+    checkpoint_every: int = 50
+    eval_windows: int = 64
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Cache the teacher, train, export under `out`; resumes when `out` holds a cache or checkpoints."""
+    teacher = load(config.teacher)
+    student = load(config.student) if config.student else teacher
+    tokenizer = teacher.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{config.teacher}: has no tokenizer to read the text with")
+    if student.config.vocab != teacher.config.vocab:
+        raise UserError(
+            f"teacher and student must share a vocabulary; {config.teacher} has {teacher.config.vocab} tokens, "
+            f"{config.student} {student.config.vocab}"
+        )
+    texts, heldout = texts_of(config.text, config.heldout)
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = corpus_of(
+        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), teacher.config.vocab, texts, heldout, out,
+        config.context, config.eval_windows,
+    )  # fmt: skip
+    windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
+    folder = out / "teacher"
+    if not folder.is_dir():
+        cache_teacher(config, teacher, windows, folder)
+    cache = read_top_k(folder)
+
+    def batch_at(step: int) -> dict[str, Any]:
+        numbers = step * config.batch + np.arange(config.batch)
+        return {"tokens": windows.batch_at(step), "cached": rows(cache, numbers)}
+
+    judge = forward(student.config, config.arm.inputs, config.arm.cache)
+    losses = {
+        "teacher": heldout_loss(forward(teacher.config), teacher.params, corpus.heldout),
+        "student before": heldout_loss(forward(student.config), student.params, corpus.heldout),
+    }
+    trained, log, losses["student"] = finetune(
+        config.arm, student, batch_at, Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every),
+        out, heldout=corpus.heldout, seed=config.seed,
+        identity={"data": corpus.tokens.sha256, "teacher": config.teacher, "student": config.student, "k": config.k},
+    )  # fmt: skip
+    save(dataclasses.replace(trained, tokenizer=tokenizer), out / "model")
+    back = heldout_loss(judge, load(out / "model").params, corpus.heldout)
+    if back != losses["student"]:
+        raise RuntimeError(f"the exported model gives {back} nats, the trained one {losses['student']}")
+    for name, value in losses.items():
+        print(f"{name}: {value:.4f} nats per token, held out")
+    return {"losses": losses, "rows": log, "model": str(out / "model")}
+
+
+def cache_teacher(config: Config, teacher: Any, windows: Windows, folder: Path) -> None:
+    """Write the teacher's top k for the sequences of all steps, in their order."""
+    apply = forward(teacher.config)
+    seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k))
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+
+        def batches() -> Any:
+            for step in bar.track(range(config.steps), description="teacher"):
+                yield seen(teacher.dense, jnp.asarray(windows.batch_at(step)[:, :-1]))
+
+        write_top_k(folder, batches(), config.steps * config.batch, teacher.config.vocab)

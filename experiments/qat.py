@@ -1,0 +1,103 @@
+"""Train a model through its quantization and export it: the file holds, bit for bit, the weights that were trained.
+
+    qjax run configs/training/qat.toml
+
+The model starts as it is or, with `arm.init`, at a recipe's result ("gptq", "best_gguf") in the same format. Its loss
+may have a teacher: the model itself as it was, or another (`teacher`). The table compares the float model, the rounded
+one it could have been (`arm.init` or to nearest) and the trained one, which is read back from the file it became.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from qjax.errors import UserError
+from qjax.io.checkpoint import load, save
+from qjax.models.model import Model
+from qjax.pipeline.calibrated import calibration_of, quantize_model
+from qjax.tensor import is_qtensor
+from qjax.training.corpus import corpus_of, texts_of
+from qjax.training.data import Windows
+from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.loop import Loop, tensorboard
+
+TWO_BITS = Arm("qat", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=3e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, how, for how long."""
+
+    model: str = "reference"  # Hugging Face directory, .gguf, llama2.c .bin or built-in name
+    arm: Arm = TWO_BITS
+    teacher: str = ""  # a model; "": the model itself as it was
+    text: Path | None = None  # UTF-8, to train on; none: the standard library
+    heldout: Path | None = None  # UTF-8, to be judged by
+    context: int = 256
+    batch: int = 8
+    accumulate: int = 1
+    steps: int = 200
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 50
+    checkpoint_every: int = 50
+    eval_windows: int = 64
+    calibration_windows: int = 64  # of arm.init
+    export: Literal["gguf", "hf"] = "hf"  # gguf: ggml formats keep their bytes; hf: floats of the same values
+    tensorboard: bool = False  # write OUT/tensorboard as well
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Train, log, checkpoint and export under `out`; resumes when `out` holds checkpoints."""
+    if not config.arm.format:
+        raise UserError('arm.format: name what the weights become, as in format = "Q4_0"')
+    model = load(config.model)
+    teacher = load(config.teacher) if config.teacher else model
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{config.model}: has no tokenizer to read the text with")
+    texts, heldout = texts_of(config.text, config.heldout)
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = corpus_of(
+        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), model.config.vocab, texts, heldout, out,
+        config.context, config.eval_windows,
+    )  # fmt: skip
+    windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
+    judge = forward(model.config, config.arm.inputs, config.arm.cache)
+    losses = {"float": heldout_loss(forward(model.config), model.params, corpus.heldout)}
+    calibration = calibration_of(
+        model.config.context, corpus.tokens.values[: config.calibration_windows * config.context],
+        context=config.context,
+    )  # fmt: skip
+    rounded = quantize_model(model, config.arm.plan(model.config), config.arm.init or "rtn", calibration)[0]
+    losses[config.arm.init or "rtn"] = heldout_loss(judge, rounded.params, corpus.heldout)
+    trained, rows, loss = finetune(
+        config.arm, model, lambda step: {"tokens": windows.batch_at(step)},
+        Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every), out,
+        heldout=corpus.heldout, begun=rounded.params if config.arm.init else None, teacher=teacher,
+        identity={"data": corpus.tokens.sha256, "model": config.model, "teacher": config.teacher},
+        accumulate=config.accumulate, seed=config.seed, sinks=(tensorboard(out),) if config.tensorboard else (),
+    )  # fmt: skip
+    path = out / ("model.gguf" if config.export == "gguf" else "model")
+    save(dataclasses.replace(trained, tokenizer=tokenizer), path)
+    losses["trained"] = heldout_loss(judge, load(path).params, corpus.heldout)
+    if losses["trained"] != loss:
+        raise RuntimeError(f"{path} gives {losses['trained']} nats, the trained model {loss}")
+    table = Table("model", "nats per token, held out")
+    for name, value in losses.items():
+        table.add_row(name, f"{value:.4f}")
+    Console(highlight=False).print(table)
+    print(f"exported: {path}, {bits(trained):.3f} bits per quantized weight")
+    return {"losses": losses, "rows": rows, "model": str(path)}
+
+
+def bits(model: Model) -> float:
+    """Bits per weight over the quantized weights."""
+    packed = [q for q in jax.tree.leaves(model.params, is_leaf=is_qtensor) if is_qtensor(q)]
+    return 8 * sum(q.nbytes for q in packed) / sum(q.size for q in packed)

@@ -1,0 +1,174 @@
+"""QLoRA and its kin: adapters on a frozen packed base, and what is left of them in the model that is exported.
+
+    qjax run configs/training/qlora.toml
+
+    method      base                          forward                              merge
+    lora        float                         W + scale A B                        the sum
+    qlora       nearest in `format`           W_hat + scale A B                    requantized: rounded again
+    loftq       LoftQ's Q, its A and B        W_hat + scale A B                    requantized
+    qalora      nearest, float zeros          adapter constant inside a group      exact: into the zeros
+    loraqat     float                         fake_quant(W + scale A B)            exact: is the forward
+
+Both losses are reported: of the model with its adapters on the side, and of the merged model. Only the second is a file
+of the stated size. Every method starts from the same model and sees the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from qjax import rundir
+from qjax.errors import UserError
+from qjax.io.checkpoint import load
+from qjax.models.model import Model
+from qjax.pipeline.memory import quantize_params
+from qjax.plan import Plan
+from qjax.training.adapters import apply_adapted, init_adapters, lora_weight, map_adapted
+from qjax.training.corpus import corpus_of, texts_of
+from qjax.training.data import Windows
+from qjax.training.fake_quant import fake_quant
+from qjax.training.finetune import forward, heldout_loss
+from qjax.training.loftq import loftq_params
+from qjax.training.loop import Loop, train
+from qjax.training.merging import merge_fake_quantized, merge_requantized
+from qjax.training.objectives import cross_entropy
+from qjax.training.optim import Group, labels, partitioned, rates
+from qjax.training.qalora import apply_pooled, init_pooled, merge_zeros
+from qjax.training.schedules import warmup_cosine
+from qjax.training.state import init_state, make_step
+
+Method = Literal["lora", "qlora", "loftq", "qalora", "loraqat"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One method on one format."""
+
+    method: Method
+    format: str = "NF4_dq"
+    rank: int = 16
+    alpha: float = 16.0
+    rate: float = 2e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is adapted to what."""
+
+    model: str = "reference"  # Hugging Face directory, .gguf, llama2.c .bin or built-in name
+    entries: tuple[Entry, ...] = (Entry("lora"), Entry("qlora"))
+    text: Path | None = None  # UTF-8, to adapt to; none: the standard library
+    heldout: Path | None = None  # UTF-8, to be judged by
+    context: int = 256
+    batch: int = 8
+    steps: int = 100
+    seeds: tuple[int, ...] = (0,)  # of the adapters and of the order of the batches
+    log_every: int = 10
+    eval_windows: int = 64
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Train every entry on every seed, each in a folder of its own; a killed run continues."""
+    model = load(config.model)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{config.model}: has no tokenizer to read the text with")
+    texts, heldout = texts_of(config.text, config.heldout)
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = corpus_of(
+        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), model.config.vocab, texts, heldout, out,
+        config.context, config.eval_windows,
+    )  # fmt: skip
+    start = heldout_loss(forward(model.config), model.params, corpus.heldout)
+    runs = []
+    for seed in config.seeds:
+        windows = Windows(corpus.tokens, config.context, config.batch, seed)
+        for entry in config.entries:
+            clock = time.perf_counter()
+            name = f"{entry.method}-{entry.format}-seed{seed}"
+            row = one(config, entry, model, windows, corpus, seed, out / name)
+            row |= {"name": name, "seed": seed, "start": start, "seconds": time.perf_counter() - clock}
+            runs.append(row)
+            rundir.log(out, row)
+    table = Table("method", "format", "seed", "rounded base", "with adapters", "merged", "merge")
+    for r in runs:
+        losses = (f"{r[k]:.4f}" for k in ("base", "adapted", "merged"))
+        table.add_row(r["method"], r["format"], str(r["seed"]), *losses, r["semantics"])
+    Console(highlight=False).print(table)
+    print(f"the float model before: {start:.4f} nats per token, held out")
+    return {"start": start, "runs": runs}
+
+
+def one(
+    config: Config, entry: Entry, model: Model, windows: Windows, corpus: Any, seed: int, out: Path
+) -> dict[str, Any]:
+    """Train and merge one entry."""
+    apply = forward(model.config)
+    base, adapters = started(entry, model, seed)
+
+    def adapted(adapters: Any, base: Any, tokens: Any) -> Any:
+        if entry.method == "qalora":
+            return apply_pooled(apply, base, adapters, tokens)
+        if entry.method == "loraqat":
+            w = map_adapted(lambda path, w, a: fake_quant(lora_weight(w, a), entry.format, axis=-2), base, adapters)
+            return apply(w, tokens)
+        return apply_adapted(apply, base, adapters, tokens)
+
+    def loss(params: Any, kept: Any, batch: Any, key: Any) -> Any:
+        del key
+        tokens = batch["tokens"]
+        return cross_entropy(adapted(params["adapters"], kept["base"], tokens[:, :-1]), tokens[:, 1:]), {}
+
+    groups = (Group("adapters", "adapters/*", entry.rate, 0.0, 1.0),)
+    schedule = warmup_cosine(1.0, config.steps, round(0.05 * config.steps))
+    optimizer = partitioned(groups, schedule)
+    step = make_step(loss, optimizer, seed=seed, labels=lambda p: labels(p, groups))
+    judge = jax.jit(lambda adapters, base, tokens: adapted(adapters, base, tokens))
+
+    def judged(adapters: Any) -> float:
+        rows = jnp.asarray(corpus.heldout)
+        parts = [rows[i : i + 16] for i in range(0, len(rows), 16)]
+        return float(sum(len(p) * cross_entropy(judge(adapters, base, p[:, :-1]), p[:, 1:]) for p in parts) / len(rows))
+
+    before = judged(adapters)
+    every = config.log_every * max(1, config.steps // (2 * config.log_every))
+    state, _ = train(
+        init_state({"adapters": adapters}, optimizer, {"base": base}), step,
+        lambda s: {"tokens": jnp.asarray(windows.batch_at(s))}, out, Loop(config.steps, config.log_every, every, every),
+        identity={"entry": dataclasses.asdict(entry), "data": corpus.tokens.sha256, "model": config.model},
+        describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(groups, schedule, at).items()}, name=entry.method,
+    )  # fmt: skip
+    trained = state.params["adapters"]
+    if entry.method == "qalora":
+        merged = merge_zeros(base, trained)
+    elif entry.method == "loraqat":
+        merged = merge_fake_quantized(base, trained, entry.format)
+    else:
+        merged = merge_requantized(base, trained)
+    params = dataclasses.replace(model, params=merged.params).dense
+    return {
+        "method": entry.method, "format": "float" if entry.method == "lora" else entry.format, "base": before,
+        "adapted": judged(trained), "merged": heldout_loss(apply, params, corpus.heldout),
+        "semantics": "sum" if entry.method == "lora" else merged.semantics,
+    }  # fmt: skip
+
+
+def started(entry: Entry, model: Model, seed: int) -> tuple[Any, Any]:
+    """The frozen base and the adapters at the start."""
+    plan = Plan.from_dict({"rules": {"layers_*": entry.format, "*": "keep"}})
+    key = jax.random.key(seed)
+    options: dict[str, Any] = {"rank": entry.rank, "alpha": entry.alpha, "key": key}
+    if entry.method in ("lora", "loraqat"):
+        return model.params, init_adapters(model.params, **options)
+    if entry.method == "loftq":
+        return loftq_params(model.params, plan, rank=entry.rank)
+    base, _ = quantize_params(model.params, plan)
+    return base, init_pooled(base, **options) if entry.method == "qalora" else init_adapters(base, **options)
