@@ -16,7 +16,7 @@ from qjax.training.data import Windows
 pretrain, _ = load_script(read(Path(__file__).parents[1] / "configs" / "pretrain_reference.toml"))
 
 CONFIG = pretrain.Config(
-    vocab=300, dim=32, hidden=64, layers=2, heads=2, kv_heads=1, context=32, steps=6, batch=2, warmup=2,
+    vocab=300, dim=32, hidden=64, layers=2, heads=2, kv_heads=1, context=32, steps=6, batch=2, warmup=2, peak_rate=2e-2,
     log_every=1, eval_every=6, checkpoint_every=3, eval_windows=2,
 )  # fmt: skip
 
