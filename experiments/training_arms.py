@@ -39,10 +39,11 @@ from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
 from qjax.plan import Plan
 from qjax.tensor import is_qtensor
 from qjax.training import weights
+from qjax.training.blockwise import BlockTuning, tune_blocks
 from qjax.training.corpus import Corpus, corpus_of, texts_of, train_tokenizer
 from qjax.training.data import Windows
 from qjax.training.distill import teacher_confidence
-from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.finetune import Arm, finetune, forward, heldout_loss, quantizers_of_arm
 from qjax.training.loop import Loop
 
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, 97.5 %, of as many seeds
@@ -85,6 +86,9 @@ class Config:
     steps: int = 200  # after pretraining
     arms: tuple[Contestant, ...] = (Contestant(Arm("continued")),)
     ptq: dict[str, str] = dataclasses.field(default_factory=dict)  # "group: anything" -> a recipe with its format
+    block_tuned: dict[str, BlockTuning] = dataclasses.field(
+        default_factory=dict
+    )  # "format how": the control, by blocks
     against: str = ""  # the arm that the others are compared with; "": the first
     calibration_windows: int = 32
     heldout_windows: int = 256
@@ -204,6 +208,13 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
         loss = heldout_loss(judge, q.params, corpus.heldout)
         seconds = time.perf_counter() - clock
         log({"name": f"ptq {name}", "loss": loss, "seconds": seconds, "group": name.split(":")[0], "recipe": line})
+    for name, tuning in config.block_tuned.items():
+        clock = time.perf_counter()
+        arm = Arm(name, format=name.split()[0], scales="frozen" if tuning.how == "sign" else "learned")
+        seen = calibration(config, source, tokens)
+        params, _ = tune_blocks(source, quantizers_of_arm(arm, source.config), seen.tokens, tuning)
+        loss = heldout_loss(judge, params, corpus.heldout)
+        log({"name": f"block {name}", "loss": loss, "seconds": time.perf_counter() - clock})
     return runs
 
 

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ class Arm:
       cache: "" or the format of keys and values in the cache.
       rate, scale_rate: the peak learning rates; scale_rate 0: ten times the rate.
       weight_decay, clip, warmup: of AdamW; warmup is a share of the steps.
+      shape: what follows the warm-up: "cosine" to 0, or "constant", where the cooldown is another run's.
       ema: decay of the moving average that is exported; 0: none.
     """
 
@@ -84,6 +85,7 @@ class Arm:
     weight_decay: float = 0.0
     clip: float = 1.0
     warmup: float = 0.05
+    shape: Literal["cosine", "constant"] = "cosine"
     ema: float = 0.0
 
     def plan(self, config: DecoderConfig) -> Plan:
@@ -195,7 +197,9 @@ def _program(
         groups.append(Group("weights", "weights/*", arm.rate, arm.weight_decay, arm.clip))
     if all(g.frozen for g in groups):
         raise UserError(f"arm {arm.name!r}: nothing trains; `trains` is {arm.trains} and the scales are {arm.scales}")
-    schedule = warmup_cosine(1.0, steps, round(arm.warmup * steps))
+    rise = round(arm.warmup * steps)
+    constant = arm.shape == "constant"
+    schedule = warmup_cosine(1.0, steps, rise, floor=1.0 if constant else 0.0)
     optimizer = partitioned(tuple(groups), schedule)
     loss = language_loss(
         forward(config, arm.inputs, arm.cache, mixed), terms, quantizers,

@@ -1,0 +1,118 @@
+"""How much of a run should be quantization-aware, at a fixed number of steps.
+
+    qjax run configs/training/share.toml
+
+A small Llama trains from scratch for `steps` in all. An arm of share 0.2 trains in float at a constant rate and turns
+quantization on for the last fifth, which is the cooldown (`qat_in_cooldown`); with `fused = false` the float part has a
+cooldown of its own and the quantized part warms up and cools down again. Share 0 is rounded at the end, share 1 never
+saw a float weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from qjax import rundir
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.models.model import Model
+from qjax.pipeline.memory import quantize_params
+from qjax.training.corpus import Corpus, corpus_of, texts_of, train_tokenizer
+from qjax.training.data import Windows
+from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.loop import Loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The runs."""
+
+    arm: Arm = dataclasses.field(default_factory=lambda: Arm("qat", format="int2_g64_mid_mse", rate=4e-3))
+    shares: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
+    fused: tuple[bool, ...] = (True, False)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    steps: int = 600
+    batch: int = 16
+    context: int = 64
+    vocab: int = 512
+    dim: int = 64
+    hidden: int = 192
+    layers: int = 3
+    heads: int = 2
+    kv_heads: int = 1
+    heldout_windows: int = 256
+    text: Path | None = None  # UTF-8, to train on; none: the standard library
+    heldout: Path | None = None  # UTF-8, to be judged by
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Every share on every seed."""
+    out.mkdir(parents=True, exist_ok=True)
+    texts, heldout = texts_of(config.text, config.heldout)
+    path = out / "tokenizer.json"
+    if not path.is_file():
+        train_tokenizer(texts, config.vocab).save(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    corpus = corpus_of(
+        lambda text: [0, *tokenizer.encode(text).ids], tokenizer.get_vocab_size(), texts, heldout, out, config.context,
+        config.heldout_windows,
+    )  # fmt: skip
+    runs = []
+    for seed in config.seeds:
+        for share in config.shares:
+            for fused in config.fused:
+                if share in (0.0, 1.0) and fused != config.fused[0]:
+                    continue  # one phase: there is nothing to fuse
+                loss = one(config, corpus, tokenizer.get_vocab_size(), seed, share, fused, out)
+                runs.append({"seed": seed, "share": share, "fused": fused, "loss": loss})
+                rundir.log(out, runs[-1])
+    table, rows = Table("share", "cooldown", "nats", "over share 0"), []
+    zero = {r["seed"]: r["loss"] for r in runs if r["share"] == 0}
+    for share, fused in dict.fromkeys((r["share"], r["fused"]) for r in runs):
+        losses = {r["seed"]: r["loss"] for r in runs if (r["share"], r["fused"]) == (share, fused)}
+        row = {"share": share, "fused": fused, "loss": statistics.fmean(losses.values())}
+        if zero:
+            row["difference"] = statistics.fmean(losses[s] - zero[s] for s in losses)
+        rows.append(row)
+        cells = ("fused" if fused else "its own", f"{row['loss']:.4f}", f"{row.get('difference', 0.0):+.4f}")
+        table.add_row(f"{share:g}", *cells)
+    Console(highlight=False).print(table)
+    return {"rows": rows, "runs": runs}
+
+
+def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fused: bool, out: Path) -> float:
+    """The held-out loss of the quantized model."""
+    architecture = DecoderConfig(
+        vocab=vocab, dim=config.dim, hidden=config.hidden, layers=config.layers, heads=config.heads,
+        kv_heads=config.kv_heads, head_dim=config.dim // config.heads, context=config.context, tied=True,
+    )  # fmt: skip
+    params = jax.jit(Decoder(architecture).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
+    model = Model(architecture, params)
+    windows = Windows(corpus.tokens, config.context, config.batch, seed)
+    late = round(share * config.steps)
+    early = config.steps - late
+    name = f"seed{seed}-share{share:g}-{'fused' if fused else 'own'}"
+    shape = "constant" if fused and late else "cosine"
+    if early:
+        arm = Arm("float", rate=config.arm.rate, weight_decay=config.arm.weight_decay, shape=shape)
+        model, _, _ = finetune(
+            arm, model, lambda s: {"tokens": windows.batch_at(s)}, Loop(early, early, early, early),
+            out / name / "float", heldout=corpus.heldout,
+        )  # fmt: skip
+    if not late:
+        packed, _ = quantize_params(model.params, config.arm.plan(architecture))
+        return heldout_loss(forward(architecture), packed, corpus.heldout)
+    _, _, loss = finetune(
+        config.arm, model, lambda s: {"tokens": windows.batch_at(early + s)}, Loop(late, late, late, late),
+        out / name / "qat", heldout=corpus.heldout,
+    )  # fmt: skip
+    return loss
