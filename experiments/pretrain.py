@@ -23,6 +23,7 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.training.corpus import corpus_of, texts_of, train_tokenizer
 from qjax.training.data import Windows
+from qjax.training.devices import ONE_DEVICE, Devices, join, spread
 from qjax.training.finetune import Arm, finetune
 from qjax.training.loop import Loop, tensorboard
 
@@ -52,10 +53,12 @@ class Config:
     text: Path | None = None  # UTF-8, to train on; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
     tensorboard: bool = False  # write OUT/tensorboard as well
+    devices: Devices = ONE_DEVICE
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint under `out`; resumes when `out` holds checkpoints. Returns the final numbers."""
+    join(config.devices)
     out.mkdir(parents=True, exist_ok=True)
     loop = Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every)
     texts, heldout = texts_of(config.text, config.heldout)
@@ -77,11 +80,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     count = sum(p.size for p in jax.tree.leaves(params))
     print(f"{count / 1e6:.2f} M parameters, {len(corpus.tokens.values) / 1e6:.2f} M training tokens")
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
+    batch_at, place = spread(config.devices, windows)
     arm = Arm(
         "pretrain", rate=config.peak_rate, weight_decay=config.weight_decay, warmup=config.warmup / config.steps
     )  # fmt: skip
     model, rows, loss = finetune(
-        arm, Model(architecture, params), lambda step: {"tokens": windows.batch_at(step)}, loop, out,
+        arm, Model(architecture, params), batch_at, loop, out, place=place,
         heldout=corpus.heldout, identity={"data": corpus.tokens.sha256}, accumulate=config.accumulate, seed=config.seed,
         sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip

@@ -24,6 +24,7 @@ from qjax.pipeline.calibrated import calibration_of, quantize_model
 from qjax.tensor import is_qtensor
 from qjax.training.corpus import corpus_of, texts_of
 from qjax.training.data import Windows
+from qjax.training.devices import ONE_DEVICE, Devices, join, spread
 from qjax.training.finetune import Arm, finetune, forward, heldout_loss
 from qjax.training.loop import Loop, tensorboard
 
@@ -51,10 +52,12 @@ class Config:
     calibration_windows: int = 64  # of arm.init
     export: Literal["gguf", "hf"] = "hf"  # gguf: ggml formats keep their bytes; hf: floats of the same values
     tensorboard: bool = False  # write OUT/tensorboard as well
+    devices: Devices = ONE_DEVICE
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint and export under `out`; resumes when `out` holds checkpoints."""
+    join(config.devices)
     if not config.arm.format:
         raise UserError('arm.format: name what the weights become, as in format = "Q4_0"')
     model = load(config.model)
@@ -69,6 +72,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         config.context, config.eval_windows,
     )  # fmt: skip
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
+    batch_at, place = spread(config.devices, windows)
     judge = forward(model.config, config.arm.inputs, config.arm.cache)
     losses = {"float": heldout_loss(forward(model.config), model.params, corpus.heldout)}
     calibration = calibration_of(
@@ -78,9 +82,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     rounded = quantize_model(model, config.arm.plan(model.config), config.arm.init or "rtn", calibration)[0]
     losses[config.arm.init or "rtn"] = heldout_loss(judge, rounded.params, corpus.heldout)
     trained, rows, loss = finetune(
-        config.arm, model, lambda step: {"tokens": windows.batch_at(step)},
+        config.arm, model, batch_at,
         Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every), out,
-        heldout=corpus.heldout, begun=rounded.params if config.arm.init else None, teacher=teacher,
+        heldout=corpus.heldout, begun=rounded.params if config.arm.init else None, teacher=teacher, place=place,
         identity={"data": corpus.tokens.sha256, "model": config.model, "teacher": config.teacher},
         accumulate=config.accumulate, seed=config.seed, sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip

@@ -39,7 +39,9 @@ Table = Sequence[tuple[str, P]]
 
 DECODER: Table = (
     ("*scales/*", P("fsdp")),  # grids of quantized weights that train, (out, groups)
-    ("*kept/*", P("fsdp")),  # and those that stay
+    ("*kept/*/kernel", P(None, "fsdp")),  # a teacher, or weights that do not train
+    ("*kept/*/embedding", P("fsdp", None)),
+    ("*kept/*", P("fsdp")),  # and grids that stay
     ("*/leaves/*", P("fsdp")),  # a QTensor's packed arrays, (out, blocks, ...)
     ("*/applied/*", P()),  # its changes of variables
     ("*/kernel/[ab]", P()),  # low-rank adapters

@@ -17,7 +17,7 @@ import train_tiny as tiny
 import qjax
 from qjax.errors import UserError
 from qjax.models.model import Model
-from qjax.training import sharding, weights
+from qjax.training import devices, weights
 from qjax.training.finetune import Arm, finetune, forward, heldout_loss, program, start_state
 from qjax.training.loop import Loop
 from qjax.training.optim import ADAM, Group, partitioned
@@ -83,14 +83,10 @@ def test_an_interrupted_run_with_frozen_scales_resumes_too(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
 def test_eight_devices_are_one(tmp_path, data, fsdp):
-    mesh = sharding.mesh(data, fsdp)
-    table = (("*kept/teacher/*", jax.sharding.PartitionSpec()), *sharding.DECODER)
-
-    def place(state):
-        return sharding.place(state, sharding.shardings(jax.eval_shape(lambda: state), mesh, table))
+    batches, place = devices.spread(devices.Devices(data, fsdp), tiny.windows())
 
     def batch_at(step):
-        return sharding.global_batch(tiny.windows().batch_at(step), mesh)
+        return batches(step)["tokens"]
 
     one, log, loss = tiny.run(tmp_path / "one")
     many, log_many, loss_many = tiny.run(tmp_path / "many", batch_at=batch_at, place=place)
