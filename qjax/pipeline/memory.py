@@ -8,6 +8,7 @@ should follow what is rounded already goes through `quantize_model`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +24,7 @@ from qjax.formats import BlockFormat
 from qjax.lift import report
 from qjax.pipeline.encode import compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
-from qjax.pipeline.rounded import of_embedding, relative_error, round_leaf
+from qjax.pipeline.rounded import LOOKED_UP, of_embedding, relative_error, round_leaf
 from qjax.plan import Assignment, Plan, Weight
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
@@ -135,12 +136,15 @@ def _quantize_leaf(
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
     if is_qtensor(leaf):
         raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first, or keep it")
+    note = ""
     if w.path.rsplit("/", 1)[-1] == "embedding":
+        note = LOOKED_UP if recipe.reparams else ""
         recipe = of_embedding(recipe)
     if not _is_plain(recipe):
         seen = stats if isinstance(stats, Stats) else Stats(h=stats)
         check_stats(seen, str(w))
         q, line = round_leaf(str(w), leaf, axis, fmt, recipe, seen)
+        line = dataclasses.replace(line, note=note) if note else line
         return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, relative_error(leaf, q), calibration=line)
     importance = stats.importance if isinstance(stats, Stats) else stats
     if importance is None and recipe.requires:

@@ -142,6 +142,9 @@ def _even(made: list[tuple[Rounded, tuple[Applied, ...]]]) -> list[tuple[Rounded
     return [(r, tuple(map(pad, applied, columns))) for r, applied in made]
 
 
+LOOKED_UP = "is looked up: without the recipe's changes of variables"
+
+
 def of_embedding(recipe: Recipe) -> Recipe:
     """For a weight that is looked up: as it is, for there is no input to change."""
     return dataclasses.replace(recipe, reparams=())

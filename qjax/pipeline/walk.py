@@ -27,7 +27,7 @@ from qjax.lift import Use, watch
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import batches
 from qjax.pipeline.report import CalibrationReport
-from qjax.pipeline.rounded import of_embedding, plain, round_leaf
+from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Load, Survey, groups_of, head_weights, run_piece, survey
 from qjax.pipeline.walk_state import Streams, commit, resumed, save_survey, saved_survey
 from qjax.recipes import Recipe
@@ -138,10 +138,12 @@ def walk(
         nonlocal done
         format, recipe = formats[path]
         blind = stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
+        note = LOOKED_UP if path == EMBEDDING and recipe.reparams else ""
+        note = "has no input: nearest, without importance" if blind else note
         recipe = plain(recipe) if blind else recipe
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
-        line = dataclasses.replace(line, note="has no input: nearest, without importance") if blind else line
+        line = dataclasses.replace(line, note=note) if note else line
         emit(path, q, line)
         done += 1
         progress(Step(path, done, len(formats), line))

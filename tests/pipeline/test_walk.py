@@ -260,3 +260,21 @@ def test_every_recipe_walks(name):
     now, was = (np.asarray(m.logits(calibration.tokens)) for m in (out, model))
     print(name, ((now - was) ** 2).mean() / (was**2).mean())
     assert ((now - was) ** 2).mean() < 0.05 * (was**2).mean()
+
+
+def test_the_report_says_that_an_embedding_is_not_rotated():
+    """A looked-up weight has no input to change: its recipe's reparametrization is left out, and a note says so."""
+    model, plan = tiny_model(), plan_of(("*", "Q8_0"))
+    recipe = "hadamard('in') >> Q8_0 >> nearest()"
+    notes = {
+        path: t.calibration.note
+        for report in (
+            qjax.quantize_model(model, plan, recipe, tiny_calibration())[1],
+            qjax.quantize_params(model.params, plan, recipe=recipe)[1],
+        )
+        for t in report.tensors
+        if t.calibration is not None
+        for path in [t.name]
+    }
+    assert "without the recipe's changes of variables" in notes.pop("embed/embedding")
+    assert notes and not any("changes of variables" in note for note in notes.values())
