@@ -75,6 +75,6 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     for row in rows:
         low, high = row["ratio_quartiles"]
         table.add_row(row["name"], f"{row['ratio']:.3f}", f"{low:.3f} - {high:.3f}", f"{row['seconds']:.3f}",
-                      f"{row['temporary_mb']:.0f}", f"{row['compile_seconds']:.1f}")  # fmt: skip
+                      f"{row['temporary_mb'] or 0:.0f}", f"{row['compile_seconds']:.1f}")  # fmt: skip
     Console(highlight=False).print(table)
     return {"rows": rows, "machine": rundir.machine()}

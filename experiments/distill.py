@@ -63,6 +63,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             f"{config.student} {student.config.vocab}"
         )
     texts, heldout = texts_of(config.text, config.heldout)
+    if config.arm.init:
+        raise UserError("arm.init: this experiment starts from float weights")
     out.mkdir(parents=True, exist_ok=True)
     corpus = corpus_of(
         lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), teacher.config.vocab, texts, heldout, out,

@@ -23,7 +23,7 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.training.corpus import corpus_of, texts_of, train_tokenizer
 from qjax.training.data import Windows
-from qjax.training.devices import ONE_DEVICE, Devices, join, spread
+from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.finetune import Arm, finetune
 from qjax.training.loop import Loop, tensorboard
 
@@ -58,7 +58,6 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint under `out`; resumes when `out` holds checkpoints. Returns the final numbers."""
-    join(config.devices)
     out.mkdir(parents=True, exist_ok=True)
     loop = Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every)
     texts, heldout = texts_of(config.text, config.heldout)

@@ -18,13 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax.errors import UserError
+from qjax.formats import BlockFormat
 from qjax.io.checkpoint import load, save
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import calibration_of, quantize_model
+from qjax.plan import decoder_weights
 from qjax.tensor import is_qtensor
 from qjax.training.corpus import corpus_of, texts_of
 from qjax.training.data import Windows
-from qjax.training.devices import ONE_DEVICE, Devices, join, spread
+from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.finetune import Arm, finetune, forward, heldout_loss
 from qjax.training.loop import Loop, tensorboard
 
@@ -57,10 +59,13 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint and export under `out`; resumes when `out` holds checkpoints."""
-    join(config.devices)
     if not config.arm.format:
         raise UserError('arm.format: name what the weights become, as in format = "Q4_0"')
     model = load(config.model)
+    if config.export == "gguf":  # before any work
+        for assigned in config.arm.plan(model.config).assign(decoder_weights(model.config)):
+            if assigned.format is not None and not isinstance(assigned.format, BlockFormat):
+                raise UserError(f'{assigned.weight}: GGUF has no type {assigned.format.name}; export = "hf" has')
     teacher = load(config.teacher) if config.teacher else model
     tokenizer = model.tokenizer
     if tokenizer is None:

@@ -22,6 +22,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from qjax import rundir
+from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
@@ -56,6 +57,8 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Every share on every seed."""
+    if config.arm.init:
+        raise UserError("arm.init: this experiment starts from float weights")
     out.mkdir(parents=True, exist_ok=True)
     texts, heldout = texts_of(config.text, config.heldout)
     path = out / "tokenizer.json"

@@ -93,7 +93,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         windows = Windows(corpus.tokens, config.context, config.batch, seed)
         for entry in config.entries:
             clock = time.perf_counter()
-            name = f"{entry.method}-{entry.format}-seed{seed}"
+            name = f"{entry.method}-{entry.format}-r{entry.rank}-a{entry.alpha:g}-{entry.rate:g}-seed{seed}"
             row = one(config, entry, model, windows, corpus, seed, out / name)
             row |= {"name": name, "seed": seed, "start": start, "seconds": time.perf_counter() - clock}
             runs.append(row)

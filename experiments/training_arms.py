@@ -6,13 +6,14 @@ For every seed a small Llama is pretrained on the standard library's sources (on
 then every arm starts from it and takes `steps` more steps. An arm without a format goes on in float; it is the control,
 and `ptq` recipes are applied to it, so that everyone has seen the same tokens. `closed` is the share of the gap between
 the best of these recipes and the continued float model that an arm closes. Every quantized number is computed from the
-packed model, written and read back where its formats have a file. Tables give means over seeds and the half-width of
-the 95 % interval (Student's t) of the paired difference to the arm named by `against`.
+packed model; an arm's is written and read back where its formats have a file. Tables give means over seeds and the
+half-width of the 95 % interval (Student's t) of the paired difference to the arm named by `against`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 import statistics
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t
 from tokenizers import Tokenizer
 
 from qjax import recipes, rundir
@@ -45,8 +47,6 @@ from qjax.training.data import Windows
 from qjax.training.distill import teacher_confidence
 from qjax.training.finetune import Arm, finetune, forward, heldout_loss, quantizers_of_arm
 from qjax.training.loop import Loop
-
-_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, 97.5 %, of as many seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     names = [c.arm.name for c in config.arms]
     if len(set(names)) < len(names):
         raise UserError(f"arms: two have the same name among {names}")
+    if not names or not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise UserError("arms and seeds: give at least one of each, and no seed twice")
+    groups = {name.split(":")[0] for name in config.ptq}
+    for c in config.arms:
+        if c.group and c.group not in groups:
+            raise UserError(f"arm {c.arm.name!r}: no recipe of ptq is called {c.group!r}: anything")
     if config.against and config.against not in names:
         raise UserError(f"against: no arm is called {config.against!r}; there are {', '.join(names)}")
     if any(c.teacher == "continued" for c in config.arms) and names[:1] != ["continued"]:
@@ -142,6 +148,7 @@ def pretrained(config: Config, corpus: Corpus, tokenizer: Tokenizer, seed: int) 
         kv_heads=b.kv_heads, head_dim=b.dim // b.heads, context=b.context, tied=True,
     )  # fmt: skip
     folder = config.models / f"seed{seed}"
+    check_models(config)
     if not (folder / "model").is_dir():
         params = jax.jit(Decoder(architecture).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
         arm = Arm("pretrain", rate=b.rate, weight_decay=b.weight_decay)
@@ -152,6 +159,15 @@ def pretrained(config: Config, corpus: Corpus, tokenizer: Tokenizer, seed: int) 
         )  # fmt: skip
         save(dataclasses.replace(model, tokenizer=read_tokenizer(config.models)), folder / "model")
     return load(folder / "model")
+
+
+def check_models(config: Config) -> None:
+    """Raise UserError where `models` holds float models of another kind or text."""
+    path = config.models / "base.json"
+    said = json.dumps({**dataclasses.asdict(config.base), "text": str(config.text)}, indent=1)
+    if path.is_file() and path.read_text() != said:
+        raise UserError(f"{config.models} holds other float models (see {path}); give another `models`")
+    path.write_text(said)
 
 
 def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path) -> list[dict[str, Any]]:
@@ -168,16 +184,18 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
     tokens = Windows(corpus.tokens, config.base.context, config.base.batch, 1000 + seed)
     judge = forward(model.config)
     log({"name": "start", "loss": heldout_loss(judge, model.params, corpus.heldout), "seconds": 0.0})
-    continued, confidence = None, None
+    continued, confidences = None, {}
     for contestant in config.arms:
         arm = contestant.arm
         teacher = {"": None, "start": model, "continued": continued}.get(contestant.teacher)
         if contestant.teacher and teacher is None:
             raise UserError(f"arm {arm.name!r}: teacher must be start or continued, got {contestant.teacher!r}")
-        if "cakld" in arm.loss and confidence is None:
-            assert teacher is not None
-            batches = ((b[:, :-1], b[:, 1:]) for b in (tokens.batch_at(s) for s in range(4)))
-            confidence = teacher_confidence(lambda t, m=teacher: m.logits(t), batches)
+        confidence = None
+        if "cakld" in arm.loss and teacher is not None:
+            if contestant.teacher not in confidences:
+                batches = ((b[:, :-1], b[:, 1:]) for b in (tokens.batch_at(s) for s in range(4)))
+                confidences[contestant.teacher] = teacher_confidence(lambda x, m=teacher: m.logits(x), batches)
+            confidence = confidences[contestant.teacher]
         clock = time.perf_counter()
         begun = begun_by(config, arm, model, tokens) if arm.init else None
         steps = contestant.steps or config.steps
@@ -186,7 +204,7 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
         result, log_rows, loss = finetune(
             arm, model, lambda s: {"tokens": tokens.batch_at(s)}, loop, out / f"seed{seed}" / arm.name,
             heldout=corpus.heldout, begun=begun, teacher=teacher,
-            confidence=confidence if "cakld" in arm.loss else None,
+            confidence=confidence,
             identity={"data": corpus.tokens.sha256, "model_seed": seed},
         )  # fmt: skip
         seconds = time.perf_counter() - clock
@@ -197,6 +215,8 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
         if arm.name == "continued":
             continued = result
         shutil.rmtree(out / f"seed{seed}" / arm.name / "checkpoints")
+    if continued is None and (config.ptq or config.block_tuned):
+        raise UserError('ptq and block_tuned are of the arm "continued", which is missing')
     source = continued or model
     for name, line in config.ptq.items():
         clock = time.perf_counter()
@@ -210,7 +230,7 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
         log({"name": f"ptq {name}", "loss": loss, "seconds": seconds, "group": name.split(":")[0], "recipe": line})
     for name, tuning in config.block_tuned.items():
         clock = time.perf_counter()
-        arm = Arm(name, format=name.split()[0], scales="frozen" if tuning.how == "sign" else "learned")
+        arm = Arm(name, format=name.split()[0], scales="learned")
         seen = calibration(config, source, tokens)
         params, _ = tune_blocks(source, quantizers_of_arm(arm, source.config), seen.tokens, tuning)
         loss = heldout_loss(judge, params, corpus.heldout)
@@ -240,6 +260,8 @@ def read_back(model: Model, path: Path, arm: Arm, corpus: Corpus, loss: float) -
     save(dataclasses.replace(model, tokenizer=tokenizer), path)
     back = load(path)
     again = heldout_loss(forward(model.config, arm.inputs, arm.cache), back.params, corpus.heldout)
+    if again != loss:
+        raise RuntimeError(f"{path} gives {again} nats, the trained model {loss}")
     for name, leaf in weights.leaves_by_path(model.params).items():
         if is_qtensor(leaf):
             other = weights.leaves_by_path(back.params)[name]
@@ -265,14 +287,15 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {"name": name, "loss": statistics.fmean(loss[name].values()), "difference": statistics.fmean(pairs),
                "half_interval": half(pairs), "group": group[name]}  # fmt: skip
         rivals = [n for n in names if n.startswith("ptq ") and group[n] == group[name] and group[name]]
-        if rivals and not name.startswith("ptq ") and "continued" in loss:
-            closed = []
-            for s in config.seeds:
-                best, floor = min(loss[n][s] for n in rivals), loss["continued"][s]
-                closed.append(100 * (best - loss[name][s]) / (best - floor))
-            row |= {"closed_percent": statistics.fmean(closed), "closed_half_interval": half(closed)}
-            gains = [min(loss[n][s] for n in rivals) - loss[name][s] for s in config.seeds]
+        if rivals and not name.startswith("ptq "):
+            best = {s: min(loss[n][s] for n in rivals) for s in config.seeds}
+            gains = [best[s] - loss[name][s] for s in config.seeds]
+            gaps = [best[s] - loss["continued"][s] for s in config.seeds]
             row |= {"gain_over_ptq": statistics.fmean(gains), "gain_half_interval": half(gains)}
+            # A ratio of means, for a gap may be near 0 on one seed; its interval by the delta method.
+            share = sum(gains) / sum(gaps)
+            off = [(a - share * b) / statistics.fmean(gaps) for a, b in zip(gains, gaps, strict=True)]
+            row |= {"closed_percent": 100 * share, "closed_half_interval": half([100 * d for d in off])}
         own = [r for r in runs if r["name"] == name]
         row["seconds"] = statistics.fmean(r["seconds"] for r in own)
         for key in ("quant_noise", "flip_rate", "saturated"):
@@ -285,7 +308,7 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def half(values: list[float]) -> float | None:
     """Half the 95 % interval of a mean."""
     n = len(values)
-    return _T.get(n, 1.96) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -145,7 +145,7 @@ def _tuned(
     trained, kept = weights.init(params if begun is None else begun, own)
     if begun is not None:
         stored, leaves = weights.leaves_by_path(begun), weights.leaves_by_path(params)
-        params = weights.replaced(params, {p: start_weights(leaves[p], stored[p], q) for p, q in own.items()})
+        params = weights.replaced(begun, {p: start_weights(leaves[p], stored[p], q) for p, q in own.items()})
     static = _Static(tuple(own.items()))
     before = float(_loss(block, static, params, trained, kept, z, y))
     new, moved = _descend(block, static, tuning, params, trained, kept, z, y, key)
@@ -176,7 +176,7 @@ def _descend(
         rows = jax.random.permutation(jax.random.fold_in(key, t), n)[: tuning.batch]
         grads = jax.grad(loss)(p, rows)
         if tuning.how == "sign":
-            lr = (1.0 - t.astype(jnp.float32) / tuning.steps) / tuning.steps
+            lr = (1.0 - (t.astype(jnp.float32) + 0.5) / tuning.steps) / tuning.steps
             return (_signed(p, grads, own, kept, lr), state), None
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
             updates, state = optimizer.update(grads, state, p)

@@ -1,10 +1,11 @@
-"""What a config says of devices: one, several of a process, or those of several processes.
+"""What a config says of devices: one, or several.
 
     batch_at, place = spread(devices, windows)
     finetune(..., batch_at, ..., place=place)
 
 With one device nothing is placed and batches stay host arrays. Otherwise the state lives where the path table of
-`sharding` says, and each process reads its own rows of the one global batch.
+`sharding` says, and each process reads its own rows of the one global batch. Several processes join first of all, with
+`sharding.start_processes`; the experiments behind `qjax run` are of one process, for they write files as one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 
 from qjax.training.data import Windows
-from qjax.training.sharding import DECODER, Table, global_batch, mesh, place, shardings, start_processes
+from qjax.training.sharding import DECODER, Table, global_batch, mesh, place, shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +27,13 @@ class Devices:
     Attributes:
       data: copies of the state, each for a part of the batch; -1: as many as the devices allow.
       fsdp: devices that share one copy.
-      coordinator: "host:port" at which process 0 listens; "" for a run of one process.
-      processes, process: how many there are, and which this is.
     """
 
     data: int = 1
     fsdp: int = 1
-    coordinator: str = ""
-    processes: int = 1
-    process: int = 0
 
 
 ONE_DEVICE = Devices()
-
-
-def join(devices: Devices) -> None:
-    """Join the other processes of the run, if there are any; first of all, before JAX is used."""
-    if devices.coordinator:
-        start_processes(devices.coordinator, devices.processes, devices.process)
 
 
 def spread(
@@ -56,12 +46,12 @@ def spread(
     Raises:
       UserError: sizes that do not make the devices there are, a batch or a weight that they do not divide.
     """
-    if (devices.data, devices.fsdp, devices.processes) == (1, 1, 1):
+    if (devices.data, devices.fsdp, jax.process_count()) == (1, 1, 1):
         return lambda step: {"tokens": windows.batch_at(step)}, lambda state: state
     here = mesh(devices.data, devices.fsdp)
 
     def batch_at(step: int) -> dict[str, Any]:
-        rows = windows.batch_at(step, devices.process, devices.processes)
+        rows = windows.batch_at(step, jax.process_index(), jax.process_count())
         return {"tokens": global_batch(rows, here)}
 
     def placed(state: Any) -> Any:

@@ -200,5 +200,7 @@ def estimator(text: str) -> Estimator:
         return make()
     try:
         return make(argument if name == "clipped" else float(argument))
+    except UserError:
+        raise
     except (TypeError, ValueError):
         raise UserError(f"estimator {text!r}: {name} does not take {argument!r}") from None

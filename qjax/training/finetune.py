@@ -88,6 +88,24 @@ class Arm:
     shape: Literal["cosine", "constant"] = "cosine"
     ema: float = 0.0
 
+    def __post_init__(self) -> None:
+        def check(ok: bool, message: str) -> None:
+            if not ok:
+                raise UserError(f"arm {self.name!r}: {message}")
+
+        check(self.rate > 0, f"rate must be positive, got {self.rate}")
+        check(self.scale_rate >= 0 and self.weight_decay >= 0, "scale_rate and weight_decay must not be negative")
+        check(self.clip > 0, f"clip must be positive, got {self.clip}")
+        check(0 <= self.warmup < 1, f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
+        check(0 <= self.ema < 1, f"ema is a decay from 0 to below 1, got {self.ema}")
+        kinds = ("int8", "int4", "e4m3", "e5m2")
+        check(self.inputs in ("", *kinds), f"inputs must be {', '.join(kinds)} or empty, got {self.inputs!r}")
+        for part in self.trains:
+            check(part in ("weights", "scales"), f"trains names weights and scales, not {part!r}")
+        parse_terms(self.loss)
+        if self.estimator:
+            estimator(self.estimator)
+
     def plan(self, config: DecoderConfig) -> Plan:
         """Which weight gets which format."""
         if self.format.upper() in FILE_TYPES and self.format not in formats():
@@ -204,7 +222,7 @@ def _program(
     loss = language_loss(
         forward(config, arm.inputs, arm.cache, mixed), terms, quantizers,
         teacher=None if teacher is None else forward(teacher, mixed=mixed),
-        hidden=decoder_hidden(config) if any(t.name == "hidden" for t in terms) else None, confidence=confidence,
+        hidden=_hidden(config, teacher) if any(t.name == "hidden" for t in terms) else None, confidence=confidence,
     )  # fmt: skip
     step = make_step(
         loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)
@@ -212,24 +230,43 @@ def _program(
     return Program(arm, quantizers, tuple(groups), schedule, optimizer, step)
 
 
+def _hidden(config: DecoderConfig, teacher: DecoderConfig | None) -> Any:
+    if teacher is None:
+        return None
+    if (teacher.layers, teacher.dim) != (config.layers, config.dim):
+        raise UserError(
+            f"the term hidden compares block by block: the teacher has {teacher.layers} blocks of {teacher.dim}, the "
+            f"student {config.layers} of {config.dim}"
+        )
+    return decoder_hidden(teacher), decoder_hidden(config)
+
+
 def start_state(made: Program, params: Any, *, begun: Any = None, teacher: Any = None) -> TrainState:
     """Where an arm starts.
 
     Args:
       params: the float weights.
-      begun: a recipe's result for the same weights, a tree with QTensors: its grids and codes are the start.
+      begun: a recipe's result for the same weights, a tree with QTensors: its grids, its codes and its dense leaves are
+        the start.
       teacher: the weights of a teacher that runs in the same step.
+
+    Raises:
+      UserError: a recipe's result under scales that are refit at every step.
     """
     arm, quantizers = made.arm, made.quantizers
     trained, kept_scales = weights.init(params if begun is None else begun, quantizers)
     if begun is not None:
+        if arm.scales == "refit":
+            raise UserError(
+                f"arm {arm.name!r}: refit scales would not keep a recipe's grid; take frozen or learned ones"
+            )
         stored = weights.leaves_by_path(begun)
         moved = {
             path: start_weights(leaf, stored[path], quantizers[path])
             for path, leaf in weights.leaves_by_path(params).items()
             if path in quantizers and is_qtensor(stored[path])
         }
-        params = weights.replaced(params, moved)
+        params = weights.replaced(begun, moved)
     kept: dict[str, Any] = {"scales": kept_scales} | ({} if teacher is None else {"teacher": teacher})
     tree: dict[str, Any] = {"scales": trained} if trained else {}
     (tree if "weights" in arm.trains else kept)["weights"] = params
@@ -328,6 +365,12 @@ def finetune(
         nothing (noise 0).
     """
     needs = any(t.name != "ce" for t in parse_terms(arm.loss))
+    if needs and teacher is None and "cached" not in batch_at(0):
+        raise UserError(f"arm {arm.name!r}: the loss {arm.loss!r} needs a teacher, or batches with its cached top k")
+    if "cakld" in arm.loss and confidence is None:
+        raise UserError(f"arm {arm.name!r}: cakld needs the teacher's confidence (`teacher_confidence`)")
+    if arm.init and begun is None:
+        raise UserError(f"arm {arm.name!r}: init is {arm.init!r}, but no recipe's result was given to start from")
     live = teacher if needs else None
     made = program(
         arm, model.config, loop.steps, None if live is None else live.config, confidence, accumulate, mixed, seed
@@ -343,11 +386,14 @@ def finetune(
         row = {k: float(v) for k, v in numbers.items()}
         if not row["quant_noise"] > 0:
             raise UserError(f"arm {arm.name!r}: quantization changes no weight (quant_noise is 0); is it a dense type?")
-        return row | ({"flip_rate": weights.flip_rate(before, codes)} if before is not None else {}), codes
+        return row | ({"flip_rate": float(weights.flip_rate(before, codes))} if before is not None else {}), codes
 
     state, rows = train(
         place(state), made.step, batch_at, out, loop,
-        identity={**(identity or {}), "arm": dataclasses.asdict(arm), "steps": loop.steps, "seed": seed},
+        identity={
+            **(identity or {}), "arm": dataclasses.asdict(arm), "steps": loop.steps, "seed": seed,
+            "accumulate": accumulate, "mixed": mixed, "confidence": confidence,
+        },
         evaluate=evaluate, observe=observe if made.quantizers else None,
         refresh=lambda state: dataclasses.replace(state, kept=_refreshed(state.params, state.kept, made)),
         refresh_every=arm.refresh_every if arm.scales == "frozen" else 0,

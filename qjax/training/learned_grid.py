@@ -3,10 +3,10 @@
     w_hat = s T + m,   T = level(u),   u = (w - m) / s,        sums over the weights that share the scale:
     dL/ds = sum g (T - u) inside, g T outside      dL/dm = sum g 0 inside, g outside      dL/dw = estimator(g)
 
-On integers this is LSQ (Esser et al., arXiv:1902.08153, equation 3; T - u = round(v) - v, and Qn or Qp outside) and,
-with an offset, LSQ+ (arXiv:2004.09576); on the half-integer levels of `int2_g64_mid` it is ParetoQ's SEQ
-(arXiv:2502.02631). With a threshold scale p of its own, levels are chosen on one grid and stand on another (Dual-LSQ;
-for three levels, trained ternary quantization, arXiv:1612.01064):
+On integers, with `clipped("levels")`, this is LSQ (Esser et al., arXiv:1902.08153, equation 3; T - u = round(v) - v,
+and Qn or Qp outside) and, with an offset, LSQ+ (arXiv:2004.09576); on the half-integer levels of `int2_g64_mid` it is
+ParetoQ's SEQ (arXiv:2502.02631). With a threshold scale p of its own, levels are chosen on one grid and stand on
+another (Dual-LSQ; for three levels, trained ternary quantization, arXiv:1612.01064):
 
     w_hat = s T + m,   u = (w - m) / p
     dL/ds = sum g T      dL/dp = -sum inside g u s / p      dL/dw = estimator(g) s / p
@@ -129,4 +129,4 @@ def _shared(per_weight: Array, s: Array) -> Array:
 def gradient_scale(x: Array, factor: float | Array) -> Array:
     """x, with its gradient multiplied by a factor: LSQ's g = 1 / sqrt(N Qp). Adam does not see it, SGD does."""
     scaled = x * factor
-    return scaled + lax.stop_gradient(x - scaled)
+    return lax.stop_gradient(x) + (scaled - lax.stop_gradient(scaled))

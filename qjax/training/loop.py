@@ -123,7 +123,8 @@ def train(
                 last = done == loop.steps
                 if done % loop.log_every and not last:
                     continue
-                _check_number(late, at, manager)
+                for value in metrics.values():  # gradients too: a state that they spoiled must not be saved
+                    _check_number(value, at, manager)
                 row: Row = {"step": done, **{k: float(v) for k, v in metrics.items()}}
                 row |= describe(at) if describe else {}
                 if observe:
@@ -207,7 +208,7 @@ def _check_number(loss: Any, at: int, manager: ocp.CheckpointManager) -> None:
     kept = manager.latest_step()
     saved = "no checkpoint was written yet" if kept is None else f"the checkpoint of step {kept} is kept"
     raise UserError(
-        f"the loss is {float(loss)} at step {at + 1}: lower the learning rate or the clipping norm; {saved}"
+        f"loss or gradient is {float(loss)} at step {at + 1}: lower the learning rate or the clipping norm; {saved}"
     )
 
 

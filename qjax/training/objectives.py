@@ -80,7 +80,7 @@ def language_loss(
     quantizers: Quantizers,
     *,
     teacher: Apply | None = None,
-    hidden: Hidden | None = None,
+    hidden: tuple[Hidden, Hidden] | None = None,
     confidence: float | None = None,
 ) -> Loss:
     """The loss of a decoder's state on a batch {"tokens": i32[b, t + 1]} and, of a cached teacher, {"cached": top k}.
@@ -90,7 +90,7 @@ def language_loss(
       terms: see `parse_terms`.
       quantizers: {path: Quantizer} of its weights; {} for a float model.
       teacher: its forward, run on kept["teacher"] in the same step; None: the batch brings its top k.
-      hidden: what leaves the blocks, of student and teacher; for the term "hidden".
+      hidden: what leaves the blocks of the teacher and of the student; for the term "hidden".
       confidence: b of "cakld" (`teacher_confidence`).
 
     Raises:
@@ -116,7 +116,7 @@ def language_loss(
                 value = ce
             elif term.name == "hidden":
                 assert hidden is not None
-                pairs = zip(hidden(kept["teacher"], tokens), hidden(w, tokens), strict=True)
+                pairs = zip(hidden[0](kept["teacher"], tokens), hidden[1](w, tokens), strict=True)
                 value = jnp.stack([relative_mse(t, s) for t, s in pairs]).mean()
             elif seen is not None:
                 value = distill_loss(seen, logits, measures[term.name])

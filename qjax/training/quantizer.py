@@ -52,6 +52,8 @@ class Quantizer:
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
             raise UserError(f"scales must be {', '.join(SCALES)}, got {self.scales!r}")
+        if self.rule.kind == "twn" and self.scales in ("frozen", "learned"):
+            raise UserError("the rule twn has a threshold of its own: take scales = refit or decoupled")
 
     @property
     def trains(self) -> bool:

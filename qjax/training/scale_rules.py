@@ -59,12 +59,17 @@ class ScaleRule:
         Raises:
           UserError: `own`, which is the format's; a rule that the format's levels do not suit.
         """
-        count, hi, even = _levels(fmt)
+        count, hi, even, symmetric = _levels(fmt)
         if self.kind == "twn" and count != 3:
             raise UserError(f"the rule twn is for three levels; {fmt.name} has {count}")
-        if self.kind == "rms" and not (even and count in _HALF_RANGE):
+        if self.kind == "rms" and not (even and symmetric and count in _HALF_RANGE):
             raise UserError(f"the rule rms is for {', '.join(map(str, _HALF_RANGE))} even levels, not {fmt.name}'s")
-        groups = jax.eval_shape(lambda x: fmt.grid(fmt.fit(x), x.shape)[0], x).shape
+        steps, offsets = jax.eval_shape(lambda x: fmt.grid(fmt.fit(x), x.shape), x)
+        if offsets is not None:
+            raise UserError(
+                f"the rule {self.kind} gives scales alone, and {fmt.name} has offsets too; take its own fit"
+            )
+        groups = steps.shape
         size = jnp.abs(x).reshape(*groups, -1)
         match self.kind:
             case "absmax":
@@ -94,9 +99,9 @@ class ScaleRule:
 OWN = ScaleRule()
 
 
-def _levels(fmt: Format) -> tuple[int, float, bool]:
-    """How many levels there are, the largest, and whether they lie one apart."""
+def _levels(fmt: Format) -> tuple[int, float, bool, bool]:
+    """How many levels there are, the largest, whether they lie one apart, and evenly around 0."""
     with jax.ensure_compile_time_eval():
         lo, hi = (float(end) for end in ends(fmt))
         levels = np.unique(np.asarray(fmt.level(jnp.linspace(lo, hi, 4097, dtype=jnp.float32))))
-        return levels.size, hi, bool(np.all(np.diff(levels) == 1))
+        return levels.size, hi, bool(np.all(np.diff(levels) == 1)), lo == -hi

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qjax.errors import UserError
 from qjax.pipeline.memory import contracted_axis, named_weight
@@ -24,7 +23,7 @@ from qjax.tensor import dequantize, is_qtensor
 from qjax.training.estimators import Estimator
 from qjax.training.quantizer import Quantizer, ScaleKind
 from qjax.training.scale_rules import OWN, ScaleRule
-from qjax.typing import Array
+from qjax.typing import Array, Float
 
 Quantizers = Mapping[str, Quantizer]
 ByPath = dict[str, Any]  # {path: {name: array}}
@@ -122,10 +121,11 @@ def measured(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath)
     return out, {path: r[3] for path, r in all_of.items()}
 
 
-def flip_rate(before: Mapping[str, Any], now: Mapping[str, Any]) -> float:
+@jax.jit
+def flip_rate(before: ByPath, now: ByPath) -> Float[Array, ""]:
     """The share of codes that changed."""
-    flipped = sum(int(np.sum(np.asarray(before[p]) != np.asarray(now[p]))) for p in now)
-    return flipped / max(1, sum(np.asarray(now[p]).size for p in now))
+    flipped = sum(jnp.sum((before[p] != now[p]).astype(jnp.float32)) for p in now)
+    return flipped / jnp.float32(max(1, sum(codes.size for codes in now.values())))
 
 
 def check_same_values(packed: Any, faked: Any) -> None:

@@ -115,6 +115,9 @@ def test_from_a_recipe_then_end_to_end_scales(model, tokens, tmp_path):
     for p in inside:
         np.testing.assert_array_equal(after[p].leaves["codes"], before[p].leaves["codes"])
     assert any(np.any(np.asarray(after[p].leaves["scale"]) != np.asarray(before[p].leaves["scale"])) for p in inside)
+    trained_norm = before["layers_0/attn_norm/scale"]
+    assert np.any(np.asarray(trained_norm) != np.asarray(model.params["layers_0"]["attn_norm"]["scale"]))
+    np.testing.assert_array_equal(after["layers_0/attn_norm/scale"], trained_norm)  # what the blocks learned stays
     assert log[-1]["flip_rate"] == 0 and log[-1]["ce"] < log[0]["ce"]
 
 

@@ -28,9 +28,9 @@ def test_export_parity_is_exact(name):
         stored = np.asarray(qjax.dequantize(qjax.quantize(w, name, axis=0)))
         np.testing.assert_array_equal(fake_quant(w, name, axis=0), stored)
 
-        def loss(w, x, dtype=dtype):  # a program around it, with a gradient and another use of w
-            y = jnp.tanh(x @ fake_quant(w * jnp.asarray(1.0, dtype), name, axis=0))
-            return (y * y).sum(), fake_quant(w, name, axis=0)
+        def loss(w, x, dtype=dtype):  # a program around it, with a gradient
+            w_fake = fake_quant(w * jnp.asarray(1.0, dtype), name, axis=0)
+            return (jnp.tanh(x @ w_fake) ** 2).sum(), w_fake
 
         (_, inside), g = jax.jit(jax.value_and_grad(loss, has_aux=True))(w, jnp.ones((4, N)))
         np.testing.assert_array_equal(inside, stored)
@@ -206,7 +206,15 @@ def test_bitnet_has_one_scale_for_a_matrix():
     np.testing.assert_array_equal(w_hat / levels[1], np.clip(np.round(np.asarray(w) / levels[1]), -1, 1))
 
 
-@pytest.mark.parametrize("kind, name, message", [("twn", "Q4_0", "three levels"), ("rms", "NF4", "even levels")])
+@pytest.mark.parametrize(
+    "kind, name, message",
+    [
+        ("twn", "Q4_0", "three levels"),
+        ("rms", "NF4", "even levels"),
+        ("rms", "int2_g64", "even levels"),
+        ("absmax", "uint4_g64", "offsets too"),
+    ],
+)
 def test_rules_say_what_they_are_for(kind, name, message):
     with pytest.raises(UserError, match=message):
         Quantizer(qjax.format(name), rule=ScaleRule(kind)).fake(masters().T, {}, {})

@@ -158,9 +158,67 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path):
     from qjax.training.loop import train
 
     state = start_state(broken, tiny.model().params)
-    with pytest.raises(UserError, match=r"loss is nan at step 6: lower .*; the checkpoint of step 4 is kept"):
+    with pytest.raises(UserError, match=r"nan at step 6: lower .*; the checkpoint of step 4 is kept"):
         train(state, poisoned, lambda s: {"tokens": batch_at(s)}, tmp_path / "b", Loop(8, 2, 4, 4))
     assert checkpoint(tmp_path / "b")[0] == 4
+
+
+def test_a_gradient_that_is_no_number_is_not_saved(tmp_path):
+    """The loss of a step may be fine while its gradient spoils the state: that state never becomes a checkpoint."""
+    from qjax.training.loop import train
+
+    made = program(Arm("wild", rate=1e-3), tiny.CONFIG, 8, mixed=False)
+
+    def poisoned(state, batch):
+        state, metrics = made.step(state, batch)
+        return state, metrics | {"grad_norm/weights": jnp.where(state.step == 4, jnp.nan, metrics["grad_norm/weights"])}
+
+    with pytest.raises(UserError, match=r"nan at step 4: .*; no checkpoint was written yet"):
+        train(start_state(made, tiny.model().params), poisoned, lambda s: {"tokens": tiny.windows().batch_at(s)},
+              tmp_path, Loop(8, 2, 4, 4))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"rate": -1.0}, "rate must be positive"),
+        ({"ema": -0.5}, "ema is a decay"),
+        ({"inputs": "int5"}, "inputs must be int8"),
+        ({"trains": ("wieghts",)}, "not 'wieghts'"),
+        ({"loss": "kl"}, "unknown term 'kl'"),
+        ({"estimator": "stee"}, "unknown estimator"),
+        ({"warmup": 1.0}, "warmup is a share"),
+    ],
+)
+def test_arms_are_checked(keys, message):
+    with pytest.raises(UserError, match=message):
+        Arm("a", **keys)
+
+
+def test_a_teacher_that_is_missing_is_named(tmp_path):
+    def go(arm, **options):
+        finetune(arm, tiny.model(), lambda s: {"tokens": tiny.windows().batch_at(s)}, Loop(4, 2, 4, 4), tmp_path,
+                 heldout=tiny.heldout(), mixed=False, **options)  # fmt: skip
+
+    with pytest.raises(UserError, match="needs a teacher"):
+        go(Arm("kd", loss="fkl"))
+    with pytest.raises(UserError, match="cakld needs the teacher's confidence"):
+        go(Arm("kd", loss="cakld"), teacher=tiny.model())
+    with pytest.raises(UserError, match="no recipe's result"):
+        go(Arm("init", format="int4_g32", init="gptq"))
+    plan = Arm("x", format="int4_g32").plan(tiny.CONFIG)
+    begun = qjax.quantize_params(tiny.model().params, plan)[0]
+    with pytest.raises(UserError, match="refit scales would not keep"):
+        go(Arm("init", format="int4_g32"), begun=begun)
+
+
+def test_hidden_states_of_a_teacher_of_its_own(tmp_path):
+    """The teacher's blocks are its own; one of another depth or width cannot teach them."""
+    loss = tiny.run(tmp_path / "a", 2, arm=Arm("h", loss="ce + 0.1*hidden", rate=1e-3))[1][-1]
+    assert 0 < loss["hidden"] < 1
+    deep = dataclasses.replace(tiny.CONFIG, layers=3)
+    with pytest.raises(UserError, match="hidden"):
+        program(Arm("h", loss="hidden"), tiny.CONFIG, 4, deep, mixed=False)
 
 
 def test_another_run_is_not_continued(tmp_path):
