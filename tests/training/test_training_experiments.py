@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from test_cli_models import make_folder
 
@@ -27,19 +28,21 @@ def run(name, out, *options):
 
 @pytest.mark.slow
 def test_qat(tiny, tmp_path, capsys):
-    results = run("qat", tmp_path / "run", *tiny, "--arm.format", "Q4_0", "--export", "gguf")
-    assert set(results["losses"]) == {"float", "rtn", "trained"} and results["rows"][-1]["step"] == 2
+    options = [*tiny, "--arm.format", "Q4_0", "--arm.init", "gptq", "--export", "gguf"]
+    results = run("qat", tmp_path / "run", *options)
+    assert set(results["losses"]) == {"float", "gptq", "trained"} and results["rows"][-1]["step"] == 2
     model = qjax.load(tmp_path / "run" / "model.gguf")
-    assert any(qjax.is_qtensor(leaf) and leaf.format.name == "Q4_0" for leaf in _leaves(model.params))
+    leaves = jax.tree.leaves(model.params, is_leaf=qjax.is_qtensor)
+    assert any(qjax.is_qtensor(leaf) and leaf.format.name == "Q4_0" for leaf in leaves)
     assert "bits per quantized weight" in capsys.readouterr().out
-    again = run("qat", tmp_path / "run", *tiny, "--arm.format", "Q4_0", "--export", "gguf")
-    assert again["losses"] == results["losses"]  # nothing was left to do
+    assert run("qat", tmp_path / "run", *options)["losses"] == results["losses"]  # nothing was left to do
 
 
-@pytest.mark.slow
-def test_qat_from_a_recipe(tiny, tmp_path):
-    results = run("qat", tmp_path, *tiny, "--arm.format", "int3_g32", "--arm.init", "gptq", "--arm.scales", "learned")
-    assert set(results["losses"]) == {"float", "gptq", "trained"}
+def test_formats_that_the_file_lacks_are_refused_before_any_work(tiny, tmp_path, capsys):
+    options = [*tiny, "--arm.format", "int3_g32", "--export", "gguf", "--out", str(tmp_path)]
+    assert main(["run", str(CONFIGS / "qat.toml"), "--smoke", *options]) == 2
+    assert "GGUF has no type int3_g32" in capsys.readouterr().err
+    assert not (tmp_path / "tokens.bin").exists()
 
 
 @pytest.mark.slow
@@ -65,9 +68,3 @@ def test_arms(tiny, tmp_path, capsys):
     row = results["rows"][names.index("2 bits, qat + kd")]
     assert row["quant_noise"] > 0.1 and row["closed_percent"] is not None and row["half_interval"] is None
     assert (models / "seed1" / "model").is_dir() and "closed, %" in capsys.readouterr().out
-
-
-def _leaves(params):
-    import jax
-
-    return jax.tree.leaves(params, is_leaf=qjax.is_qtensor)
