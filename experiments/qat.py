@@ -27,6 +27,7 @@ from qjax.tensor import is_qtensor
 from qjax.training.corpus import corpus_of, texts_of
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
+from qjax.training.distill import teacher_confidence
 from qjax.training.finetune import Arm, finetune, forward, heldout_loss
 from qjax.training.loop import Loop, tensorboard
 
@@ -86,10 +87,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     )  # fmt: skip
     rounded = quantize_model(model, config.arm.plan(model.config), config.arm.init or "rtn", calibration)[0]
     losses[config.arm.init or "rtn"] = heldout_loss(judge, rounded.params, corpus.heldout)
+    confidence = None
+    if "cakld" in config.arm.loss:
+        first = (windows.batch_at(step) for step in range(4))
+        confidence = teacher_confidence(teacher.logits, ((b[:, :-1], b[:, 1:]) for b in first))
     trained, rows, loss = finetune(
         config.arm, model, batch_at,
         Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every), out,
         heldout=corpus.heldout, begun=rounded.params if config.arm.init else None, teacher=teacher, place=place,
+        confidence=confidence,
         identity={"data": corpus.tokens.sha256, "model": config.model, "teacher": config.teacher},
         accumulate=config.accumulate, seed=config.seed, sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip

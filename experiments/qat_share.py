@@ -4,13 +4,15 @@
 
 A small Llama trains from scratch for `steps` in all. An arm of share 0.2 trains in float at a constant rate and turns
 quantization on for the last fifth, which is the cooldown (`qat_in_cooldown`); with `fused = false` the float part has a
-cooldown of its own and the quantized part warms up and cools down again. Share 0 is rounded at the end, share 1 never
+cooldown of its own and the quantized part warms up and cools down again. Adam's moments start anew with the quantized
+part. Share 0 is rounded at the end, share 1 never
 saw a float weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t
 from tokenizers import Tokenizer
 
 from qjax import rundir
@@ -78,15 +81,20 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 loss = one(config, corpus, tokenizer.get_vocab_size(), seed, share, fused, out)
                 runs.append({"seed": seed, "share": share, "fused": fused, "loss": loss})
                 rundir.log(out, runs[-1])
-    table, rows = Table("share", "cooldown", "nats", "over share 0"), []
+    table, rows = Table("share", "cooldown", "nats", "over share 0", "+-"), []
     zero = {r["seed"]: r["loss"] for r in runs if r["share"] == 0}
     for share, fused in dict.fromkeys((r["share"], r["fused"]) for r in runs):
         losses = {r["seed"]: r["loss"] for r in runs if (r["share"], r["fused"]) == (share, fused)}
         row = {"share": share, "fused": fused, "loss": statistics.fmean(losses.values())}
         if zero:
-            row["difference"] = statistics.fmean(losses[s] - zero[s] for s in losses)
+            pairs = [losses[s] - zero[s] for s in losses]
+            row["difference"] = statistics.fmean(pairs)
+            if len(pairs) > 1:  # half the 95 % interval, Student's t
+                spread = statistics.stdev(pairs) / math.sqrt(len(pairs))
+                row["half_interval"] = float(t.ppf(0.975, len(pairs) - 1)) * spread
         rows.append(row)
-        cells = ("fused" if fused else "its own", f"{row['loss']:.4f}", f"{row.get('difference', 0.0):+.4f}")
+        cells = ("fused" if fused else "its own", f"{row['loss']:.4f}", f"{row.get('difference', 0.0):+.4f}",
+                 f"{row.get('half_interval', 0.0):.4f}")  # fmt: skip
         table.add_row(f"{share:g}", *cells)
     Console(highlight=False).print(table)
     return {"rows": rows, "runs": runs}

@@ -7,7 +7,8 @@ then every arm starts from it and takes `steps` more steps. An arm without a for
 and `ptq` recipes are applied to it, so that everyone has seen the same tokens. `closed` is the share of the gap between
 the best of these recipes and the continued float model that an arm closes. Every quantized number is computed from the
 packed model; an arm's is written and read back where its formats have a file. Tables give means over seeds and the
-half-width of the 95 % interval (Student's t) of the paired difference to the arm named by `against`.
+half-width of the 95 % interval (Student's t) of the paired difference to the arm named by `against`. An interrupted run
+goes on with the arms that it had not finished.
 """
 
 from __future__ import annotations
@@ -174,6 +175,16 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
     """Every arm and every recipe on one float model."""
     runs: list[dict[str, Any]] = []
 
+    path = out / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    before = {(r["seed"], r["name"]): r for r in map(json.loads, lines)}
+
+    def is_done(name: str) -> bool:
+        """Whether an earlier, interrupted run of this directory has the row, which is kept then."""
+        if (seed, name) in before:
+            runs.append(before[seed, name])
+        return (seed, name) in before
+
     def log(row: dict[str, Any]) -> None:
         row = {"seed": seed, **row}
         runs.append(row)
@@ -183,10 +194,15 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
     # Later epochs than the pretraining's: the same windows in another order.
     tokens = Windows(corpus.tokens, config.base.context, config.base.batch, 1000 + seed)
     judge = forward(model.config)
-    log({"name": "start", "loss": heldout_loss(judge, model.params, corpus.heldout), "seconds": 0.0})
+    if not is_done("start"):
+        log({"name": "start", "loss": heldout_loss(judge, model.params, corpus.heldout), "seconds": 0.0})
     continued, confidences = None, {}
     for contestant in config.arms:
         arm = contestant.arm
+        kept = out / f"seed{seed}" / arm.name / "model"
+        if is_done(arm.name):
+            continued = load(kept) if arm.name == "continued" else continued
+            continue
         teacher = {"": None, "start": model, "continued": continued}.get(contestant.teacher)
         if contestant.teacher and teacher is None:
             raise UserError(f"arm {arm.name!r}: teacher must be start or continued, got {contestant.teacher!r}")
@@ -210,15 +226,18 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
         seconds = time.perf_counter() - clock
         if arm.format:
             loss = read_back(result, out / "exported.gguf", arm, corpus, loss)
-        last = {k: log_rows[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log_rows[-1]}
-        log({"name": arm.name, "loss": loss, "seconds": seconds, "steps": steps, "group": contestant.group, **last})
         if arm.name == "continued":
             continued = result
+            save(dataclasses.replace(result, tokenizer=model.tokenizer), kept)
+        last = {k: log_rows[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log_rows[-1]}
+        log({"name": arm.name, "loss": loss, "seconds": seconds, "steps": steps, "group": contestant.group, **last})
         shutil.rmtree(out / f"seed{seed}" / arm.name / "checkpoints")
     if continued is None and (config.ptq or config.block_tuned):
         raise UserError('ptq and block_tuned are of the arm "continued", which is missing')
     source = continued or model
     for name, line in config.ptq.items():
+        if is_done(f"ptq {name}"):
+            continue
         clock = time.perf_counter()
         recipe = recipes.recipe(line)
         if recipe.format is None:
@@ -229,6 +248,8 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
         seconds = time.perf_counter() - clock
         log({"name": f"ptq {name}", "loss": loss, "seconds": seconds, "group": name.split(":")[0], "recipe": line})
     for name, tuning in config.block_tuned.items():
+        if is_done(f"block {name}"):
+            continue
         clock = time.perf_counter()
         arm = Arm(name, format=name.split()[0], scales="learned")
         seen = calibration(config, source, tokens)

@@ -169,7 +169,7 @@ def trust(factor: float = 1.0) -> Trust:
 
 
 def soft_round(sharpness: float = 2.0) -> SoftRound:
-    """A soft staircase's slope, mean 1 over a gap: largest between levels, least on them; sharpness near 0 is `ste`."""
+    """A soft staircase's slope: mean 1 over a gap, largest between levels, least on them, 0 outside of the levels."""
     return SoftRound(sharpness)
 
 

@@ -13,7 +13,8 @@ another (Dual-LSQ; for three levels, trained ternary quantization, arXiv:1612.01
 
 s, m and p are used as the format stores them (`Format.store`), the gradient goes straight through the storing, and
 nested super-scales stay where they were at the start. The parameters that train are dimensionless, s = s0 exp(scale),
-p = p0 exp(threshold), m = m0 + s0 offset, all 0 at the start: one rate fits every format, a scale keeps its sign.
+p = p0 exp(threshold), m = m0 + s0 offset, all 0 at the start: one rate fits every format, a scale keeps its sign, and
+that of a group of zeros stays 0.
 """
 
 from __future__ import annotations
