@@ -60,11 +60,18 @@ def test_qlora(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_arms(tiny, tmp_path, capsys):
+def test_arms(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out, models = tmp_path / "out", tmp_path / "models"
-    results = run("qat_vs_ptq", out, "--models", models, *tiny[2:])
+    options = ["--models", models, *tiny[2:]]
+    results = run("qat_vs_ptq", out, *options)
+    assert "closed, %" in capsys.readouterr().out and (models / "seed1" / "model").is_dir()
     names = [row["name"] for row in results["rows"]]
     assert names[:2] == ["start", "continued"] and "2 bits, qat + kd" in names and "ptq 2 bits: gptq" in names
     row = results["rows"][names.index("2 bits, qat + kd")]
     assert row["quant_noise"] > 0.1 and row["closed_percent"] is not None and row["half_interval"] is None
-    assert (models / "seed1" / "model").is_dir() and "closed, %" in capsys.readouterr().out
+
+    assert run("qat_vs_ptq", out, *options)["rows"] == results["rows"]  # nothing was left to do
+    other = ["run", str(CONFIGS / "qat_vs_ptq.toml"), "--smoke", *map(str, options), "--base.layers", "3"]
+    assert main(other) == 2
+    assert "holds other float models" in capsys.readouterr().err
