@@ -23,7 +23,8 @@ from rich.table import Table
 
 from qjax import rundir
 from qjax.io.checkpoint import load
-from qjax.training.finetune import Arm, program, start_state
+from qjax.training.arm import Arm
+from qjax.training.finetune import program, start_state
 from qjax.training.objectives import parse_terms
 
 

@@ -21,9 +21,10 @@ from rich.progress import Progress
 
 from qjax.errors import UserError
 from qjax.io.checkpoint import load, save
+from qjax.training.arm import Arm
 from qjax.training.corpus import corpus_of, texts_of
 from qjax.training.data import Windows
-from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, forward, heldout_loss
 from qjax.training.loop import Loop
 from qjax.training.topk import read_top_k, rows, top_k, write_top_k
 

@@ -21,10 +21,11 @@ from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
+from qjax.training.arm import Arm
 from qjax.training.corpus import corpus_of, texts_of, train_tokenizer
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
-from qjax.training.finetune import Arm, finetune
+from qjax.training.finetune import finetune
 from qjax.training.loop import Loop, tensorboard
 
 

@@ -24,11 +24,12 @@ from qjax.models.model import Model
 from qjax.pipeline.calibrated import calibration_of, quantize_model
 from qjax.plan import decoder_weights
 from qjax.tensor import is_qtensor
+from qjax.training.arm import Arm
 from qjax.training.corpus import corpus_of, texts_of
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.distill import teacher_confidence
-from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, forward, heldout_loss
 from qjax.training.loop import Loop, tensorboard
 
 TWO_BITS = Arm("qat", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=3e-4)

@@ -30,9 +30,10 @@ from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.pipeline.memory import quantize_params
+from qjax.training.arm import Arm
 from qjax.training.corpus import Corpus, corpus_of, texts_of, train_tokenizer
 from qjax.training.data import Windows
-from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, forward, heldout_loss
 from qjax.training.loop import Loop
 
 

@@ -42,11 +42,12 @@ from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
 from qjax.plan import Plan
 from qjax.tensor import is_qtensor
 from qjax.training import weights
+from qjax.training.arm import Arm, quantizers_of_arm
 from qjax.training.blockwise import BlockTuning, tune_blocks
 from qjax.training.corpus import Corpus, corpus_of, texts_of, train_tokenizer
 from qjax.training.data import Windows
 from qjax.training.distill import teacher_confidence
-from qjax.training.finetune import Arm, finetune, forward, heldout_loss, quantizers_of_arm
+from qjax.training.finetune import finetune, forward, heldout_loss
 from qjax.training.loop import Loop
 
 

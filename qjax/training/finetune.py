@@ -1,10 +1,8 @@
 """Quantization-aware training of a loaded model, from a plan to a model that is exported.
 
-    program        an arm's quantizers, optimizer and jitted step
-    start_state    the float weights, or any recipe's result for them
-    finetune       loop.train, then the packed model, checked against what training ran on, bit for bit
-
-An `Arm` is one way to do it, written as a config writes it; experiments compare arms.
+program        an arm's quantizers, optimizer and jitted step
+start_state    the float weights, or any recipe's result for them
+finetune       loop.train, then the packed model, checked against what training ran on, bit for bit
 """
 
 from __future__ import annotations
@@ -13,124 +11,31 @@ import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.formats import formats
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
-from qjax.plan import FILE_TYPES, Plan, Rule
-from qjax.plan.named import plan_named
 from qjax.tensor import dequantize, is_qtensor
 from qjax.training import weights
 from qjax.training.activations import quantized_cache, quantized_inputs
-from qjax.training.estimators import Place, estimator
+from qjax.training.arm import Arm, quantizers_of_arm
+from qjax.training.estimators import Place
 from qjax.training.loop import Loop, Row, train
 from qjax.training.objectives import Apply, cross_entropy, decoder_hidden, language_loss, parse_terms, student
 from qjax.training.optim import Group, labels, partitioned, rates
 from qjax.training.precision import mixed_dot_general
-from qjax.training.quantizer import Quantizer, ScaleKind
-from qjax.training.scale_rules import ScaleRule
+from qjax.training.quantizer import Quantizer
 from qjax.training.schedules import warmup_cosine
 from qjax.training.state import TrainState, init_state, make_step
 from qjax.typing import Array, Int
 
 BatchAt = Callable[[int], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way to train; every field is a config's.
-
-    Attributes:
-      name: what the tables call it.
-      format: that of the blocks' matrices, or a mix (Q4_K_M) for all; "" trains the float model.
-      outside: the format of embedding and head where `format` is one for the blocks; "keep" leaves them.
-      rules: (pattern, format) pairs that are asked before those.
-      scales: refit, frozen, learned or decoupled.
-      rule: where scales come from; "own" or see `scale_rules`, "absmean/matrix" for one of a matrix.
-      estimator: "" for the default of the scales; else as `estimators.estimator` reads it.
-      refresh_every: of frozen scales, in steps; 0: never.
-      init: a recipe that makes the start ("gptq", "best_gguf"); "": the weights as they are.
-      loss: see `objectives.parse_terms`.
-      trains: parts that train: "weights", "scales"; of learned scales with frozen weights codes may move.
-      inputs: "" or int8, int4, e4m3, e5m2: the inputs of every block's linear layers.
-      cache: "" or the format of keys and values in the cache.
-      rate, scale_rate: the peak learning rates; scale_rate 0: ten times the rate.
-      weight_decay, clip, warmup: of AdamW; warmup is a share of the steps.
-      shape: what follows the warm-up: "cosine" to 0, or "constant", where the cooldown is another run's.
-      ema: decay of the moving average that is exported; 0: none.
-    """
-
-    name: str
-    format: str = ""
-    outside: str = "Q8_0"
-    rules: tuple[tuple[str, str], ...] = ()
-    scales: ScaleKind = "refit"
-    rule: str = "own"
-    estimator: str = ""
-    refresh_every: int = 0
-    init: str = ""
-    loss: str = "ce"
-    trains: tuple[str, ...] = ("weights", "scales")
-    inputs: str = ""
-    cache: str = ""
-    rate: float = 5e-4
-    scale_rate: float = 0.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    warmup: float = 0.05
-    shape: Literal["cosine", "constant"] = "cosine"
-    ema: float = 0.0
-
-    def __post_init__(self) -> None:
-        def check(ok: bool, message: str) -> None:
-            if not ok:
-                raise UserError(f"arm {self.name!r}: {message}")
-
-        check(self.rate > 0, f"rate must be positive, got {self.rate}")
-        check(self.scale_rate >= 0 and self.weight_decay >= 0, "scale_rate and weight_decay must not be negative")
-        check(self.clip > 0, f"clip must be positive, got {self.clip}")
-        check(0 <= self.warmup < 1, f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
-        check(0 <= self.ema < 1, f"ema is a decay from 0 to below 1, got {self.ema}")
-        kinds = ("int8", "int4", "e4m3", "e5m2")
-        check(self.inputs in ("", *kinds), f"inputs must be {', '.join(kinds)} or empty, got {self.inputs!r}")
-        for part in self.trains:
-            check(part in ("weights", "scales"), f"trains names weights and scales, not {part!r}")
-        parse_terms(self.loss)
-        if self.estimator:
-            estimator(self.estimator)
-
-    def plan(self, config: DecoderConfig) -> Plan:
-        """Which weight gets which format."""
-        if self.format.upper() in FILE_TYPES and self.format not in formats():
-            plan = plan_named(self.format, config)
-        else:
-            plan = Plan.from_dict({"rules": {"layers_*": self.format, "*": self.outside}}, f"arm {self.name}")
-        return plan.with_rules([Rule(pattern, fmt) for pattern, fmt in self.rules])
-
-
-def quantizers_of_arm(arm: Arm, config: DecoderConfig) -> dict[str, Quantizer]:
-    """{path: Quantizer} of an arm; {} for the float model. Its rule is for the weights of the blocks."""
-    if not arm.format:
-        return {}
-    how = estimator(arm.estimator) if arm.estimator else None
-    made = weights.quantizers_of(shapes_of(config), arm.plan(config), scales=arm.scales, estimator=how)
-    kind, _, per = arm.rule.partition("/")
-    rule = ScaleRule(kind, per or "group")  # type: ignore[arg-type]
-    return {p: dataclasses.replace(q, rule=rule) if p.startswith("layers_") else q for p, q in made.items()}
-
-
-@lru_cache(maxsize=64)
-def shapes_of(config: DecoderConfig) -> Any:
-    """The params tree of a decoder, as shapes."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
 
 
 @lru_cache(maxsize=64)

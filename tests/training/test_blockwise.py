@@ -12,8 +12,9 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.plan import Plan
 from qjax.training import blockwise, weights
+from qjax.training.arm import Arm
 from qjax.training.blockwise import BlockTuning, tune_blocks
-from qjax.training.finetune import Arm, finetune
+from qjax.training.finetune import finetune
 from qjax.training.loop import Loop
 
 CONFIG = DecoderConfig(

@@ -18,7 +18,8 @@ import qjax
 from qjax.errors import UserError
 from qjax.models.model import Model
 from qjax.training import devices, weights
-from qjax.training.finetune import Arm, finetune, forward, heldout_loss, program, start_state
+from qjax.training.arm import Arm
+from qjax.training.finetune import finetune, forward, heldout_loss, program, start_state
 from qjax.training.loop import Loop
 from qjax.training.optim import ADAM, Group, partitioned
 from qjax.training.state import init_state, make_step

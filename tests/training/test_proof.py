@@ -13,8 +13,9 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.pipeline import Calibration
 from qjax.plan import Plan
+from qjax.training.arm import Arm
 from qjax.training.data import Tokens, Windows
-from qjax.training.finetune import Arm, finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, forward, heldout_loss
 from qjax.training.loop import Loop
 
 VOCAB, CONTEXT, BATCH = 128, 64, 16

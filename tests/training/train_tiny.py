@@ -12,8 +12,9 @@ import numpy as np
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
+from qjax.training.arm import Arm
 from qjax.training.data import Tokens, Windows
-from qjax.training.finetune import Arm, finetune
+from qjax.training.finetune import finetune
 from qjax.training.loop import Loop
 
 CONFIG = DecoderConfig(
