@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from qjax import recipes, rundir
 from qjax.calibrate import observe
 from qjax.errors import UserError
 from qjax.evaluate import llamacpp
+from qjax.evaluate.intervals import half_interval
 from qjax.evaluate.judge import windows_of
 from qjax.io.checkpoint import load, save
 from qjax.io.gguf_read import read_gguf
@@ -169,8 +169,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for mix, recipe in dict.fromkeys((r["mix"], r["recipe"]) for r in rows):
         mine = [r for r in rows if (r["mix"], r["recipe"]) == (mix, recipe)]
         ratios = [r["ratio"] for r in mine]
-        t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(ratios), 2.0)
-        half = t * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None
+        half = half_interval(ratios)
         mean = {
             k: statistics.fmean(r[k] for r in mine)
             for k in ("kl_mean", "kl_p99", "same_top_percent", "log_ratio", "seconds")

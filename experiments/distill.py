@@ -22,7 +22,7 @@ from rich.progress import Progress
 from qjax.errors import UserError
 from qjax.io.checkpoint import load, save
 from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_of, texts_of
+from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
 from qjax.training.finetune import finetune, forward, heldout_loss
 from qjax.training.loop import Loop
@@ -55,21 +55,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """Cache the teacher, train, export under `out`; resumes when `out` holds a cache or checkpoints."""
     teacher = load(config.teacher)
     student = load(config.student) if config.student else teacher
-    tokenizer = teacher.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{config.teacher}: has no tokenizer to read the text with")
     if student.config.vocab != teacher.config.vocab:
         raise UserError(
             f"teacher and student must share a vocabulary; {config.teacher} has {teacher.config.vocab} tokens, "
             f"{config.student} {student.config.vocab}"
         )
-    texts, heldout = texts_of(config.text, config.heldout)
     if config.arm.init:
         raise UserError("arm.init: this experiment starts from float weights")
-    out.mkdir(parents=True, exist_ok=True)
-    corpus = corpus_of(
-        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), teacher.config.vocab, texts, heldout, out,
-        config.context, config.eval_windows,
+    corpus = corpus_for(
+        teacher, config.teacher, config.text, config.heldout, out, config.context, config.eval_windows
     )  # fmt: skip
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
     folder = out / "teacher"
@@ -91,7 +85,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         out, heldout=corpus.heldout, seed=config.seed,
         identity={"data": corpus.tokens.sha256, "teacher": config.teacher, "student": config.student, "k": config.k},
     )  # fmt: skip
-    save(dataclasses.replace(trained, tokenizer=tokenizer), out / "model")
+    save(dataclasses.replace(trained, tokenizer=teacher.tokenizer), out / "model")
     back = heldout_loss(judge, load(out / "model").params, corpus.heldout)
     if back != losses["student"]:
         raise RuntimeError(f"the exported model gives {back} nats, the trained one {losses['student']}")

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from qjax import recipes, rundir
 from qjax.errors import UserError
+from qjax.evaluate.intervals import half_interval
 from qjax.evaluate.judge import baseline_of, judge
 from qjax.io.checkpoint import load
 from qjax.io.text import read_text
@@ -32,8 +33,6 @@ from qjax.models.model import Model
 from qjax.pipeline.calibrated import Calibration, calibration_text, quantize_model, survey_model
 from qjax.plan import Plan, decoder_weights
 from qjax.recipes import Recipe
-
-_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5 %, of as many runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +113,8 @@ def summary(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return statistics.fmean(r[key] for r in runs)
 
     kl = [r["kl_mean"] for r in runs]
-    half = _T.get(len(kl), 1.96) * statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else None
     return {
-        "method": name, "texts": len(runs), "kl": mean("kl_mean"), "kl_half_interval": half,
+        "method": name, "texts": len(runs), "kl": mean("kl_mean"), "kl_half_interval": half_interval(kl),
         "kl_se_judged": mean("kl_mean_se"), "perplexity": mean("perplexity"),
         "same_top_percent": mean("same_top_percent"), "layer_bits": mean("layer_bits"),
         "whole_bits": mean("whole_bits"), "seconds": mean("encode_seconds"),

@@ -13,19 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from tokenizers import Tokenizer
 
 from qjax.io.checkpoint import save
 from qjax.io.tokenizer_hf import read_tokenizer
-from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
-from qjax.models.model import Model
 from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_of, texts_of, train_tokenizer
+from qjax.training.corpus import corpus_in, texts_of, tokenizer_in
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.finetune import finetune
+from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop, tensorboard
 
 
@@ -59,33 +55,19 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint under `out`; resumes when `out` holds checkpoints. Returns the final numbers."""
-    out.mkdir(parents=True, exist_ok=True)
     loop = Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every)
     texts, heldout = texts_of(config.text, config.heldout)
-    path = out / "tokenizer.json"
-    if not path.is_file():
-        train_tokenizer(texts, config.vocab).save(str(path))
-        settings = '{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}'
-        (out / "tokenizer_config.json").write_text(settings)
-    tokenizer = Tokenizer.from_file(str(path))
-    vocab = tokenizer.get_vocab_size()
-    corpus = corpus_of(
-        lambda text: [0, *tokenizer.encode(text).ids], vocab, texts, heldout, out, config.context, config.eval_windows
-    )
-    architecture = DecoderConfig(
-        vocab=vocab, dim=config.dim, hidden=config.hidden, layers=config.layers, heads=config.heads,
-        kv_heads=config.kv_heads, head_dim=config.dim // config.heads, context=config.context, tied=True,
-    )  # fmt: skip
-    params = jax.jit(Decoder(architecture).init)(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
-    count = sum(p.size for p in jax.tree.leaves(params))
+    tokenizer = tokenizer_in(out, texts, config.vocab)
+    corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.eval_windows)
+    model = fresh_model(config, tokenizer.get_vocab_size(), config.seed)
+    count = sum(p.size for p in jax.tree.leaves(model.params))
     print(f"{count / 1e6:.2f} M parameters, {len(corpus.tokens.values) / 1e6:.2f} M training tokens")
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
     batch_at, place = spread(config.devices, windows)
-    arm = Arm(
-        "pretrain", rate=config.peak_rate, weight_decay=config.weight_decay, warmup=config.warmup / config.steps
-    )  # fmt: skip
+    rise = config.warmup / config.steps
+    arm = Arm("pretrain", rate=config.peak_rate, weight_decay=config.weight_decay, warmup=rise)
     model, rows, loss = finetune(
-        arm, Model(architecture, params), batch_at, loop, out, place=place,
+        arm, model, batch_at, loop, out, place=place,
         heldout=corpus.heldout, identity={"data": corpus.tokens.sha256}, accumulate=config.accumulate, seed=config.seed,
         sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip

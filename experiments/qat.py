@@ -25,7 +25,7 @@ from qjax.pipeline.calibrated import calibration_of, quantize_model
 from qjax.plan import decoder_weights
 from qjax.tensor import is_qtensor
 from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_of, texts_of
+from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.distill import teacher_confidence
@@ -69,14 +69,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             if assigned.format is not None and not isinstance(assigned.format, BlockFormat):
                 raise UserError(f'{assigned.weight}: GGUF has no type {assigned.format.name}; export = "hf" has')
     teacher = load(config.teacher) if config.teacher else model
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{config.model}: has no tokenizer to read the text with")
-    texts, heldout = texts_of(config.text, config.heldout)
-    out.mkdir(parents=True, exist_ok=True)
-    corpus = corpus_of(
-        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), model.config.vocab, texts, heldout, out,
-        config.context, config.eval_windows,
+    corpus = corpus_for(
+        model, config.model, config.text, config.heldout, out, config.context, config.eval_windows
     )  # fmt: skip
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
     batch_at, place = spread(config.devices, windows)
@@ -101,7 +95,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         accumulate=config.accumulate, seed=config.seed, sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip
     path = out / ("model.gguf" if config.export == "gguf" else "model")
-    save(dataclasses.replace(trained, tokenizer=tokenizer), path)
+    save(dataclasses.replace(trained, tokenizer=model.tokenizer), path)
     losses["trained"] = heldout_loss(judge, load(path).params, corpus.heldout)
     if losses["trained"] != loss:
         raise RuntimeError(f"{path} gives {losses['trained']} nats, the trained model {loss}")

@@ -3,37 +3,30 @@
     qjax run configs/training/share.toml
 
 A small Llama trains from scratch for `steps` in all. An arm of share 0.2 trains in float at a constant rate and turns
-quantization on for the last fifth, which is the cooldown (`qat_in_cooldown`); with `fused = false` the float part has a
-cooldown of its own and the quantized part warms up and cools down again. Adam's moments start anew with the quantized
-part. Share 0 is rounded at the end, share 1 never
-saw a float weight.
+quantization on for the last fifth, which is the cooldown; with `fused = false` the float part has a cooldown of its
+own. The quantized part warms up again, and Adam's moments start anew with it. Share 0 is rounded at the end, share 1
+never saw a float weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t
-from tokenizers import Tokenizer
 
 from qjax import rundir
 from qjax.errors import UserError
-from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
-from qjax.models.model import Model
+from qjax.evaluate.intervals import half_interval
 from qjax.pipeline.memory import quantize_params
 from qjax.training.arm import Arm
-from qjax.training.corpus import Corpus, corpus_of, texts_of, train_tokenizer
+from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.data import Windows
 from qjax.training.finetune import finetune, forward, heldout_loss
+from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop
 
 
@@ -63,16 +56,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """Every share on every seed."""
     if config.arm.init:
         raise UserError("arm.init: this experiment starts from float weights")
-    out.mkdir(parents=True, exist_ok=True)
     texts, heldout = texts_of(config.text, config.heldout)
-    path = out / "tokenizer.json"
-    if not path.is_file():
-        train_tokenizer(texts, config.vocab).save(str(path))
-    tokenizer = Tokenizer.from_file(str(path))
-    corpus = corpus_of(
-        lambda text: [0, *tokenizer.encode(text).ids], tokenizer.get_vocab_size(), texts, heldout, out, config.context,
-        config.heldout_windows,
-    )  # fmt: skip
+    tokenizer = tokenizer_in(out, texts, config.vocab)
+    corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.heldout_windows)
     runs = []
     for seed in config.seeds:
         for share in config.shares:
@@ -90,12 +76,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         if zero:
             pairs = [losses[s] - zero[s] for s in losses]
             row["difference"] = statistics.fmean(pairs)
-            if len(pairs) > 1:  # half the 95 % interval, Student's t
-                spread = statistics.stdev(pairs) / math.sqrt(len(pairs))
-                row["half_interval"] = float(t.ppf(0.975, len(pairs) - 1)) * spread
+            row["half_interval"] = half_interval(pairs)
         rows.append(row)
         cells = ("fused" if fused else "its own", f"{row['loss']:.4f}", f"{row.get('difference', 0.0):+.4f}",
-                 f"{row.get('half_interval', 0.0):.4f}")  # fmt: skip
+                 f"{row.get('half_interval') or 0.0:.4f}")  # fmt: skip
         table.add_row(f"{share:g}", *cells)
     Console(highlight=False).print(table)
     return {"rows": rows, "runs": runs}
@@ -103,12 +87,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fused: bool, out: Path) -> float:
     """The held-out loss of the quantized model."""
-    architecture = DecoderConfig(
-        vocab=vocab, dim=config.dim, hidden=config.hidden, layers=config.layers, heads=config.heads,
-        kv_heads=config.kv_heads, head_dim=config.dim // config.heads, context=config.context, tied=True,
-    )  # fmt: skip
-    params = jax.jit(Decoder(architecture).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
-    model = Model(architecture, params)
+    model = fresh_model(config, vocab, seed)
     windows = Windows(corpus.tokens, config.context, config.batch, seed)
     late = round(share * config.steps)
     early = config.steps - late
@@ -121,8 +100,8 @@ def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fus
             out / name / "float", heldout=corpus.heldout,
         )  # fmt: skip
     if not late:
-        packed, _ = quantize_params(model.params, config.arm.plan(architecture))
-        return heldout_loss(forward(architecture), packed, corpus.heldout)
+        packed, _ = quantize_params(model.params, config.arm.plan(model.config))
+        return heldout_loss(forward(model.config), packed, corpus.heldout)
     _, _, loss = finetune(
         config.arm, model, lambda s: {"tokens": windows.batch_at(early + s)}, Loop(late, late, late, late),
         out / name / "qat", heldout=corpus.heldout,

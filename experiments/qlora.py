@@ -26,16 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax import rundir
-from qjax.errors import UserError
 from qjax.io.checkpoint import load
 from qjax.models.model import Model
 from qjax.pipeline.memory import quantize_params
 from qjax.plan import Plan
 from qjax.training.adapters import apply_adapted, init_adapters, lora_weight, map_adapted
-from qjax.training.corpus import corpus_of, texts_of
+from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
 from qjax.training.fake_quant import fake_quant
-from qjax.training.finetune import forward, heldout_loss
+from qjax.training.finetune import forward, heldout_loss, mean_loss
 from qjax.training.loftq import loftq_params
 from qjax.training.loop import Loop, train
 from qjax.training.merging import merge_fake_quantized, merge_requantized
@@ -78,14 +77,8 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train every entry on every seed, each in a folder of its own; a killed run continues."""
     model = load(config.model)
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{config.model}: has no tokenizer to read the text with")
-    texts, heldout = texts_of(config.text, config.heldout)
-    out.mkdir(parents=True, exist_ok=True)
-    corpus = corpus_of(
-        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), model.config.vocab, texts, heldout, out,
-        config.context, config.eval_windows,
+    corpus = corpus_for(
+        model, config.model, config.text, config.heldout, out, config.context, config.eval_windows
     )  # fmt: skip
     start = heldout_loss(forward(model.config), model.params, corpus.heldout)
     runs = []
@@ -131,12 +124,12 @@ def one(
     schedule = warmup_cosine(1.0, config.steps, round(0.05 * config.steps))
     optimizer = partitioned(groups, schedule)
     step = make_step(loss, optimizer, seed=seed, labels=lambda p: labels(p, groups))
-    judge = jax.jit(lambda adapters, base, tokens: adapted(adapters, base, tokens))
+
+    def beside(parts: Any, tokens: Any) -> Any:
+        return adapted(parts["adapters"], parts["base"], tokens)
 
     def judged(adapters: Any) -> float:
-        rows = jnp.asarray(corpus.heldout)
-        parts = [rows[i : i + 16] for i in range(0, len(rows), 16)]
-        return float(sum(len(p) * cross_entropy(judge(adapters, base, p[:, :-1]), p[:, 1:]) for p in parts) / len(rows))
+        return mean_loss(beside, {"adapters": adapters, "base": base}, corpus.heldout)
 
     before = judged(adapters)
     every = config.log_every * max(1, config.steps // (2 * config.log_every))

@@ -5,49 +5,47 @@
 For every seed a small Llama is pretrained on the standard library's sources (once for all configs that share `models`),
 then every arm starts from it and takes `steps` more steps. An arm without a format goes on in float; it is the control,
 and `ptq` recipes are applied to it, so that everyone has seen the same tokens. `closed` is the share of the gap between
-the best of these recipes and the continued float model that an arm closes. Every quantized number is computed from the
-packed model; an arm's is written and read back where its formats have a file. Tables give means over seeds and the
-half-width of the 95 % interval (Student's t) of the paired difference to the arm named by `against`. An interrupted run
-goes on with the arms that it had not finished.
+the best of these recipes and the continued float model that an arm closes. An arm's number is that of the file it is
+exported to. Tables give means over seeds and the half-width of the 95 % interval (Student's t) of the paired difference
+to the arm named by `against`. An interrupted run goes on with the arms that it had not finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t
 from tokenizers import Tokenizer
 
 from qjax import recipes, rundir
 from qjax.errors import UserError
+from qjax.evaluate.intervals import half_interval
+from qjax.formats import BlockFormat
 from qjax.io.checkpoint import load, save
 from qjax.io.tokenizer_hf import read_tokenizer
-from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
 from qjax.plan import Plan
 from qjax.tensor import is_qtensor
-from qjax.training import weights
 from qjax.training.arm import Arm, quantizers_of_arm
 from qjax.training.blockwise import BlockTuning, tune_blocks
-from qjax.training.corpus import Corpus, corpus_of, texts_of, train_tokenizer
+from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.data import Windows
 from qjax.training.distill import teacher_confidence
 from qjax.training.finetune import finetune, forward, heldout_loss
+from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop
 
 
@@ -88,9 +86,8 @@ class Config:
     steps: int = 200  # after pretraining
     arms: tuple[Contestant, ...] = (Contestant(Arm("continued")),)
     ptq: dict[str, str] = dataclasses.field(default_factory=dict)  # "group: anything" -> a recipe with its format
-    block_tuned: dict[str, BlockTuning] = dataclasses.field(
-        default_factory=dict
-    )  # "format how": the control, by blocks
+    # "format anything" -> how the control is tuned block by block
+    block_tuned: dict[str, BlockTuning] = dataclasses.field(default_factory=dict)
     against: str = ""  # the arm that the others are compared with; "": the first
     calibration_windows: int = 32
     heldout_windows: int = 256
@@ -112,8 +109,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             raise UserError(f"arm {c.arm.name!r}: no recipe of ptq is called {c.group!r}: anything")
     if config.against and config.against not in names:
         raise UserError(f"against: no arm is called {config.against!r}; there are {', '.join(names)}")
-    if any(c.teacher == "continued" for c in config.arms) and names[:1] != ["continued"]:
-        raise UserError('a teacher "continued" needs the arm "continued" to come first')
+    for c in config.arms:
+        if c.teacher not in ("", "start", "continued"):
+            raise UserError(f"arm {c.arm.name!r}: teacher must be start or continued, got {c.teacher!r}")
+    leans = config.ptq or config.block_tuned or any(c.teacher == "continued" or c.group for c in config.arms)
+    if leans and names[0] != "continued":
+        raise UserError('recipes, block tuning and the teacher "continued" need the arm "continued" to come first')
     corpus, tokenizer = corpus_at(config)
     runs: list[dict[str, Any]] = []
     for seed in config.seeds:
@@ -126,38 +127,24 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def corpus_at(config: Config) -> tuple[Corpus, Tokenizer]:
     """Tokenizer, token file and held-out windows, made once in `models`."""
-    folder = config.models
-    folder.mkdir(parents=True, exist_ok=True)
+    check_models(config)
     texts, heldout = texts_of(config.text, config.heldout)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        train_tokenizer(texts, config.base.vocab).save(str(path))
-        (folder / "tokenizer_config.json").write_text(
-            '{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}'
-        )
-    tokenizer = Tokenizer.from_file(str(path))
-    return corpus_of(
-        lambda text: [0, *tokenizer.encode(text).ids], tokenizer.get_vocab_size(), texts, heldout, folder,
-        config.base.context, config.heldout_windows,
-    ), tokenizer  # fmt: skip
+    tokenizer = tokenizer_in(config.models, texts, config.base.vocab)
+    windows = config.heldout_windows
+    return corpus_in(config.models, tokenizer, texts, heldout, config.base.context, windows), tokenizer
 
 
 def pretrained(config: Config, corpus: Corpus, tokenizer: Tokenizer, seed: int) -> Model:
     """The float model of a seed: trained here, or read from `models`."""
     b = config.base
-    architecture = DecoderConfig(
-        vocab=tokenizer.get_vocab_size(), dim=b.dim, hidden=b.hidden, layers=b.layers, heads=b.heads,
-        kv_heads=b.kv_heads, head_dim=b.dim // b.heads, context=b.context, tied=True,
-    )  # fmt: skip
     folder = config.models / f"seed{seed}"
-    check_models(config)
     if not (folder / "model").is_dir():
-        params = jax.jit(Decoder(architecture).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
         arm = Arm("pretrain", rate=b.rate, weight_decay=b.weight_decay)
         tokens = Windows(corpus.tokens, b.context, b.batch, seed)
+        model = fresh_model(b, tokenizer.get_vocab_size(), seed)
         model, _, _ = finetune(
-            arm, Model(architecture, params), lambda s: {"tokens": tokens.batch_at(s)}, Loop(b.steps, 20, 200, 200),
-            folder, heldout=corpus.heldout, identity={"data": corpus.tokens.sha256, "model_seed": seed},
+            arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(b.steps, 20, 200, 200), folder,
+            heldout=corpus.heldout, identity={"data": corpus.tokens.sha256, "model_seed": seed},
         )  # fmt: skip
         save(dataclasses.replace(model, tokenizer=read_tokenizer(config.models)), folder / "model")
     return load(folder / "model")
@@ -169,95 +156,91 @@ def check_models(config: Config) -> None:
     said = json.dumps({**dataclasses.asdict(config.base), "text": str(config.text)}, indent=1)
     if path.is_file() and path.read_text() != said:
         raise UserError(f"{config.models} holds other float models (see {path}); give another `models`")
+    config.models.mkdir(parents=True, exist_ok=True)
     path.write_text(said)
 
 
 def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path) -> list[dict[str, Any]]:
-    """Every arm and every recipe on one float model."""
-    runs: list[dict[str, Any]] = []
-
+    """Every arm and every recipe on one float model; rows of an earlier, interrupted run of `out` are kept."""
     path = out / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     before = {(r["seed"], r["name"]): r for r in map(json.loads, lines)}
+    runs: list[dict[str, Any]] = []
 
-    def is_done(name: str) -> bool:
-        """Whether an earlier, interrupted run of this directory has the row, which is kept then."""
+    def row_of(name: str, make: Callable[[], dict[str, Any]]) -> None:
+        """The row of a name: the earlier one, or a new one with the time that making it took."""
         if (seed, name) in before:
             runs.append(before[seed, name])
-        return (seed, name) in before
-
-    def log(row: dict[str, Any]) -> None:
-        row = {"seed": seed, **row}
+            return
+        clock = time.perf_counter()
+        row = {"seed": seed, "name": name, **make(), "seconds": time.perf_counter() - clock}
         runs.append(row)
         rundir.log(out, row)
-        print(f"seed {seed} {row['name']}: {row['loss']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
+        print(f"seed {seed} {name}: {row['loss']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
 
     # Later epochs than the pretraining's: the same windows in another order.
     tokens = Windows(corpus.tokens, config.base.context, config.base.batch, 1000 + seed)
     judge = forward(model.config)
-    if not is_done("start"):
-        log({"name": "start", "loss": heldout_loss(judge, model.params, corpus.heldout), "seconds": 0.0})
-    continued, confidences = None, {}
+    row_of("start", lambda: {"loss": heldout_loss(judge, model.params, corpus.heldout)})
+    folder = out / f"seed{seed}"
+    teachers: dict[str, Any] = {"": None, "start": model}
     for contestant in config.arms:
-        arm = contestant.arm
-        kept = out / f"seed{seed}" / arm.name / "model"
-        if is_done(arm.name):
-            continued = load(kept) if arm.name == "continued" else continued
-            continue
-        teacher = {"": None, "start": model, "continued": continued}.get(contestant.teacher)
-        if contestant.teacher and teacher is None:
-            raise UserError(f"arm {arm.name!r}: teacher must be start or continued, got {contestant.teacher!r}")
-        confidence = None
-        if "cakld" in arm.loss and teacher is not None:
-            if contestant.teacher not in confidences:
-                batches = ((b[:, :-1], b[:, 1:]) for b in (tokens.batch_at(s) for s in range(4)))
-                confidences[contestant.teacher] = teacher_confidence(lambda x, m=teacher: m.logits(x), batches)
-            confidence = confidences[contestant.teacher]
-        clock = time.perf_counter()
-        begun = begun_by(config, arm, model, tokens) if arm.init else None
-        steps = contestant.steps or config.steps
-        loop = Loop(steps, config.log_every, steps - steps % config.log_every or config.log_every,
-                    steps - steps % config.log_every or config.log_every)  # fmt: skip
-        result, log_rows, loss = finetune(
-            arm, model, lambda s: {"tokens": tokens.batch_at(s)}, loop, out / f"seed{seed}" / arm.name,
-            heldout=corpus.heldout, begun=begun, teacher=teacher,
-            confidence=confidence,
-            identity={"data": corpus.tokens.sha256, "model_seed": seed},
-        )  # fmt: skip
-        seconds = time.perf_counter() - clock
-        if arm.format:
-            loss = read_back(result, out / "exported.gguf", arm, corpus, loss)
-        if arm.name == "continued":
-            continued = result
-            save(dataclasses.replace(result, tokenizer=model.tokenizer), kept)
-        last = {k: log_rows[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log_rows[-1]}
-        log({"name": arm.name, "loss": loss, "seconds": seconds, "steps": steps, "group": contestant.group, **last})
-        shutil.rmtree(out / f"seed{seed}" / arm.name / "checkpoints")
-    if continued is None and (config.ptq or config.block_tuned):
-        raise UserError('ptq and block_tuned are of the arm "continued", which is missing')
-    source = continued or model
+        name = contestant.arm.name
+        row_of(name, partial(train_arm, config, contestant, model, teachers, tokens, corpus, folder / name))
+        if name == "continued":
+            teachers["continued"] = load(folder / name / "model")
+    control = teachers.get("continued")
     for name, line in config.ptq.items():
-        if is_done(f"ptq {name}"):
-            continue
-        clock = time.perf_counter()
-        recipe = recipes.recipe(line)
-        if recipe.format is None:
-            raise UserError(f"ptq: {line!r} names no format; write {line}:int2_g64_mid_mse")
-        plan = Plan.from_dict({"rules": {"layers_*": recipe.format.name, "*": "rtn:Q8_0"}})
-        q, _ = quantize_model(source, plan, recipe, calibration(config, source, tokens))
-        loss = heldout_loss(judge, q.params, corpus.heldout)
-        seconds = time.perf_counter() - clock
-        log({"name": f"ptq {name}", "loss": loss, "seconds": seconds, "group": name.split(":")[0], "recipe": line})
+        row_of(f"ptq {name}", partial(round_control, config, name, line, control, tokens, corpus))
     for name, tuning in config.block_tuned.items():
-        if is_done(f"block {name}"):
-            continue
-        clock = time.perf_counter()
-        arm = Arm(name, format=name.split()[0], scales="learned")
-        seen = calibration(config, source, tokens)
-        params, _ = tune_blocks(source, quantizers_of_arm(arm, source.config), seen.tokens, tuning)
-        loss = heldout_loss(judge, params, corpus.heldout)
-        log({"name": f"block {name}", "loss": loss, "seconds": time.perf_counter() - clock})
+        row_of(f"block {name}", partial(tune_control, config, name, tuning, control, tokens, corpus))
     return runs
+
+
+def train_arm(
+    config: Config, contestant: Contestant, model: Model, teachers: dict[str, Model | None], tokens: Windows,
+    corpus: Corpus, folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one arm; its loss is that of the file it is exported to."""
+    arm, teacher = contestant.arm, teachers[contestant.teacher]
+    confidence = None
+    if "cakld" in arm.loss and teacher is not None:
+        batches = ((b[:, :-1], b[:, 1:]) for b in (tokens.batch_at(s) for s in range(4)))
+        confidence = teacher_confidence(teacher.logits, batches)
+    steps = contestant.steps or config.steps
+    at_the_end = config.log_every * steps  # the last step alone is evaluated and saved
+    result, log, loss = finetune(
+        arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(steps, config.log_every, at_the_end, at_the_end),
+        folder, heldout=corpus.heldout, begun=begun_by(config, arm, model, tokens) if arm.init else None,
+        teacher=teacher, confidence=confidence, identity={"data": corpus.tokens.sha256},
+    )  # fmt: skip
+    shutil.rmtree(folder / "checkpoints")
+    read_back(dataclasses.replace(result, tokenizer=model.tokenizer), folder, arm, corpus, loss)
+    last = {k: log[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log[-1]}
+    return {"loss": loss, "steps": steps, "group": contestant.group, **last}
+
+
+def round_control(
+    config: Config, name: str, line: str, control: Model, tokens: Windows, corpus: Corpus
+) -> dict[str, Any]:
+    """The continued float model, rounded by a recipe."""
+    recipe = recipes.recipe(line)
+    if recipe.format is None:
+        raise UserError(f"ptq: {line!r} names no format; write {line}:int2_g64_mid_mse")
+    plan = Plan.from_dict({"rules": {"layers_*": recipe.format.name, "*": "rtn:Q8_0"}})
+    q, _ = quantize_model(control, plan, recipe, calibration(config, control, tokens))
+    loss = heldout_loss(forward(control.config), q.params, corpus.heldout)
+    return {"loss": loss, "group": name.split(":")[0], "recipe": line}
+
+
+def tune_control(
+    config: Config, name: str, tuning: BlockTuning, control: Model, tokens: Windows, corpus: Corpus
+) -> dict[str, Any]:
+    """The continued float model, tuned block by block; the name begins with its format."""
+    arm = Arm(name, format=name.split()[0], scales="learned")
+    seen = calibration(config, control, tokens)
+    params, _ = tune_blocks(control, quantizers_of_arm(arm, control.config), seen.tokens, tuning)
+    return {"loss": heldout_loss(forward(control.config), params, corpus.heldout)}
 
 
 def calibration(config: Config, model: Model, tokens: Windows) -> Calibration:
@@ -273,28 +256,18 @@ def begun_by(config: Config, arm: Arm, model: Model, tokens: Windows) -> Any:
     return quantize_model(model, arm.plan(model.config), recipe, calibration(config, model, tokens))[0].params
 
 
-def read_back(model: Model, path: Path, arm: Arm, corpus: Corpus, loss: float) -> float:
-    """The loss of the exported model, which must be the trained one's to the last bit."""
+def read_back(model: Model, folder: Path, arm: Arm, corpus: Corpus, loss: float) -> None:
+    """Export a model, and raise unless the file gives the trained model's loss to the last bit.
+
+    GGUF where all its formats are ggml's, whose bytes it keeps; else a Hugging Face folder of the decoded values.
+    """
     packed = [x for x in jax.tree.leaves(model.params, is_leaf=is_qtensor) if is_qtensor(x)]
-    if any(not hasattr(q.format, "ggml_type") for q in packed):
-        return loss  # no file of its own: computed from the packed leaves already
-    tokenizer = read_tokenizer(corpus_folder(corpus))
-    save(dataclasses.replace(model, tokenizer=tokenizer), path)
-    back = load(path)
-    again = heldout_loss(forward(model.config, arm.inputs, arm.cache), back.params, corpus.heldout)
+    ggml = bool(packed) and all(isinstance(q.format, BlockFormat) for q in packed)
+    path = folder / ("model.gguf" if ggml else "model")
+    save(model, path)
+    again = heldout_loss(forward(model.config, arm.inputs, arm.cache), load(path).params, corpus.heldout)
     if again != loss:
         raise RuntimeError(f"{path} gives {again} nats, the trained model {loss}")
-    for name, leaf in weights.leaves_by_path(model.params).items():
-        if is_qtensor(leaf):
-            other = weights.leaves_by_path(back.params)[name]
-            if not np.array_equal(leaf.leaves["blocks"], other.leaves["blocks"]):
-                raise RuntimeError(f"{name}: the file does not hold what was trained")
-    return again
-
-
-def corpus_folder(corpus: Corpus) -> Path:
-    """Where the tokenizer lies: beside the token file."""
-    return Path(corpus.tokens.values.filename).parent  # type: ignore[attr-defined]
 
 
 def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -307,17 +280,17 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in names:
         pairs = [loss[name][s] - loss[against][s] for s in config.seeds]
         row = {"name": name, "loss": statistics.fmean(loss[name].values()), "difference": statistics.fmean(pairs),
-               "half_interval": half(pairs), "group": group[name]}  # fmt: skip
+               "half_interval": half_interval(pairs), "group": group[name]}  # fmt: skip
         rivals = [n for n in names if n.startswith("ptq ") and group[n] == group[name] and group[name]]
         if rivals and not name.startswith("ptq "):
             best = {s: min(loss[n][s] for n in rivals) for s in config.seeds}
             gains = [best[s] - loss[name][s] for s in config.seeds]
             gaps = [best[s] - loss["continued"][s] for s in config.seeds]
-            row |= {"gain_over_ptq": statistics.fmean(gains), "gain_half_interval": half(gains)}
+            row |= {"gain_over_ptq": statistics.fmean(gains), "gain_half_interval": half_interval(gains)}
             # A ratio of means, for a gap may be near 0 on one seed; its interval by the delta method.
             share = sum(gains) / sum(gaps)
             off = [(a - share * b) / statistics.fmean(gaps) for a, b in zip(gains, gaps, strict=True)]
-            row |= {"closed_percent": 100 * share, "closed_half_interval": half([100 * d for d in off])}
+            row |= {"closed_percent": 100 * share, "closed_half_interval": half_interval([100 * d for d in off])}
         own = [r for r in runs if r["name"] == name]
         row["seconds"] = statistics.fmean(r["seconds"] for r in own)
         for key in ("quant_noise", "flip_rate", "saturated"):
@@ -325,12 +298,6 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[key] = statistics.fmean(r[key] for r in own)
         rows.append(row)
     return rows
-
-
-def half(values: list[float]) -> float | None:
-    """Half the 95 % interval of a mean."""
-    n = len(values)
-    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

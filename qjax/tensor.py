@@ -125,15 +125,31 @@ def quantize(
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
     _check_finite(w, "w")
-    if weight is not None:
-        weight = jnp.asarray(weight).astype(jnp.float32)
-        if weight.ndim == w.ndim and w.ndim > 1:
-            weight = jnp.moveaxis(weight, axis, -1)
-        if weight.shape not in (w.shape, w.shape[-1:]):
-            raise UserError(f"weight has shape {weight.shape}; expected w's shape or ({w.shape[-1]},)")
-        _check_finite(weight, "weight", low=0.0)
-        weight = jnp.broadcast_to(weight.reshape((1,) * (w.ndim - weight.ndim) + weight.shape), w.shape)
-    return QTensor(_encode(w, weight, fmt), fmt, axis)
+    return QTensor(_encode(w, importance_rows(weight, w, axis), fmt), fmt, axis)
+
+
+def importance_rows(
+    weight: Float[Array, "*w"] | Float[Array, "n"] | np.ndarray | None, x: Float[Array, "*b n"], axis: int
+) -> Float[Array, "*b n"] | None:
+    """The importance of each weight, contracted axis last.
+
+    Args:
+      weight: of the shape that x had before its `axis` went last, or one number for each position of it, or None.
+      x: the weights, contracted axis last.
+      axis: where that was.
+
+    Raises:
+      UserError: another shape, or (outside jit) NaN, Inf or a negative number.
+    """
+    if weight is None:
+        return None
+    weight = jnp.asarray(weight).astype(jnp.float32)
+    if weight.ndim == x.ndim and x.ndim > 1:
+        weight = jnp.moveaxis(weight, axis, -1)
+    if weight.shape not in (x.shape, x.shape[-1:]):
+        raise UserError(f"weight has shape {weight.shape}; expected w's shape or ({x.shape[-1]},)")
+    _check_finite(weight, "weight", low=0.0)
+    return jnp.broadcast_to(weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape), x.shape)
 
 
 @partial(jax.jit, static_argnums=2)

@@ -95,11 +95,14 @@ def _dot(eqn: Any, at: int, values: list[Any], scope: Scope) -> tuple[list[Any],
     weight, x = (values[0], values[1]) if first else (values[1], values[0])
     c = contraction(eqn, x.ndim, weight, first)
     axes = contracts_whole(weight, c)
-    key = (scope.name(eqn.invars[1 if first else 0]), c.x_batch, c.x_contract)
+
+    def use() -> Any:
+        key = (scope.name(eqn.invars[1 if first else 0]), c.x_batch, c.x_contract)
+        assert axes is not None
+        return scope.use(weight, at, "dot", axes, key, len(c.x_batch))
+
     if scope.program.replace_input is not None and axes is not None:
-        use = scope.use(weight, at, "dot", axes, key, len(c.x_batch))
-        new = scope.program.replace_input(use, c.operand(x))
-        x = c.arranged(new, x.shape)
+        x = c.arranged(scope.program.replace_input(use(), c.operand(x)), x.shape)
         values = [values[0], x] if first else [x, values[1]]
     try:
         if weight.packed:
@@ -114,7 +117,7 @@ def _dot(eqn: Any, at: int, values: list[Any], scope: Scope) -> tuple[list[Any],
     if axes is None:
         scope.other(weight, (at,))
         return [y], {}
-    return scope.visit(scope.use(weight, at, "dot", axes, key, len(c.x_batch)), at, c.operand(x), y, c)
+    return scope.visit(use(), at, c.operand(x), y, c)
 
 
 def _lookup(eqn: Any, at: int, values: list[Any], scope: Scope, axis: int) -> tuple[list[Any], Stats]:

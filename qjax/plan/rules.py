@@ -30,6 +30,16 @@ from qjax.recipes import recipe as get_recipe
 KEEP = "keep"
 
 
+def fits(pattern: str, name: str, what: str = "the pattern") -> bool:
+    """Whether a pattern fits a whole name. Raises UserError, which calls it `what`, for a broken regular expression."""
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as e:
+        raise UserError(f"{what} {pattern!r} is no regular expression: {e}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One line of a plan: what the pattern matches gets the format (a name, a Format, a Recipe on one, or `keep`)."""
@@ -38,12 +48,7 @@ class Rule:
     format: str | Format | Recipe
 
     def matches(self, name: str) -> bool:
-        if self.pattern.startswith("re:"):
-            try:
-                return re.fullmatch(self.pattern[3:], name) is not None
-            except re.error as e:
-                raise UserError(f"plan rule {self.pattern!r} is no regular expression: {e}") from None
-        return fnmatch.fnmatchcase(name, self.pattern)
+        return fits(self.pattern, name, "plan rule")
 
     @property
     def format_name(self) -> str:

@@ -10,7 +10,6 @@ values. Learned scales are LSQ's (arXiv:1902.08153), from the largest |x| or a q
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
 from qjax.lift import replace_inputs, report, watch
+from qjax.plan.rules import fits
 from qjax.reparam.inputs import Kind, RoundedInput
 from qjax.training.fake_quant import fake_quant
 from qjax.typing import Array, Float
@@ -79,7 +79,7 @@ def quantized_inputs(
     Args:
       apply: a pure function of (params, *inputs).
       kind: int8, int4, e4m3 or e5m2.
-      patterns: shell globs over the paths of the weights whose inputs are rounded.
+      patterns: as in a plan, over the paths of the weights whose inputs are rounded.
       tops: {path: f32[]} from `input_tops`, times what trained; None: scales of each token as it comes.
 
     Raises:
@@ -87,7 +87,7 @@ def quantized_inputs(
     """
 
     def transform(use: Any, x: Array) -> Array:
-        if not any(fnmatch.fnmatchcase(use.path, p) for p in patterns):
+        if not any(fits(p, use.path) for p in patterns):
             return x
         if tops is None:
             return token_quant(kind, x)
@@ -100,7 +100,7 @@ def quantized_inputs(
     def quantized(params: Any, *args: Any) -> Any:
         paths = [use.path for use in report(apply, params, *args) if use.kind == "dot"]
         for p in patterns:
-            if not any(fnmatch.fnmatchcase(path, p) for path in paths):
+            if not any(fits(p, path) for path in paths):
                 raise UserError(f"inputs: pattern {p!r} fits no weight; they are called like {paths[0]!r}")
         return inner(params, *args)
 

@@ -23,8 +23,9 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.lift import adapt
-from qjax.plan.rules import KEEP, Rule
+from qjax.plan.rules import fits
 from qjax.tensor import QTensor, dequantize, is_qtensor
+from qjax.training.weights import leaves_by_path
 from qjax.typing import Array, Float
 
 LAYERS = ("layers_*/kernel",)
@@ -155,22 +156,16 @@ def _sum(base: Array, delta: Array) -> Array:
 # which weights, and their sides
 
 
-def by_path(params: Any) -> dict[str, Any]:
-    """The leaves of a tree under their paths, in its order; a QTensor is one leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def matching(params: Any, patterns: Sequence[str]) -> dict[str, Any]:
     """The matrices that some pattern matches, under their paths.
 
     Raises:
       UserError: a pattern that matches none.
     """
-    matrices = {path: leaf for path, leaf in by_path(params).items() if len(getattr(leaf, "shape", ())) > 1}
+    matrices = {path: leaf for path, leaf in leaves_by_path(params).items() if len(getattr(leaf, "shape", ())) > 1}
     found: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        hits = {path for path in matrices if Rule(pattern, KEEP).matches(path)}
+        hits = {path for path in matrices if fits(pattern, path)}
         if not hits:
             near = f"they are named like {next(iter(matrices))!r}" if matrices else "there is none"
             raise UserError(f"adapters: pattern {pattern!r} matches no matrix; {near}")

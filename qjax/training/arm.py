@@ -1,7 +1,9 @@
 """One way to train a model through its quantization, as a config writes it; experiments compare arms.
 
-arm = Arm("q2", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=5e-4)
-quantizers_of_arm(arm, config)      {path: Quantizer}
+    arm = Arm("q2", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=5e-4)
+    quantizers_of_arm(arm, config)      {path: Quantizer}
+
+`finetune` runs it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 `how` is the descent. "adam" is Block-AP (EfficientQAT, Chen et al., arXiv:2407.11062, section 3.2): Adam at one rate
 for weights and another for what trains beside them. "sign" is AutoRound's (Cheng et al., arXiv:2309.05516, algorithm 1)
 on the block's output, its paper's own loss: W = W_0 + s V moves by the sign of the gradient in steps that fall linearly
-from 1 / steps levels to 0, so that |V| stays below one half. Blocks that do the same and have the same quantizers run
-one compiled program; a block keeps its start where training did not lower its loss.
+from 1 / steps levels to 0, so that |V| ends at one half at most. Blocks that do the same and have the same quantizers
+run one compiled program; a block keeps its start where training did not lower its loss.
 
 End-to-end training of the scales alone (E2E-QP, section 3.3) goes on from here: `finetune` of an arm with
 scales = "decoupled", trains = ("scales",) and this result as `begun`.
@@ -29,7 +29,7 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.models.model import Model
 from qjax.models.stages import stages_of
-from qjax.rounding.ranges import grouped
+from qjax.rounding.ranges import spread
 from qjax.training import weights
 from qjax.training.distill import relative_mse
 from qjax.training.finetune import start_weights
@@ -204,8 +204,7 @@ def _signed(p: tuple[Any, Any], grads: tuple[Any, Any], own: Any, kept: Any, lr:
         w = jnp.moveaxis(leaves[path], q.axis, -1)
         g = jnp.moveaxis(by_weight[path], q.axis, -1)
         scales = kept[path]["scales"] if path in kept else q.format.fit(w)
-        s = jnp.abs(q.format.grid(scales, w.shape)[0])
-        size = jnp.broadcast_to(s[..., None], grouped(w, s).shape).reshape(w.shape)
+        size = spread(jnp.abs(q.format.grid(scales, w.shape)[0]), w)
         moved[path] = jnp.moveaxis(w - lr * size * jnp.sign(g), -1, q.axis)
     beside = jax.tree.map(lambda x, g: x - lr * jnp.sign(g), p[1], grads[1])
     return weights.replaced(p[0], moved), beside

@@ -1,6 +1,7 @@
 """From text to what a run reads: a token file to train on, windows to be judged by.
 
-    corpus = corpus_of(tokenizer, texts, heldout_text, out, context=128)
+    corpus = corpus_for(model, name, text, heldout, out, context, windows)      of a loaded model
+    corpus = corpus_in(folder, tokenizer_in(folder, texts, vocab), ...)         of one that is still to be trained
     Windows(corpus.tokens, context, batch, seed).batch_at(step)        corpus.heldout  i32[n, context + 1]
 
 Without a text of their own, runs train on the running Python's standard library and are judged by its held-out modules.
@@ -9,7 +10,8 @@ Without a text of their own, runs train on the running Python's standard library
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qjax.errors import UserError
+from qjax.io.atomic import write_text
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
+from qjax.models.model import Model
 from qjax.training.data import Tokens, open_tokens, write_tokens
 
 
@@ -58,8 +62,46 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_in(folder: Path, texts: Iterable[str], vocab: int) -> Tokenizer:
+    """The tokenizer of a folder, trained and written there (as Hugging Face reads it) where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = '{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}'
+        write_text(folder / "tokenizer_config.json", settings)
+        write_text(path, train_tokenizer(texts, vocab).to_str())
+    return Tokenizer.from_file(str(path))
+
+
+def corpus_in(
+    folder: Path, tokenizer: Tokenizer, texts: Sequence[str], heldout: str, context: int, windows: int
+) -> Corpus:
+    """`corpus_of` a tokenizer from `tokenizer_in`, whose documents begin with <s>."""
+    return corpus_of(
+        lambda text: [0, *tokenizer.encode(text).ids], tokenizer.get_vocab_size(), texts, heldout, folder, context,
+        windows,
+    )  # fmt: skip
+
+
+def corpus_for(
+    model: Model, name: str, text: Path | None, heldout: Path | None, out: Path, context: int, windows: int
+) -> Corpus:
+    """`corpus_of` the texts that a config names, read by a loaded model's tokenizer.
+
+    Raises:
+      UserError: a model without a tokenizer, which the message calls `name`.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{name}: has no tokenizer to read the text with")
+    return corpus_of(
+        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), model.config.vocab, *texts_of(text, heldout), out,
+        context, windows,
+    )  # fmt: skip
+
+
 def corpus_of(
-    encode: Any, vocab: int, texts: Iterable[str], heldout: str, out: Path, context: int, windows: int
+    encode: Any, vocab: int, texts: Sequence[str], heldout: str, out: Path, context: int, windows: int
 ) -> Corpus:
     """Write the token file under `out`, once, and cut the held-out windows.
 
@@ -72,10 +114,22 @@ def corpus_of(
       windows: held-out windows at most.
 
     Raises:
-      UserError: a held-out text shorter than a window.
+      UserError: a held-out text shorter than a window, or a token file under `out` that is of other documents.
     """
-    path = out / "tokens.bin"
-    tokens = open_tokens(path) if path.is_file() else write_tokens(path, (encode(t) for t in texts), vocab)
+    path, source = out / "tokens.bin", out / "tokens.source.txt"
+    said = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    if path.is_file():
+        if not source.is_file() or source.read_text() != said:
+            raise UserError(f"{path} is of another text than the one to train on now; give another directory")
+        tokens = open_tokens(path)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(source, said)
+        tokens = write_tokens(path, (encode(t) for t in texts), vocab)
+    if tokens.vocab != vocab:
+        raise UserError(
+            f"{path} has a vocabulary of {tokens.vocab}, the tokenizer one of {vocab}; give another directory"
+        )
     ids = np.asarray(encode(heldout), np.int32)
     count = min(windows, len(ids) // (context + 1))
     if not count:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
+from qjax.rounding.gradient import cells
 from qjax.rounding.ranges import ends, gap, grouped, units
 from qjax.typing import Array, Float
 
@@ -60,9 +61,7 @@ class Place:
 
     def inside(self, reach: Reach) -> Array:
         """Whether u lies between the ends of the grid, which count as inside: bool[*b, n]."""
-        lo, hi = ends(self.format)
-        if reach == "cells":
-            lo, hi = lo - 0.5 * gap(self.format, lo, jnp.bool_(True)), hi + 0.5 * gap(self.format, hi, jnp.bool_(False))
+        lo, hi = cells(self.format) if reach == "cells" else ends(self.format)
         u = self.u
         return (u >= lo) & (u <= hi)
 

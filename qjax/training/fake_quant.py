@@ -20,7 +20,7 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format, Scales
-from qjax.tensor import check_length
+from qjax.tensor import check_length, importance_rows
 from qjax.training.estimators import Estimator, Place, ste
 from qjax.typing import Array, Float
 
@@ -60,11 +60,7 @@ def fake_quant(
         raise UserError(f"axis {axis} is out of range for shape {w.shape}")
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
     x = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
-    if weight is not None:
-        weight = weight.astype(jnp.float32)
-        weight = jnp.moveaxis(weight, axis, -1) if weight.ndim == w.ndim and w.ndim > 1 else weight
-        weight = jnp.broadcast_to(weight.reshape((1,) * (w.ndim - weight.ndim) + weight.shape), x.shape)
-    scales, codes = encoded(fmt, lax.stop_gradient(x), weight)
+    scales, codes = encoded(fmt, lax.stop_gradient(x), importance_rows(weight, x, axis))
     x_fake = straight_through(fmt, ste() if estimator is None else estimator, x, decoded(fmt, scales, codes), scales)
     return jnp.moveaxis(x_fake, -1, axis)
 

@@ -1,8 +1,10 @@
 """Quantization-aware training of a loaded model, from a plan to a model that is exported.
 
-program        an arm's quantizers, optimizer and jitted step
-start_state    the float weights, or any recipe's result for them
-finetune       loop.train, then the packed model, checked against what training ran on, bit for bit
+    program        an arm's quantizers, optimizer and jitted step
+    start_state    the float weights, or any recipe's result for them
+    finetune       loop.train, then the packed model, checked against what training ran on, bit for bit
+
+A model's heldout loss is always computed from what is packed.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
-from qjax.models.model import Model
-from qjax.tensor import dequantize, is_qtensor
+from qjax.models.model import Model, dense_params, running
+from qjax.rounding.ranges import spread
+from qjax.tensor import is_qtensor
 from qjax.training import weights
 from qjax.training.activations import quantized_cache, quantized_inputs
 from qjax.training.arm import Arm, quantizers_of_arm
@@ -67,8 +70,7 @@ def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
     x_hat = q.format.decode(scales, codes)
     s, m = q.format.grid(scales, x.shape)
     place = Place(q.format, x, x_hat, s, m)
-    gaps = place.neighbour().reshape(*s.shape, -1) * jnp.abs(s)[..., None]
-    reach = 0.49 * gaps.reshape(x.shape)
+    reach = 0.49 * place.neighbour() * spread(jnp.abs(s), x)
     return jnp.moveaxis(x_hat + jnp.clip(x - x_hat, -reach, reach), -1, quantizer.axis)
 
 
@@ -101,6 +103,7 @@ def program(
       teacher: the architecture of a teacher that runs in the same step.
       confidence, accumulate, mixed, seed: see `finetune`.
     """
+    # Behind the cache all arguments are positional: those given by name would make another entry.
     return _program(arm, config, steps, teacher, confidence, accumulate, mixed, seed)
 
 
@@ -214,17 +217,21 @@ def _scales(params: Any, kept: Any) -> tuple[Any, Any]:
     return params.get("scales", {}), kept.get("scales", {})
 
 
-def heldout_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch: int = 16) -> float:
-    """Mean negative log-likelihood of windows, nats per token; packed weights are decoded first."""
-    dense = jax.tree.map(lambda x: dequantize(x) if is_qtensor(x) else x, params, is_leaf=is_qtensor)
+def heldout_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"]) -> float:
+    """`mean_loss` of a model; packed weights are decoded first, but for those that round their inputs."""
+    return mean_loss(apply, dense_params(params), windows)
+
+
+def mean_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch: int = 16) -> float:
+    """Mean negative log-likelihood of windows, nats per token, of any function of (params, tokens)."""
     parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-    losses = [float(_mean_loss(apply, dense, jnp.asarray(p, jnp.int32))) * len(p) for p in parts]
+    losses = [float(_mean_loss(apply, params, jnp.asarray(p, jnp.int32))) * len(p) for p in parts]
     return float(sum(losses) / len(windows))
 
 
 @partial(jax.jit, static_argnums=0)
 def _mean_loss(apply: Apply, params: Any, windows: Array) -> Array:
-    return cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:])
+    return cross_entropy(running(apply)(params, windows[:, :-1]), windows[:, 1:])
 
 
 def finetune(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.ranges import grouped
+from qjax.rounding.ranges import grouped, spread
 from qjax.training.estimators import Clipped, Estimator, Place
 from qjax.training.fake_quant import decoded, rounded
 from qjax.typing import Array, Float
@@ -99,7 +99,7 @@ def _backward(fmt: Format, estimator: Estimator, residuals: tuple, g: Array) -> 
     s, m = fmt.grid(scales, x.shape)
     p = fmt.grid(_stored(fmt, kept, grid["p"], grid.get("m")), x.shape)[0] if "p" in grid else s
     T = Place(fmt, x, x_hat, s, m).T
-    place = Place(fmt, x, _spread(p, x) * T + (0.0 if m is None else _spread(m, x)), p, m)
+    place = Place(fmt, x, spread(p, x) * T + (0.0 if m is None else spread(m, x)), p, m)
     inside = place.inside(estimator.reach if isinstance(estimator, Clipped) else "cells")
     slope = jnp.where(p == s, 1.0, s / jnp.where(p == 0, 1.0, p))  # dw_hat / dw inside
     passed = g * inside.astype(g.dtype)
@@ -111,15 +111,10 @@ def _backward(fmt: Format, estimator: Estimator, residuals: tuple, g: Array) -> 
         back["s"] = _shared(g * T - passed * place.u, s)
     if "m" in grid:
         back["m"] = _shared(g, s) - slope * _shared(passed, s)
-    return None, back, estimator(g, place) * _spread(slope, x)
+    return None, back, estimator(g, place) * spread(slope, x)
 
 
 learned_quant.defvjp(_forward, _backward)
-
-
-def _spread(per_group: Array, x: Array) -> Array:
-    """[*b, G] to x's shape."""
-    return jnp.broadcast_to(per_group[..., None], grouped(x, per_group).shape).reshape(x.shape)
 
 
 def _shared(per_weight: Array, s: Array) -> Array:

@@ -25,7 +25,8 @@ from qjax.formats.protocol import Format
 from qjax.pipeline.memory import contracted_axis
 from qjax.plan.rules import Plan, Weight
 from qjax.tensor import QTensor, check_length, dequantize, is_qtensor, quantize
-from qjax.training.adapters import LAYERS, Adapter, by_path, check_rank, matching
+from qjax.training.adapters import LAYERS, Adapter, check_rank, matching
+from qjax.training.weights import leaves_by_path
 from qjax.typing import Array, Float
 
 Quantizer = Callable[[Array], QTensor]
@@ -132,7 +133,7 @@ def loftq_params(
       UserError: a plan with recipes, a path of no weight, a weight that is packed already; what `loftq` and
         `Plan.assign` raise.
     """
-    named, tree = by_path(params), jax.tree.structure(params, is_leaf=is_qtensor)
+    named, tree = leaves_by_path(params), jax.tree.structure(params, is_leaf=is_qtensor)
     formats = _of_plan(plan, named) if isinstance(plan, Plan) else plan
     for path in formats:
         if path not in named:

@@ -13,8 +13,6 @@ their rate: about ten times that of the weights in EfficientQAT (Chen et al., ar
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from qjax.errors import UserError
+from qjax.plan.rules import fits
 from qjax.typing import Array, Float, Int
 
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
@@ -51,12 +50,7 @@ class Group:
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] | None = None
 
     def matches(self, path: str) -> bool:
-        if not self.pattern.startswith("re:"):
-            return fnmatch.fnmatchcase(path, self.pattern)
-        try:
-            return re.fullmatch(self.pattern[3:], path) is not None
-        except re.error as e:
-            raise UserError(f"group {self.name!r}: {self.pattern!r} is no regular expression: {e}") from None
+        return fits(self.pattern, path, f"group {self.name!r}:")
 
 
 def qat_groups(

@@ -20,7 +20,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, importance_rows
 from qjax.training.estimators import Estimator, Place, clipped, ste
 from qjax.training.fake_quant import decoded, encoded, rounded, straight_through
 from qjax.training.learned_grid import encode_on, learned_quant, moved, start
@@ -144,10 +144,5 @@ class Quantizer:
 @partial(jax.jit, static_argnums=0)
 def _init(quantizer: Quantizer, w: Array, weight: Array | None) -> tuple[dict[str, Any], dict[str, Any]]:
     x = quantizer._rows(w)
-    if weight is not None:
-        weight = weight.astype(jnp.float32)
-        full = weight.ndim == w.ndim and w.ndim > 1
-        weight = jnp.moveaxis(weight, quantizer.axis, -1) if full else weight
-        weight = jnp.broadcast_to(weight.reshape((1,) * (w.ndim - weight.ndim) + weight.shape), x.shape)
-    scales, _, p = quantizer._fitted(x, weight)
+    scales, _, p = quantizer._fitted(x, importance_rows(weight, x, quantizer.axis))
     return quantizer._beside(scales, x.shape, p)

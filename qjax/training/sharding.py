@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.errors import UserError
-from qjax.plan.rules import KEEP, Rule
+from qjax.plan.rules import fits
 from qjax.typing import Array, Integer
 
 # (pattern, spec), in order; the first pattern that fits a leaf's whole path decides. As in a plan, a pattern is a shell
@@ -171,7 +171,7 @@ def _lookup(path: str, shape: tuple[int, ...], table: Table) -> P:
     if not shape:
         return P()
     for pattern, spec in table:
-        if Rule(pattern, KEEP).matches(path):
+        if fits(pattern, path):
             return spec
     if len(shape) > 1:
         raise UserError(f"no rule of the sharding table fits {path} {list(shape)}; add one, such as ({path!r}, P())")

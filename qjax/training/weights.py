@@ -179,9 +179,3 @@ def replaced(params: Any, new: Mapping[str, Any]) -> Any:
         return new.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
 
     return jax.tree_util.tree_map_with_path(pick, params, is_leaf=is_qtensor)
-
-
-def quantized_share(params: Any, quantizers: Quantizers) -> float:
-    """The share of all parameters that is quantized."""
-    leaves = leaves_by_path(params)
-    return sum(leaves[p].size for p in quantizers) / sum(leaf.size for leaf in leaves.values())

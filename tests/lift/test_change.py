@@ -13,7 +13,7 @@ from lift_programs import TOKENS, assert_close, decoder, dense_params, kernel, n
 
 import qjax
 from qjax.errors import UserError
-from qjax.lift import adapt, report, substitute, tap, tap_shapes, watch
+from qjax.lift import adapt, replace_inputs, report, substitute, tap, tap_shapes, watch
 
 
 @jax.custom_vjp
@@ -300,3 +300,38 @@ def test_bf16_taps_have_the_type_of_their_output():
     assert {s.dtype for s in shapes.values()} == {jnp.dtype(jnp.bfloat16)}
     grads = jax.jit(jax.grad(lambda t: loss(tap(apply)(params, t, TOKENS))))(zeros(shapes))
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+def test_replaced_inputs_in_every_arrangement():
+    """Each dot reads the replacement, whatever the order of its operands and axes; lookups are left alone."""
+    rng = np.random.default_rng(0)
+    p = {
+        "a": jnp.asarray(rng.standard_normal((6, 4)), jnp.float32),
+        "b": jnp.asarray(rng.standard_normal((3, 4, 4)), jnp.float32),
+        "c": jnp.asarray(rng.standard_normal((2, 4, 5)), jnp.float32),
+        "e": jnp.asarray(rng.standard_normal((7, 6)), jnp.float32),
+    }
+    tokens = jnp.array([[1, 5, 2]])
+
+    def fn(p, tokens, half=lambda path, x: x):
+        x = p["e"][tokens]  # [1, 3, 6]
+        x = jnp.einsum("io,bti->obt", p["a"], half("a", x)).transpose(1, 2, 0)  # the weight first
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(half("b", x) @ w), None), x, p["b"])
+        x = x.reshape(1, 3, 2, 2)
+        w = p["c"].reshape(2, 2, 2, 5)[0]
+        return jnp.einsum("bthd,hdo->bto", half("c", x), w)
+
+    seen = []
+
+    def halved(use, x):
+        seen.append((use.path, x.shape[-1]))
+        return 0.5 * x
+
+    got = replace_inputs(fn, halved)(p, tokens)
+    shown = {path for path, _ in seen}
+    np.testing.assert_allclose(
+        got, fn(p, tokens, lambda path, x: 0.5 * x if path in shown else x), rtol=1e-5, atol=1e-6
+    )
+    assert {("a", 6), ("b", 4)} <= set(seen) and "e" not in shown
+    with pytest.raises(UserError, match="of the input of 'a'"):
+        replace_inputs(fn, lambda use, x: x[..., :1])(p, tokens)

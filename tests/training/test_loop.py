@@ -20,8 +20,8 @@ from qjax.models.model import Model
 from qjax.training import devices, weights
 from qjax.training.arm import Arm
 from qjax.training.finetune import finetune, forward, heldout_loss, program, start_state
-from qjax.training.loop import Loop
-from qjax.training.optim import ADAM, Group, partitioned
+from qjax.training.loop import Loop, train
+from qjax.training.optim import Group, partitioned
 from qjax.training.state import init_state, make_step
 
 
@@ -88,7 +88,7 @@ def test_eight_devices_are_one(tmp_path):
     def batch_at(step):
         return batches(step)["tokens"]
 
-    one, log, loss = tiny.run(tmp_path / "one")
+    _, log, loss = tiny.run(tmp_path / "one")
     many, log_many, loss_many = tiny.run(tmp_path / "many", batch_at=batch_at, place=place)
     assert loss_many == pytest.approx(loss, abs=1e-5)
     for a, b in zip(log, log_many, strict=True):
@@ -101,7 +101,6 @@ def test_eight_devices_are_one(tmp_path):
     resumed, _, _ = tiny.run(tmp_path / "many")
     for path, leaf in weights.leaves_by_path(many.params).items():
         jax.tree.map(np.testing.assert_array_equal, leaf, weights.leaves_by_path(resumed.params)[path])
-    assert one.config == many.config
 
 
 def test_accumulation_is_the_whole_batch():
@@ -142,31 +141,20 @@ def test_export_is_recomputed(tmp_path):
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path):
-    arm = Arm("wild", rate=1e-3)
-
-    def batch_at(step):
-        return tiny.windows().batch_at(step)
-
-    tiny.run(tmp_path, 4, arm=arm)
-    broken = program(arm, tiny.CONFIG, 8, mixed=False)
-    assert broken is not None
+    made = program(Arm("wild", rate=1e-3), tiny.CONFIG, 8, mixed=False)
 
     def poisoned(state, batch):
-        state, metrics = broken.step(state, batch)
+        state, metrics = made.step(state, batch)
         return state, metrics | {"loss": jnp.where(state.step > 5, jnp.nan, metrics["loss"])}
 
-    from qjax.training.loop import train
-
-    state = start_state(broken, tiny.model().params)
+    state = start_state(made, tiny.model().params)
     with pytest.raises(UserError, match=r"nan at step 6: lower .*; the checkpoint of step 4 is kept"):
-        train(state, poisoned, lambda s: {"tokens": batch_at(s)}, tmp_path / "b", Loop(8, 2, 4, 4))
-    assert checkpoint(tmp_path / "b")[0] == 4
+        train(state, poisoned, lambda s: {"tokens": tiny.windows().batch_at(s)}, tmp_path, Loop(8, 2, 4, 4))
+    assert checkpoint(tmp_path)[0] == 4
 
 
 def test_a_gradient_that_is_no_number_is_not_saved(tmp_path):
     """The loss of a step may be fine while its gradient spoils the state: that state never becomes a checkpoint."""
-    from qjax.training.loop import train
-
     made = program(Arm("wild", rate=1e-3), tiny.CONFIG, 8, mixed=False)
 
     def poisoned(state, batch):
@@ -291,4 +279,3 @@ def test_a_key_of_its_own_for_every_step():
     assert len(set(draws)) == 3
     late = init_state({"w": jnp.float32(1)}, optimizer, step=2)
     assert float(step(late, {})[1]["draw"]) == draws[2]
-    assert ADAM is not None

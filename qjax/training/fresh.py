@@ -1,0 +1,39 @@
+"""A model that is still to be trained: a Llama of a config's size, with random weights of a seed."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.models.model import Model
+
+
+@runtime_checkable
+class Size(Protocol):
+    """What a config says of its architecture; heads are dim / heads wide."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+
+
+def fresh_model(size: Size, vocab: int, seed: int) -> Model:
+    """A Llama with a tied head, without a tokenizer."""
+    config = DecoderConfig(
+        vocab=vocab, dim=size.dim, hidden=size.hidden, layers=size.layers, heads=size.heads, kv_heads=size.kv_heads,
+        head_dim=size.dim // size.heads, context=size.context, tied=True,
+    )  # fmt: skip
+    return Model(config, jax.jit(Decoder(config).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"])
