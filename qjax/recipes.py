@@ -168,8 +168,8 @@ def w8a8(format: str | Format | None = None) -> Recipe:
 
 
 def spqr(threshold: float = 0.2, format: str | Format | None = None) -> Recipe:
-    """SpQR (arXiv:2306.03078): error feedback with outliers in CSR, groups of 16 with 3-bit scales."""
-    made = "uint3_g16_u3x16" if format is None else format
+    """SpQR (arXiv:2306.03078): error feedback with outliers in CSR, groups of 16 with 3-bit scales and zeros."""
+    made = "uint3_g16_bilevel3x16" if format is None else format
     return _recipe("spqr", made, spqr_stage(threshold))
 
 

@@ -41,7 +41,8 @@ class Formats:
         qjax formats --json formats.json
 
     These are the names `qjax.quantize`, plans and configs take. Block 0: a whole row (or matrix) shares its scales.
-    Families with parameters know more names than are listed: int5_g64, uint3_g32_mse, NF4_b128_dq, FP8_E5M2_b64 ...
+    Families with parameters know more names than are listed: int5_g64, uint3_g32_mse, uint2_g8_bilevel4x8,
+    NF4_b128_dq, FP8_E5M2_b64 ...
     """
 
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
@@ -84,6 +85,9 @@ def about(fmt: Any) -> str:
             "searched for least squared error" if fmt.search == "mse" else "",
         ]
         return ", ".join(filter(None, words))
+    if kind == "Bilevel":
+        per = f"a scale and a zero of {fmt.second} bits per {fmt.group}, ranges of these per {fmt.groups} groups"
+        return f"SpQR: {fmt.bits}-bit integers, {per}"
     if kind == "Codebook":
         levels = "16 quantiles of a normal (QLoRA)" if fmt.name.startswith("NF4") else "16 four-bit floats"
         return f"bitsandbytes: {levels}, {'8-bit' if fmt.double else 'f32'} absmax per {fmt.block}"

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from qjax.errors import UserError
 from qjax.formats import (
+    bilevel,
     codebook,
     float8,
     ggml_dense,
@@ -27,7 +28,7 @@ from qjax.formats.protocol import BlockFormat, Format
 
 FAMILIES: tuple[ModuleType, ...] = (
     *(ggml_dense, ggml_simple, kquant_affine, kquant_symmetric, iq4, ggml_ternary, ggml_fp4),
-    *(integer, codebook, float8),
+    *(integer, bilevel, codebook, float8),
 )
 
 _BY_NAME: dict[str, Format] = {fmt.name: fmt for family in FAMILIES for fmt in family.FORMATS}

@@ -17,6 +17,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from qjax.errors import UserError
+from qjax.formats.bilevel import Bilevel
 from qjax.formats.integer_grid import IntegerFormat
 from qjax.formats.protocol import Format
 from qjax.rounding.curvature import Order, cholesky, feedback, order_of
@@ -61,12 +62,12 @@ class SpQR:
 
     def check(self, format: Format) -> None:
         """Raise UserError where the format has no groups of evenly spaced levels."""
-        if not isinstance(format, IntegerFormat) or not format.group:
-            raise UserError(f"spqr rounds onto integers in groups, such as uint3_g16_u3x16; got {format.name}")
+        if not isinstance(format, Bilevel | IntegerFormat) or not format.group:
+            raise UserError(f"spqr rounds onto integers in groups, such as uint3_g16_bilevel3x16; got {format.name}")
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H, w = stats.H, state.target
-        assert H is not None and isinstance(format, IntegerFormat)
+        assert H is not None and isinstance(format, Bilevel | IntegerFormat)
         group = format.group
         order = order_of(jnp.diagonal(H), self.order, 1, group)
         c, damping = cholesky(H[order][:, order], state.damping)

@@ -51,6 +51,7 @@ SQNR_FLOOR: dict[str, float] = {
     "uint4_g64_zf16": 20.7,
     "int3_g16_mse_u6x16": 15.6,
     "uint2_g16_mse_u4x16": 10.2,
+    "uint3_g16_bilevel3x16": 16.8,
     "NF4": 20.5,
     "NF4_dq": 20.5,
     "FP4": 18.2,
@@ -66,6 +67,7 @@ SQNR_FLOOR: dict[str, float] = {
 # Formats whose search may move a grid point it is given: re-encoding decoded values need not return the same bytes.
 SEARCHED: dict[str, str] = {
     "uint2_g16_mse_u4x16": "a super-scale is found again only where one of its scales has the largest code",
+    "uint3_g16_bilevel3x16": "rounded scales and zeros have another least and largest",
     "NF4_dq": "the mean of the rounded absmaxes is not the mean of the absmaxes",
     "FP4_dq": "as NF4_dq",
     "Q3_K": "another (d, sc) may lie as near",

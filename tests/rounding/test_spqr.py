@@ -38,7 +38,7 @@ def w_hat_of(r, format="uint3_g16"):
 
 
 @pytest.mark.parametrize("order", ["act", "natural"])
-@pytest.mark.parametrize("format", ["uint3_g16", "uint3_g16_mse_u3x8"])
+@pytest.mark.parametrize("format", ["uint3_g16", "uint3_g16_mse_u3x8", "uint3_g16_bilevel3x8"])
 def test_without_outliers_it_is_gptq(order, format, spiky):
     ours, gptq = (run(*spiky, *c, format=format) for c in ((spqr(INFINITE, order),), (nearest(), ldlq(order))))
     np.testing.assert_array_equal(ours.codes, gptq.codes)
@@ -95,7 +95,7 @@ def test_spikes_leave_their_groups_range(spiky):
 )
 def test_the_packed_weight(reparams, spiky, tmp_path):
     w, H = spiky
-    fmt = qjax.format("uint3_g16_mse_u3x8")
+    fmt = qjax.format("uint3_g16_bilevel3x8")
     q, report = round_leaf("w", w, -1, fmt, Recipe((spqr(),), reparams=reparams), Stats(H=H))
     w_hat = qjax.dequantize(q)
     expected = losses(w, w_hat, H).sum() / losses(w, 0 * w, H).sum()
