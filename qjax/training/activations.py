@@ -22,7 +22,9 @@ from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
 from qjax.lift import replace_inputs, report, watch
 from qjax.plan.rules import fits
+from qjax.recipes import reparam
 from qjax.reparam.inputs import Kind, RoundedInput
+from qjax.reparam.rotate import Rotate, Rotated
 from qjax.training.fake_quant import fake_quant
 from qjax.typing import Array, Float
 
@@ -124,16 +126,40 @@ def input_tops(apply: Apply, params: Any, *args: Any, quantile: float = 1.0) -> 
 def quantized_cache(keys: str | Format, values: str | Format | None = None) -> Callable[[str, Array], Array]:
     """For `Decoder(stored=...)`: keys and values as a cache in these formats gives them back, straight through.
 
-    Args:
-      keys, values: formats whose blocks divide the head's channels; values default to the keys' format.
+    Behind a rotation R, x_hat = R^T fake_quant(R x): what attention reads from a cache that holds rotated keys (after
+    the position embedding) and asks it with rotated queries, q (R^T k) = (R q) k: the online rotation of QuaRot
+    (arXiv:2404.00456, section 4, stage 2c), which spreads the few large channels of keys.
 
-    >>> stored = quantized_cache("Q8_0", "Q4_0")
-    >>> stored("v", jnp.ones((1, 2, 32))).shape
+    Args:
+      keys, values: formats whose blocks divide the head's channels, or lines such as "hadamard() >> Q4_0"; values
+        default to the keys'.
+
+    Raises:
+      UserError: no such format, or something other than a rotation in front of it.
+
+    >>> stored = quantized_cache("hadamard() >> Q4_0", "Q8_0")
+    >>> stored("k", jnp.ones((1, 2, 32))).shape
     (1, 2, 32)
     """
-    formats = {"k": get_format(keys), "v": get_format(keys if values is None else values)}
+    ways = {"k": _stored_as(keys), "v": _stored_as(keys if values is None else values)}
 
     def stored(name: str, x: Array) -> Array:
-        return fake_quant(x, formats[name]).astype(x.dtype)
+        turn, format = ways[name]
+        if turn is None:
+            return fake_quant(x, format).astype(x.dtype)
+        turned = fake_quant(turn.input(x.astype(jnp.float32)), format)
+        return turn.inverse(turned.reshape(-1, x.shape[-1])).reshape(x.shape).astype(x.dtype)
 
     return stored
+
+
+def _stored_as(line: str | Format) -> tuple[Rotated | None, Format]:
+    """The rotation and the format of "rotation >> format"."""
+    if not isinstance(line, str) or ">>" not in line:
+        return None, get_format(line)
+    made, _, name = line.rpartition(">>")
+    turn = reparam(made.strip())
+    if not isinstance(turn, Rotate):
+        raise UserError(f"cache {line!r}: only a rotation may stand in front of a format, as in 'hadamard() >> Q4_0'")
+    # Both sides are the head's own channels here.
+    return Rotated(jnp.uint32(turn.seed), turn.kind, "in", turn.block), get_format(name.strip())

@@ -45,7 +45,7 @@ class Arm:
       loss: see `objectives.parse_terms`.
       trains: parts that train: "weights", "scales"; of learned scales with frozen weights codes may move.
       inputs: "" or int8, int4, e4m3, e5m2: the inputs of every block's linear layers.
-      cache: "" or the format of keys and values in the cache.
+      cache: "" or the format of keys and values in the cache, behind a rotation if need be: "hadamard() >> Q4_0".
       rate, scale_rate: the peak learning rates; scale_rate 0: ten times the rate.
       weight_decay, clip, warmup: of AdamW; warmup is a share of the steps.
       shape: what follows the warm-up: "cosine" to 0, or "constant", where the cooldown is another run's.

@@ -10,6 +10,7 @@ from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder, empty_cache
 from qjax.plan import Plan
+from qjax.reparam.hadamard import randomized
 from qjax.training import weights
 from qjax.training.activations import input_tops, quantized_cache, quantized_inputs, static_quant, token_quant
 from qjax.training.quantizer import Quantizer
@@ -171,3 +172,21 @@ def test_prefill_and_decoding_see_the_same_cache(params, tokens):
     np.testing.assert_array_equal(qjax.dequantize(qjax.quantize(values, "Q4_0")), values)  # on the grid already
     grads = jax.grad(lambda p: model.apply({"params": p}, tokens).mean())(params)
     assert float(jnp.abs(grads["layers_1"]["attn"]["k"]["kernel"]).max()) > 0
+
+
+def test_rotated_keys_lose_less_and_answer_rotated_queries(params, tokens, rng):
+    exact = Decoder(CONFIG, stored=quantized_cache("hadamard() >> F32")).apply({"params": params}, tokens)
+    np.testing.assert_allclose(exact, apply(params, tokens), rtol=1e-5, atol=1e-5)
+    k = rng.standard_normal((64, 2, 32)).astype(np.float32)
+    k[..., 5] *= 20.0  # a large channel, as keys have them
+    plain, turned = (quantized_cache(line)("k", jnp.asarray(k)) for line in ("Q4_0", "hadamard(seed=3) >> Q4_0"))
+    small = np.arange(32) != 5
+    assert np.square(turned - k)[..., small].mean() < 0.4 * np.square(plain - k)[..., small].mean()
+    # What the cache holds are blocks of R k; a query turned likewise finds the same scores.
+    q, held = rng.standard_normal(32).astype(np.float32), randomized(jnp.asarray(k), 3)
+    scores = qjax.dequantize(qjax.quantize(held, "Q4_0")) @ randomized(jnp.asarray(q), 3)
+    np.testing.assert_allclose(np.asarray(turned) @ q, scores, rtol=1e-4, atol=1e-4)
+    ones = jax.grad(lambda k: quantized_cache("hadamard(seed=3) >> Q4_0")("k", k).sum())(jnp.asarray(k))
+    np.testing.assert_allclose(ones, 1.0, atol=1e-5)
+    with pytest.raises(UserError, match="only a rotation may stand in front"):
+        quantized_cache("smooth() >> Q4_0")
