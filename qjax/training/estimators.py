@@ -24,9 +24,9 @@ from typing import Literal, Protocol, runtime_checkable
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format
+from qjax.formats.protocol import Format, Scales
 from qjax.rounding.gradient import cells
-from qjax.rounding.ranges import ends, gap, grouped, units
+from qjax.rounding.ranges import ends, gap
 from qjax.typing import Array, Float
 
 Reach = Literal["levels", "cells"]
@@ -38,8 +38,8 @@ class Place:
 
     Attributes:
       format: its levels.
-      w, w_hat: the weights before and after, f32[*b, n].
-      s, m: the grid as stored, f32[*b, G] each; m is None where there is no offset.
+      w, w_hat: the weights before and after, in groups along the contracted axis, wherever that is: f32[.., G, g, ..].
+      s, m: the grid as stored, for each group: f32[.., G, 1, ..]; m is None where there is no offset.
     """
 
     format: Format
@@ -49,32 +49,71 @@ class Place:
     m: Array | None
 
     @functools.cached_property
-    def u(self) -> Float[Array, "*b n"]:
+    def u(self) -> Array:
         """(w - m) / s, 0 where s is."""
-        return units(grouped(self.w, self.s), self.s, self.m).reshape(self.w.shape)
+        return self._units(self.w)
 
     @functools.cached_property
-    def T(self) -> Float[Array, "*b n"]:
+    def T(self) -> Array:
         """The unit level of w_hat."""
-        t = units(grouped(self.w_hat, self.s), self.s, self.m)
-        return self.format.level(t).reshape(self.w.shape)
+        return self.format.level(self._units(self.w_hat))
 
     def inside(self, reach: Reach) -> Array:
-        """Whether u lies between the ends of the grid, which count as inside: bool[*b, n]."""
+        """Whether u lies between the ends of the grid, which count as inside: bool; all do where s is 0."""
         lo, hi = cells(self.format) if reach == "cells" else ends(self.format)
-        u = self.u
-        return (u >= lo) & (u <= hi)
+        # The ends in the weights' own units: a comparison per weight and no division.
+        a, b = (self.s * end + (0.0 if self.m is None else self.m) for end in (lo, hi))
+        low = jnp.where(self.s == 0, -jnp.inf, jnp.minimum(a, b))
+        high = jnp.where(self.s == 0, jnp.inf, jnp.maximum(a, b))
+        return (self.w >= low) & (self.w <= high)
 
-    def neighbour(self) -> Float[Array, "*b n"]:
+    def neighbour(self) -> Array:
         """The distance from T to the next unit level on u's side; outside of the grid, to the one on the other side."""
         lo, hi = ends(self.format)
         t = self.T
         return gap(self.format, t, ((self.u > t) | (t == lo)) & (t < hi))
 
+    def _units(self, x: Array) -> Array:
+        x = x if self.m is None else x - self.m
+        return jnp.where(self.s == 0, 0.0, 1.0 / jnp.where(self.s == 0, 1.0, self.s)) * x
+
+
+def place_of(fmt: Format, scales: Scales, w: Float[Array, "*w"], w_hat: Float[Array, "*w"], axis: int = -1) -> Place:
+    """The place of weights on a stored grid, in their own arrangement: nothing of their size is transposed.
+
+    Args:
+      fmt: the format.
+      scales: as stored.
+      w, w_hat: f32.
+      axis: the contracted axis.
+    """
+    shape = (*(n for i, n in enumerate(w.shape) if i != axis % w.ndim), w.shape[axis])
+    s, m = fmt.grid(scales, shape)
+    w, w_hat = (in_groups(x, s.shape[-1], axis) for x in (w, w_hat))
+    return Place(fmt, w, w_hat, per_group(s, axis), None if m is None else per_group(m, axis))
+
+
+def in_groups(x: Float[Array, "*w"], groups: int, axis: int) -> Array:
+    """[.., n, ..] -> [.., G, n / G, ..]."""
+    axis %= x.ndim
+    return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+
+
+def per_group(s: Float[Array, "*b G"], axis: int) -> Array:
+    """[*b, G], contracted axis last -> [.., G, 1, ..], where it is."""
+    axis %= s.ndim
+    return jnp.expand_dims(jnp.moveaxis(s, -1, axis), axis + 1)
+
+
+def over_groups(x: Array, axis: int) -> Float[Array, "*b G"]:
+    """Sums over the weights of each group: [.., G, g, ..] -> [*b, G], contracted axis last."""
+    axis %= x.ndim - 1
+    return jnp.moveaxis(x.sum(axis=axis + 1), axis, -1)
+
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A hashable function from the gradient by w_hat and the place to the gradient by w, f32[*b, n] each."""
+    """A hashable function from the gradient by w_hat and the place to the gradient by w, in groups as the place is."""
 
     def __call__(self, g: Array, place: Place) -> Array: ...
 

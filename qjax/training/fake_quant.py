@@ -21,7 +21,7 @@ from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import check_length, importance_rows
-from qjax.training.estimators import Estimator, Place, ste
+from qjax.training.estimators import Estimator, place_of, ste
 from qjax.typing import Array, Float
 
 
@@ -59,10 +59,11 @@ def fake_quant(
     if not -w.ndim <= axis < w.ndim:
         raise UserError(f"axis {axis} is out of range for shape {w.shape}")
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
-    x = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
+    w = w.astype(jnp.float32)
+    x = jnp.moveaxis(w, axis, -1)
     scales, codes = encoded(fmt, lax.stop_gradient(x), importance_rows(weight, x, axis))
-    x_fake = straight_through(fmt, ste() if estimator is None else estimator, x, decoded(fmt, scales, codes), scales)
-    return jnp.moveaxis(x_fake, -1, axis)
+    w_hat = jnp.moveaxis(decoded(fmt, scales, codes), -1, axis)
+    return straight_through(fmt, ste() if estimator is None else estimator, axis, w, w_hat, scales)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -84,22 +85,24 @@ def decoded(fmt: Format, scales: Scales, codes: Array) -> Float[Array, "*b n"]:
     return lax.optimization_barrier(fmt.decode(*lax.optimization_barrier((scales, codes))))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def straight_through(
-    fmt: Format, estimator: Estimator, x: Float[Array, "*b n"], x_hat: Float[Array, "*b n"], scales: Scales
-) -> Float[Array, "*b n"]:
-    """x_hat, with the gradient that the estimator passes to x."""
-    return x_hat
+    fmt: Format, estimator: Estimator, axis: int, w: Float[Array, "*w"], w_hat: Float[Array, "*w"], scales: Scales
+) -> Float[Array, "*w"]:
+    """w_hat, with the gradient that the estimator passes to w; `axis` is the contracted one."""
+    return w_hat
 
 
-def _forward(fmt: Format, estimator: Estimator, x: Array, x_hat: Array, scales: Scales) -> tuple[Array, tuple]:
-    return x_hat, (x, x_hat, scales)
+def _forward(
+    fmt: Format, estimator: Estimator, axis: int, w: Array, w_hat: Array, scales: Scales
+) -> tuple[Array, tuple]:
+    return w_hat, (w, w_hat, scales)
 
 
-def _backward(fmt: Format, estimator: Estimator, residuals: tuple, g: Array) -> tuple[Array, None, None]:
-    x, x_hat, scales = residuals
-    s, m = fmt.grid(scales, x.shape)
-    return estimator(g, Place(fmt, x, x_hat, s, m)), None, None
+def _backward(fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g: Array) -> tuple[Array, None, None]:
+    w, w_hat, scales = residuals
+    place = place_of(fmt, scales, w, w_hat, axis)
+    return estimator(g.reshape(place.w.shape), place).reshape(g.shape), None, None
 
 
 straight_through.defvjp(_forward, _backward)

@@ -23,12 +23,11 @@ from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model, dense_params, running
-from qjax.rounding.ranges import spread
 from qjax.tensor import is_qtensor
 from qjax.training import weights
 from qjax.training.activations import quantized_cache, quantized_inputs
 from qjax.training.arm import Arm, quantizers_of_arm
-from qjax.training.estimators import Place
+from qjax.training.estimators import place_of
 from qjax.training.loop import Loop, Row, train
 from qjax.training.objectives import Apply, cross_entropy, decoder_hidden, language_loss, parse_terms, student
 from qjax.training.optim import Group, labels, partitioned, rates
@@ -68,9 +67,8 @@ def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
     scales, codes = q.format.unpack(q.leaves)
     x = jnp.moveaxis(jnp.asarray(w, jnp.float32), quantizer.axis, -1)
     x_hat = q.format.decode(scales, codes)
-    s, m = q.format.grid(scales, x.shape)
-    place = Place(q.format, x, x_hat, s, m)
-    reach = 0.49 * place.neighbour() * spread(jnp.abs(s), x)
+    place = place_of(q.format, scales, x, x_hat)
+    reach = (0.49 * place.neighbour() * jnp.abs(place.s)).reshape(x.shape)
     return jnp.moveaxis(x_hat + jnp.clip(x - x_hat, -reach, reach), -1, quantizer.axis)
 
 

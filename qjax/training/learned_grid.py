@@ -26,8 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.ranges import grouped, spread
-from qjax.training.estimators import Clipped, Estimator, Place
+from qjax.training.estimators import Clipped, Estimator, Place, Reach, over_groups, place_of
 from qjax.training.fake_quant import decoded, rounded
 from qjax.typing import Array, Float
 
@@ -70,56 +69,63 @@ def _stored(fmt: Format, kept: Scales, s: Array, m: Array | None) -> Scales:
     return lax.optimization_barrier(fmt.store(*lax.optimization_barrier((kept, s, m))))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def learned_quant(
-    fmt: Format, estimator: Estimator, kept: Scales, grid: Grid, x: Float[Array, "*b n"]
-) -> Float[Array, "*b n"]:
-    """x on a learned grid, with gradients by x and by the grid.
+    fmt: Format, estimator: Estimator, axis: int, kept: Scales, grid: Grid, w: Float[Array, "*w"]
+) -> Float[Array, "*w"]:
+    """w on a learned grid, with gradients by w and by the grid.
 
     Args:
       fmt: the format.
-      estimator: what passes to x; its reach (else "cells") says what is inside for s, m and p.
+      estimator: what passes to w; its reach (else "cells") says what is inside for s, m and p.
+      axis: the contracted axis.
       kept: stored scales that give `Format.store` what it does not move.
-      grid: s, m, p.
-      x: contracted axis last.
+      grid: s, m, p, contracted axis last.
+      w: f32.
 
     Returns: the decoded values, f32.
     """
-    return decoded(fmt, *encode_on(fmt, kept, grid, x))
+    return _forward(fmt, estimator, axis, kept, grid, w)[0]
 
 
-def _forward(fmt: Format, estimator: Estimator, kept: Scales, grid: Grid, x: Array) -> tuple[Array, tuple]:
-    scales, codes = encode_on(fmt, kept, grid, x)
-    x_hat = decoded(fmt, scales, codes)
-    return x_hat, (kept, scales, grid, x, x_hat)
+def _forward(fmt: Format, estimator: Estimator, axis: int, kept: Scales, grid: Grid, w: Array) -> tuple[Array, tuple]:
+    scales, codes = encode_on(fmt, kept, grid, jnp.moveaxis(w, axis, -1))
+    w_hat = jnp.moveaxis(decoded(fmt, scales, codes), -1, axis)
+    return w_hat, (kept, scales, grid, w, w_hat)
 
 
-def _backward(fmt: Format, estimator: Estimator, residuals: tuple, g: Array) -> tuple[None, Grid, Array]:
-    kept, scales, grid, x, x_hat = residuals
-    s, m = fmt.grid(scales, x.shape)
-    p = fmt.grid(_stored(fmt, kept, grid["p"], grid.get("m")), x.shape)[0] if "p" in grid else s
-    T = Place(fmt, x, x_hat, s, m).T
-    place = Place(fmt, x, spread(p, x) * T + (0.0 if m is None else spread(m, x)), p, m)
-    inside = place.inside(estimator.reach if isinstance(estimator, Clipped) else "cells")
-    slope = jnp.where(p == s, 1.0, s / jnp.where(p == 0, 1.0, p))  # dw_hat / dw inside
-    passed = g * inside.astype(g.dtype)
-    back: Grid = {}
+def _backward(fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g: Array) -> tuple[None, Grid, Array]:
+    kept, scales, grid, w, w_hat = residuals
+    place = place_of(fmt, scales, w, w_hat, axis)
+    reach = estimator.reach if isinstance(estimator, Clipped) else "cells"
+    grouped = g.reshape(place.w.shape)
     if "p" in grid:
-        back["s"] = _shared(g * T, s)
-        back["p"] = -slope * _shared(passed * place.u, s)
-    else:
-        back["s"] = _shared(g * T - passed * place.u, s)
-    if "m" in grid:
-        back["m"] = _shared(g, s) - slope * _shared(passed, s)
-    return None, back, estimator(g, place) * spread(slope, x)
+        chosen_on = _stored(fmt, kept, grid["p"], grid.get("m"))
+        back, passed = _apart(place, place_of(fmt, chosen_on, w, w_hat, axis).s, estimator, reach, grouped, axis)
+        return None, back, passed.reshape(g.shape)
+    inside = place.inside(reach)
+    # s (T - u) = w_hat - w and s T = w_hat - m: no division per weight.
+    reached = place.w_hat if place.m is None else place.w_hat - place.m
+    inverse = jnp.where(place.s == 0, 0.0, 1.0 / jnp.where(place.s == 0, 1.0, place.s))
+    back = {"s": over_groups(grouped * jnp.where(inside, place.w_hat - place.w, reached) * inverse, axis)}
+    if place.m is not None:
+        back["m"] = over_groups(jnp.where(inside, 0.0, grouped), axis)
+    return None, back, estimator(grouped, place).reshape(g.shape)
+
+
+def _apart(stands: Place, p: Array, estimator: Estimator, reach: Reach, g: Array, axis: int) -> tuple[Grid, Array]:
+    """The gradients where levels are chosen on p and stand on s."""
+    s, m, T = stands.s, stands.m, stands.T
+    place = Place(stands.format, stands.w, p * T + (0.0 if m is None else m), p, m)
+    passed = jnp.where(place.inside(reach), g, 0.0)
+    slope = jnp.where(p == s, 1.0, s / jnp.where(p == 0, 1.0, p))  # dw_hat / dw inside
+    back = {"s": over_groups(g * T, axis), "p": -over_groups(slope * passed * place.u, axis)}
+    if m is not None:
+        back["m"] = over_groups(g - slope * passed, axis)
+    return back, estimator(g, place) * slope
 
 
 learned_quant.defvjp(_forward, _backward)
-
-
-def _shared(per_weight: Array, s: Array) -> Array:
-    """Sums over the weights of each group: [*b, G]."""
-    return grouped(per_weight, s).sum(axis=-1)
 
 
 def gradient_scale(x: Array, factor: float | Array) -> Array:

@@ -21,7 +21,7 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import QTensor, importance_rows
-from qjax.training.estimators import Estimator, Place, clipped, ste
+from qjax.training.estimators import Estimator, clipped, place_of, ste
 from qjax.training.fake_quant import decoded, encoded, rounded, straight_through
 from qjax.training.learned_grid import encode_on, learned_quant, moved, start
 from qjax.training.scale_rules import OWN, ScaleRule
@@ -105,16 +105,14 @@ class Quantizer:
 
     def fake(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> Float[Array, "*w"]:
         """The stored weight's value, f32, with gradients by w and by what trains."""
-        x = self._rows(w)
+        w = w.astype(jnp.float32)
         if self.trains:
             estimator = self.estimator or clipped()
-            y = learned_quant(self.format, estimator, kept["scales"], moved(trained, kept["at"]), x)
-        else:
-            still = lax.stop_gradient((w, kept))
-            scales, codes = self.encode(still[0], {}, still[1])
-            value = decoded(self.format, scales, codes)
-            y = straight_through(self.format, self.estimator or ste(), x, value, scales)
-        return jnp.moveaxis(y, -1, self.axis)
+            return learned_quant(self.format, estimator, self.axis, kept["scales"], moved(trained, kept["at"]), w)
+        still = lax.stop_gradient((w, kept))
+        scales, codes = self.encode(still[0], {}, still[1])
+        value = jnp.moveaxis(decoded(self.format, scales, codes), -1, self.axis)
+        return straight_through(self.format, self.estimator or ste(), self.axis, w, value, scales)
 
     def pack(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> QTensor:
         """The weight as it is stored; `qjax.dequantize` of it equals `fake` bit for bit."""
@@ -122,9 +120,7 @@ class Quantizer:
 
     def saturated(self, w: Float[Array, "*w"], scales: Scales, codes: Array) -> Float[Array, ""]:
         """The share of weights outside of the cells of the grid."""
-        x = self._rows(w)
-        s, m = self.format.grid(scales, x.shape)
-        place = Place(self.format, x, self.format.decode(scales, codes), s, m)
+        place = place_of(self.format, scales, self._rows(w), self.format.decode(scales, codes))
         return 1.0 - jnp.mean(place.inside("cells").astype(jnp.float32))
 
     def _rows(self, w: Array) -> Array:

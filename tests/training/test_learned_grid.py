@@ -29,9 +29,9 @@ def g():
 def grads(fmt, grid, w, g, how=None):
     fmt = qjax.format(fmt)
     kept = fmt.fit(w)
-    return jax.grad(lambda grid, w: (learned_quant(fmt, how or clipped("levels"), kept, grid, w) * g).sum(), (0, 1))(
-        grid, w
-    )
+    return jax.grad(
+        lambda grid, w: (learned_quant(fmt, how or clipped("levels"), -1, kept, grid, w) * g).sum(), (0, 1)
+    )(grid, w)
 
 
 def test_lsq_by_its_formula(w, g):
@@ -69,7 +69,7 @@ def test_a_threshold_of_its_own(w, g):
     fmt = qjax.format("TQ2_0")
     s, p = jnp.full((ROWS, 1), 1.25, jnp.float32), jnp.full((ROWS, 1), 1.0, jnp.float32)
     kept = fmt.fit(w)
-    y = np.asarray(learned_quant(fmt, clipped(), kept, {"s": s, "p": p}, w))
+    y = np.asarray(learned_quant(fmt, clipped(), -1, kept, {"s": s, "p": p}, w))
     np.testing.assert_array_equal(y, np.sign(w) * (np.abs(w) > 0.5) * 1.25)
     back, dw = grads("TQ2_0", {"s": s, "p": p}, w, g, clipped())
     T, gg, x = y / 1.25, np.asarray(g, np.float64), np.asarray(w, np.float64)
