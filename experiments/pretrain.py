@@ -23,6 +23,9 @@ from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.finetune import finetune
 from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop, tensorboard
+from qjax.training.processes import by_chief, chief_first
+
+SEVERAL_PROCESSES = True  # `qjax run --join`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Config:
     eval_windows: int = 64
     text: Path | None = None  # UTF-8, to train on; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
+    mixed: bool = True  # bfloat16 operands and float32 sums; else float32
     tensorboard: bool = False  # write OUT/tensorboard as well
     devices: Devices = ONE_DEVICE
 
@@ -57,8 +61,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint under `out`; resumes when `out` holds checkpoints. Returns the final numbers."""
     loop = Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every)
     texts, heldout = texts_of(config.text, config.heldout)
-    tokenizer = tokenizer_in(out, texts, config.vocab)
-    corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.eval_windows)
+    with chief_first("corpus"):
+        tokenizer = tokenizer_in(out, texts, config.vocab)
+        corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.eval_windows)
     model = fresh_model(config, tokenizer.get_vocab_size(), config.seed)
     count = sum(p.size for p in jax.tree.leaves(model.params))
     print(f"{count / 1e6:.2f} M parameters, {len(corpus.tokens.values) / 1e6:.2f} M training tokens")
@@ -69,9 +74,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     model, rows, loss = finetune(
         arm, model, batch_at, loop, out, place=place,
         heldout=corpus.heldout, identity={"data": corpus.tokens.sha256}, accumulate=config.accumulate, seed=config.seed,
-        sinks=(tensorboard(out),) if config.tensorboard else (),
+        mixed=config.mixed, sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip
-    save(dataclasses.replace(model, tokenizer=read_tokenizer(out)), out / "model", dtype="bfloat16")
+    model = dataclasses.replace(model, tokenizer=read_tokenizer(out))
+    by_chief("model", lambda: save(model, out / "model", dtype="bfloat16"))
     return {
         "parameters": count, "training_tokens": len(corpus.tokens.values), "loss": rows[-1]["loss"],
         "heldout_loss": loss, "model": str(out / "model"),

@@ -31,8 +31,10 @@ from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.distill import teacher_confidence
 from qjax.training.finetune import finetune, forward, heldout_loss
 from qjax.training.loop import Loop, tensorboard
+from qjax.training.processes import by_chief, chief_first
 
 TWO_BITS = Arm("qat", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=3e-4)
+SEVERAL_PROCESSES = True  # `qjax run --join`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Config:
     eval_windows: int = 64
     calibration_windows: int = 64  # of arm.init
     export: Literal["gguf", "hf"] = "hf"  # gguf: ggml formats keep their bytes; hf: floats of the same values
+    mixed: bool = True  # bfloat16 operands and float32 sums; else float32
     tensorboard: bool = False  # write OUT/tensorboard as well
     devices: Devices = ONE_DEVICE
 
@@ -69,9 +72,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             if assigned.format is not None and not isinstance(assigned.format, BlockFormat):
                 raise UserError(f'{assigned.weight}: GGUF has no type {assigned.format.name}; export = "hf" has')
     teacher = load(config.teacher) if config.teacher else model
-    corpus = corpus_for(
-        model, config.model, config.text, config.heldout, out, config.context, config.eval_windows
-    )  # fmt: skip
+    with chief_first("corpus"):
+        corpus = corpus_for(
+            model, config.model, config.text, config.heldout, out, config.context, config.eval_windows
+        )  # fmt: skip
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
     batch_at, place = spread(config.devices, windows)
     judge = forward(model.config, config.arm.inputs, config.arm.cache)
@@ -92,10 +96,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         heldout=corpus.heldout, begun=rounded.params if config.arm.init else None, teacher=teacher, place=place,
         confidence=confidence,
         identity={"data": corpus.tokens.sha256, "model": config.model, "teacher": config.teacher},
-        accumulate=config.accumulate, seed=config.seed, sinks=(tensorboard(out),) if config.tensorboard else (),
+        accumulate=config.accumulate, seed=config.seed, mixed=config.mixed,
+        sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip
     path = out / ("model.gguf" if config.export == "gguf" else "model")
-    save(dataclasses.replace(trained, tokenizer=model.tokenizer), path)
+    by_chief("model", lambda: save(dataclasses.replace(trained, tokenizer=model.tokenizer), path))
     losses["trained"] = heldout_loss(judge, load(path).params, corpus.heldout)
     if losses["trained"] != loss:
         raise RuntimeError(f"{path} gives {losses['trained']} nats, the trained model {loss}")

@@ -21,12 +21,14 @@ HELP = """Run the experiment a TOML config describes.
     qjax run configs/quickstart.toml
     qjax run configs/quickstart.toml --tokens 65536        # change a key; --section.key for tables
     qjax run configs/quickstart.toml --smoke               # the config's own seconds-long version
+    qjax run configs/training/qat.toml --out DIR --join HOST:PORT/2/0    # process 0 of 2 that train together
     qjax run CONFIG.toml --help                            # every key of that config
 
 The run directory (runs/NAME-TIME, or --out) gets the resolved config, manifest.json, metrics.jsonl, results.json
 and whatever the experiment makes. An --out that exists is continued, if its config is the same."""
 
-RESERVED = ("config", "out", "smoke")
+JOIN_HELP = "several processes: HOST:PORT/PROCESSES/PROCESS of this one, or auto under a launcher that JAX knows"
+RESERVED = ("config", "out", "smoke", "join")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Run:
     module: ModuleType
     config: Any
     out: Path | None
+    join: str | None
 
     @staticmethod
     def parse(args: list[str]) -> Run:
@@ -49,6 +52,11 @@ class Run:
                 raise SystemExit(0)
             raise UserError("run needs a config file, as in: qjax run configs/quickstart.toml")
         source = configs.read(path)
+        line = _option(args, "--join")
+        if line and not {"-h", "--help"} & set(args):  # before anything else asks JAX for its devices
+            from qjax.training.processes import join
+
+            join(line)
         module, script = load_script(source)
         default = configs.build(module.Config, source, smoke="--smoke" in args)
         command = dataclasses.make_dataclass(
@@ -57,6 +65,7 @@ class Run:
                 ("config", tyro.conf.Positional[Path]),
                 ("out", Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="the run directory")], None),
                 ("smoke", Annotated[bool, tyro.conf.arg(help="the config's own seconds-long version")], False),
+                ("join", Annotated[str | None, tyro.conf.arg(metavar="LINE", help=JOIN_HELP)], None),
                 ("keys", Annotated[type(default), tyro.conf.arg(name="", help="")], default),
             ],
             frozen=True,
@@ -68,13 +77,21 @@ class Run:
             description=HELP,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
         )
-        return Run(source, script, module, parsed.keys, parsed.out)
+        return Run(source, script, module, parsed.keys, parsed.out, parsed.join)
 
     def execute(self) -> None:
         from rich.console import Console
 
         from qjax import rundir
 
+        if self.join and not getattr(self.module, "SEVERAL_PROCESSES", False):
+            raise UserError(f"--join: {self.script} runs in one process; those of pretrain and qat run in several")
+        if self.join and self.out is None:
+            raise UserError("--join: give --out too, one directory that all processes see")
+        if self.join and not _writes():
+            assert self.out is not None
+            self.module.run(self.config, self.out)
+            return
         out = rundir.create(self.source.name, self.out)
         text = configs.to_toml(self.config, head={"script": os.path.relpath(self.script, out)})
         out = rundir.create(self.source.name, out, text)
@@ -87,11 +104,25 @@ class Run:
 
 
 def _config_path(args: list[str]) -> Path | None:
-    """The first argument that is neither an option nor `--out`'s value."""
+    """The first argument that is neither an option nor the value of `--out` or `--join`."""
     for before, arg in zip(["", *args], args, strict=False):
-        if not arg.startswith("-") and before != "--out":
+        if not arg.startswith("-") and before not in ("--out", "--join"):
             return Path(arg)
     return None
+
+
+def _option(args: list[str], name: str) -> str | None:
+    """The value of an option: `NAME VALUE` or `NAME=VALUE`."""
+    for before, arg in zip(["", *args], args, strict=False):
+        if before == name or arg.startswith(f"{name}="):
+            return arg.removeprefix(f"{name}=")
+    return None
+
+
+def _writes() -> bool:
+    from qjax.training.processes import chief
+
+    return chief()
 
 
 def load_script(source: configs.Source) -> tuple[ModuleType, Path]:

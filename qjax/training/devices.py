@@ -4,8 +4,7 @@
     finetune(..., batch_at, ..., place=place)
 
 With one device nothing is placed and batches stay host arrays. Otherwise the state lives where the path table of
-`sharding` says, and each process reads its own rows of the one global batch. Several processes join first of all, with
-`sharding.start_processes`; the experiments behind `qjax run` are of one process, for they write files as one.
+`sharding` says, and each process reads its own rows of the one global batch; `processes` is how several meet.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from qjax.training.loop import Loop, Row, train
 from qjax.training.objectives import Apply, cross_entropy, decoder_hidden, language_loss, parse_terms, student
 from qjax.training.optim import Group, labels, partitioned, rates
 from qjax.training.precision import mixed_dot_general
+from qjax.training.processes import whole
 from qjax.training.quantizer import Quantizer
 from qjax.training.schedules import warmup_cosine
 from qjax.training.state import TrainState, init_state, make_step
@@ -223,7 +224,7 @@ def heldout_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"]) -> 
 def mean_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch: int = 16) -> float:
     """Mean negative log-likelihood of windows, nats per token, of any function of (params, tokens)."""
     parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-    losses = [float(_mean_loss(apply, params, jnp.asarray(p, jnp.int32))) * len(p) for p in parts]
+    losses = [float(_mean_loss(apply, params, np.asarray(p, np.int32))) * len(p) for p in parts]
     return float(sum(losses) / len(windows))
 
 
@@ -310,6 +311,7 @@ def finetune(
         describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(made.groups, made.schedule, at).items()},
         name=arm.name, sinks=sinks,
     )  # fmt: skip
+    state = whole(state)
     done = packed(state, made)
     if made.quantizers:
         weights.check_same_values(done, _faked(state.params if state.ema is None else state.ema, state.kept, made))

@@ -137,8 +137,8 @@ def train(
                 if chief:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
-                for sink in sinks:
-                    sink(row)
+                    for sink in sinks:
+                        sink(row)
                 bar.update(task, completed=done, description=f"{name}: loss {row['loss']:.4f}")
                 if last or done % loop.checkpoint_every == 0:
                     manager.save(done, args=ocp.args.StandardSave(_saved(state)))
@@ -222,9 +222,10 @@ def tensorboard(out: Path) -> Callable[[Row], None]:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError("tensorboard: install the package tensorboardX, or leave the option out") from None
-    writer = SummaryWriter(str(out / "tensorboard"))
+    writer = SummaryWriter(str(out / "tensorboard")) if jax.process_index() == 0 else None
 
     def sink(row: Row) -> None:
+        assert writer is not None, "rows are read by process 0"
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 writer.add_scalar(key, value, row["step"])

@@ -143,30 +143,6 @@ def global_batch(rows: Integer[np.ndarray, "rows *rest"] | Array, mesh: Mesh) ->
     return jax.make_array_from_process_local_data(where, np.asarray(rows), (batch, *rows.shape[1:]))
 
 
-def start_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Join this process with the others of the run; `jax.devices()` are those of all of them afterwards.
-
-    To be called first of all, and only by who wants several processes.
-
-    Args:
-      coordinator: "host:port" at which process 0 listens.
-      processes: how many there are.
-      process: this one, from 0. All three may be left out under a launcher that JAX knows (Slurm, Open MPI, Cloud TPU,
-        Kubernetes): its environment says them.
-
-    Raises:
-      UserError: only some of the three, none outside of a known launcher, JAX is in use already, or the others do not
-        answer.
-    """
-    given = [value is not None for value in (coordinator, processes, process)]
-    if any(given) and not all(given):
-        raise UserError("several processes: give coordinator, processes and process, or none of them")
-    try:
-        jax.distributed.initialize(coordinator, processes, process)
-    except (RuntimeError, ValueError) as e:
-        raise UserError(f"cannot join the processes of this run: {str(e).splitlines()[0]}") from e
-
-
 def _lookup(path: str, shape: tuple[int, ...], table: Table) -> P:
     if not shape:
         return P()

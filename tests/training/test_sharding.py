@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax.errors import UserError
 from qjax.training.data import Tokens, Windows, write_tokens
-from qjax.training.sharding import DECODER, global_batch, mesh, place, shardings, start_processes
+from qjax.training.processes import start_processes
+from qjax.training.sharding import DECODER, global_batch, mesh, place, shardings
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 

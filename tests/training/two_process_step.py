@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
-from qjax.training import sharding
+from qjax.training import processes, sharding
 from qjax.training.data import Windows, open_tokens
 
 CONFIG = DecoderConfig(vocab=64, dim=32, hidden=64, layers=2, heads=4, kv_heads=4, head_dim=8, context=16)
@@ -67,7 +67,7 @@ def main():
     parser.add_argument("out")
     args = parser.parse_args()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    sharding.start_processes(args.coordinator, args.processes, args.process)
+    processes.start_processes(args.coordinator, args.processes, args.process)
     assert jax.process_count() == args.processes and jax.process_index() == args.process
 
     mesh = sharding.mesh(data=2, fsdp=-1)

@@ -1,0 +1,114 @@
+"""Two processes of `qjax run --join` train what one does, and write it once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import qjax
+from qjax.cli.run import Run
+from qjax.errors import UserError
+from qjax.training import processes
+from qjax.training.processes import by_chief, chief_first, join, whole
+
+CONFIG = """
+script = "{script}"
+vocab = 300
+dim = 32
+hidden = 64
+layers = 2
+heads = 2
+kv_heads = 2
+context = 32
+steps = 4
+batch = 4
+warmup = 2
+peak_rate = 2e-2
+log_every = 1
+eval_every = 4
+checkpoint_every = 2
+eval_windows = 2
+mixed = false
+text = "{text}"
+heldout = "{heldout}"
+"""
+
+
+def command(config, out, *more):
+    return [sys.executable, "-m", "qjax", "run", str(config), "--out", str(out), *more]
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_pretrain_what_one_does(tmp_path, rng, pytestconfig):
+    for name, lines in (("text", 400), ("heldout", 60)):
+        words = rng.choice(["alpha", "beta", "gamma", "delta", "epsilon"], (lines, 8))
+        (tmp_path / name).write_text("\n".join(" ".join(line) for line in words))
+    config = tmp_path / "tiny.toml"
+    script = pytestconfig.rootpath / "experiments" / "pretrain.py"
+    config.write_text(CONFIG.format(script=script, text=tmp_path / "text", heldout=tmp_path / "heldout"))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    alone = subprocess.run(command(config, tmp_path / "one"), env=env, text=True, capture_output=True)
+    assert alone.returncode == 0, alone.stderr
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    lines = [["--join", f"127.0.0.1:{port}/2/{p}", "--devices.data=1", "--devices.fsdp=2"] for p in range(2)]
+    both = [
+        subprocess.Popen(
+            command(config, tmp_path / "two", *line), env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for line in lines
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=400)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [r["step"] for r in two] == [1, 2, 3, 4]  # written once
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a.get("heldout", 0) - b.get("heldout", 0)) < 1e-5
+    models = [qjax.load(tmp_path / out / "model").params for out in ("one", "two")]
+    # written as bfloat16: a last digit of 8 may differ
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-5), *models)
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["exit_status"] == 0
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())
+
+
+def test_one_process_needs_none_of_it(tmp_path):
+    done = []
+    with chief_first("a"):
+        by_chief("b", lambda: done.append(1))
+    assert done == [1]
+    tree = {"a": np.ones(2)}
+    assert whole(tree) is tree
+
+
+@pytest.mark.parametrize("line", ["10.0.0.1/2/0", "host:1/2", "host:1/2/2", "host:x/2/0", ""])
+def test_a_line_that_says_nothing(line):
+    with pytest.raises(UserError, match="HOST:PORT/PROCESSES/PROCESS"):
+        join(line)
+
+
+@pytest.mark.parametrize(("several", "more", "message"), [(False, ["--out", "x"], "one process"), (True, [], "--out")])
+def test_what_cannot_join_says_so(several, more, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "start_processes", lambda *line: None)
+    (tmp_path / "script.py").write_text(
+        f"import dataclasses\n\nSEVERAL_PROCESSES = {several}\n\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Config:\n    a: int = 1\n\n\ndef run(config, out):\n    return {}\n"
+    )
+    (tmp_path / "config.toml").write_text('script = "script.py"\n')
+    with pytest.raises(UserError, match=message):
+        Run.parse([str(tmp_path / "config.toml"), "--join", "host:1/2/0", *more]).execute()
