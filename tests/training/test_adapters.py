@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapter_arrays import equal, f64, normal
 
 import qjax
 from qjax.errors import UserError
@@ -18,18 +19,6 @@ from qjax.training.merging import merge_fake_quantized, merge_requantized
 
 CONFIG = DecoderConfig(vocab=48, dim=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=16)
 KEY = jax.random.key(7)
-
-
-def normal(seed, *shape, size=1.0):
-    return jnp.asarray(size * np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
-
-
-def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def mlp(p, x):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_arrays import f64, normal
 
 import qjax
 from qjax.errors import UserError
@@ -20,14 +21,6 @@ from qjax.training.adapters import apply_adapted
 from qjax.training.loftq import loftq, loftq_params
 
 INT2 = affine(2, 64, symmetric=True, levels="mid-rise")
-
-
-def normal(seed, *shape, size=1.0):
-    return jnp.asarray(size * np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
 
 
 def total(q, m):

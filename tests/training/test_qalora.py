@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapter_arrays import equal, f64, normal
 
 import qjax
 from qjax.errors import UserError
@@ -20,18 +21,6 @@ from qjax.training.qalora import apply_pooled, init_pooled, merge_zeros, pooled_
 KEY = jax.random.key(7)
 PATH = "layers_0/kernel"
 FORMATS = ["uint4_g32_zf16", "uint2_g32_mse_zbf16", "uint4_g32_f32_zf16", "uint3_g32_u6x2_zf16", "Q4_1", "Q5_1"]
-
-
-def normal(seed, *shape, size=1.0):
-    return jnp.asarray(size * np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
-
-
-def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def linear(p, x):
