@@ -16,7 +16,9 @@ of the stated size. Every method starts from the same model and sees the same ba
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax import rundir
+from qjax.evaluate.intervals import half_interval
 from qjax.io.checkpoint import load
+from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.pipeline.memory import quantize_params
 from qjax.plan import Plan
@@ -97,17 +101,49 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         table.add_row(r["method"], r["format"], str(r["seed"]), *losses, r["semantics"])
     Console(highlight=False).print(table)
     print(f"the float model before: {start:.4f} nats per token, held out")
-    return {"start": start, "runs": runs}
+    rows = summary(config, runs)
+    for r in rows:
+        if r["half_interval"] is not None:
+            print(
+                f"{r['name']}: {r['difference']:+.4f} +- {r['half_interval']:.4f} nats to {r['against']}, with adapters"
+            )
+    return {"start": start, "rows": rows, "runs": runs}
 
 
-def one(
-    config: Config, entry: Entry, model: Model, windows: Windows, corpus: Any, seed: int, out: Path
-) -> dict[str, Any]:
-    """Train and merge one entry."""
-    apply = forward(model.config)
-    base, adapters = started(entry, model, seed)
+def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds, and paired differences of the losses with adapters to the config's first entry."""
+    by_entry = [runs[i :: len(config.entries)] for i in range(len(config.entries))]
+    rows = []
+    for own in by_entry:
+        pairs = [a["adapted"] - b["adapted"] for a, b in zip(own, by_entry[0], strict=True)]
+        rows.append(
+            {
+                "name": f"{own[0]['method']} {own[0]['format']}", "against": by_entry[0][0]["method"],
+                **{k: statistics.fmean(r[k] for r in own) for k in ("base", "adapted", "merged")},
+                "difference": statistics.fmean(pairs), "half_interval": half_interval(pairs),
+            }
+        )  # fmt: skip
+    return rows
 
-    def adapted(adapters: Any, base: Any, tokens: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What an entry compiles; all its seeds share it."""
+
+    beside: Any  # ({"adapters", "base"}, tokens) -> logits
+    groups: tuple[Group, ...]
+    schedule: Any
+    optimizer: Any
+    step: Any
+
+
+@lru_cache(maxsize=16)
+def compiled(entry: Entry, config: DecoderConfig, steps: int) -> Compiled:
+    """The forward and the step of an entry."""
+    apply = forward(config)
+
+    def beside(parts: Any, tokens: Any) -> Any:
+        adapters, base = parts["adapters"], parts["base"]
         if entry.method == "qalora":
             return apply_pooled(apply, base, adapters, tokens)
         if entry.method == "loraqat":
@@ -118,26 +154,34 @@ def one(
     def loss(params: Any, kept: Any, batch: Any, key: Any) -> Any:
         del key
         tokens = batch["tokens"]
-        return cross_entropy(adapted(params["adapters"], kept["base"], tokens[:, :-1]), tokens[:, 1:]), {}
+        logits = beside({"adapters": params["adapters"], "base": kept["base"]}, tokens[:, :-1])
+        return cross_entropy(logits, tokens[:, 1:]), {}
 
     groups = (Group("adapters", "adapters/*", entry.rate, 0.0, 1.0),)
-    schedule = warmup_cosine(1.0, config.steps, round(0.05 * config.steps))
+    schedule = warmup_cosine(1.0, steps, round(0.05 * steps))
     optimizer = partitioned(groups, schedule)
-    step = make_step(loss, optimizer, seed=seed, labels=lambda p: labels(p, groups))
+    step = make_step(loss, optimizer, labels=lambda p: labels(p, groups))
+    return Compiled(beside, groups, schedule, optimizer, step)
 
-    def beside(parts: Any, tokens: Any) -> Any:
-        return adapted(parts["adapters"], parts["base"], tokens)
+
+def one(
+    config: Config, entry: Entry, model: Model, windows: Windows, corpus: Any, seed: int, out: Path
+) -> dict[str, Any]:
+    """Train and merge one entry."""
+    base, adapters = started(entry, model, seed)
+    made = compiled(entry, model.config, config.steps)
 
     def judged(adapters: Any) -> float:
-        return mean_loss(beside, {"adapters": adapters, "base": base}, corpus.heldout)
+        return mean_loss(made.beside, {"adapters": adapters, "base": base}, corpus.heldout)
 
     before = judged(adapters)
     every = config.log_every * max(1, config.steps // (2 * config.log_every))
     state, _ = train(
-        init_state({"adapters": adapters}, optimizer, {"base": base}), step,
+        init_state({"adapters": adapters}, made.optimizer, {"base": base}), made.step,
         lambda s: {"tokens": jnp.asarray(windows.batch_at(s))}, out, Loop(config.steps, config.log_every, every, every),
         identity={"entry": dataclasses.asdict(entry), "data": corpus.tokens.sha256, "model": config.model},
-        describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(groups, schedule, at).items()}, name=entry.method,
+        describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(made.groups, made.schedule, at).items()},
+        name=entry.method,
     )  # fmt: skip
     trained = state.params["adapters"]
     if entry.method == "qalora":
@@ -149,7 +193,7 @@ def one(
     params = dataclasses.replace(model, params=merged.params).dense
     return {
         "method": entry.method, "format": "float" if entry.method == "lora" else entry.format, "base": before,
-        "adapted": judged(trained), "merged": heldout_loss(apply, params, corpus.heldout),
+        "adapted": judged(trained), "merged": heldout_loss(forward(model.config), params, corpus.heldout),
         "semantics": "sum" if entry.method == "lora" else merged.semantics,
     }  # fmt: skip
 
