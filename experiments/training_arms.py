@@ -33,6 +33,7 @@ from qjax import recipes, rundir
 from qjax.errors import UserError
 from qjax.evaluate.intervals import half_interval
 from qjax.formats import BlockFormat
+from qjax.io.atomic import write_text
 from qjax.io.checkpoint import load, save
 from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models.model import Model
@@ -157,7 +158,7 @@ def check_models(config: Config) -> None:
     if path.is_file() and path.read_text() != said:
         raise UserError(f"{config.models} holds other float models (see {path}); give another `models`")
     config.models.mkdir(parents=True, exist_ok=True)
-    path.write_text(said)
+    write_text(path, said)
 
 
 def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path) -> list[dict[str, Any]]:

@@ -55,8 +55,12 @@ def spread(per_group: Float[Array, "*b G"], w: Float[Array, "*b n"]) -> Float[Ar
 
 def units(x: Float[Array, "*b G size"], s: Array, m: Array | None) -> Float[Array, "*b G size"]:
     """(x - m) / s, the argument of `level`; 0 where s is."""
-    x = x if m is None else x - m[..., None]
-    return jnp.where(s == 0, 0.0, 1.0 / jnp.where(s == 0, 1.0, s))[..., None] * x
+    return over(x if m is None else x - m[..., None], s[..., None])
+
+
+def over(x: Array, s: Array) -> Array:
+    """x / s for an s that broadcasts against x; 0 where s is."""
+    return jnp.where(s == 0, 0.0, 1.0 / jnp.where(s == 0, 1.0, s)) * x
 
 
 def gap(format: Format, t: Float[Array, "*u"], up: Array) -> Float[Array, "*u"]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.gradient import cells
-from qjax.rounding.ranges import ends, gap
+from qjax.rounding.ranges import ends, gap, over
 from qjax.typing import Array, Float
 
 Reach = Literal["levels", "cells"]
@@ -74,8 +74,7 @@ class Place:
         return gap(self.format, t, ((self.u > t) | (t == lo)) & (t < hi))
 
     def _units(self, x: Array) -> Array:
-        x = x if self.m is None else x - self.m
-        return jnp.where(self.s == 0, 0.0, 1.0 / jnp.where(self.s == 0, 1.0, self.s)) * x
+        return over(x if self.m is None else x - self.m, self.s)
 
 
 def place_of(fmt: Format, scales: Scales, w: Float[Array, "*w"], w_hat: Float[Array, "*w"], axis: int = -1) -> Place:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.formats.protocol import Format, Scales
+from qjax.rounding.ranges import over
 from qjax.training.estimators import Clipped, Estimator, Place, Reach, over_groups, place_of
 from qjax.training.fake_quant import decoded, rounded
 from qjax.typing import Array, Float
@@ -106,8 +107,7 @@ def _backward(fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g:
     inside = place.inside(reach)
     # s (T - u) = w_hat - w and s T = w_hat - m: no division per weight.
     reached = place.w_hat if place.m is None else place.w_hat - place.m
-    inverse = jnp.where(place.s == 0, 0.0, 1.0 / jnp.where(place.s == 0, 1.0, place.s))
-    back = {"s": over_groups(grouped * jnp.where(inside, place.w_hat - place.w, reached) * inverse, axis)}
+    back = {"s": over_groups(over(grouped * jnp.where(inside, place.w_hat - place.w, reached), place.s), axis)}
     if place.m is not None:
         back["m"] = over_groups(jnp.where(inside, 0.0, grouped), axis)
     return None, back, estimator(grouped, place).reshape(g.shape)

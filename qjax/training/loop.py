@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qjax.errors import UserError
 from qjax.io.atomic import write_text
+from qjax.training.processes import chief
 from qjax.training.state import Step, TrainState
 
 Row = dict[str, Any]
@@ -97,19 +98,19 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     _check_identity(out, state, identity or {})
-    chief = jax.process_index() == 0
+    writes = chief()
     options = ocp.CheckpointManagerOptions(max_to_keep=loop.keep, enable_async_checkpointing=True)
     with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as manager:
         first = manager.latest_step() or 0
         if first:
             state = _restored(manager, first, state)
-        rows = _rows_until(out / "metrics.jsonl", first, write=chief)
+        rows = _rows_until(out / "metrics.jsonl", first, write=writes)
         memory = observe(state, None)[1] if observe else None
         screen = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         clock, late = time.perf_counter(), None
         with (
-            Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or not chief) as bar,
+            Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or not writes) as bar,
             (out / "metrics.jsonl").open("a", encoding="utf-8") as log,
         ):
             task = bar.add_task(name, total=loop.steps, completed=first)
@@ -134,7 +135,7 @@ def train(
                     row |= evaluate(state)
                 row["seconds"] = round(time.perf_counter() - clock, 3)
                 rows.append(row)
-                if chief:
+                if writes:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                     for sink in sinks:
@@ -169,7 +170,7 @@ def _check_identity(out: Path, state: TrainState, identity: Mapping[str, Any]) -
     now = json.loads(json.dumps({**identity, "parameters": shapes}))
     path = out / "identity.json"
     if not path.is_file():
-        if jax.process_index() == 0:
+        if chief():
             write_text(path, json.dumps(now, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
@@ -222,7 +223,7 @@ def tensorboard(out: Path) -> Callable[[Row], None]:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError("tensorboard: install the package tensorboardX, or leave the option out") from None
-    writer = SummaryWriter(str(out / "tensorboard")) if jax.process_index() == 0 else None
+    writer = SummaryWriter(str(out / "tensorboard")) if chief() else None
 
     def sink(row: Row) -> None:
         assert writer is not None, "rows are read by process 0"

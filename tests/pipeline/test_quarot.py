@@ -29,4 +29,5 @@ def test_it_loses_less_than_without_rotations():
     exact = heldout_loss(forward(model.config), model.params, ids)
     plain = over_float(model, LINE, "int4_row")
     quarot = over_float(turned, f"hadamard('in') >> {LINE}", "hadamard() >> int4_row")
-    assert 0.02 < quarot < 0.75 * plain  # 0.053 and 0.088 nats
+    assert quarot < 0.75 * plain
+    assert (quarot, plain) == pytest.approx((0.053, 0.088), rel=0.2)  # what docs/reparam.md says

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from several_processes import free_port, run_together
 
 import qjax
 from qjax.cli.run import Run
@@ -59,23 +59,9 @@ def test_two_processes_pretrain_what_one_does(tmp_path, rng, pytestconfig):
     alone = subprocess.run(command(config, tmp_path / "one"), env=env, text=True, capture_output=True)
     assert alone.returncode == 0, alone.stderr
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    lines = [["--join", f"127.0.0.1:{port}/2/{p}", "--devices.data=1", "--devices.fsdp=2"] for p in range(2)]
-    both = [
-        subprocess.Popen(
-            command(config, tmp_path / "two", *line), env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for line in lines
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=400)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    where = f"127.0.0.1:{free_port()}/2"
+    lines = [["--join", f"{where}/{p}", "--devices.data=1", "--devices.fsdp=2"] for p in range(2)]
+    run_together([command(config, tmp_path / "two", *line) for line in lines], env, timeout=400)
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [r["step"] for r in two] == [1, 2, 3, 4]  # written once
     for a, b in zip(one, two, strict=True):

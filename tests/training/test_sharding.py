@@ -1,8 +1,6 @@
 """Leaves live where the table says, moments where their parameters do, and training does not notice."""
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import two_process_step as tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from several_processes import free_port, run_together
 
 import qjax
 from qjax.errors import UserError
@@ -237,27 +236,13 @@ def test_two_processes_train_what_one_does(tmp_path, rng):
     tokens = write_tokens(tmp_path / "text.bin", [cyclic_text(rng)], tiny.CONFIG.vocab)
     alone, expected = tiny.train_alone(Windows(tokens, tiny.CONFIG.context, batch=8), 5)
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [
-        sys.executable, Path(tiny.__file__), "--coordinator", f"127.0.0.1:{port}", "--processes=2", "--steps=5",
+        sys.executable, Path(tiny.__file__), "--coordinator", f"127.0.0.1:{free_port()}", "--processes=2", "--steps=5",
         "--batch=8", tmp_path / "text.bin",
     ]  # fmt: skip
     outs = [tmp_path / f"{p}.npz" for p in range(2)]
-    workers = [
-        subprocess.Popen(
-            [*command, outs[p], f"--process={p}"], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for p in range(2)
-    ]
-    try:
-        said = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+    run_together([[*command, outs[p], f"--process={p}"] for p in range(2)], env, timeout=240)
     for out in outs:
         with np.load(out) as result:
             assert np.allclose(result["losses"], expected, atol=1e-5, rtol=0)
