@@ -24,8 +24,8 @@ from rich.table import Table
 from qjax import rundir
 from qjax.io.checkpoint import load
 from qjax.training.arm import Arm
-from qjax.training.finetune import program, start_state
 from qjax.training.objectives import parse_terms
+from qjax.training.program import program, start_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,9 @@ from qjax.io.checkpoint import load, save
 from qjax.training.arm import Arm
 from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
-from qjax.training.finetune import finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.loop import Loop
+from qjax.training.program import forward
 from qjax.training.topk import read_top_k, rows, top_k, write_top_k
 
 STUDENT = Arm("student", format="int2_g64_mid_mse", scales="learned", loss="fkl", rate=3e-4)

@@ -29,9 +29,10 @@ from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.distill import teacher_confidence
-from qjax.training.finetune import finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.loop import Loop, tensorboard
 from qjax.training.processes import by_chief, chief_first
+from qjax.training.program import forward
 
 TWO_BITS = Arm("qat", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=3e-4)
 SEVERAL_PROCESSES = True  # `qjax run --join`

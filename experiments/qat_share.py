@@ -25,9 +25,10 @@ from qjax.pipeline.memory import quantize_params
 from qjax.training.arm import Arm
 from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.data import Windows
-from qjax.training.finetune import finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop
+from qjax.training.program import forward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,12 +38,13 @@ from qjax.training.adapters import apply_adapted, init_adapters, lora_weight, ma
 from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
 from qjax.training.fake_quant import fake_quant
-from qjax.training.finetune import forward, heldout_loss, mean_loss
+from qjax.training.finetune import heldout_loss, mean_loss
 from qjax.training.loftq import loftq_params
 from qjax.training.loop import Loop, train
 from qjax.training.merging import merge_fake_quantized, merge_requantized
 from qjax.training.objectives import cross_entropy
 from qjax.training.optim import Group, labels, partitioned, rates
+from qjax.training.program import forward
 from qjax.training.qalora import apply_pooled, init_pooled, merge_zeros
 from qjax.training.schedules import warmup_cosine
 from qjax.training.state import init_state, make_step

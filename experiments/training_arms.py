@@ -45,9 +45,10 @@ from qjax.training.blockwise import BlockTuning, tune_blocks
 from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.data import Windows
 from qjax.training.distill import teacher_confidence
-from qjax.training.finetune import finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop
+from qjax.training.program import forward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,13 +214,15 @@ class Decoder(nn.Module):
     of the batch are equally long, and `length + cached` must not exceed the cache's capacity. `at` asks for the logits
     of one position only, [batch, 1, vocab]. `dtype` is the arithmetic of activations; `dot_general` may be
     replaced, e.g. by one that fits the hardware. `stored`: ("k" or "v", [batch * kv_heads, length, head_dim]) -> what
-    the cache would give back of it, of the same shape and type, with or without a cache.
+    the cache would give back of it, of the same shape and type, with or without a cache. Without `readout` it gives
+    what the head reads, [batch, length, dim] of `dtype`, in place of logits.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     dot_general: Callable = lax.dot_general
     stored: Callable = as_it_is
+    readout: bool = True
 
     @nn.compact
     def __call__(self, tokens, cache: Cache | None = None, at=None):
@@ -239,6 +241,8 @@ class Decoder(nn.Module):
         if at is not None:
             x = lax.dynamic_slice_in_dim(x, at, 1, axis=1)
         x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
+        if not self.readout:
+            return x if cache is None else (x, new_cache)
         if c.tied:
             kernel = embed.embedding.T.astype(self.dtype)
             logits = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

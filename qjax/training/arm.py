@@ -50,6 +50,10 @@ class Arm:
       weight_decay, clip, warmup: of AdamW; warmup is a share of the steps.
       shape: what follows the warm-up: "cosine" to 0, or "constant", where the cooldown is another run's.
       ema: decay of the moving average that is exported; 0: none.
+      prox: "" quantizes the weights in every forward; "parq" or "relax" draws them to the grid by a proximal map in the
+        optimizer (`parq`), around latent weights, of which the export is made.
+      prox_span: where in the run the drawing begins and where all weights are on the grid, as shares of the steps.
+      vocab_chunk: tokens of the vocabulary whose logits are held at a time; 0: all.
     """
 
     name: str
@@ -72,6 +76,9 @@ class Arm:
     warmup: float = 0.05
     shape: Literal["cosine", "constant"] = "cosine"
     ema: float = 0.0
+    prox: Literal["", "parq", "relax"] = ""
+    prox_span: tuple[float, float] = (0.0, 0.9)
+    vocab_chunk: int = 0
 
     def __post_init__(self) -> None:
         def check(ok: bool, message: str) -> None:
@@ -87,6 +94,15 @@ class Arm:
         check(self.inputs in ("", *kinds), f"inputs must be {', '.join(kinds)} or empty, got {self.inputs!r}")
         for part in self.trains:
             check(part in ("weights", "scales"), f"trains names weights and scales, not {part!r}")
+        check(self.vocab_chunk >= 0, f"vocab_chunk must not be negative, got {self.vocab_chunk}")
+        check(self.prox in ("", "parq", "relax"), f"prox must be parq, relax or empty, got {self.prox!r}")
+        if self.prox:
+            check(bool(self.format), "prox draws weights to a format; name one")
+            plain = (self.scales, self.rule, self.estimator, self.ema) == ("refit", "own", "", 0)
+            check(plain, "prox goes with refit scales of the format's own rule, without an estimator and without ema")
+            check("weights" in self.trains, "prox draws weights that train; add weights to `trains`")
+            start, end = self.prox_span
+            check(0 <= start < end <= 1, f"prox_span is two rising shares of the steps, got {start} and {end}")
         parse_terms(self.loss)
         if self.estimator:
             estimator(self.estimator)

@@ -32,7 +32,6 @@ from qjax.models.stages import stages_of
 from qjax.rounding.ranges import spread
 from qjax.training import weights
 from qjax.training.distill import relative_mse
-from qjax.training.finetune import start_weights
 from qjax.training.quantizer import Quantizer
 from qjax.training.schedules import warmup_cosine
 from qjax.typing import Array, Float, Int
@@ -145,7 +144,7 @@ def _tuned(
     trained, kept = weights.init(params if begun is None else begun, own)
     if begun is not None:
         stored, leaves = weights.leaves_by_path(begun), weights.leaves_by_path(params)
-        params = weights.replaced(begun, {p: start_weights(leaves[p], stored[p], q) for p, q in own.items()})
+        params = weights.replaced(begun, {p: weights.start_weights(leaves[p], stored[p], q) for p, q in own.items()})
     static = _Static(tuple(own.items()))
     before = float(_loss(block, static, params, trained, kept, z, y))
     new, moved = _descend(block, static, tuning, params, trained, kept, z, y, key)

@@ -14,7 +14,7 @@ jsd is the generalized Jensen-Shannon divergence of GKD (arXiv:2306.13649, secti
 by `teacher_confidence`; T^2 keeps gradients of one size over T (Hinton et al., arXiv:1503.02531, section 2).
 
 All divergences are sums over the vocabulary of one term f, so each way to evaluate the sum serves all of them: the
-whole vocabulary here, `chunked_loss` for vocabularies that do not fit, topk.py for a teacher that was stored. The
+whole vocabulary here, chunked.py for vocabularies that do not fit, topk.py for a teacher that was stored. The
 gradient flows to the student only.
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import jax
@@ -128,71 +127,10 @@ def distill_loss(
     >>> print(f"{distill_loss(z, jnp.zeros((1, 3))):.4f}")  # ln 3 less the teacher's entropy
     0.0589
     """
-    _check(teacher_logits.shape[-1], student_logits.shape[-1], temperature)
+    check_alike(teacher_logits.shape[-1], student_logits.shape[-1], temperature)
     log_p = log_probabilities(lax.stop_gradient(teacher_logits), temperature)
     log_q = log_probabilities(student_logits, temperature)
     return temperature**2 * token_mean(divergence(log_p, log_q).sum(axis=-1), mask)
-
-
-def chunked_loss(
-    divergence: Divergence,
-    x_teacher: Float[Array, "n d_t"],
-    head_teacher: Float[Array, "d_t v"],
-    x_student: Float[Array, "n d_s"],
-    head_student: Float[Array, "d_s w"],
-    chunk: int,
-    mask: Shaped[Array, "n"] | None = None,
-    temperature: float = 1.0,
-) -> Float[Array, ""]:
-    """`distill_loss` of the logits x . head, which are never held for more than `chunk` tokens of the vocabulary.
-
-    Two scans over the vocabulary: the normalizers log sum_v exp z_v of both models, then the sum of f. Both recompute
-    their logits in the backward pass, so that this too holds n x chunk numbers at a time.
-
-    Args:
-      x_teacher, x_student: floats [n, d_t], [n, d_s]; what the heads read, of n tokens.
-      head_teacher, head_student: floats [d_t, v], [d_s, v].
-      chunk: tokens of the vocabulary at a time; v need not be a multiple.
-      mask, temperature: as in `distill_loss`.
-
-    Returns: f32 scalar; products accumulate in float32.
-
-    Raises:
-      UserError: as `distill_loss`, or a chunk below 1.
-    """
-    v = head_teacher.shape[1]
-    _check(v, head_student.shape[1], temperature)
-    if chunk < 1:
-        raise UserError(f"chunked_loss: the chunk must hold at least 1 token of the vocabulary, got {chunk}")
-    x_teacher, head_teacher = lax.stop_gradient((x_teacher, head_teacher))
-    n, count = x_student.shape[0], -(-v // chunk)
-    real = jnp.arange(count * chunk).reshape(count, 1, chunk) < v
-    parts = (_columns(head_teacher, count, chunk), _columns(head_student, count, chunk), real)
-    # The gradient of x is a sum over chunks: held in float32, whatever the type of the products.
-    inputs = [(x.astype(jnp.float32), x.dtype) for x in (x_teacher, x_student)]
-    remat = partial(jax.checkpoint, prevent_cse=False)
-
-    def logits(part: Any) -> list[Array]:
-        *heads, real = part
-        both = zip(inputs, heads, strict=True)
-        z = [jnp.matmul(x.astype(dtype), w, preferred_element_type=jnp.float32) for (x, dtype), w in both]
-        return [jnp.where(real, one / temperature, FLOOR) for one in z]
-
-    @remat
-    def normalize(carry: Any, part: Any) -> tuple[Any, None]:
-        return [_add(top, mass, z) for (top, mass), z in zip(carry, logits(part), strict=True)], None
-
-    @remat
-    def add_terms(total: Array, part: Any) -> tuple[Array, None]:
-        both = zip(logits(part), normalizers, strict=True)
-        log_p, log_q = (jnp.maximum(z - top - log_mass, FLOOR) for z, (top, log_mass) in both)
-        return total + divergence(log_p, log_q).sum(axis=1), None
-
-    empty = [(jnp.full((n, 1), FLOOR), jnp.zeros((n, 1)))] * 2
-    sums, _ = lax.scan(normalize, empty, parts)
-    normalizers = [(top, jnp.log(mass)) for top, mass in sums]
-    total, _ = lax.scan(add_terms, jnp.zeros(n), parts)
-    return temperature**2 * token_mean(total, mask)
 
 
 def teacher_confidence(teacher: Callable[[Any], Array], batches: Iterable[tuple[Any, ...]]) -> float:
@@ -240,18 +178,6 @@ def token_mean(loss: Float[Array, "*b"], mask: Shaped[Array, "*b"] | None) -> Fl
     return jnp.where(weight > 0, weight * loss, 0.0).sum() / jnp.where(total > 0, total, 1.0)
 
 
-def _columns(head: Array, count: int, chunk: int) -> Array:
-    """A head's columns in chunks, the last one padded: [d, v] -> [count, d, chunk]."""
-    d, v = head.shape
-    return jnp.pad(head, ((0, 0), (0, count * chunk - v))).reshape(d, count, chunk).swapaxes(0, 1)
-
-
-def _add(top: Array, mass: Array, z: Array) -> tuple[Array, Array]:
-    """More logits [n, chunk] into a normalizer exp(top) x mass, [n, 1] each."""
-    new = jnp.maximum(top, lax.stop_gradient(z).max(axis=1, keepdims=True))
-    return new, mass * jnp.exp(top - new) + jnp.exp(z - new).sum(axis=1, keepdims=True)
-
-
 @jax.jit
 def _label_probability(
     logits: Float[Array, "b t v"], labels: Integer[Array, "b t"], mask: Shaped[Array, "b t"]
@@ -262,7 +188,7 @@ def _label_probability(
     return means.sum(), mask.astype(bool).any(axis=1).astype(jnp.float32).sum()
 
 
-def _check(v_teacher: int, v_student: int, temperature: float) -> None:
+def check_alike(v_teacher: int, v_student: int, temperature: float) -> None:
     if v_teacher != v_student:
         raise UserError(f"the teacher has {v_teacher} tokens and the student {v_student}; they must share a vocabulary")
     if not temperature > 0:

@@ -4,7 +4,8 @@
 
 "hidden" is the mean over blocks of |h_student - h_teacher|^2 / Var h_teacher (`relative_mse`). The student runs on
 quantized weights (weights.fake_params), the teacher on its own, in the same step or earlier: a batch may bring the
-teacher's top k (`topk`). Terms are written as a config writes them: "fkl", "0.5*ce + 0.5*fkl", "fkl + 0.1*hidden".
+teacher's top k (`topk`). Where a model is a `Readout`, logits are held a chunk of the vocabulary at a time (`chunked`).
+Terms are written as a config writes them: "fkl", "0.5*ce + 0.5*fkl", "fkl + 0.1*hidden".
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import optax
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.stages import stages_of
+from qjax.training.chunked import chunked_cross_entropy, chunked_loss
 from qjax.training.distill import Divergence, distill_loss, divergence, relative_mse
 from qjax.training.state import Loss
 from qjax.training.topk import top_k_loss
@@ -29,6 +31,36 @@ Apply = Callable[[Any, Array], Array]  # (params, tokens i32[b, t]) -> logits f3
 Hidden = Callable[[Any, Array], Sequence[Array]]  # -> what leaves each block, [b, t, dim]
 
 DIVERGENCES = ("fkl", "rkl", "jsd", "cakld")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """What a head reads, x [n, d], and the head [d, v], of a model whose logits are never held all at once."""
+
+    x: Array
+    head: Array
+    chunk: int
+    softcap: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """(params, tokens) -> Unread, in place of logits.
+
+    Attributes:
+      config: of the decoder.
+      apply: the decoder without its readout (`program.forward`).
+      chunk: tokens of the vocabulary at a time.
+    """
+
+    config: DecoderConfig
+    apply: Apply
+    chunk: int
+
+    def __call__(self, params: Any, tokens: Int[Array, "b t"]) -> Unread:
+        x = self.apply(params, tokens)
+        head = params["embed"]["embedding"].T if self.config.tied else params["head"]["kernel"]
+        return Unread(x.reshape(-1, x.shape[-1]), head, self.chunk, self.config.logit_softcap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +98,22 @@ def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> 
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets).mean()
 
 
+def likelihood(out: Array | Unread, targets: Int[Array, "b t"]) -> Float[Array, ""]:
+    """`cross_entropy`, of logits or of what would become logits."""
+    if isinstance(out, Unread):
+        return chunked_cross_entropy(out.x, out.head, targets.reshape(-1), out.chunk, out.softcap)
+    return cross_entropy(out, targets)
+
+
+def away(measure: Divergence, teacher: Array | Unread, student: Array | Unread) -> Float[Array, ""]:
+    """How far a student is from its teacher, of logits or of what would become logits."""
+    if isinstance(teacher, Unread) and isinstance(student, Unread):
+        caps = (teacher.softcap, student.softcap)
+        return chunked_loss(measure, teacher.x, teacher.head, student.x, student.head, student.chunk, softcaps=caps)
+    assert not isinstance(teacher, Unread) and not isinstance(student, Unread), "both in chunks or none"
+    return distill_loss(teacher, student, measure)
+
+
 def student(params: Any, kept: Any, quantizers: Quantizers) -> Any:
     """The weights that the student runs on, from the parts of a state; see `TrainState`."""
     weights = params.get("weights", kept.get("weights"))
@@ -75,18 +123,18 @@ def student(params: Any, kept: Any, quantizers: Quantizers) -> Any:
 
 
 def language_loss(
-    apply: Apply,
+    apply: Apply | Readout,
     terms: Sequence[Term],
     quantizers: Quantizers,
     *,
-    teacher: Apply | None = None,
+    teacher: Apply | Readout | None = None,
     hidden: tuple[Hidden, Hidden] | None = None,
     confidence: float | None = None,
 ) -> Loss:
     """The loss of a decoder's state on a batch {"tokens": i32[b, t + 1]} and, of a cached teacher, {"cached": top k}.
 
     Args:
-      apply: the student's forward.
+      apply: the student's forward, or its readout in chunks; the teacher's is alike.
       terms: see `parse_terms`.
       quantizers: {path: Quantizer} of its weights; {} for a float model.
       teacher: its forward, run on kept["teacher"] in the same step; None: the batch brings its top k.
@@ -94,7 +142,7 @@ def language_loss(
       confidence: b of "cakld" (`teacher_confidence`).
 
     Raises:
-      UserError: a term whose teacher or hidden states are missing.
+      UserError: a term whose teacher or hidden states are missing; chunks of a vocabulary whose top k is cached.
     """
     measures: dict[str, Divergence] = {}
     for term in terms:
@@ -102,13 +150,15 @@ def language_loss(
             raise UserError("the term hidden compares with a teacher that runs in the same step")
         if term.name in DIVERGENCES:
             measures[term.name] = divergence(term.name, confidence if term.name == "cakld" else None)
+    if measures and teacher is None and isinstance(apply, Readout):
+        raise UserError("vocab_chunk is for a teacher that runs in the same step: a cached top k needs all logits")
 
     def loss(params: Any, kept: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         del key
         tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         w = student(params, kept, quantizers)
-        logits = apply(w, tokens)
-        ce = cross_entropy(logits, targets)
+        out = apply(w, tokens)
+        ce = likelihood(out, targets)
         total, report = jnp.float32(0.0), {"ce": ce}
         seen = teacher(kept["teacher"], tokens) if measures and teacher is not None else None
         for term in terms:
@@ -119,9 +169,10 @@ def language_loss(
                 pairs = zip(hidden[0](kept["teacher"], tokens), hidden[1](w, tokens), strict=True)
                 value = jnp.stack([relative_mse(t, s) for t, s in pairs]).mean()
             elif seen is not None:
-                value = distill_loss(seen, logits, measures[term.name])
+                value = away(measures[term.name], seen, out)
             else:
-                value = top_k_loss(measures[term.name], batch["cached"], logits)
+                assert not isinstance(out, Unread)
+                value = top_k_loss(measures[term.name], batch["cached"], out)
             report[term.name] = value
             total += jnp.float32(term.factor) * value
         return total, report

@@ -72,7 +72,7 @@ def parq(inner: optax.GradientTransformation, prox: Prox, rho: optax.Schedule) -
         delta, inner_state = inner.update(grads, state.inner, state.latent)
         u = optax.apply_updates(state.latent, delta)
         slope = jnp.asarray(rho(state.step.astype(jnp.float32)), jnp.float32)
-        w = jax.tree.map(lambda x: prox(x, slope), u)
+        w = _drawn_alike(prox, u, slope)
 
         def moved(p: Array, before: Array, d: Array, x: Array, y: Array) -> Array:
             # p + (y - p) is not always y; where nothing is drawn anywhere, the optimizer's own step is exact.
@@ -153,6 +153,22 @@ def drawn(
     step = jnp.sign(d) * jnp.clip(h - (h - jnp.abs(d)) / slope, 0.0, 2.0 * h)
     w = w_hat + jnp.where(h > 0.0, step, rho * d)
     return jnp.where(rho >= 1.0, u, jnp.where(rho > 0.0, w, w_hat))
+
+
+def _drawn_alike(prox: Prox, u: Any, rho: Array) -> Any:
+    """prox_rho of every leaf; leaves of one shape and type go in one call, which is compiled once."""
+    leaves, structure = jax.tree.flatten(u)
+    kinds: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        kinds.setdefault((leaf.shape, str(leaf.dtype)), []).append(i)
+    for alike in kinds.values():
+        if len(alike) == 1:
+            leaves[alike[0]] = prox(leaves[alike[0]], rho)
+            continue
+        together = jax.vmap(prox, (0, None))(jnp.stack([leaves[i] for i in alike]), rho)
+        for k, i in enumerate(alike):
+            leaves[i] = together[k]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def inverse_slope(start: int, end: int, steepness: float = 10.0) -> optax.Schedule:

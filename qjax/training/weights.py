@@ -20,7 +20,7 @@ from qjax.errors import UserError
 from qjax.pipeline.memory import contracted_axis, named_weight
 from qjax.plan import Plan
 from qjax.tensor import dequantize, is_qtensor
-from qjax.training.estimators import Estimator
+from qjax.training.estimators import Estimator, place_of
 from qjax.training.quantizer import Quantizer, ScaleKind
 from qjax.training.scale_rules import OWN, ScaleRule
 from qjax.typing import Array, Float
@@ -81,6 +81,19 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
         for path, quantizer in quantizers.items()
     }
     return {p: t for p, (t, _) in made.items() if t}, {p: k for p, (_, k) in made.items() if k}
+
+
+def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
+    """Where a recipe's result starts to train: its values, moved towards the float weights as far as their cells go.
+
+    The codes are the recipe's (error feedback's are not the nearest), and a weight near a border stays near it.
+    """
+    scales, codes = q.format.unpack(q.leaves)
+    x = jnp.moveaxis(jnp.asarray(w, jnp.float32), quantizer.axis, -1)
+    x_hat = q.format.decode(scales, codes)
+    place = place_of(q.format, scales, x, x_hat)
+    reach = (0.49 * place.neighbour() * jnp.abs(place.s)).reshape(x.shape)
+    return jnp.moveaxis(x_hat + jnp.clip(x - x_hat, -reach, reach), -1, quantizer.axis)
 
 
 def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:

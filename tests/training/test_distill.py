@@ -1,4 +1,4 @@
-"""Distillation losses against float64 numpy, their gradients, the chunked and the cached ways to the same numbers."""
+"""Distillation losses against float64 numpy, their gradients, and the cached way to the same numbers."""
 
 import itertools
 from functools import partial
@@ -7,22 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from divergences import FOUR, NAMED, REFERENCES, differences, pair, probabilities, reference
 
 from qjax.errors import UserError
 from qjax.training import distill, topk
-from qjax.training.distill import chunked_loss, distill_loss, divergence, relative_mse, teacher_confidence
+from qjax.training.distill import distill_loss, divergence, relative_mse, teacher_confidence
 from qjax.training.topk import read_top_k, rows, top_k, top_k_loss, write_top_k
-
-NAMED = {
-    "fkl": divergence("fkl"),
-    "rkl": divergence("rkl"),
-    "jsd": divergence("jsd"),
-    "jsd3": divergence("jsd", 0.3),
-    "cakld": divergence("cakld", 0.7),
-}
-
-
-FOUR = ["fkl", "rkl", "jsd", "cakld"]
 
 
 @pytest.fixture(params=FOUR)
@@ -42,53 +32,6 @@ def cached_way(f, cached, student, mask=None, temperature=1.0):
 
 
 keep = jax.jit(top_k, static_argnums=(1, 2))
-
-
-def differences(fn, x):
-    """Central differences of a float64 numpy function."""
-    x, out = np.asarray(x, np.float64), np.zeros(x.shape)
-    for at in np.ndindex(*x.shape):
-        step = np.zeros(x.shape)
-        step[at] = 1e-5
-        out[at] = (fn(x + step) - fn(x - step)) / 2e-5
-    return out
-
-
-# --- float64 references, by the definitions --------------------------------------------------------------------------
-
-
-def probabilities(z, temperature=1.0):
-    z = np.asarray(z, np.float64) / temperature
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def kl(p, q):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(p > 0, p * np.log(p / q), 0.0).sum(-1)
-
-
-def jensen_shannon(p, q, beta):
-    m = beta * p + (1 - beta) * q
-    return beta * kl(p, m) + (1 - beta) * kl(q, m)
-
-
-REFERENCES = {
-    "fkl": kl,
-    "rkl": lambda p, q: kl(q, p),
-    "jsd": lambda p, q: jensen_shannon(p, q, 0.5),
-    "jsd3": lambda p, q: jensen_shannon(p, q, 0.3),
-    "cakld": lambda p, q: 0.7 * kl(q, p) + 0.3 * kl(p, q),
-}
-
-
-def reference(name, teacher, student, mask=None, temperature=1.0):
-    d = REFERENCES[name](probabilities(teacher, temperature), probabilities(student, temperature))
-    return temperature**2 * np.average(d, weights=None if mask is None else np.asarray(mask, np.float64))
-
-
-def pair(rng, *shape, spread=2.0):
-    return tuple(jnp.asarray(spread * rng.standard_normal(shape), jnp.float32) for _ in range(2))
 
 
 # --- the divergences -------------------------------------------------------------------------------------------------
@@ -156,11 +99,9 @@ def test_the_gradient_of_forward_kl_is_the_difference_of_the_distributions(tempe
 
 def test_nothing_flows_to_the_teacher(rng):
     t, s = pair(rng, 4, 20)
-    x, w = jnp.ones((4, 5)), pair(rng, 5, 20)[0]
     f, cached = NAMED["cakld"], keep(t, 4)
     for loss, teacher in (
         (lambda t: distill_loss(t, s, f), t),
-        (lambda a: chunked_loss(f, *a, x, w, 8), (2 * x, 1 - w)),
         (lambda c: top_k_loss(f, cached | c, s), {"logp": cached["logp"], "tail": cached["tail"]}),
         (lambda h: relative_mse(h, s), t),
     ):
@@ -222,10 +163,6 @@ def test_mistakes_are_named(rng):
     t, s = pair(rng, 4, 20)
     with pytest.raises(UserError, match="teacher has 20 tokens and the student 19"):
         distill_loss(t, s[:, :19])
-    with pytest.raises(UserError, match="teacher has 20 tokens and the student 19"):
-        chunked_loss(NAMED["fkl"], s[:, :4], t, s[:, :4], s[:, :19], 8)
-    with pytest.raises(UserError, match="chunk"):
-        chunked_loss(NAMED["fkl"], s[:, :4], t, s[:, :4], s, 0)
     with pytest.raises(UserError, match="temperature must be positive"):
         distill_loss(t, s, temperature=0.0)
     for k in (0, 21):
@@ -279,108 +216,6 @@ def test_confidence_weighs_sequences_alike_and_skips_padding(rng):
     assert teacher_confidence(lambda x: z[x], [(tokens, labels, mask)]) == pytest.approx(want, rel=1e-5)
     with pytest.raises(UserError, match="at least one batch"):
         teacher_confidence(lambda x: z[x], [(tokens, labels, np.zeros_like(mask))])
-
-
-# --- in chunks of the vocabulary -------------------------------------------------------------------------------------
-
-
-def heads(rng, n, d_teacher, d_student, v):
-    normal = [rng.standard_normal(shape) for shape in ((n, d_teacher), (d_teacher, v), (n, d_student), (d_student, v))]
-    return [jnp.asarray(x * (1.0 if i % 2 == 0 else 0.7), jnp.float32) for i, x in enumerate(normal)]
-
-
-@partial(jax.jit, static_argnums=0, static_argnames="temperature")
-def full(f, x_t, w_t, x_s, w_s, mask=None, temperature=1.0):
-    def loss(x_s, w_s):
-        return distill_loss(x_t @ w_t, x_s @ w_s, f, mask, temperature)
-
-    return jax.value_and_grad(loss, (0, 1))(x_s, w_s)
-
-
-@partial(jax.jit, static_argnums=(0, 5), static_argnames="temperature")
-def chunked(f, x_t, w_t, x_s, w_s, chunk, mask=None, temperature=1.0):
-    def loss(x_s, w_s):
-        return chunked_loss(f, x_t, w_t, x_s, w_s, chunk, mask, temperature)
-
-    return jax.value_and_grad(loss, (0, 1))(x_s, w_s)
-
-
-def check_gradients(grads, wanted, rtol=1e-5):
-    """Within rtol, where the sum of a gradient's terms does not cancel."""
-    for g, want in zip(grads, wanted, strict=True):
-        assert np.abs(want).max() > 1e-3
-        np.testing.assert_allclose(g, want, rtol=rtol, atol=rtol * float(np.abs(want).max()))
-
-
-@pytest.mark.parametrize("chunk", [30, 32])
-def test_chunks_give_the_full_loss_and_gradients(name, chunk, rng):
-    problem = heads(rng, 12, 9, 6, 90)
-    options = {} if chunk == 30 else {"mask": jnp.arange(12) % 5 > 0, "temperature": 2.0}
-    value, grads = chunked(NAMED[name], *problem, chunk, **options)
-    want, wanted = full(NAMED[name], *problem, **options)
-    np.testing.assert_allclose(value, want, rtol=1e-5)
-    check_gradients(grads, wanted)
-
-
-@pytest.mark.parametrize("chunk", [1, 20])
-def test_the_smallest_and_a_too_large_chunk(chunk, rng):
-    problem = heads(rng, 5, 4, 3, 11)
-    value, grads = chunked(NAMED["fkl"], *problem, chunk)
-    want, wanted = full(NAMED["fkl"], *problem)
-    np.testing.assert_allclose(value, want, rtol=1e-5)
-    check_gradients(grads, wanted)
-
-
-def test_chunks_of_confident_models(name, rng):
-    """Logits in the hundreds, growing with the token: the running maximum must move."""
-    x_t, w_t, x_s, w_s = heads(rng, 12, 9, 6, 90)
-    grow = jnp.linspace(1, 60, 90)[None]
-    problem = (x_t, grow * w_t, x_s, grow * w_t[:6] + w_s)
-    assert jnp.abs(x_t @ problem[1]).max() > 200
-    value, (g, _) = chunked(NAMED[name], *problem, 30)
-    p, (x, w) = probabilities(x_t @ problem[1]), (np.asarray(a, np.float64) for a in problem[2:])
-    np.testing.assert_allclose(value, REFERENCES[name](p, probabilities(x @ w)).mean(), rtol=2e-5)
-    want = differences(lambda x: REFERENCES[name](p, probabilities(x @ w)).mean(), x)
-    np.testing.assert_allclose(g, want, rtol=1e-3, atol=1e-4 * np.abs(want).max() + 1e-6)
-
-
-def test_gradients_over_chunks_of_bfloat16_sum_in_float32(rng):
-    problem = [x.astype(jnp.bfloat16) for x in heads(rng, 12, 9, 6, 900)]
-    value, grads = chunked(NAMED["jsd"], *problem, 4)  # 225 chunks: their sum in bfloat16 would lose 5 % and more
-    want, wanted = full(NAMED["jsd"], *(x.astype(jnp.float32) for x in problem))
-    np.testing.assert_allclose(value, want, rtol=1e-5)
-    for g, g_full in zip(grads, wanted, strict=True):
-        assert g.dtype == jnp.bfloat16
-        np.testing.assert_allclose(g.astype(jnp.float32), g_full, atol=0.01 * float(np.abs(g_full).max()))
-
-
-def largest(jaxpr):
-    """Elements of the largest array that a program makes anywhere, inner programs included."""
-    sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "size")]
-    inner = [j for e in jaxpr.eqns for j in jax.tree.leaves(list(e.params.values()), is_leaf=is_jaxpr) if is_jaxpr(j)]
-    return max([0, *sizes, *(largest(getattr(j, "jaxpr", j)) for j in inner)])
-
-
-def is_jaxpr(x):
-    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
-
-
-@pytest.mark.parametrize("name", ["fkl", "jsd"])
-def test_no_array_of_all_logits_exists(name):
-    n, d, v, chunk = 256, 16, 8000, 100
-    problem = [jnp.zeros(shape) for shape in ((n, d), (d, v), (n, d), (d, v))]
-    size, temporary = {}, {}
-    for way, step in {
-        "chunked": lambda *p: chunked(NAMED[name], *p, chunk),
-        "full": lambda *p: full(NAMED[name], *p),
-    }.items():
-        size[way] = largest(jax.make_jaxpr(step)(*problem).jaxpr)
-        temporary[way] = jax.jit(step).lower(*problem).compile().memory_analysis().temp_size_in_bytes
-    assert size["full"] >= n * v
-    assert size["chunked"] <= d * v < n * v / 10
-    # compiled: some chunks of logits and copies of the heads, far less than one float32 [n, v]
-    assert temporary["full"] >= 4 * n * v
-    assert temporary["chunked"] < 4 * n * v / 3
 
 
 # --- the cached teacher ----------------------------------------------------------------------------------------------

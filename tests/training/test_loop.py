@@ -19,9 +19,10 @@ from qjax.errors import UserError
 from qjax.models.model import Model
 from qjax.training import devices, weights
 from qjax.training.arm import Arm
-from qjax.training.finetune import finetune, forward, heldout_loss, program, start_state
+from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.loop import Loop, train
 from qjax.training.optim import Group, partitioned
+from qjax.training.program import forward, program, start_state
 from qjax.training.state import init_state, make_step
 
 

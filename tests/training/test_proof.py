@@ -15,8 +15,9 @@ from qjax.pipeline import Calibration
 from qjax.plan import Plan
 from qjax.training.arm import Arm
 from qjax.training.data import Tokens, Windows
-from qjax.training.finetune import finetune, forward, heldout_loss
+from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.loop import Loop
+from qjax.training.program import forward
 
 VOCAB, CONTEXT, BATCH = 128, 64, 16
 CONFIG = DecoderConfig(

@@ -1,0 +1,251 @@
+"""What an arm compiles: its quantizers, its optimizer and its jitted step, and where its state starts.
+
+    forward        a decoder's logits, or what its head reads
+    program        quantizers, groups, schedule, step: cached, so that no second run compiles again
+    start_state    the float weights, or any recipe's result for them
+    packed         the tree that is exported
+
+`finetune` runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.formats.protocol import Format
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.tensor import is_qtensor
+from qjax.training import weights
+from qjax.training.activations import quantized_cache, quantized_inputs
+from qjax.training.arm import Arm, quantizers_of_arm
+from qjax.training.fake_quant import fake_quant
+from qjax.training.objectives import Apply, Readout, decoder_hidden, language_loss, parse_terms, student
+from qjax.training.optim import Group, labels, partitioned
+from qjax.training.parq import inverse_slope, latent, parq, piecewise_affine, relaxed
+from qjax.training.precision import mixed_dot_general
+from qjax.training.schedules import warmup_cosine
+from qjax.training.state import TrainState, init_state, make_step
+from qjax.typing import Array
+
+
+@lru_cache(maxsize=64)
+def forward(
+    config: DecoderConfig, inputs: str = "", cache: str = "", mixed: bool = False, readout: bool = True
+) -> Apply:
+    """A decoder's forward for training: equal arguments give the same function.
+
+    Args:
+      inputs, cache: see `Arm`.
+      mixed: bfloat16 operands and float32 sums; else float32.
+      readout: give logits; else what the head reads.
+    """
+    options: dict[str, Any] = {"dtype": jnp.bfloat16, "dot_general": mixed_dot_general} if mixed else {}
+    if cache:
+        options["stored"] = quantized_cache(cache)
+    model = Decoder(config, readout=readout, **options)
+
+    def apply(params: Any, tokens: Array) -> Array:
+        return model.apply({"params": params}, tokens)  # type: ignore[return-value]
+
+    return quantized_inputs(apply, inputs, ("layers_*",)) if inputs else apply  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What an arm compiles: equal arms on equal models share it, and no second run compiles again."""
+
+    arm: Arm
+    quantizers: weights.Quantizers
+    groups: tuple[Group, ...]
+    schedule: Any
+    optimizer: Any
+    step: Any
+
+
+def program(
+    arm: Arm,
+    config: DecoderConfig,
+    steps: int,
+    teacher: DecoderConfig | None = None,
+    confidence: float | None = None,
+    accumulate: int = 1,
+    mixed: bool = True,
+    seed: int = 0,
+) -> Program:
+    """The step of an arm and what belongs to it.
+
+    Args:
+      steps: the length of the run, for its schedules.
+      teacher: the architecture of a teacher that runs in the same step.
+      confidence, accumulate, mixed, seed: see `finetune`.
+    """
+    # Behind the cache all arguments are positional: those given by name would make another entry.
+    return _program(arm, config, steps, teacher, confidence, accumulate, mixed, seed)
+
+
+@lru_cache(maxsize=64)
+def _program(
+    arm: Arm, config: DecoderConfig, steps: int, teacher: DecoderConfig | None, confidence: float | None,
+    accumulate: int, mixed: bool, seed: int,
+) -> Program:  # fmt: skip
+    quantizers, terms = quantizers_of_arm(arm, config), parse_terms(arm.loss)
+    groups = groups_of(arm, quantizers, steps)
+    constant = arm.shape == "constant"
+    schedule = warmup_cosine(1.0, steps, round(arm.warmup * steps), floor=1.0 if constant else 0.0)
+    optimizer = partitioned(groups, schedule)
+
+    def read(config: DecoderConfig, inputs: str = "", cache: str = "") -> Readout | Apply:
+        apply = forward(config, inputs, cache, mixed, not arm.vocab_chunk)
+        return Readout(config, apply, arm.vocab_chunk) if arm.vocab_chunk else apply
+
+    loss = language_loss(
+        read(config, arm.inputs, arm.cache), terms, {} if arm.prox else quantizers,
+        teacher=None if teacher is None else read(teacher),
+        hidden=_hidden(config, teacher) if any(t.name == "hidden" for t in terms) else None, confidence=confidence,
+    )  # fmt: skip
+    step = make_step(
+        loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)
+    )
+    return Program(arm, quantizers, groups, schedule, optimizer, step)
+
+
+def groups_of(arm: Arm, quantizers: weights.Quantizers, steps: int) -> tuple[Group, ...]:
+    """Which parameters an arm trains and how: scales, weights, and of `prox` one group for each format.
+
+    Raises:
+      UserError: nothing trains.
+    """
+    groups: list[Group] = []
+    if arm.scales in ("learned", "decoupled") and quantizers:
+        if arm.scales == "decoupled" and "weights" not in arm.trains:  # codes stay: what decides them does not move
+            groups.append(Group("codes", "re:scales/.*/(threshold|offset)", frozen=True))
+        frozen = "scales" not in arm.trains
+        groups.append(Group("scales", "scales/*", arm.scale_rate or 10 * arm.rate, 0.0, arm.clip, frozen))
+    if "weights" in arm.trains:
+        groups += _drawn(arm, quantizers, steps) if arm.prox else []
+        groups.append(Group("weights", "weights/*", arm.rate, arm.weight_decay, arm.clip))
+    if all(g.frozen for g in groups):
+        raise UserError(f"arm {arm.name!r}: nothing trains; `trains` is {arm.trains} and the scales are {arm.scales}")
+    return tuple(groups)
+
+
+def _drawn(arm: Arm, quantizers: weights.Quantizers, steps: int) -> list[Group]:
+    """The groups of quantized weights under `prox`; rho is 0 in the last step at the latest, which ends on the grid."""
+    start, end = (round(share * steps) for share in arm.prox_span)
+    end = min(end, steps - 1)
+    rho = inverse_slope(min(start, end - 1), end)
+    by_kind: dict[tuple[Format, int], list[str]] = {}
+    for path, q in quantizers.items():
+        by_kind.setdefault((q.format, q.axis), []).append(re.escape(path))
+    groups = []
+    for (fmt, axis), paths in by_kind.items():
+        nearest = partial(fake_quant, format=fmt, axis=axis)
+        wrap = partial(parq, prox=piecewise_affine(fmt, axis) if arm.prox == "parq" else relaxed(nearest), rho=rho)
+        name, pattern = f"{fmt.name} along {axis}", f"re:weights/({'|'.join(paths)})"
+        groups.append(Group(name, pattern, arm.rate, arm.weight_decay, arm.clip, wrap=wrap))
+    return groups
+
+
+def _hidden(config: DecoderConfig, teacher: DecoderConfig | None) -> Any:
+    if teacher is None:
+        return None
+    if (teacher.layers, teacher.dim) != (config.layers, config.dim):
+        raise UserError(
+            f"the term hidden compares block by block: the teacher has {teacher.layers} blocks of {teacher.dim}, the "
+            f"student {config.layers} of {config.dim}"
+        )
+    return decoder_hidden(teacher), decoder_hidden(config)
+
+
+def start_state(made: Program, params: Any, *, begun: Any = None, teacher: Any = None) -> TrainState:
+    """Where an arm starts.
+
+    Args:
+      params: the float weights.
+      begun: a recipe's result for the same weights, a tree with QTensors: its grids, its codes and its dense leaves are
+        the start.
+      teacher: the weights of a teacher that runs in the same step.
+
+    Raises:
+      UserError: a recipe's result under scales that are refit at every step.
+    """
+    arm, quantizers = made.arm, made.quantizers
+    trained, kept_scales = weights.init(params if begun is None else begun, quantizers)
+    if begun is not None:
+        if arm.scales == "refit":
+            raise UserError(
+                f"arm {arm.name!r}: refit scales would not keep a recipe's grid; take frozen or learned ones"
+            )
+        stored = weights.leaves_by_path(begun)
+        moved = {
+            path: weights.start_weights(leaf, stored[path], quantizers[path])
+            for path, leaf in weights.leaves_by_path(params).items()
+            if path in quantizers and is_qtensor(stored[path])
+        }
+        params = weights.replaced(begun, moved)
+    kept: dict[str, Any] = {"scales": kept_scales} | ({} if teacher is None else {"teacher": teacher})
+    tree: dict[str, Any] = {"scales": trained} if trained else {}
+    (tree if "weights" in arm.trains else kept)["weights"] = params
+    return init_state(tree, made.optimizer, kept, ema=arm.ema > 0)
+
+
+def stored(state: TrainState, made: Program) -> Any:
+    """The parameters that are exported: the average, the latent weights of a proximal map, or those of the state."""
+    if made.arm.prox:
+        return latent(state.optimizer, state.params)
+    return state.params if state.ema is None else state.ema
+
+
+def packed(state: TrainState, made: Program) -> Any:
+    """The tree that is exported: `stored`, quantized."""
+    params = stored(state, made)
+    if not made.quantizers:
+        return params.get("weights", state.kept.get("weights"))
+    return _packed(params, state.kept, made)
+
+
+@partial(jax.jit, static_argnums=2)
+def _packed(params: Any, kept: Any, made: Program) -> Any:
+    return weights.packed_params(_weights(params, kept), made.quantizers, *_scales(params, kept))
+
+
+@partial(jax.jit, static_argnums=2)
+def faked(params: Any, kept: Any, made: Program) -> Any:
+    """The weights that training runs on, of `stored` parameters."""
+    return student(params, kept, made.quantizers)
+
+
+@partial(jax.jit, static_argnums=1)
+def measured(state: TrainState, made: Program) -> tuple[dict[str, Array], Any]:
+    """`weights.measured` of a state; under a proximal map also how far the model's weights are from their grid."""
+    params = latent(state.optimizer, state.params) if made.arm.prox else state.params
+    numbers, codes = weights.measured(_weights(params, state.kept), made.quantizers, *_scales(params, state.kept))
+    if made.arm.prox:
+        on_grid = weights.leaves_by_path(student(params, state.kept, made.quantizers))
+        now = weights.leaves_by_path(state.params["weights"])
+        off, power = (sum(jnp.sum(jnp.square(x)) for x in part) for part in (
+            [now[p] - on_grid[p] for p in made.quantizers], [now[p] for p in made.quantizers]))  # fmt: skip
+        numbers["off_grid"] = jnp.sqrt(off / power)
+    return numbers, codes
+
+
+@partial(jax.jit, static_argnums=2)
+def refreshed(params: Any, kept: Any, made: Program) -> Any:
+    """`kept` with frozen scales fitted anew."""
+    return kept | {"scales": weights.refreshed(_weights(params, kept), made.quantizers, kept["scales"])}
+
+
+def _weights(params: Any, kept: Any) -> Any:
+    return params.get("weights", kept.get("weights"))
+
+
+def _scales(params: Any, kept: Any) -> tuple[Any, Any]:
+    return params.get("scales", {}), kept.get("scales", {})
