@@ -48,7 +48,9 @@ class Arm:
       cache: "" or the format of keys and values in the cache, behind a rotation if need be: "hadamard() >> Q4_0".
       rate, scale_rate: the peak learning rates; scale_rate 0: ten times the rate.
       weight_decay, clip, warmup: of AdamW; warmup is a share of the steps.
-      shape: what follows the warm-up: "cosine" to 0, or "constant", where the cooldown is another run's.
+      shape: what follows the warm-up: "cosine" to 0; "constant", where the cooldown is another run's; or "cooldown",
+        constant first, and in the end to 0 as 1 - sqrt.
+      cooldown: of the shape "cooldown", how long the fall is, as a share of the steps.
       ema: decay of the moving average that is exported; 0: none.
       prox: "" quantizes the weights in every forward; "parq" or "relax" draws them to the grid by a proximal map in the
         optimizer (`parq`), around latent weights, of which the export is made.
@@ -74,7 +76,8 @@ class Arm:
     weight_decay: float = 0.0
     clip: float = 1.0
     warmup: float = 0.05
-    shape: Literal["cosine", "constant"] = "cosine"
+    shape: Literal["cosine", "constant", "cooldown"] = "cosine"
+    cooldown: float = 0.2
     ema: float = 0.0
     prox: Literal["", "parq", "relax"] = ""
     prox_span: tuple[float, float] = (0.0, 0.9)
@@ -89,6 +92,9 @@ class Arm:
         check(self.scale_rate >= 0 and self.weight_decay >= 0, "scale_rate and weight_decay must not be negative")
         check(self.clip > 0, f"clip must be positive, got {self.clip}")
         check(0 <= self.warmup < 1, f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
+        if self.shape == "cooldown":
+            fits = 0 < self.cooldown <= 1 - self.warmup
+            check(fits, f"cooldown is a share of the steps that fits behind the warmup, got {self.cooldown}")
         check(0 <= self.ema < 1, f"ema is a decay from 0 to below 1, got {self.ema}")
         kinds = ("int8", "int4", "e4m3", "e5m2")
         check(self.inputs in ("", *kinds), f"inputs must be {', '.join(kinds)} or empty, got {self.inputs!r}")

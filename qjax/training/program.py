@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
@@ -31,7 +32,7 @@ from qjax.training.objectives import Apply, Readout, decoder_hidden, language_lo
 from qjax.training.optim import Group, labels, partitioned
 from qjax.training.parq import inverse_slope, latent, parq, piecewise_affine, relaxed
 from qjax.training.precision import mixed_dot_general
-from qjax.training.schedules import warmup_cosine
+from qjax.training.schedules import warmup_constant_cooldown, warmup_cosine
 from qjax.training.state import TrainState, init_state, make_step
 from qjax.typing import Array
 
@@ -98,8 +99,7 @@ def _program(
 ) -> Program:  # fmt: skip
     quantizers, terms = quantizers_of_arm(arm, config), parse_terms(arm.loss)
     groups = groups_of(arm, quantizers, steps)
-    constant = arm.shape == "constant"
-    schedule = warmup_cosine(1.0, steps, round(arm.warmup * steps), floor=1.0 if constant else 0.0)
+    schedule = schedule_of(arm, steps)
     optimizer = partitioned(groups, schedule)
 
     def read(config: DecoderConfig, inputs: str = "", cache: str = "") -> Readout | Apply:
@@ -115,6 +115,15 @@ def _program(
         loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)
     )
     return Program(arm, quantizers, groups, schedule, optimizer, step)
+
+
+def schedule_of(arm: Arm, steps: int) -> optax.Schedule:
+    """What the rates of an arm are multiplied by, from the step."""
+    rise = round(arm.warmup * steps)
+    if arm.shape == "cooldown":
+        fall = min(max(1, round(arm.cooldown * steps)), steps - rise)
+        return warmup_constant_cooldown(1.0, steps, rise, fall)
+    return warmup_cosine(1.0, steps, rise, floor=1.0 if arm.shape == "constant" else 0.0)
 
 
 def groups_of(arm: Arm, quantizers: weights.Quantizers, steps: int) -> tuple[Group, ...]:

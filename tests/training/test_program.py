@@ -16,7 +16,7 @@ from qjax.training.arm import Arm
 from qjax.training.finetune import heldout_loss
 from qjax.training.objectives import language_loss, parse_terms
 from qjax.training.parq import latent
-from qjax.training.program import forward, packed, program, start_state
+from qjax.training.program import forward, packed, program, schedule_of, start_state
 
 PARQ = Arm("drawn", format="int3_g32", rate=3e-3, weight_decay=0.1, prox="parq", prox_span=(0.1, 0.8))
 
@@ -120,6 +120,19 @@ def test_a_drawn_run_resumes_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "shape, wanted",
+    [
+        ("cosine", [0.0, 1.0, (1 + np.cos(np.pi * 9 / 18)) / 2, (1 + np.cos(np.pi * 16 / 18)) / 2]),
+        ("constant", [0.0, 1.0, 1.0, 1.0]),
+        ("cooldown", [0.0, 1.0, 1.0, 1 - np.sqrt(3 / 5)]),
+    ],
+)
+def test_shapes_of_the_rate(shape, wanted):
+    rate = schedule_of(Arm("a", shape=shape, warmup=0.1, cooldown=0.25), 20)
+    np.testing.assert_allclose([float(rate(step)) for step in (0, 2, 11, 18)], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     "keys, message",
     [
         ({"prox": "parq"}, "name one"),
@@ -127,6 +140,7 @@ def test_a_drawn_run_resumes_with_the_same_bits(tmp_path):
         ({"prox": "parq", "format": "Q4_0", "ema": 0.9}, "without ema"),
         ({"prox": "parq", "format": "Q4_0", "trains": ("scales",)}, "add weights"),
         ({"prox": "parq", "format": "Q4_0", "prox_span": (0.5, 0.5)}, "two rising shares"),
+        ({"shape": "cooldown", "cooldown": 1.0}, "cooldown is a share"),
         ({"vocab_chunk": -1}, "vocab_chunk must not be negative"),
     ],
 )
