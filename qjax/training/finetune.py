@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ BatchAt = Callable[[int], Any]
 
 def heldout_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"]) -> float:
     """`mean_loss` of a model; packed weights are decoded first, but for those that round their inputs."""
-    return mean_loss(apply, dense_params(params), windows)
+    return mean_loss(_running(apply), dense_params(params), windows)
+
+
+@lru_cache(maxsize=64)
+def _running(apply: Apply) -> Apply:
+    """`running`, the same function for the same `apply`, so that nothing compiles again."""
+    return running(apply)
 
 
 def mean_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch: int = 16) -> float:
@@ -46,7 +52,7 @@ def mean_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch:
 
 @partial(jax.jit, static_argnums=0)
 def _mean_loss(apply: Apply, params: Any, windows: Array) -> Array:
-    return cross_entropy(running(apply)(params, windows[:, :-1]), windows[:, 1:])
+    return cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:])
 
 
 def finetune(
