@@ -9,7 +9,7 @@ A model's heldout loss is always computed from what is packed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def finetune(
     *,
     heldout: np.ndarray,
     begun: Any = None,
+    importance: Mapping[str, Array] | None = None,
     teacher: Model | None = None,
     confidence: float | None = None,
     identity: dict[str, Any] | None = None,
@@ -83,6 +84,8 @@ def finetune(
       out: the run's directory.
       heldout: windows [n, t + 1] that judge it.
       begun: a recipe's result for the model's weights, a tree with QTensors.
+      importance: {path: f32[in]}, the mean squared input of each channel, for frozen scales: at the start and at every
+        refresh; and for the start of learned ones.
       teacher: a model that runs in the same step; None with a distillation loss: the batch brings its top k.
       confidence: b of cakld.
       identity: further facts that a resumed run must share.
@@ -108,7 +111,9 @@ def finetune(
     made = program(
         arm, model.config, loop.steps, None if live is None else live.config, confidence, accumulate, mixed, seed
     )
-    state = start_state(made, model.params, begun=begun, teacher=None if live is None else live.dense)
+    state = start_state(
+        made, model.params, begun=begun, teacher=None if live is None else live.dense, importance=importance
+    )  # fmt: skip
     judge = forward(model.config, arm.inputs, arm.cache)
 
     def evaluate(state: TrainState) -> Row:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -174,7 +175,9 @@ def _hidden(config: DecoderConfig, teacher: DecoderConfig | None) -> Any:
     return decoder_hidden(teacher), decoder_hidden(config)
 
 
-def start_state(made: Program, params: Any, *, begun: Any = None, teacher: Any = None) -> TrainState:
+def start_state(
+    made: Program, params: Any, *, begun: Any = None, teacher: Any = None, importance: Mapping[str, Array] | None = None
+) -> TrainState:
     """Where an arm starts.
 
     Args:
@@ -182,12 +185,13 @@ def start_state(made: Program, params: Any, *, begun: Any = None, teacher: Any =
       begun: a recipe's result for the same weights, a tree with QTensors: its grids, its codes and its dense leaves are
         the start.
       teacher: the weights of a teacher that runs in the same step.
+      importance: see `weights.init`.
 
     Raises:
       UserError: a recipe's result under scales that are refit at every step.
     """
     arm, quantizers = made.arm, made.quantizers
-    trained, kept_scales = weights.init(params if begun is None else begun, quantizers)
+    trained, kept_scales = weights.init(params if begun is None else begun, quantizers, importance)
     if begun is not None:
         if arm.scales == "refit":
             raise UserError(

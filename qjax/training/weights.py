@@ -69,7 +69,8 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
 
     Args:
       params: a tree of floats; QTensors in it, any recipe's result, give their own scales instead of a new fit.
-      importance: {path: f32[n]}, the mean squared input of each position of the contracted axis, for the fit.
+      importance: {path: f32[n]}, the mean squared input of each position of the contracted axis, for the fit; kept with
+        frozen scales, for every later one.
     """
     importance = importance or {}
     leaves = leaves_by_path(params)
@@ -80,6 +81,9 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
         else quantizer.init(leaves[path], importance.get(path))
         for path, quantizer in quantizers.items()
     }
+    for path, quantizer in quantizers.items():
+        if quantizer.scales == "frozen" and path in importance:
+            made[path][1]["importance"] = importance[path]
     return {p: t for p, (t, _) in made.items() if t}, {p: k for p, (_, k) in made.items() if k}
 
 
@@ -107,10 +111,14 @@ def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: By
 
 
 def refreshed(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
-    """`kept` with frozen scales fitted anew to the weights as they are."""
+    """`kept` with frozen scales fitted anew to the weights as they are, by the same importance."""
     leaves = leaves_by_path(params)
     frozen = {path: q for path, q in quantizers.items() if q.scales == "frozen"}
-    new = _mapped(lambda q, w, t, k: q.init(w)[1], leaves, frozen, {}, {})
+
+    def fitted(q: Quantizer, w: Array, t: ByPath, k: ByPath) -> ByPath:
+        return k | q.init(w, k.get("importance"))[1]
+
+    new = _mapped(fitted, leaves, frozen, {}, kept)
     return kept | new
 
 
@@ -167,11 +175,12 @@ def check_paths(named: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
 def _mapped(
     fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Quantizers, trained: ByPath, kept: ByPath
 ) -> dict[str, Any]:
-    """{path: fn(quantizer, weight, trained, kept)}, weights of one shape and quantizer in one call."""
+    """{path: fn(quantizer, weight, trained, kept)}, weights alike in all of these in one call."""
     check_paths(quantizers, leaves)
     groups: dict[Any, list[str]] = {}
     for path, quantizer in quantizers.items():
-        groups.setdefault((quantizer, leaves[path].shape, str(leaves[path].dtype)), []).append(path)
+        beside = jax.tree.structure((trained.get(path), kept.get(path)))
+        groups.setdefault((quantizer, leaves[path].shape, str(leaves[path].dtype), beside), []).append(path)
     out: dict[str, Any] = {}
     for (quantizer, *_), paths in groups.items():
         each = [(leaves[p], trained.get(p, {}), kept.get(p, {})) for p in paths]

@@ -87,6 +87,13 @@ def test_importance_and_refresh(params):
     doubled = jax.tree.map(lambda p: 2 * p, params)
     renewed = weights.refreshed(doubled, quantizers, plain)
     np.testing.assert_allclose(renewed[path]["scales"]["scale"], 2 * plain[path]["scales"]["scale"], rtol=2e-3)
+    # a refresh fits by the same importance, and values are those of the scales alone
+    again = weights.refreshed(doubled, quantizers, weighted)
+    anew = weights.init(doubled, quantizers, {path: h})[1]
+    jax.tree.map(np.testing.assert_array_equal, again, anew)
+    assert float(jnp.abs(again[path]["scales"]["scale"] - renewed[path]["scales"]["scale"]).max()) > 0
+    values, packed = (f(doubled, quantizers, {}, again) for f in (weights.fake_params, weights.packed_params))
+    weights.check_same_values(packed, values)
 
 
 def test_measures(params):
