@@ -6,8 +6,8 @@ For every seed a small Llama is pretrained on the standard library's sources (on
 then every arm starts from it and takes `steps` more steps. An arm without a format goes on in float; it is the control,
 and `ptq` recipes are applied to it, so that everyone has seen the same tokens. With `trunk_steps` all arms share the
 first of these steps, in float at `trunk`'s constant rate, and part where the rate begins to fall: quantization-aware
-training in the cooldown. `closed` is the share of the gap between
-the best of these recipes and the continued float model that an arm closes. An arm's number is that of the file it is
+training in the cooldown. `closed` is the share of the gap between the best of these roundings, block-wise tuning of the
+same format included, and the continued float model that an arm closes. An arm's number is that of the file it is
 exported to. Tables give means over seeds and the half-width of the 95 % interval (Student's t) of the paired difference
 to the arm named by `against`. An interrupted run goes on with the arms that it had not finished.
 """
@@ -53,6 +53,7 @@ from qjax.training.loop import Loop
 from qjax.training.program import forward
 
 BatchAt = Callable[[int], np.ndarray]
+ROUNDED = ("ptq ", "block ")  # how the names of rounded controls begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Contestant:
     arm: Arm
     steps: int = 0  # 0: the config's
     teacher: str = ""  # "start": the float model it starts from; "continued": the float model trained on
-    group: str = ""  # the recipes of `ptq` with this name are its rivals
+    group: str = ""  # the recipes of `ptq` with this name are its rivals, and `block_tuned` of its format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +259,8 @@ def tune_control(
     arm = Arm(name, format=name.split()[0], scales="learned")
     seen = calibration(config, control, batch_at)
     params, _ = tune_blocks(control, quantizers_of_arm(arm, control.config), seen.tokens, tuning)
-    return {"loss": heldout_loss(forward(control.config), params, corpus.heldout)}
+    group = next((c.group for c in config.arms if c.arm.format == arm.format), "")
+    return {"loss": heldout_loss(forward(control.config), params, corpus.heldout), "group": group}
 
 
 def calibration(config: Config, model: Model, batch_at: BatchAt) -> Calibration:
@@ -299,8 +301,8 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         pairs = [loss[name][s] - loss[against][s] for s in config.seeds]
         row = {"name": name, "loss": statistics.fmean(loss[name].values()), "difference": statistics.fmean(pairs),
                "half_interval": half_interval(pairs), "group": group[name]}  # fmt: skip
-        rivals = [n for n in names if n.startswith("ptq ") and group[n] == group[name] and group[name]]
-        if rivals and not name.startswith("ptq "):
+        rivals = [n for n in names if n.startswith(ROUNDED) and group[n] == group[name] and group[name]]
+        if rivals and not name.startswith(ROUNDED):
             best = {s: min(loss[n][s] for n in rivals) for s in config.seeds}
             gains = [best[s] - loss[name][s] for s in config.seeds]
             gaps = [best[s] - loss["continued"][s] for s in config.seeds]
