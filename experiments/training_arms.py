@@ -259,8 +259,7 @@ def tune_control(
     arm = Arm(name, format=name.split()[0], scales="learned")
     seen = calibration(config, control, batch_at)
     params, _ = tune_blocks(control, quantizers_of_arm(arm, control.config), seen.tokens, tuning)
-    group = next((c.group for c in config.arms if c.arm.format == arm.format), "")
-    return {"loss": heldout_loss(forward(control.config), params, corpus.heldout), "group": group}
+    return {"loss": heldout_loss(forward(control.config), params, corpus.heldout)}
 
 
 def calibration(config: Config, model: Model, batch_at: BatchAt) -> Calibration:
@@ -295,6 +294,8 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(r["name"] for r in runs))
     loss = {n: {r["seed"]: r["loss"] for r in runs if r["name"] == n} for n in names}
     group = {r["name"]: r.get("group", "") for r in runs}
+    of_format = {c.arm.format: c.group for c in config.arms}
+    group |= {f"block {name}": of_format.get(name.split()[0], "") for name in config.block_tuned}
     against = config.against or config.arms[0].arm.name
     rows = []
     for name in names:
