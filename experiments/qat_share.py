@@ -3,9 +3,9 @@
     qjax run configs/training/share.toml
 
 A small Llama trains from scratch for `steps` in all. An arm of share 0.2 trains in float at a constant rate and turns
-quantization on for the last fifth, which is the cooldown; with `fused = false` the last fifth of the float part is a
-cooldown of its own. The quantized part warms up again, and Adam's moments start anew with it. Share 0 is rounded at the
-end, share 1 never saw a float weight.
+quantization on for the last fifth, which is the cooldown; with `fused = false` the float part has a cooldown of its
+own. The quantized part warms up again, and Adam's moments start anew with it. Share 0 is rounded at the end, share 1
+never saw a float weight.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -93,7 +93,7 @@ def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fus
     late = round(share * config.steps)
     early = config.steps - late
     name = f"seed{seed}-share{share:g}-{'fused' if fused else 'own'}"
-    shape: Literal["constant", "cooldown"] = "constant" if fused and late else "cooldown"
+    shape = "constant" if fused and late else "cosine"
     if early:
         arm = Arm("float", rate=config.arm.rate, weight_decay=config.arm.weight_decay, shape=shape)
         model, _, _ = finetune(
