@@ -13,7 +13,7 @@ demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
 
 test: test-env
-	@$(BIN)/python -m pytest -m "slow or not slow" -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -m "slow or not slow" -n $(WORKERS) --dist loadfile --durations=15
 
 test-fast: test-env
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
