@@ -6,10 +6,11 @@ For every seed a small Llama is pretrained on the standard library's sources (on
 then every arm starts from it and takes `steps` more steps. An arm without a format goes on in float; it is the control,
 and `ptq` recipes are applied to it, so that everyone has seen the same tokens. With `trunk_steps` all arms share the
 first of these steps, in float at `trunk`'s constant rate, and part where the rate begins to fall: quantization-aware
-training in the cooldown. `closed` is the share of the gap between the best of these roundings, block-wise tuning of the
-same format included, and the continued float model that an arm closes. An arm's number is that of the file it is
-exported to. Tables give means over seeds and the half-width of the 95 % interval (Student's t) of the paired difference
-to the arm named by `against`. An interrupted run goes on with the arms that it had not finished.
+training in the cooldown. `closed` is the share of the gap between the best of these recipes and the continued float
+model that an arm closes, `of tuned` the same where block-wise tuning of its format (`block_tuned`) is a rival too. An
+arm's number is that of the file it is exported to. Tables give means over seeds and the half-width of the 95 % interval
+(Student's t) of the paired difference to the arm named by `against`. An interrupted run goes on with the arms that it
+had not finished.
 """
 
 from __future__ import annotations
@@ -302,16 +303,10 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         pairs = [loss[name][s] - loss[against][s] for s in config.seeds]
         row = {"name": name, "loss": statistics.fmean(loss[name].values()), "difference": statistics.fmean(pairs),
                "half_interval": half_interval(pairs), "group": group[name]}  # fmt: skip
-        rivals = [n for n in names if n.startswith(ROUNDED) and group[n] == group[name] and group[name]]
-        if rivals and not name.startswith(ROUNDED):
-            best = {s: min(loss[n][s] for n in rivals) for s in config.seeds}
-            gains = [best[s] - loss[name][s] for s in config.seeds]
-            gaps = [best[s] - loss["continued"][s] for s in config.seeds]
-            row |= {"gain_over_ptq": statistics.fmean(gains), "gain_half_interval": half_interval(gains)}
-            # A ratio of means, for a gap may be near 0 on one seed; its interval by the delta method.
-            share = sum(gains) / sum(gaps)
-            off = [(a - share * b) / statistics.fmean(gaps) for a, b in zip(gains, gaps, strict=True)]
-            row |= {"closed_percent": 100 * share, "closed_half_interval": half_interval([100 * d for d in off])}
+        if not name.startswith(ROUNDED):
+            for key, kinds in (("closed", ROUNDED[:1]), ("closed_of_tuned", ROUNDED)):
+                rivals = [loss[n] for n in names if n.startswith(kinds) and group[n] == group[name] and group[name]]
+                row |= closed(key, rivals, loss[name], loss["continued"]) if rivals else {}
         own = [r for r in runs if r["name"] == name]
         row["seconds"] = statistics.fmean(r["seconds"] for r in own)
         for key in ("quant_noise", "flip_rate", "saturated"):
@@ -321,10 +316,22 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def closed(
+    key: str, rivals: list[dict[int, float]], own: dict[int, float], floor: dict[int, float]
+) -> dict[str, float | None]:
+    """The share of the gap, from the best rival of each seed down to the continued float model, that an arm closes."""
+    gaps = [min(r[s] for r in rivals) - floor[s] for s in own]
+    gains = [min(r[s] for r in rivals) - own[s] for s in own]
+    # A ratio of means, for a gap may be near 0 on one seed; its interval by the delta method.
+    share = sum(gains) / sum(gaps)
+    off = [100 * (a - share * b) / statistics.fmean(gaps) for a, b in zip(gains, gaps, strict=True)]
+    return {f"{key}_percent": 100 * share, f"{key}_half_interval": half_interval(off)}
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """For `rich.print`."""
     made = Table()
-    for column in ("arm", "nats", "difference", "+-", "closed, %", "+-", "noise", "seconds"):
+    for column in ("arm", "nats", "difference", "+-", "closed, %", "+-", "of tuned", "+-", "noise", "seconds"):
         made.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
 
     def cell(value: float | None, digits: int) -> str:
@@ -333,7 +340,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for r in rows:
         made.add_row(
             r["name"], cell(r["loss"], 4), cell(r["difference"], 4), cell(r["half_interval"], 4),
-            cell(r.get("closed_percent"), 1), cell(r.get("closed_half_interval"), 1), cell(r.get("quant_noise"), 3),
-            cell(r["seconds"], 0),
+            cell(r.get("closed_percent"), 1), cell(r.get("closed_half_interval"), 1),
+            cell(r.get("closed_of_tuned_percent"), 1), cell(r.get("closed_of_tuned_half_interval"), 1),
+            cell(r.get("quant_noise"), 3), cell(r["seconds"], 0),
         )  # fmt: skip
     return made
