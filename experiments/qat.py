@@ -29,6 +29,7 @@ from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.distill import teacher_confidence
+from qjax.training.export import read_back
 from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.loop import Loop, tensorboard
 from qjax.training.processes import by_chief, chief_first
@@ -102,9 +103,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     )  # fmt: skip
     path = out / ("model.gguf" if config.export == "gguf" else "model")
     by_chief("model", lambda: save(dataclasses.replace(trained, tokenizer=model.tokenizer), path))
-    losses["trained"] = heldout_loss(judge, load(path).params, corpus.heldout)
-    if losses["trained"] != loss:
-        raise RuntimeError(f"{path} gives {losses['trained']} nats, the trained model {loss}")
+    read_back(path, loss, corpus.heldout, config.arm.inputs, config.arm.cache)
+    losses["trained"] = loss
     table = Table("model", "nats per token, held out")
     for name, value in losses.items():
         table.add_row(name, f"{value:.4f}")

@@ -25,10 +25,10 @@ from qjax.pipeline.memory import quantize_params
 from qjax.training.arm import Arm
 from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.data import Windows
-from qjax.training.finetune import finetune, heldout_loss
+from qjax.training.export import export, exported_loss, read_back
+from qjax.training.finetune import finetune
 from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop
-from qjax.training.program import forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,10 @@ def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fus
         )  # fmt: skip
     if not late:
         packed, _ = quantize_params(model.params, config.arm.plan(model.config))
-        return heldout_loss(forward(model.config), packed, corpus.heldout)
-    _, _, loss = finetune(
+        return exported_loss(dataclasses.replace(model, params=packed), out / name, corpus.heldout)
+    model, _, loss = finetune(
         config.arm, model, lambda s: {"tokens": windows.batch_at(early + s)}, Loop(late, late, late, late),
         out / name / "qat", heldout=corpus.heldout,
     )  # fmt: skip
+    read_back(export(model, out / name), loss, corpus.heldout, config.arm.inputs, config.arm.cache)
     return loss

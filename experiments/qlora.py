@@ -37,6 +37,7 @@ from qjax.plan import Plan
 from qjax.training.adapters import apply_adapted, init_adapters, lora_weight, map_adapted
 from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
+from qjax.training.export import exported_loss
 from qjax.training.fake_quant import fake_quant
 from qjax.training.finetune import heldout_loss, mean_loss
 from qjax.training.loftq import loftq_params
@@ -191,10 +192,10 @@ def one(
         merged = merge_fake_quantized(base, trained, entry.format)
     else:
         merged = merge_requantized(base, trained)
-    params = dataclasses.replace(model, params=merged.params).dense
+    loss = exported_loss(dataclasses.replace(model, params=merged.params), out, corpus.heldout)
     return {
         "method": entry.method, "format": "float" if entry.method == "lora" else entry.format, "base": before,
-        "adapted": judged(trained), "merged": heldout_loss(forward(model.config), params, corpus.heldout),
+        "adapted": judged(trained), "merged": loss,
         "semantics": "sum" if entry.method == "lora" else merged.semantics,
     }  # fmt: skip
 

@@ -4,13 +4,11 @@
 
 For every seed a small Llama is pretrained on the standard library's sources (once for all configs that share `models`),
 then every arm starts from it and takes `steps` more steps. An arm without a format goes on in float; it is the control,
-and `ptq` recipes are applied to it, so that everyone has seen the same tokens. With `trunk_steps` all arms share the
-first of these steps, in float at `trunk`'s constant rate, and part where the rate begins to fall: quantization-aware
-training in the cooldown. `closed` is the share of the gap between the best of these recipes and the continued float
-model that an arm closes, `of tuned` the same where block-wise tuning of its format (`block_tuned`) is a rival too. An
-arm's number is that of the file it is exported to. Tables give means over seeds and the half-width of the 95 % interval
-(Student's t) of the paired difference to the arm named by `against`. An interrupted run goes on with the arms that it
-had not finished.
+and `ptq` recipes are applied to it, so that everyone has seen the same tokens. `closed` is the share of the gap between
+the best of these recipes and the continued float model that an arm closes, `of tuned` the same where block-wise tuning
+of its format (`block_tuned`) is a rival too. All numbers are those of the exported files. Tables give means over seeds
+and the half-width of the 95 % interval (Student's t) of the paired difference to the arm named by `against`. An
+interrupted run goes on with the arms that it had not finished.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -35,25 +32,23 @@ from tokenizers import Tokenizer
 from qjax import recipes, rundir
 from qjax.errors import UserError
 from qjax.evaluate.intervals import half_interval
-from qjax.formats import BlockFormat
 from qjax.io.atomic import write_text
 from qjax.io.checkpoint import load, save
 from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
 from qjax.plan import Plan
-from qjax.tensor import is_qtensor
 from qjax.training.arm import Arm, quantizers_of_arm
 from qjax.training.blockwise import BlockTuning, tune_blocks
 from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.data import Windows
 from qjax.training.distill import teacher_confidence
+from qjax.training.export import export, exported_loss, read_back
 from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.fresh import fresh_model
 from qjax.training.loop import Loop
 from qjax.training.program import forward
 
-BatchAt = Callable[[int], np.ndarray]
 ROUNDED = ("ptq ", "block ")  # how the names of rounded controls begin
 
 
@@ -92,8 +87,6 @@ class Config:
     models: Path = Path("runs/training_models")  # where the pretrained models are kept
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = 200  # after pretraining
-    trunk_steps: int = 0  # of these, how many all arms share, in float
-    trunk: Arm = dataclasses.field(default_factory=lambda: Arm("trunk", rate=3e-3, shape="constant"))
     arms: tuple[Contestant, ...] = (Contestant(Arm("continued")),)
     ptq: dict[str, str] = dataclasses.field(default_factory=dict)  # "group: anything" -> a recipe with its format
     # "format anything" -> how the control is tuned block by block
@@ -111,8 +104,6 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     names = [c.arm.name for c in config.arms]
     if len(set(names)) < len(names):
         raise UserError(f"arms: two have the same name among {names}")
-    if not 0 <= config.trunk_steps < config.steps or config.trunk.format:
-        raise UserError(f"the trunk is in float and leaves steps for the arms: {config.trunk_steps} of {config.steps}")
     if not names or not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise UserError("arms and seeds: give at least one of each, and no seed twice")
     groups = {name.split(":")[0] for name in config.ptq}
@@ -195,99 +186,80 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
     judge = forward(model.config)
     row_of("start", lambda: {"loss": heldout_loss(judge, model.params, corpus.heldout)})
     folder = out / f"seed{seed}"
-    if config.trunk_steps:
-        trunk = Contestant(config.trunk, config.trunk_steps)
-        row_of("trunk", partial(train_arm, config, trunk, model, {"": None}, tokens.batch_at, corpus, folder / "trunk"))
-        model = load(folder / "trunk" / "model")
-
-    def batch_at(step: int) -> np.ndarray:
-        return tokens.batch_at(config.trunk_steps + step)
-
     teachers: dict[str, Any] = {"": None, "start": model}
     for contestant in config.arms:
         name = contestant.arm.name
-        row_of(name, partial(train_arm, config, contestant, model, teachers, batch_at, corpus, folder / name))
+        row_of(name, partial(train_arm, config, contestant, model, teachers, tokens, corpus, folder / name))
         if name == "continued":
             teachers["continued"] = load(folder / name / "model")
     control = teachers.get("continued")
     for name, line in config.ptq.items():
-        row_of(f"ptq {name}", partial(round_control, config, name, line, control, tokens.batch_at, corpus))
+        where = folder / f"ptq {name}"
+        row_of(where.name, partial(round_control, config, name, line, control, tokens, corpus, where))
     for name, tuning in config.block_tuned.items():
-        row_of(f"block {name}", partial(tune_control, config, name, tuning, control, tokens.batch_at, corpus))
+        where = folder / f"block {name}"
+        row_of(where.name, partial(tune_control, config, name, tuning, control, tokens, corpus, where))
     return runs
 
 
 def train_arm(
     config: Config, contestant: Contestant, model: Model, teachers: dict[str, Model | None],
-    batch_at: BatchAt, corpus: Corpus, folder: Path,
+    tokens: Windows, corpus: Corpus, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one arm; its loss is that of the file it is exported to."""
     arm, teacher = contestant.arm, teachers[contestant.teacher]
     confidence = None
     if "cakld" in arm.loss and teacher is not None:
-        batches = ((b[:, :-1], b[:, 1:]) for b in map(batch_at, range(4)))
+        batches = ((b[:, :-1], b[:, 1:]) for b in map(tokens.batch_at, range(4)))
         confidence = teacher_confidence(teacher.logits, batches)
-    steps = contestant.steps or config.steps - config.trunk_steps
+    steps = contestant.steps or config.steps
     at_the_end = config.log_every * steps  # the last step alone is evaluated and saved
     result, log, loss = finetune(
-        arm, model, lambda s: {"tokens": batch_at(s)}, Loop(steps, config.log_every, at_the_end, at_the_end),
-        folder, heldout=corpus.heldout, begun=begun_by(config, arm, model, batch_at) if arm.init else None,
+        arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(steps, config.log_every, at_the_end, at_the_end),
+        folder, heldout=corpus.heldout, begun=begun_by(config, arm, model, tokens) if arm.init else None,
         teacher=teacher, confidence=confidence, identity={"data": corpus.tokens.sha256},
     )  # fmt: skip
     shutil.rmtree(folder / "checkpoints")
-    read_back(dataclasses.replace(result, tokenizer=model.tokenizer), folder, arm, corpus, loss)
+    path = export(dataclasses.replace(result, tokenizer=model.tokenizer), folder)
+    read_back(path, loss, corpus.heldout, arm.inputs, arm.cache)
     last = {k: log[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log[-1]}
     return {"loss": loss, "steps": steps, "group": contestant.group, **last}
 
 
 def round_control(
-    config: Config, name: str, line: str, control: Model, batch_at: BatchAt, corpus: Corpus
+    config: Config, name: str, line: str, control: Model, tokens: Windows, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
     """The continued float model, rounded by a recipe."""
     recipe = recipes.recipe(line)
     if recipe.format is None:
         raise UserError(f"ptq: {line!r} names no format; write {line}:int2_g64_mid_mse")
     plan = Plan.from_dict({"rules": {"layers_*": recipe.format.name, "*": "rtn:Q8_0"}})
-    q, _ = quantize_model(control, plan, recipe, calibration(config, control, batch_at))
-    loss = heldout_loss(forward(control.config), q.params, corpus.heldout)
+    q, _ = quantize_model(control, plan, recipe, calibration(config, control, tokens))
+    loss = exported_loss(q, folder, corpus.heldout)
     return {"loss": loss, "group": name.split(":")[0], "recipe": line}
 
 
 def tune_control(
-    config: Config, name: str, tuning: BlockTuning, control: Model, batch_at: BatchAt, corpus: Corpus
+    config: Config, name: str, tuning: BlockTuning, control: Model, tokens: Windows, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
     """The continued float model, tuned block by block; the name begins with its format."""
     arm = Arm(name, format=name.split()[0], scales="learned")
-    seen = calibration(config, control, batch_at)
+    seen = calibration(config, control, tokens)
     params, _ = tune_blocks(control, quantizers_of_arm(arm, control.config), seen.tokens, tuning)
-    return {"loss": heldout_loss(forward(control.config), params, corpus.heldout)}
+    return {"loss": exported_loss(dataclasses.replace(control, params=params), folder, corpus.heldout)}
 
 
-def calibration(config: Config, model: Model, batch_at: BatchAt) -> Calibration:
+def calibration(config: Config, model: Model, tokens: Windows) -> Calibration:
     """The first windows that the arms train on."""
     count = -(-config.calibration_windows // config.base.batch)
-    rows = np.concatenate([batch_at(s)[:, :-1] for s in range(count)])[: config.calibration_windows]
+    rows = np.concatenate([tokens.batch_at(s)[:, :-1] for s in range(count)])[: config.calibration_windows]
     return calibration_of(model.config.context, rows.reshape(-1), context=rows.shape[1])
 
 
-def begun_by(config: Config, arm: Arm, model: Model, batch_at: BatchAt) -> Any:
+def begun_by(config: Config, arm: Arm, model: Model, tokens: Windows) -> Any:
     """The result of the arm's recipe for the model it starts from."""
     recipe = recipes.recipe(arm.init)
-    return quantize_model(model, arm.plan(model.config), recipe, calibration(config, model, batch_at))[0].params
-
-
-def read_back(model: Model, folder: Path, arm: Arm, corpus: Corpus, loss: float) -> None:
-    """Export a model, and raise unless the file gives the trained model's loss to the last bit.
-
-    GGUF where all its formats are ggml's, whose bytes it keeps; else a Hugging Face folder of the decoded values.
-    """
-    packed = [x for x in jax.tree.leaves(model.params, is_leaf=is_qtensor) if is_qtensor(x)]
-    ggml = bool(packed) and all(isinstance(q.format, BlockFormat) for q in packed)
-    path = folder / ("model.gguf" if ggml else "model")
-    save(model, path)
-    again = heldout_loss(forward(model.config, arm.inputs, arm.cache), load(path).params, corpus.heldout)
-    if again != loss:
-        raise RuntimeError(f"{path} gives {again} nats, the trained model {loss}")
+    return quantize_model(model, arm.plan(model.config), recipe, calibration(config, model, tokens))[0].params
 
 
 def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

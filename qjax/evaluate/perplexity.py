@@ -71,16 +71,8 @@ def network_of_decoder(config: DecoderConfig) -> Network:
         return running(scores)(params, x)
 
     def hidden(params, tokens):
-        def keep(next_fun, args, kwargs, context):
-            y = next_fun(*args, **kwargs)
-            if context.module.path == ("final_norm",):
-                kept.append(y)
-            return y
-
-        kept: list[Array] = []
-        with jax.default_matmul_precision("highest"), nn.intercept_methods(keep):
-            model.apply({"params": params}, tokens)  # its logits are dead code
-        return kept[0]
+        with jax.default_matmul_precision("highest"):
+            return Decoder(config, readout=False).apply({"params": params}, tokens)
 
     def scores(params, x):
         def replace(next_fun, args, kwargs, context):

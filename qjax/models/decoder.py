@@ -78,6 +78,11 @@ class RMSNorm(nn.Module):
         return (y * (scale.astype(jnp.float32) + self.offset)[(None,) * (x.ndim - 1)]).astype(x.dtype)
 
 
+def softcapped(z: jax.Array, cap: float | None) -> jax.Array:
+    """Gemma 2's cap tanh(z / cap) of scores or logits; None: z."""
+    return z if cap is None else cap * jnp.tanh(z / cap)
+
+
 def attend(q, k, v, mask, scale: float, softcap: float | None):
     """Grouped-query attention: softmax(scale q k^T) v, each kv head serving heads/kv_heads queries.
 
@@ -95,8 +100,7 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
     # The queries of a group are rows of one matrix: plain batched products, much faster on CPU than five-axis ones.
     q = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4).reshape(n, rows, d)
     scores = jnp.einsum("nrd,nsd->nrs", q, k, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = softcapped(scores, softcap)
     scores = jnp.where(mask[None, None], scores.reshape(n, heads // kv, t, s), -1e30)
     p = jax.nn.softmax(scores.reshape(n, rows, s), axis=-1).astype(v.dtype)
     o = jnp.einsum("nrs,nsd->nrd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
@@ -249,8 +253,7 @@ class Decoder(nn.Module):
         else:
             logits = nn.Dense(c.vocab, use_bias=False, name="head", dtype=self.dtype, dot_general=self.dot_general)(x)
         logits = logits.astype(jnp.float32)
-        if c.logit_softcap is not None:
-            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        logits = softcapped(logits, c.logit_softcap)
         return logits if cache is None else (logits, new_cache)
 
 

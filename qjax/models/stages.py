@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, RMSNorm
+from qjax.models.decoder import Block, RMSNorm, softcapped
 from qjax.typing import Array, Float, Int
 
 Apply = Callable[[Any, Array], Array]
@@ -71,6 +71,6 @@ def stages_of(config: DecoderConfig) -> Stages:
         y: Any = RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
         w = params["embed"]["embedding"] if c.tied else params["head"]["kernel"]
         logits = lax.dot_general(y, w, (((2,), (1 if c.tied else 0,)), ((), ())))
-        return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return softcapped(logits, c.logit_softcap)
 
     return Stages(embed, tuple(blocks), head, c.tied)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
+from qjax.models.decoder import softcapped
 from qjax.training.distill import FLOOR, Divergence, check_alike, token_mean
 from qjax.typing import Array, Float, Int, Shaped
 
@@ -48,13 +49,12 @@ def chunked_cross_entropy(
     Raises:
       UserError: a chunk below 1.
     """
-    check_chunk(chunk)
+    _check_chunk(chunk)
     read = _Reader(x.astype(jnp.float32), x.dtype, head.shape[1], chunk, softcap)
     top, log_mass = _normalizers([read], (read.columns(head),))[0]
     own = head.astype(x.dtype)[:, targets]  # [d, n]
     z = jnp.sum(x.astype(jnp.float32) * own.T.astype(jnp.float32), axis=1, keepdims=True)
-    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
-    return jnp.mean(top + log_mass - z)
+    return jnp.mean(top + log_mass - softcapped(z, softcap))
 
 
 def chunked_loss(
@@ -86,7 +86,7 @@ def chunked_loss(
     """
     v = head_teacher.shape[1]
     check_alike(v, head_student.shape[1], temperature)
-    check_chunk(chunk)
+    _check_chunk(chunk)
     x_teacher, head_teacher = lax.stop_gradient((x_teacher, head_teacher))
     both = zip((x_teacher, x_student), softcaps, strict=True)
     readers = [_Reader(x.astype(jnp.float32), x.dtype, v, chunk, cap, temperature) for x, cap in both]
@@ -132,8 +132,7 @@ class _Reader:
     def logits(self, head: Array, real: Array) -> Array:
         """Of one chunk, f32[n, chunk]."""
         z = jnp.matmul(self.x.astype(self.dtype), head.astype(self.dtype), preferred_element_type=jnp.float32)
-        z = z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
-        return jnp.where(real, z / self.temperature, FLOOR)
+        return jnp.where(real, softcapped(z, self.softcap) / self.temperature, FLOOR)
 
 
 def _normalizers(readers: list[_Reader], parts: tuple[Array, ...]) -> list[tuple[Array, Array]]:
@@ -156,7 +155,7 @@ def _added(top: Array, mass: Array, z: Array) -> tuple[Array, Array]:
     return new, mass * jnp.exp(top - new) + jnp.exp(z - new).sum(axis=1, keepdims=True)
 
 
-def check_chunk(chunk: int) -> None:
+def _check_chunk(chunk: int) -> None:
     """Raise UserError for a chunk without tokens."""
     if chunk < 1:
         raise UserError(f"a chunk must hold at least 1 token of the vocabulary, got {chunk}")

@@ -242,11 +242,9 @@ def measured(state: TrainState, made: Program) -> tuple[dict[str, Array], Any]:
     params = latent(state.optimizer, state.params) if made.arm.prox else state.params
     numbers, codes = weights.measured(_weights(params, state.kept), made.quantizers, *_scales(params, state.kept))
     if made.arm.prox:
-        on_grid = weights.leaves_by_path(student(params, state.kept, made.quantizers))
-        now = weights.leaves_by_path(state.params["weights"])
-        off, power = (sum(jnp.sum(jnp.square(x)) for x in part) for part in (
-            [now[p] - on_grid[p] for p in made.quantizers], [now[p] for p in made.quantizers]))  # fmt: skip
-        numbers["off_grid"] = jnp.sqrt(off / power)
+        grid, now = (weights.leaves_by_path(w) for w in (faked(params, state.kept, made), state.params["weights"]))
+        off = sum(jnp.sum(jnp.square(now[p] - grid[p])) for p in made.quantizers)
+        numbers["off_grid"] = jnp.sqrt(off / sum(jnp.sum(jnp.square(now[p])) for p in made.quantizers))
     return numbers, codes
 
 

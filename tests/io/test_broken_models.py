@@ -66,6 +66,7 @@ def test_json(model, tmp_path, rng, name):
     qjax.save(model, folder)
     file = folder / name
     spec = json.loads(file.read_text())
+    loaded = []
     for path in list(places(spec)):
         values = [*WEIRD, None, {}, {"a": 1}]
         for value in [values[i] for i in rng.choice(len(values), 4, replace=False)]:
@@ -75,7 +76,8 @@ def test_json(model, tmp_path, rng, name):
                 node = node[key]
             node[path[-1]] = value
             file.write_text(json.dumps(changed))
-            load(folder)
+            loaded.append(load(folder))
+    assert name == "tokenizer_config.json" or not all(loaded)  # that one is read leniently
 
 
 def places(node, path=()):

@@ -16,7 +16,7 @@ from qjax.training.arm import Arm
 from qjax.training.finetune import heldout_loss
 from qjax.training.objectives import language_loss, parse_terms
 from qjax.training.parq import latent
-from qjax.training.program import forward, packed, program, schedule_of, start_state
+from qjax.training.program import forward, packed, program, refreshed, schedule_of, start_state
 
 PARQ = Arm("drawn", format="int3_g32", rate=3e-3, weight_decay=0.1, prox="parq", prox_span=(0.1, 0.8))
 
@@ -117,6 +117,17 @@ def test_a_drawn_run_resumes_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(a, b)
     names = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in names] == [2, 4, 6, 8, 10]
+
+
+def test_importance_decides_frozen_scales_at_the_start_and_at_a_refresh():
+    made = program(tiny.FROZEN, tiny.CONFIG, 4, mixed=False)
+    path, params = "layers_0/attn/q/kernel", tiny.model().params
+    h = jnp.linspace(0.01, 9, tiny.CONFIG.dim)
+    plain, weighted = (start_state(made, params, importance=i) for i in (None, {path: h}))
+    for kept in (lambda state: state.kept, lambda state: refreshed(state.params, state.kept, made)):
+        a, b = (kept(state)["scales"][path]["scales"]["scale"] for state in (plain, weighted))
+        assert np.any(a != b)
+    np.testing.assert_array_equal(kept(weighted)["scales"][path]["importance"], h)
 
 
 @pytest.mark.parametrize(
