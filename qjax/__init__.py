@@ -2,9 +2,9 @@
 
 from qjax import recipes
 from qjax.calibrate import observe
-from qjax.formats import format, formats
+from qjax.formats import format, format_names
 from qjax.io.checkpoint import load, save
-from qjax.lift import lift
+from qjax.lifting import lift
 from qjax.pipeline import calibration_text, contracted_axes, quantize_file, quantize_model, quantize_params
 from qjax.plan.named import plan_named
 from qjax.recipes import Recipe, recipe
@@ -22,7 +22,7 @@ __all__ = [
     "dot",
     "fake_quant",
     "format",
-    "formats",
+    "format_names",
     "from_bytes",
     "is_qtensor",
     "lift",

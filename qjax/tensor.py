@@ -101,7 +101,7 @@ def quantize(
 
     Args:
       w: floats of any shape; its length along `axis` must be a multiple of the format's block.
-      format: a name (`qjax.formats()`) or a Format.
+      format: a name (`qjax.format_names()`) or a Format.
       axis: the contracted axis, along which blocks run: -1 for rows (out, in), 0 for flax kernels (in, out).
       weight: importance of each weight in the squared error, of w's shape, or one number per position of `axis`.
 

@@ -1,11 +1,16 @@
 """Strict numerics in every test: no silent dtype or rank promotion; shape types are checked at run time."""
 
 import os
+from pathlib import Path
+
+import compiled_programs
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's spinning threads starve everything else on small machines
-
-from pathlib import Path
+# Before JAX reads its environment; child processes inherit them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_programs.folder()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jaxtyping

@@ -151,10 +151,10 @@ def test_formats_lists_every_format(capsys, tmp_path):
 
     assert main(["formats"]) == 0
     table = capsys.readouterr().out
-    assert all(name in table for name in qjax.formats())
+    assert all(name in table for name in qjax.format_names())
     assert main(["formats", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)["formats"]
-    assert {r["name"] for r in rows} == set(qjax.formats())
+    assert {r["name"] for r in rows} == set(qjax.format_names())
     assert all(set(r) == {"name", "bits_per_weight", "block", "family", "about"} for r in rows)
     assert {r["name"]: r["bits_per_weight"] for r in rows}["Q8_0"] == 8.5
     assert main(["formats", "--json", str(tmp_path / "f.json")]) == 0

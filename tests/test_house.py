@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ LAYERS = [
     {"rounding"},
     {"recipes"},
     {"tensor"},
-    {"lift"},
+    {"lifting"},
     {"models", "io"},
     {"calibrate"},
     {"evaluate"},
@@ -80,3 +81,11 @@ def test_every_file_says_what_it_is_and_stays_small(path):
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), "a module docstring is missing"
     assert text.count("\n") <= 400, "one idea a file: this one wants splitting"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if hasattr(importlib.import_module(name), "__path__")])
+def test_every_package_is_reached_by_its_path(name):
+    """No function of the same name shadows it: `import qjax.formats as f` binds the attribute of the parent."""
+    scope = {}
+    exec(f"import {name} as found", scope)
+    assert scope["found"] is sys.modules[name]

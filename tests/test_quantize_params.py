@@ -79,7 +79,7 @@ def test_other_mistakes_name_the_leaf(params):
         quantize_params({"a": {"kernel": jnp.full((32, 2), 1e30)}}, Plan((Rule("*", "Q8_0"),)))
 
 
-KINDS = [name for name in ("BF16", "Q4_0", "Q4_K", "Q6_K", "TQ2_0", "MXFP4") if name in qjax.formats()]
+KINDS = [name for name in ("BF16", "Q4_0", "Q4_K", "Q6_K", "TQ2_0", "MXFP4") if name in qjax.format_names()]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -19,7 +19,7 @@ import numpy as np
 
 from qjax.calibrate.moments import add, means, sums
 from qjax.errors import UserError
-from qjax.lift import Use, report, watch
+from qjax.lifting import Use, report, watch
 from qjax.stats import KINDS, Stats
 from qjax.typing import Array
 

@@ -60,9 +60,9 @@ def format(spec: str | Format) -> Format:
     raise UserError(f"unknown format {spec!r}{hint} (`qjax formats` lists them all)")
 
 
-def formats() -> tuple[str, ...]:
+def format_names() -> tuple[str, ...]:
     """The names of all formats with a fixed name."""
     return tuple(_BY_NAME)
 
 
-__all__ = ["FAMILIES", "BlockFormat", "Format", "format", "formats"]
+__all__ = ["FAMILIES", "BlockFormat", "Format", "format", "format_names"]

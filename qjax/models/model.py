@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.lift import lift
+from qjax.lifting import lift
 from qjax.models.config import DecoderConfig
 from qjax.models.config_hf import config_from_hf
 from qjax.models.decoder import Decoder

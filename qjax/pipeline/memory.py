@@ -21,7 +21,7 @@ from jax import Array
 from qjax.calibrate import check_stats
 from qjax.errors import UserError
 from qjax.formats import BlockFormat
-from qjax.lift import report
+from qjax.lifting import report
 from qjax.pipeline.encode import compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, relative_error, round_leaf

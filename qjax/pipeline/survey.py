@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.lift import Use, report, tap, tap_shapes, watch
+from qjax.lifting import Use, report, tap, tap_shapes, watch
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Writer
 from qjax.typing import Array

@@ -23,7 +23,7 @@ import numpy as np
 from qjax.calibrate import add, check_stats, means, sums
 from qjax.errors import UserError
 from qjax.formats import Format
-from qjax.lift import Use, watch
+from qjax.lifting import Use, watch
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import batches
 from qjax.pipeline.report import CalibrationReport

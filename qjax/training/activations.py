@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
-from qjax.lift import replace_inputs, report, watch
+from qjax.lifting import replace_inputs, report, watch
 from qjax.plan.rules import fits
 from qjax.recipes import reparam
 from qjax.reparam.inputs import Kind, RoundedInput

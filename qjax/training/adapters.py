@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.lift import adapt
+from qjax.lifting import adapt
 from qjax.plan.rules import fits
 from qjax.tensor import QTensor, dequantize, is_qtensor
 from qjax.training.weights import leaves_by_path

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.formats import formats
+from qjax.formats import format_names
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.plan import FILE_TYPES, Plan, Rule
@@ -115,7 +115,7 @@ class Arm:
 
     def plan(self, config: DecoderConfig) -> Plan:
         """Which weight gets which format."""
-        if self.format.upper() in FILE_TYPES and self.format not in formats():
+        if self.format.upper() in FILE_TYPES and self.format not in format_names():
             plan = plan_named(self.format, config)
         else:
             plan = Plan.from_dict({"rules": {"layers_*": self.format, "*": self.outside}}, f"arm {self.name}")

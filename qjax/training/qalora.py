@@ -27,7 +27,7 @@ from qjax.errors import UserError
 from qjax.formats.ggml_simple import ScaledMinBlock
 from qjax.formats.integer_grid import IntegerFormat
 from qjax.formats.storage import FLOATS, quotient, stored
-from qjax.lift import lift
+from qjax.lifting import lift
 from qjax.tensor import QTensor, dequantize
 from qjax.training.adapters import (
     LAYERS,

@@ -78,7 +78,7 @@ SEARCHED: dict[str, str] = {
     "IQ4_XS": "as IQ4_NL and Q3_K",
 }
 
-ALL = qjax.formats()
+ALL = qjax.format_names()
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,7 @@ def quantized(x, kind, top=None):
 @pytest.mark.parametrize("format", ["int8_row", "uint8_g32", "int4_g32", "uint4_g32", "FP8_E4M3", "Q4_0"])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_are_rounded(kind, format):
-    if format not in qjax.formats() and format[0] not in "ui":
+    if format not in qjax.format_names() and format[0] not in "ui":
         pytest.skip(f"no format {format}")
     q, _ = rounded([act(kind)], format, [nearest()])
     x = inputs(16, seed=4)

@@ -46,7 +46,7 @@ def staged(w, H, fmt, *stages):
 
 
 @pytest.mark.parametrize("metric", ["H", "h", "none"])
-@pytest.mark.parametrize("name", marked(qjax.formats(), FAST))
+@pytest.mark.parametrize("name", marked(qjax.format_names(), FAST))
 def test_never_worse_in_its_metric_and_storable(name, metric):
     w, H = problem(ROWS, N)
     fmt = qjax.format(name)

@@ -61,7 +61,7 @@ def test_it_beats_nearest(name):
     assert (last <= first * (1 + 1e-5)).all() and last.sum() < GAINS[name] * first.sum()
 
 
-CASES = list(itertools.product(qjax.formats(), STAGES))
+CASES = list(itertools.product(qjax.format_names(), STAGES))
 CASES_FAST = [
     ("uint4_g64_zf16", "clipping"), ("NF4_dq", "learned"), ("FP8_E4M3_tensor", "learned"), ("Q3_K", "V alone"),
     ("F16", "learned"), ("uint2_g64_mse", "learned"),

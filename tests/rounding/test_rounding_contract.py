@@ -30,7 +30,7 @@ ORDERS = {
     "group": (nearest("h"), ldlq("group")),
     "dynamic": (nearest("h"), ldlq("group", "dynamic")),
 }
-ALL = qjax.formats()
+ALL = qjax.format_names()
 KINDS = {  # formats whose grids differ in kind
     "F16": "no scales, a block of one weight",
     "Q4_1": "an offset",

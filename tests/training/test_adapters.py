@@ -11,7 +11,7 @@ from adapter_arrays import equal, f64, normal
 
 import qjax
 from qjax.errors import UserError
-from qjax.lift import lift, report
+from qjax.lifting import lift, report
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.training.adapters import Adapter, apply_adapted, init_adapters, lora_weight, map_adapted

@@ -21,7 +21,7 @@ def masters(dtype=jnp.float32, seed=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", qjax.formats())
+@pytest.mark.parametrize("name", qjax.format_names())
 def test_export_parity_is_exact(name):
     for dtype in (jnp.float32, jnp.bfloat16):
         w = masters(dtype)

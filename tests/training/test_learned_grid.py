@@ -88,7 +88,7 @@ def test_a_threshold_equal_to_the_scale_changes_nothing(w, g):
 
 
 # Learned scales on every format; the other kinds where scales are stored in another way.
-KINDS = [(name, "learned") for name in qjax.formats() if name not in DENSE] + [
+KINDS = [(name, "learned") for name in qjax.format_names() if name not in DENSE] + [
     (name, scales)
     for name in ("Q4_0", "Q3_K", "int2_g64_mid_mse", "NF4_dq", "TQ2_0", "uint4_g64_zf16", "NVFP4")
     for scales in SCALES

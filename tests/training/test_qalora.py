@@ -12,7 +12,7 @@ from adapter_arrays import equal, f64, normal
 import qjax
 from qjax.errors import UserError
 from qjax.formats.integer import affine
-from qjax.lift import lift
+from qjax.lifting import lift
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.training.adapters import Adapter, apply_adapted, init_adapters

@@ -8,8 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
-from qjax.lift import control, jax_names, layout
-from qjax.lift.jax_names import BODIES, LEAFWISE
+from qjax.lifting import control, jax_names, layout
+from qjax.lifting.jax_names import BODIES, LEAFWISE
 
 X = jnp.ones((8, 8))
 
@@ -82,7 +82,7 @@ def test_every_name_in_the_tables_is_a_primitive_of_this_jax(name):
     jaxpr = jax.make_jaxpr(PROGRAMS[RENAMED.get(name, name)])(X)
     found = {eqn.primitive.name for eqn in equations(jaxpr.jaxpr)}
     same = {name, RENAMED.get(name, name), *(new for new, old in RENAMED.items() if old == name)}
-    assert found & same, f"jax {jax.__version__} traces it as {sorted(found)}: edit qjax/lift/jax_names.py"
+    assert found & same, f"jax {jax.__version__} traces it as {sorted(found)}: edit qjax/lifting/jax_names.py"
 
 
 def test_every_body_has_a_rule():

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.lift import packed
-from qjax.lift.weight import Dense, Weight
+from qjax.lifting import packed
+from qjax.lifting.weight import Dense, Weight
 from qjax.tensor import QTensor, dot
 
 # Jitted, so that layers of equal shape are traced once.

@@ -9,7 +9,7 @@ import pytest
 from lift_programs import CONFIG, TOKENS, assert_close, decoder, dense_params, pack_decoder
 
 import qjax
-from qjax.lift import lift, report
+from qjax.lifting import lift, report
 from qjax.models.decoder import Decoder, empty_cache
 
 

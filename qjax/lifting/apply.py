@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qjax.lift.run import packed_only, run, trace
-from qjax.lift.scope import Program
+from qjax.lifting.run import packed_only, run, trace
+from qjax.lifting.scope import Program
 
 
 def lift(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:

@@ -13,10 +13,10 @@ A function is traced on the shapes of dense weights and its jaxpr evaluated agai
 `contract` and `lookup` (uses), `interpret` and `control` (the loop, the bodies), `scope` (where we stand), `run`.
 """
 
-from qjax.lift.apply import lift
-from qjax.lift.change import adapt, replace_inputs, substitute, tap, tap_shapes
-from qjax.lift.observe import report, watch
-from qjax.lift.scope import Stats
-from qjax.lift.weight import Use
+from qjax.lifting.apply import lift
+from qjax.lifting.change import adapt, replace_inputs, substitute, tap, tap_shapes
+from qjax.lifting.observe import report, watch
+from qjax.lifting.scope import Stats
+from qjax.lifting.weight import Use
 
 __all__ = ["Stats", "Use", "adapt", "lift", "replace_inputs", "report", "substitute", "tap", "tap_shapes", "watch"]

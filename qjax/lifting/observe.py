@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from qjax.errors import UserError
-from qjax.lift.run import matrices, run, survey, trace
-from qjax.lift.scope import Place, Program, Site, Stats
-from qjax.lift.weight import Use
+from qjax.lifting.run import matrices, run, survey, trace
+from qjax.lifting.scope import Place, Program, Site, Stats
+from qjax.lifting.weight import Use
 
 
 def report(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tuple[Use, ...]:

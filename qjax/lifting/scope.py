@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
-from qjax.lift import jax_names
-from qjax.lift.contract import Contraction
-from qjax.lift.weight import Use, Weight, refuse, whole_axes
+from qjax.lifting import jax_names
+from qjax.lifting.contract import Contraction
+from qjax.lifting.weight import Use, Weight, refuse, whole_axes
 
 Place = tuple[int, ...]
 Stats = dict[int, Any]

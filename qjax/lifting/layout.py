@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.lift import packed
-from qjax.lift.jax_names import LEAFWISE, bind
-from qjax.lift.weight import Axes, Dense, Weight
+from qjax.lifting import packed
+from qjax.lifting.jax_names import LEAFWISE, bind
+from qjax.lifting.weight import Axes, Dense, Weight
 from qjax.tensor import is_qtensor
 
 

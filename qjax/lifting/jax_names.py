@@ -7,7 +7,7 @@
 | inlined call                      | `closed_call`              | `eval_jaxpr`                       |
 | scan's split of its operands      | `num_consts`, `num_carry`  | `ft_in`, a tree of three parts     |
 
-When a new JAX renames something, this is the file to edit; `tests/lift/test_jax_names.py` traces each of them.
+When a new JAX renames something, this is the file to edit; `tests/lifting/test_jax_names.py` traces each of them.
 """
 
 from __future__ import annotations

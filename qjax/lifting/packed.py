@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.formats.protocol import BlockFormat
-from qjax.lift.weight import Dense
+from qjax.lifting.weight import Dense
 from qjax.tensor import QTensor
 
 

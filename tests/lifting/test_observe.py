@@ -10,7 +10,7 @@ from lift_programs import TOKENS, assert_close, decoder, kernel, normal, pack, p
 
 import qjax
 from qjax.errors import UserError
-from qjax.lift import Use, report, watch
+from qjax.lifting import Use, report, watch
 
 
 def second_moment(use, x):

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.lift import jax_names
-from qjax.lift.interpret import interpret
-from qjax.lift.scope import Program, Scope, Stats
-from qjax.lift.weight import Weight, as_weight
+from qjax.lifting import jax_names
+from qjax.lifting.interpret import interpret
+from qjax.lifting.scope import Program, Scope, Stats
+from qjax.lifting.weight import Weight, as_weight
 from qjax.tensor import is_qtensor
 
 # Which leaves of params the interpreter follows, as weights: a function of path and leaf, None for those it does not.

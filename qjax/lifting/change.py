@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.lift.run import Traced, matrices, packed_only, run, survey, trace
-from qjax.lift.scope import Place, Program, Site, Stats
-from qjax.lift.weight import Use, Weight, as_weight
+from qjax.lifting.run import Traced, matrices, packed_only, run, survey, trace
+from qjax.lifting.scope import Place, Program, Site, Stats
+from qjax.lifting.weight import Use, Weight, as_weight
 from qjax.tensor import is_qtensor
 
 Function = Callable[..., Any]

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.lift import jax_names, packed
-from qjax.lift.jax_names import body
-from qjax.lift.scope import Place, Scope, Stats
-from qjax.lift.weight import Dense, Weight
+from qjax.lifting import jax_names, packed
+from qjax.lifting.jax_names import body
+from qjax.lifting.scope import Place, Scope, Stats
+from qjax.lifting.weight import Dense, Weight
 
 Interpret = Callable[[Sequence[Any], Scope], tuple[list[Any], Stats]]
 Rule = Callable[[Any, int, list[Any], Scope, Interpret], tuple[list[Any], Stats]]

@@ -13,7 +13,7 @@ from lift_programs import TOKENS, assert_close, decoder, dense_params, kernel, n
 
 import qjax
 from qjax.errors import UserError
-from qjax.lift import adapt, replace_inputs, report, substitute, tap, tap_shapes, watch
+from qjax.lifting import adapt, replace_inputs, report, substitute, tap, tap_shapes, watch
 
 
 @jax.custom_vjp

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.lift import packed
-from qjax.lift.jax_names import bind
-from qjax.lift.weight import Weight
+from qjax.lifting import packed
+from qjax.lifting.jax_names import bind
+from qjax.lifting.weight import Weight
 from qjax.tensor import QTensor, dequantize
 
 

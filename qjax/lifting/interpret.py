@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qjax.lift import control, lookup
-from qjax.lift.contract import contraction, packed_dot
-from qjax.lift.jax_names import BODIES, Literal, bind, consts, has_body, placed
-from qjax.lift.layout import rearrange
-from qjax.lift.scope import Scope, Stats, contracts_whole
-from qjax.lift.weight import Dense, Weight
+from qjax.lifting import control, lookup
+from qjax.lifting.contract import contraction, packed_dot
+from qjax.lifting.jax_names import BODIES, Literal, bind, consts, has_body, placed
+from qjax.lifting.layout import rearrange
+from qjax.lifting.scope import Scope, Stats, contracts_whole
+from qjax.lifting.weight import Dense, Weight
 
 
 def interpret(args: Sequence[Any], scope: Scope) -> tuple[list[Any], Stats]:

@@ -23,7 +23,7 @@ from lift_programs import assert_close, dense_params, eagerly, kernel, normal, p
 
 import qjax
 from qjax.errors import UserError
-from qjax.lift import lift, report
+from qjax.lifting import lift, report
 
 TRIALS = []
 ROUNDED = {"linen-bf16", "stacked-bf16", "bf16-preferred-f32"}  # compared up to bfloat16's step

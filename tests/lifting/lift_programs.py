@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qjax
-from qjax.lift import lift, report
+from qjax.lifting import lift, report
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 
