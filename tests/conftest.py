@@ -17,6 +17,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+pytest_plugins = ["cost"]
+
 jaxtyping.install_import_hook("qjax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
