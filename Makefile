@@ -1,22 +1,23 @@
 # make demo: every format on the reference model, a report and a GGUF file (about 3 minutes after installation)
-# make test: the whole test suite, slow tests included (`make test-fast`: without them)
-# Both make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
+# make test: every part of the library, in minutes; `make test-slow`: the rest, what takes longer or wants a peer
+# All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
-# Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each.
+# Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each. What was
+# compiled is kept in ~/.cache/qjax (tests/compiled_programs.py): a second run takes half the time.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-env lint clean
+.PHONY: demo test test-slow test-env lint clean
 
 demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
 
 test: test-env
-	@$(BIN)/python -m pytest -m "slow or not slow" -n $(WORKERS) --dist loadfile --durations=15
-
-test-fast: test-env
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-slow: test-env
+	@$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 test-env: .venv/.test
 

@@ -1,8 +1,7 @@
-"""The quickstart, as `make demo` runs it."""
+"""The quickstart, as `make demo` runs it but for a quarter of the tokens."""
 
 import itertools
 import json
-import time
 import tomllib
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from qjax.cli import main
 from qjax.cli.run import load_script
 from qjax.evaluate.judge import baseline_of, judge
 from qjax.models.stdlib_text import heldout_text
+
+pytestmark = pytest.mark.optimized  # it judges models for longer than it compiles
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -38,9 +39,7 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
 @pytest.mark.skipif(not REFERENCE.is_file(), reason="the reference model is not in this tree")
 def test_quickstart(tmp_path, capsys):
     out = tmp_path / "run"
-    clock = time.perf_counter()
-    assert main(["run", str(ROOT / "configs/quickstart.toml"), "--out", str(out)]) == 0
-    seconds = time.perf_counter() - clock
+    assert main(["run", str(ROOT / "configs/quickstart.toml"), "--tokens", "2048", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert f"report: {out / 'report.html'}" in said and f"GGUF:   {out / 'Q4_K_M.gguf'}" in said
 
@@ -65,7 +64,6 @@ def test_quickstart(tmp_path, capsys):
     windows = {"context": 512, "limit": config["tokens"] // 512}
     found = judge(qjax.load(out / "Q4_K_M.gguf"), baseline=baseline_of(model, text, **windows))
     assert found.divergence.kl_mean == pytest.approx(kl["Q4_K_M"], rel=1e-3)
-    assert seconds < 600  # 3 minutes on two idle cores; here other tests may run beside
 
 
 def test_grid_on_a_tiny_model(tmp_path, capsys):

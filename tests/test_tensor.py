@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import qjax
 from qjax.errors import UserError
 
+pytestmark = pytest.mark.optimized  # the bytes of a file
+
 
 @pytest.fixture
 def w(rng):

@@ -14,6 +14,8 @@ from qjax.errors import UserError
 from qjax.formats.codebook import FORMATS, LEVELS, Codebook, parse
 from qjax.formats.dynamic_map import dynamic_map, from_dynamic, to_dynamic
 
+pytestmark = pytest.mark.optimized  # the very codes of bitsandbytes
+
 SINGLE = [f for f in FORMATS if not f.double]
 BLOCKS = (32, 64, 128, 4096)
 

@@ -10,6 +10,8 @@ import qjax
 from qjax.errors import UserError
 from qjax.formats.float8 import FORMATS, Float8, parse, rounded
 
+pytestmark = pytest.mark.optimized  # the very codes of ml_dtypes
+
 KINDS = {"E4M3": (ml_dtypes.float8_e4m3fn, 448.0), "E5M2": (ml_dtypes.float8_e5m2, 57344.0)}
 
 

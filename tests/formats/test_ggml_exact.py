@@ -12,6 +12,8 @@ import qjax
 from qjax.formats import exact, ggml_dense, ggml_fp4, ggml_simple, ggml_ternary
 from qjax.formats.protocol import BlockFormat
 
+pytestmark = pytest.mark.optimized  # the very bytes and values of ggml
+
 FORMATS = {f.name: f for m in (ggml_dense, ggml_simple, ggml_ternary, ggml_fp4) for f in m.FORMATS}
 NAMES = tuple(FORMATS)
 QUANTIZED = tuple(n for n in NAMES if n not in ("F32", "F16", "BF16"))

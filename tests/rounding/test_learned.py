@@ -1,4 +1,7 @@
-"""Learned rounding and clipping: never worse than the start, the estimator, the published update, bounds, chains."""
+"""Learned rounding and clipping: gains, the estimator, the published update, bounds, chains.
+
+Never worse than the start, on every format: test_rounding_contract.
+"""
 
 import dataclasses
 import itertools
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from rounding_problems import damped64, losses, marked, problem, second_moment
+from rounding_problems import damped64, losses, problem, second_moment
 from rounding_toys import Checkerboard, Few
 
 import qjax
@@ -24,7 +27,6 @@ ROWS, N = 8, 512
 GAINS = {  # what learned() leaves of the damped loss of nearest(), at most
     "uint4_g32": 0.6, "uint3_g64": 0.6, "int4_g32": 0.6, "Q4_0": 0.6, "Q4_K": 0.75, "NF4": 0.7, "NVFP4": 0.7,
 }  # fmt: skip
-STAGES = {"learned": learned(60), "V alone": learned(60, ranges=False), "clipping": learned_clipping(60)}
 
 
 def staged(w, H, fmt, *stages):
@@ -59,25 +61,6 @@ def test_it_beats_nearest(name):
     first, last = loss_of(before, fmt, w, H), loss_of(after, fmt, w, H)
     assert_stored_exactly(fmt, after)
     assert (last <= first * (1 + 1e-5)).all() and last.sum() < GAINS[name] * first.sum()
-
-
-CASES = list(itertools.product(qjax.format_names(), STAGES))
-CASES_FAST = [
-    ("uint4_g64_zf16", "clipping"), ("NF4_dq", "learned"), ("FP8_E4M3_tensor", "learned"), ("Q3_K", "V alone"),
-    ("F16", "learned"), ("uint2_g64_mse", "learned"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, kind", marked(CASES, CASES_FAST))
-def test_never_worse_than_the_start_and_storable(name, kind):
-    w, H = problem(ROWS, N)
-    fmt = qjax.format(name)
-    fit, fed, after = staged(w, H, fmt, nearest(), ldlq(), STAGES[kind])
-    assert (loss_of(after, fmt, w, H) <= loss_of(fed, fmt, w, H) * (1 + 1e-5) + 1e-12).all()
-    assert_stored_exactly(fmt, after)
-    if kind == "V alone":
-        for key, value in fit.scales.items():
-            np.testing.assert_array_equal(after.scales[key], value)
 
 
 def test_clipping_helps_and_feedback_follows():

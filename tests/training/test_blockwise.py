@@ -18,7 +18,7 @@ from qjax.training.finetune import finetune
 from qjax.training.loop import Loop
 
 CONFIG = DecoderConfig(
-    vocab=64, dim=64, hidden=128, layers=3, heads=2, kv_heads=1, head_dim=32, context=64, tied=True
+    vocab=64, dim=64, hidden=64, layers=3, heads=2, kv_heads=2, head_dim=32, context=64, tied=True
 )  # fmt: skip
 PLAN = Plan.from_dict({"rules": {"layers_*": "int2_g64_mid_mse", "*": "Q8_0"}})
 TUNING = BlockTuning(steps=60, batch=4, rate=1e-3, scale_rate=5e-3)

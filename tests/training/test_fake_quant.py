@@ -13,6 +13,8 @@ from qjax.training.fake_quant import fake_quant
 from qjax.training.quantizer import Quantizer
 from qjax.training.scale_rules import ScaleRule
 
+pytestmark = pytest.mark.optimized  # what trains is what is exported, bit for bit
+
 N, OUT = 512, 8
 
 

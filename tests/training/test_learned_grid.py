@@ -12,6 +12,8 @@ from qjax.training.learned_grid import gradient_scale, learned_quant, start
 from qjax.training.quantizer import SCALES, Quantizer
 from qjax.training.scale_rules import ScaleRule
 
+pytestmark = pytest.mark.optimized  # what trains is what is exported, bit for bit
+
 ROWS, N = 4, 256
 DENSE = ("F32", "F16", "BF16")
 

@@ -19,6 +19,8 @@ from qjax.training.finetune import finetune, heldout_loss
 from qjax.training.loop import Loop
 from qjax.training.program import forward
 
+pytestmark = pytest.mark.optimized  # it trains for longer than it compiles
+
 VOCAB, CONTEXT, BATCH = 128, 64, 16
 CONFIG = DecoderConfig(
     vocab=VOCAB, dim=128, hidden=256, layers=3, heads=4, kv_heads=2, head_dim=32, context=CONTEXT, tied=True

@@ -18,7 +18,7 @@ from qjax.training.finetune import finetune
 from qjax.training.loop import Loop
 
 CONFIG = DecoderConfig(
-    vocab=64, dim=32, hidden=64, layers=2, heads=2, kv_heads=1, head_dim=16, context=16, tied=True
+    vocab=64, dim=32, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=16, context=16, tied=True
 )  # fmt: skip
 ARM = Arm(
     "tiny", format="int4_g32", scales="learned", rate=3e-3, loss="ce + fkl", ema=0.9, weight_decay=0.1
