@@ -55,7 +55,8 @@ def compiled_programs_of_a_file(request):
 
     Level 0 compiles in two thirds of the time and shows structure as well. Files whose subject is exact bytes, or that
     an exported value equals the one trained with, say `pytestmark = pytest.mark.optimized` and compile as a user's
-    programs do; so do the few that run for longer than they compile. Compiled programs of one file are of no use to the next; kept, they grow to several GB.
+    programs do; so do the few that run for longer than they compile. Compiled programs of one file are of no use to the
+    next; kept, they grow to several GB.
     """
     level = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)

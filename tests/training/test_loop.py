@@ -25,6 +25,8 @@ from qjax.training.optim import Group, partitioned
 from qjax.training.program import forward, program, start_state
 from qjax.training.state import init_state, make_step
 
+pytestmark = pytest.mark.optimized  # the same bits as in a process of its own
+
 
 def rows(out):
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
