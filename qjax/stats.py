@@ -21,6 +21,17 @@ from qjax.typing import Array, Float, Int
 KINDS = ("H", "h", "absmean", "absmax", "cross", "samples")
 
 
+def missing(kind: str) -> str:
+    """Says that a statistic is missing, and how to collect it."""
+    how = f"observe(apply_fn, params, batches, kinds=({kind!r}, ...))"
+    if kind == "cross":
+        how = "observe(apply_fn, qparams, batches, kinds=('cross', ...), float_params=params)"
+    return (
+        f"the recipe needs the statistic {kind!r}, and none was collected for it; qjax.{how} collects it, and for a "
+        "decoder quantize_model does, with a calibration text"
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stats:

@@ -125,6 +125,13 @@ def quantize_model(
     Raises:
       UserError: weights that are packed already; what `Plan.assign` and `walk` raise.
     """
+    if not isinstance(model, Model):
+        raise UserError(
+            f"quantize_model takes a Model, as qjax.load gives, got {type(model).__name__}; other trees go to "
+            "quantize_params"
+        )
+    if not isinstance(calibration, Calibration):
+        raise UserError(f"quantize_model takes what calibration_text or calibration_of make, got {calibration!r}")
     check_tokens(model.config, calibration.tokens)
     recipe = get_recipe(recipe)
     plan = as_plan(plan, model.config, has_imatrix=bool(recipe.requires))

@@ -30,7 +30,7 @@ from qjax.plan.named import as_plan
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.rounding.nearest import Nearest
-from qjax.stats import Stats
+from qjax.stats import Stats, missing
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
 
 
@@ -65,10 +65,15 @@ def quantize_params(
         leaf.
     """
     del key
+    if hasattr(params, "params") and hasattr(params, "config"):
+        raise UserError("quantize_params takes a tree of weights: give model.params, or the Model to quantize_model")
     plan, recipe, axes = as_plan(plan), get_recipe(recipe), axes or {}
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     weights = [named_weight(name, leaf, axes) for name, (_, leaf) in zip(names, leaves, strict=True)]
+    for path, axis in axes.items():
+        if axis not in (-1, -2):
+            raise UserError(f"axes: {path!r} has {axis!r}; say -1 for rows (out, in), -2 for a flax kernel (in, out)")
     stats = {} if stats is None else stats
     for what, named in (("stats", stats), ("axes", axes)):
         for path in named:
@@ -153,7 +158,7 @@ def _quantize_leaf(
         return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, relative_error(leaf, q), calibration=line)
     importance = stats.importance if isinstance(stats, Stats) else stats
     if importance is None and recipe.requires:
-        raise UserError(f"{w}: the recipe needs the statistic 'h', and none was given for it")
+        raise UserError(f"{w}: {missing('h')}")
     if isinstance(fmt, BlockFormat):
         rows = np.moveaxis(np.asarray(leaf), axis, -1)
         encoding = encode_tensor(pool, str(w), rows, fmt, None if importance is None else np.asarray(importance))

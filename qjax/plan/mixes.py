@@ -133,7 +133,7 @@ def file_type(name: str) -> str:
     upper = name.upper()
     upper = ALIASES.get(upper, upper)
     if upper not in FILE_TYPES:
-        raise UserError(f"{unknown('file type', name, FILE_TYPES)}; known are {' '.join(FILE_TYPES)}")
+        raise UserError(f"{unknown('file type', name, FILE_TYPES)} (known are {' '.join(FILE_TYPES)})")
     return upper
 
 
@@ -301,8 +301,8 @@ def fallbacks(mix: str, tensors: Mapping[str, Sequence[int]], **options: Any) ->
     rows = " or ".join(str(n) for n in sorted({tensors[name][-1] for name in changed}))
     kinds = ", ".join(f"{new} for {old} in {n}" for (old, new), n in Counter(changed.values()).most_common())
     return (
-        f"{file_type(mix)}: {len(changed)} of {len(got)} tensors have rows of {rows} weights, which their types' blocks "
-        f"do not divide, and get another type: {kinds}"
+        f"{file_type(mix)}: {len(changed)} of {len(got)} tensors have rows of {rows} weights, which their types' "
+        f"blocks do not divide, and get another type: {kinds}"
     )
 
 

@@ -50,4 +50,8 @@ def plan_named(name: str, config: DecoderConfig | None, has_imatrix: bool = Fals
 
 def as_plan(plan: str | Plan, config: DecoderConfig | None = None, has_imatrix: bool = False) -> Plan:
     """A Plan as it is, a name as `plan_named` reads it."""
-    return plan if isinstance(plan, Plan) else plan_named(plan, config, has_imatrix)
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, str):
+        raise UserError(f"a plan is a Plan, a format's name or a file type's (Q4_K_M), got {plan!r}")
+    return plan_named(plan, config, has_imatrix)
