@@ -237,7 +237,7 @@ def test_mix_is_a_plan_of_paths():
 
 
 def test_mix_mistakes():
-    with pytest.raises(UserError, match="unknown file type 'Q4_X'; did you mean .*Q4_0.* known are F32"):
+    with pytest.raises(UserError, match=r"unknown file type 'Q4_X'; did you mean .*Q4_0.*known are F32"):
         mix("Q4_X", config())
     with pytest.raises(UserError, match="unknown ggml type 'Q7_0'"):
         mix("Q4_0", config(), overrides=[("attn", "Q7_0")])

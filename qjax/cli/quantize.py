@@ -143,10 +143,10 @@ class Quantize:
         calibration = self._calibration(path)
         if calibration is None:
             stats = {p: jnp.asarray(h) for p, h in self._importance(model.config).items()}
-            if plan.note:
-                print(plan.note, file=sys.stderr)
             with in_turn(bytes_bar(f"quantize {self.model}")) as (progress,):
                 qparams, report = quantize_params(model.params, plan, stats, recipe=self.recipe, progress=progress)
+            if plan.note:
+                print(plan.note, file=sys.stderr)
             model = dataclasses.replace(model, params=qparams)
         else:
             with in_turn(steps_bar(f"{self.recipe} {self.model}")) as (walked,):

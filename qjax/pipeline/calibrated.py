@@ -135,8 +135,6 @@ def quantize_model(
     check_tokens(model.config, calibration.tokens)
     recipe = get_recipe(recipe)
     plan = as_plan(plan, model.config, has_imatrix=bool(recipe.requires))
-    if plan.note:
-        notify(plan.note)
     assigned = plan.assign(decoder_weights(model.config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params, is_leaf=is_qtensor):
         if is_qtensor(leaf):
@@ -147,6 +145,8 @@ def quantize_model(
     formats = {a.weight.path: (a.format, a.recipe or recipe) for a in assigned if a.format is not None}
     for name, (format, made) in formats.items():
         check_grid(made.roundings, format, name)
+    if plan.note:
+        notify(plan.note)
     params: Any = jax.tree.map(lambda leaf: leaf, model.params)
     lines: dict[str, TensorReport] = {}
 

@@ -110,10 +110,10 @@ def quantize_file(
     elif pure or overrides:
         raise UserError("pure and overrides change a file type's choices; a plan says everything itself")
     plan = as_plan(plan, source.config)
-    if plan.note:
-        notify(plan.note)
     jobs = _jobs(source, plan, recipe, requantize)
     formats = _calibrated(jobs, importance, calibration, notify)
+    if plan.note:
+        notify(plan.note)
     place = layout(_metadata(source, plan, jobs), [job.info for job in jobs])
     key = _key(source, place, importance, key_of(formats, calibration if formats else None))
     with resumable_file(out, key, place.size, notify) as partial:
