@@ -65,7 +65,10 @@ def run(config: Config, out: Path) -> dict:
         if getattr(config, key) not in ("", *config.formats):
             raise UserError(f"{key}: {getattr(config, key)!r} is not among the formats")
     model = load(config.model)
-    plans = {name: plan_named(split(name)[1], model.config) for name in config.formats}
+    plans = {
+        name: plan_named(kind, model.config, has_imatrix=bool(how.requires))
+        for name, (how, kind) in ((name, split(name)) for name in config.formats)
+    }
     for plan in plans.values():  # what does not fit fails before any work
         plan.assign(decoder_weights(model.config))
     rows, tensors = grid(config, model, plans, out)

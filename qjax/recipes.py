@@ -25,6 +25,7 @@ from typing import Any
 
 from qjax.errors import UserError
 from qjax.formats import Format
+from qjax.formats import find as find_format
 from qjax.formats import format as get_format
 from qjax.formats.integer import affine
 from qjax.reparam import (
@@ -279,6 +280,9 @@ def _composed(text: str) -> Recipe:
         if isinstance(node, ast.Name) and not roundings and part not in STAGES | REPARAMS:
             if format is not None:
                 raise UserError(f"recipe {text!r}: two formats, {format.name} and {part}")
+            near = difflib.get_close_matches(part, STAGES | REPARAMS, n=1)
+            if near and find_format(part) is None:
+                raise UserError(f"recipe {text!r}: {part!r} is neither a stage nor a format; did you mean {near[0]}?")
             format = get_format(part)
             continue
         name, args, kwargs = _literal_call(node, part, text)
@@ -288,7 +292,9 @@ def _composed(text: str) -> Recipe:
             options = kwargs
             continue
         if name not in STAGES | REPARAMS:
-            raise UserError(f"recipe {text!r}: unknown stage {name!r}; there are {', '.join(STAGES | REPARAMS)}")
+            near = difflib.get_close_matches(name, STAGES | REPARAMS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"recipe {text!r}: unknown stage {name!r}; there are {', '.join(STAGES | REPARAMS)}{hint}")
         if name in REPARAMS and (roundings or format is not None):
             raise UserError(
                 f"recipe {text!r}: {name} is a reparametrization and belongs in front of format and roundings"

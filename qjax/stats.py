@@ -15,9 +15,21 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
+from qjax.tables import html_table
 from qjax.typing import Array, Float, Int
 
 KINDS = ("H", "h", "absmean", "absmax", "cross", "samples")
+
+
+def missing(kind: str) -> str:
+    """Says that a statistic is missing, and how to collect it."""
+    how = f"observe(apply_fn, params, batches, kinds=({kind!r}, ...))"
+    if kind == "cross":
+        how = "observe(apply_fn, qparams, batches, kinds=('cross', ...), float_params=params)"
+    return (
+        f"the recipe needs the statistic {kind!r}, and none was collected for it; qjax.{how} collects it, and for a "
+        "decoder quantize_model does, with a calibration text"
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +65,26 @@ class Stats:
         if self.h is not None:
             return self.h
         return None if self.H is None else jnp.diagonal(self.H, axis1=-2, axis2=-1)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Kinds and shapes; trees of something else than arrays (shardings, axes) pass through here too."""
+        kinds = ((kind, getattr(self, kind)) for kind in self.kinds)
+        return [(kind, " x ".join(map(str, a.shape)) if hasattr(a, "shape") else str(a)) for kind, a in kinds]
+
+    @property
+    def _seen(self) -> str:
+        """Tokens, where that is a number: one, or from the fewest to the most of a stack."""
+        if self.count is None or not hasattr(self.count, "__array__") or isinstance(self.count, jax.core.Tracer):
+            return ""
+        least, most = (int(n) for n in (jnp.min(self.count), jnp.max(self.count)))
+        return f"{least} tokens" if least == most else f"{least} to {most} tokens"
+
+    def __repr__(self) -> str:
+        parts = [f"{kind} {shape}" for kind, shape in self._rows()] + ([self._seen] if self._seen else [])
+        return f"Stats({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Stats of {self._seen or 'an input'}", ("statistic", "shape"), self._rows(), (1,))
 
     def permute(self, order: Int[Array, "n"]) -> Stats:
         """Of x[order]."""

@@ -78,6 +78,15 @@ class QTensor:
         """Bits stored per weight, counted from the leaves."""
         return 8 * self.nbytes / self.size
 
+    def _no_array(self, *_: Any, **__: Any) -> Any:
+        """What a program does with an array: packed weights cannot, unless `lift` runs it."""
+        raise UserError(
+            f"{self} is packed, and this code wants an array: run the model through qjax.lift(apply)(params, x), "
+            "contract with qjax.dot(x, q), or unpack with qjax.dequantize(q)"
+        )
+
+    __jax_array__ = __getitem__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = _no_array
+
     def __repr__(self) -> str:
         try:
             under = "".join(f" under {type(one).__name__}" for one in self.applied)
@@ -116,7 +125,7 @@ def quantize(
     ((2, 32), 8.5)
     """
     fmt = get_format(format)
-    w = jnp.asarray(w)
+    w = _one_array(w, fmt, axis)
     if w.ndim == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise UserError(f"quantize needs a floating-point array with at least one axis, got {w.dtype}{list(w.shape)}")
     if not -w.ndim <= axis < w.ndim:
@@ -126,6 +135,29 @@ def quantize(
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
     _check_finite(w, "w")
     return QTensor(_encode(w, importance_rows(weight, w, axis), fmt), fmt, axis)
+
+
+def _one_array(w: Any, fmt: Format, axis: Any) -> Array:
+    """w as an array. Raises UserError where it is none, or where its other axis is the one that the blocks fit."""
+    if is_qtensor(w):
+        raise UserError(f"{w} is quantized already; start from the float weights, or dequantize it")
+    if not (hasattr(w, "__array__") or hasattr(w, "__jax_array__") or isinstance(w, list | tuple | float | int)):
+        raise UserError(
+            f"quantize takes one array, got {type(w).__name__}: quantize_params takes a whole tree of them, such as a "
+            "params dict or an nnx model, and quantize_model a qjax Model"
+        )
+    w = jnp.asarray(w)
+    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+        raise UserError(f"axis must be a number, -1 for rows (out, in) or 0 for a flax kernel (in, out), got {axis!r}")
+    if w.ndim == 2 and -2 <= axis < 2 and fmt.block and w.shape[axis] % fmt.block:
+        other = -1 if axis % 2 == 0 else 0
+        if w.shape[other] and w.shape[other] % fmt.block == 0:
+            raise UserError(
+                f"{fmt.name} needs a multiple of {fmt.block} weights along the quantized axis, got {w.shape[axis]} "
+                f"(axis {axis} of shape {tuple(w.shape)}); its other axis fits: axis={other}, as for "
+                + ("a flax kernel (in, out)" if other == 0 else "rows (out, in)")
+            )
+    return w
 
 
 def importance_rows(
@@ -178,9 +210,14 @@ def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
 
     Returns: [*b, *o] in x's type, accumulated in float32.
     """
+    if not is_qtensor(q):
+        hint = "the input comes first: dot(x, q)" if is_qtensor(x) else "quantize(w, format) makes one of an array"
+        raise UserError(f"dot takes an array and a QTensor, got {type(x).__name__} and {type(q).__name__}; {hint}")
     n = q.shape[q.axis]
     if x.ndim == 0 or x.shape[-1] != n:
-        raise UserError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}")
+        fits = x.ndim > 0 and x.shape[-1] in q.shape
+        hint = f"; its blocks run along axis {q.axis}: quantize with the axis that x meets" if fits else ""
+        raise UserError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}{hint}")
     if q.applied:
         return _behind(x, q)
     w = q.format.decode(*q.format.unpack(q.leaves)).astype(x.dtype)

@@ -29,6 +29,14 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def without_type_checks():
+    """As users run it: the tests' own checks of argument types would speak before the library does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real text and weights, where it is at hand."""

@@ -101,7 +101,7 @@ def test_quantize_by_plan_reports_every_tensor(folder, tmp_path, capsys):
     assert main(["quantize", str(folder), "-o", str(out), "--plan", str(plan), "--json", "-"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert set(made) == {
-        "model", "out", "type", "recipe", "seconds", "bits_per_weight", "nbytes", "formats", "tensors"
+        "model", "out", "type", "recipe", "seconds", "bits_per_weight", "nbytes", "formats", "notes", "tensors"
     }  # fmt: skip
     tensors = {t["name"]: t for t in made["tensors"]}
     assert tensors["blk.1.ffn_up.weight"]["format"] == "Q4_0" and 0 < tensors["blk.1.ffn_up.weight"]["error"] < 0.2
@@ -219,11 +219,22 @@ def test_names_that_do_not_exist(folder, gguf, text, tmp_path, mistake):
     assert "Q8_1x" in mistake(*quantize, "--plan", plan(tmp_path, '"*" = "Q8_1x"'))
     assert "multiple of" in mistake(*quantize, "--plan", plan(tmp_path, '"*" = "TQ1_0"'))  # a row that no type fits
     assert "did you mean gptq" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gpqt")
+    assert "did you mean Q4_K_M" in mistake(*quantize, "--type", "Q4_KM")
+    assert "IQ3_M is a type of llama.cpp's that qjax does not have yet" in mistake(*quantize, "--type", "IQ3_M")
     assert "--calib TEXT" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gptq")
+    assert "--calib TEXT, or llama.cpp's" in (said := mistake(*quantize, "--type", "Q8_0", "--recipe", "imatrix"))
+    assert "--imatrix FILE" in said
+    calibrated = [*quantize, "--type", "Q8_0", "--recipe", "gptq", "--calib", text]
+    assert "--calib-windows 0: two are the least" in mistake(*calibrated, "--calib-windows", 0)
+    assert "neither a stage nor a format; did you mean nearest" in mistake(*quantize, "--type", "Q8_0", "--recipe",
+                                                                             "nearst >> ldlq")  # fmt: skip
+    assert "writes no .bin file" in mistake("quantize", folder, "-o", tmp_path / "x.bin", "--type", "Q8_0")
+    assert not (tmp_path / "x.bin").exists()
     assert "takes no calibration" in mistake(*quantize, "--type", "Q8_0", "--calib", text)
     assert "--type" in mistake(*quantize)
     assert "--type" in mistake(*quantize, "--type", "Q8_0", "--plan", "p.toml")
-    assert "already" in mistake("quantize", gguf, "-o", out, "--type", "Q4_0")
+    for to in (out, tmp_path / "folder"):
+        assert "already" in (said := mistake("quantize", gguf, "-o", to, "--type", "Q4_0")) and "--requantize" in said
     assert "no built-in model" in mistake("inspect", tmp_path / "nothing")
     assert "gone.txt" in mistake("eval", gguf, "--text", tmp_path / "gone.txt")
     (tmp_path / "bytes").write_bytes(b"abc \xff")

@@ -55,20 +55,16 @@ def test_quantize_reports_every_weight(folder, text, tmp_path, capsys, line, suf
     assert [p.name for p in tmp_path.iterdir() if p.name != "text.txt"] == [out.name]
 
 
-def test_the_table_shows_losses(folder, text, tmp_path, capsys):  # noqa: F811
-    argv = [
-        "quantize",
-        str(folder),
-        "-o",
-        str(tmp_path / "q.gguf"),
-        "--type",
-        "Q4_0",
-        "--recipe",
-        "nearest() >> ldlq()",
-    ]
-    assert main([*argv, "--calib", str(text), "--calib-windows", "8", "--calib-ctx", "32"]) == 0
-    shown = capsys.readouterr().out
-    assert "held out" in shown and "damping" in shown and "->" in shown
+def test_the_tables_show_losses_by_type_and_if_asked_by_tensor(folder, text, tmp_path, capsys):  # noqa: F811
+    argv = ["quantize", str(folder), "--type", "Q4_0", "--recipe", "nearest() >> ldlq()", "--calib", str(text)]
+    argv += ["--calib-windows", "8", "--calib-ctx", "32", "--verbose", "-o", str(tmp_path / "q.gguf")]
+    assert main(argv) == 0
+    said = capsys.readouterr()
+    by_tensor, by_type = said.out.split("rel. error")[1:]
+    assert "held out" in by_tensor and "damping" in by_tensor and "->" in by_tensor and "blk.1.ffn_up" in by_tensor
+    assert "held out" in by_type and "->" in by_type and "blk." not in by_type
+    assert [line.split()[0] for line in by_type.splitlines()[2:6]] == ["Q4_0", "Q8_0", "F32", "all"]
+    assert "Q4_0: 1 of 15 tensors have rows of 64 weights" in said.err  # its embedding is no Q6_K
 
 
 @pytest.mark.slow
@@ -80,7 +76,7 @@ def test_the_reference_model_by_best_gguf(tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "j.json")]) == 0
     made = json.loads((tmp_path / "j.json").read_text())
     assert set(made) == {
-        "model", "out", "type", "recipe", "seconds", "bits_per_weight", "nbytes", "formats", "tensors"
+        "model", "out", "type", "recipe", "seconds", "bits_per_weight", "nbytes", "formats", "notes", "tensors"
     }  # fmt: skip
     assert (made["model"], made["type"], made["recipe"]) == ("reference", "Q3_K_M", "best_gguf")
     for t in made["tensors"]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import itself and the layers before it.
 LAYERS = [
-    {"errors", "typing"},
+    {"errors", "tables", "typing"},
     {"formats"},
     {"stats"},
     {"reparam"},
@@ -89,3 +89,9 @@ def test_every_package_is_reached_by_its_path(name):
     scope = {}
     exec(f"import {name} as found", scope)
     assert scope["found"] is sys.modules[name]
+
+
+def test_the_top_level_has_what_a_notebook_needs():
+    assert {"Plan", "Rule", "generate", "perplexity", "divergence", "describe", "__version__"} <= set(qjax.__all__)
+    assert all(hasattr(qjax, name) for name in qjax.__all__) and sorted(qjax.__all__) == qjax.__all__
+    assert qjax.__version__[0].isdigit()

@@ -89,6 +89,19 @@ def test_printing_folds_layers():
     assert str(plan) == "layers_{0-2,5}/mlp/up/kernel -> Q8_0"
 
 
+def test_rules_in_front_of_a_mix_are_written_and_read(tmp_path):
+    """One rule a pattern: a table of TOML cannot say two things of one key."""
+    plan = mix("Q4_0", config()).with_rules([Rule("layers_0/attn/v/kernel", "Q8_0"), Rule("blk.1.*", "Q5_0")])
+    (tmp_path / "plan.toml").write_text(plan.to_toml())
+    weights = decoder_weights(config())
+    assert Plan.from_toml(tmp_path / "plan.toml") == plan == Plan.from_dict(plan.to_dict())
+    chosen = {a.weight.path: a.format and a.format.name for a in plan.assign(weights)}
+    assert chosen["layers_0/attn/v/kernel"] == "Q8_0" and chosen["layers_0/attn/k/kernel"] == "Q4_0"
+    assert chosen["layers_1/attn/v/kernel"] == "Q5_0"
+    twice = Plan((Rule("a/*", "Q8_0"), Rule("a/*", "Q4_0")))
+    assert twice.to_dict()["rules"] == {"a/*": "Q8_0"} and twice.to_toml().count('"a/*"') == 1
+
+
 # --- mixes against llama.cpp ----------------------------------------------------------------------
 
 
@@ -224,7 +237,7 @@ def test_mix_is_a_plan_of_paths():
 
 
 def test_mix_mistakes():
-    with pytest.raises(UserError, match="unknown file type 'Q4_X'; known are F32"):
+    with pytest.raises(UserError, match=r"unknown file type 'Q4_X'; did you mean .*Q4_0.*known are F32"):
         mix("Q4_X", config())
     with pytest.raises(UserError, match="unknown ggml type 'Q7_0'"):
         mix("Q4_0", config(), overrides=[("attn", "Q7_0")])

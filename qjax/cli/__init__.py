@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from qjax import __version__
 from qjax.errors import UserError, exit_status
 
 # name: (module, class, what it does). A command's module is imported only when it is called.
@@ -75,12 +76,7 @@ def _dispatch(args: list[str]) -> int:
         print(HELP.format(commands="\n".join(lines)), end="", file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
     if args[0] == "--version":
-        from importlib import metadata
-
-        try:
-            print(f"qjax {metadata.version('qjax')}")
-        except metadata.PackageNotFoundError:
-            print("qjax from a source tree that is not installed")
+        print(f"qjax {__version__}")
         return 0
     if args[0] not in COMMANDS:
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qjax.tables import size as size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -56,12 +58,3 @@ def write_json(path: Path | None, value: Any) -> bool:
     json.dump(plain(value), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
     print()
     return True
-
-
-def size(count: int | float) -> str:
-    """Bytes for people: 1.50 MB (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

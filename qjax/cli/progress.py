@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,21 @@ def steps_bar(what: str) -> Iterator[Callable[[Any], None]]:
             update(step.done, step.total, f"{step.path}{loss}")
 
         yield show
+
+
+@contextlib.contextmanager
+def in_turn(*bars: contextlib.AbstractContextManager[Callable[..., Any]]) -> Iterator[tuple[Callable[..., Any], ...]]:
+    """The functions of several bars of which one is drawn at a time: from its first news until another has news."""
+    with contextlib.ExitStack() as stack:
+        drawn: dict[int, Callable[..., Any]] = {}
+
+        def news(n: int, *args: Any) -> None:
+            if n not in drawn:
+                stack.close()
+                drawn[n] = stack.enter_context(bars[n])
+            drawn[n](*args)
+
+        yield tuple(functools.partial(news, n) for n in range(len(bars)))
 
 
 @contextlib.contextmanager

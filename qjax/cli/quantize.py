@@ -13,8 +13,10 @@ import tyro
 
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP
-from qjax.cli.progress import bytes_bar, steps_bar
+from qjax.cli.progress import bytes_bar, in_turn, steps_bar
 from qjax.errors import UserError
+
+FILES = {".bin", ".safetensors", ".pt", ".pth", ".npz", ".onnx", ".ggml"}  # no names of folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Quantize:
     out, and the table shows each weight's loss on both parts. `imatrix` also takes llama.cpp's file (--imatrix).
 
     OUT.gguf is streamed tensor by tensor in bounded memory, continues where a killed run stopped, and runs in
-    llama.cpp. Any other OUT becomes a Hugging Face directory that holds the quantized values as floats.
+    llama.cpp. Any other OUT becomes a Hugging Face directory that holds the quantized values as floats. What is printed
+    is a line a type; --verbose prints a line a tensor, and --json has them always.
 
     A plan file says which weight gets which format; patterns are globs over params paths or GGUF names, the first wins:
 
@@ -54,11 +57,18 @@ class Quantize:
     seed: Annotated[int, tyro.conf.arg(metavar="N", help="of labels drawn from the model while calibrating")] = 0
     imatrix: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="llama.cpp's importance matrix")] = None
     requantize: Annotated[bool, tyro.conf.arg(help="allow a MODEL that is quantized already")] = False
+    verbose: Annotated[bool, tyro.conf.arg(help="print a line a tensor, not only one a type")] = False
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
 
     def execute(self) -> None:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
+        if self.out.suffix.lower() in FILES:
+            raise UserError(f"-o {self.out}: qjax writes no {self.out.suffix} file; name it .gguf, or a folder")
+        if self.calib is not None and self.calib_windows < 2:
+            raise UserError(
+                f"--calib-windows {self.calib_windows}: two are the least, one to calibrate on and one held out"
+            )
         from qjax.io.checkpoint import locate
         from qjax.recipes import recipe
 
@@ -79,8 +89,10 @@ class Quantize:
             if not made.requires and self.calib is not None:
                 raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
             if made.requires and self.calib is None and not (made.requires == {"h"} and self.imatrix is not None):
+                matrix = ", or llama.cpp's importance matrix with --imatrix FILE" if made.requires == {"h"} else ""
                 raise UserError(
                     f"recipe {self.recipe!r} looks at what the model does with a text: give one with --calib TEXT"
+                    + matrix
                 )
         if self.imatrix is not None and made.requires - {"h"}:
             raise UserError(f"--imatrix holds less than recipe {self.recipe!r} needs; give --calib TEXT instead")
@@ -93,7 +105,9 @@ class Quantize:
         head = {"model": self.model, "out": str(self.out), "type": self.type, "recipe": self.recipe}
         if output.write_json(self.json, {**head, "seconds": seconds, **report.to_dict()}):
             return
-        output.console().print(report.table())
+        if self.verbose:
+            output.console().print(report.table())
+        output.table(*report.summary())
         size = output.size(report.nbytes)
         print(f"{self.out}: {size}, {report.bits_per_weight:.3f} bits per weight, {seconds:.1f} s")
 
@@ -101,16 +115,11 @@ class Quantize:
         from qjax.pipeline import quantize_file
         from qjax.pipeline.source import open_source
         from qjax.plan import Plan
-        from qjax.plan.named import is_mix, plan_named
 
         importance, calibration = self._importance(open_source(path).config), self._calibration(path)
-        plan: str | Plan
-        if self.plan is not None:
-            plan = Plan.from_toml(self.plan)
-        else:
-            assert self.type is not None
-            plan = self.type if is_mix(self.type) else plan_named(self.type, open_source(path).config)
-        with bytes_bar(f"quantize {self.model}") as progress, steps_bar(f"{self.recipe} {self.model}") as walked:
+        plan: Plan | str = Plan.from_toml(self.plan) if self.plan is not None else str(self.type)
+        bars = bytes_bar(f"quantize {self.model}"), steps_bar(f"{self.recipe} {self.model}")
+        with in_turn(*bars) as (progress, walked):
             return quantize_file(
                 path, self.out, plan,
                 recipe=self.recipe, calibration=calibration, importance=importance, requantize=self.requantize,
@@ -124,18 +133,23 @@ class Quantize:
         from qjax.pipeline import quantize_model, quantize_params
         from qjax.plan import Plan
         from qjax.plan.named import plan_named
+        from qjax.recipes import recipe
 
         model = load(path)
-        plan = Plan.from_toml(self.plan) if self.plan is not None else plan_named(str(self.type), model.config)
+        known = bool(self.imatrix or recipe(self.recipe).requires)
+        plan = Plan.from_toml(self.plan) if self.plan is not None else plan_named(str(self.type), model.config, known)
         if self.requantize:
             model = dataclasses.replace(model, params=model.dense)
         calibration = self._calibration(path)
         if calibration is None:
             stats = {p: jnp.asarray(h) for p, h in self._importance(model.config).items()}
-            qparams, report = quantize_params(model.params, plan, stats, recipe=self.recipe)
+            with in_turn(bytes_bar(f"quantize {self.model}")) as (progress,):
+                qparams, report = quantize_params(model.params, plan, stats, recipe=self.recipe, progress=progress)
+            if plan.note:
+                print(plan.note, file=sys.stderr)
             model = dataclasses.replace(model, params=qparams)
         else:
-            with steps_bar(f"{self.recipe} {self.model}") as walked:
+            with in_turn(steps_bar(f"{self.recipe} {self.model}")) as (walked,):
                 model, report = quantize_model(
                     model, plan, self.recipe, calibration,
                     progress=walked, notify=lambda line: print(line, file=sys.stderr),

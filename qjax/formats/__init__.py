@@ -8,6 +8,7 @@ that takes a name takes the frozen record itself.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from types import ModuleType
 
 from qjax.errors import UserError
@@ -34,6 +35,13 @@ FAMILIES: tuple[ModuleType, ...] = (
 _BY_NAME: dict[str, Format] = {fmt.name: fmt for family in FAMILIES for fmt in family.FORMATS}
 
 
+# What llama.cpp has besides, as types of tensors or of files.
+NOT_HERE = (
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
+    *("Q1_0", "Q2_0", "Q8_1", "Q8_K", "MXFP4_MOE"),
+)
+
+
 def format(spec: str | Format) -> Format:
     """The format of a name; a Format passes through.
 
@@ -47,17 +55,27 @@ def format(spec: str | Format) -> Format:
         if isinstance(spec, Format):
             return spec
         raise TypeError(f"expected a format name or a Format, got {spec!r}")
-    if spec in _BY_NAME:
-        return _BY_NAME[spec]
-    for family in FAMILIES:
-        parse = getattr(family, "parse", None)
-        made = parse(spec) if parse is not None else None
-        if made is not None:
-            return made
-    upper = {name.upper(): name for name in _BY_NAME}
-    near = [upper[n] for n in difflib.get_close_matches(spec.upper(), upper, n=3)]
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"unknown format {spec!r}{hint} (`qjax formats` lists them all)")
+    made = find(spec)
+    if made is None:
+        raise UserError(f"{unknown('format', spec, _BY_NAME)} (`qjax formats` lists them all)")
+    return made
+
+
+def find(name: str) -> Format | None:
+    """The format of a name, or None. Raises UserError where a family knows the name but not its parameters."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    made = (parse(name) for parse in (getattr(family, "parse", None) for family in FAMILIES) if parse is not None)
+    return next((fmt for fmt in made if fmt is not None), None)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Says that there is no such name: that llama.cpp's type is not here yet, or which names are near."""
+    if name.upper() in NOT_HERE:
+        return f"{name.upper()} is a type of llama.cpp's that qjax does not have yet"
+    upper = {k.upper(): k for k in known}
+    near = [upper[n] for n in difflib.get_close_matches(name.upper(), upper, n=3)]
+    return f"unknown {what} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def format_names() -> tuple[str, ...]:
@@ -65,4 +83,4 @@ def format_names() -> tuple[str, ...]:
     return tuple(_BY_NAME)
 
 
-__all__ = ["FAMILIES", "BlockFormat", "Format", "format", "format_names"]
+__all__ = ["FAMILIES", "NOT_HERE", "BlockFormat", "Format", "find", "format", "format_names", "unknown"]

@@ -87,7 +87,10 @@ def packed_dot(eqn: Any, c: Contraction, x: Any, q: QTensor) -> Any:
     at = packed.quantized_axis(q)
     if at not in c.w_contract:
         contracted = ", ".join(str(a - q.ndim) for a in c.w_contract) or "nothing"
-        raise Dense(f"contracts axis {contracted} of {list(q.shape)}, but its blocks run along axis {at - q.ndim}")
+        raise Dense(
+            f"contracts axis {contracted} of {list(q.shape)}, but its blocks run along axis {at - q.ndim} "
+            "(qjax.contracted_axes finds the right one)"
+        )
     summed = [(w, x) for w, x in zip(c.w_contract, c.x_contract, strict=True) if w != at]
     mapped = len(c.x_batch) + len(summed)
     w_order = [*c.w_batch, *(w for w, _ in summed)]

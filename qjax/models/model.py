@@ -23,6 +23,7 @@ from qjax.lifting import lift
 from qjax.models.config import DecoderConfig
 from qjax.models.config_hf import config_from_hf
 from qjax.models.decoder import Decoder
+from qjax.tables import html_table, number, size
 from qjax.tensor import dequantize, is_qtensor
 from qjax.typing import Array, Float
 
@@ -59,6 +60,46 @@ class Model:
         """
         tokens = check_tokens(self.config, tokens)
         return forward(self.config, self.dense, tokens)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UserError(
+            "a Model is no function: model.logits(tokens) scores, qjax.generate(model, prompt, n) continues"
+        )
+
+    @property
+    def _title(self) -> str:
+        c, leaves = self.config, jax.tree.leaves(self.params, is_leaf=is_qtensor)
+        weights, nbytes = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+        return (
+            f"{c.family}, {number(weights)} weights, {c.layers} layers of {c.dim}, vocabulary {c.vocab}, "
+            f"{8 * nbytes / max(weights, 1):.4g} bits per weight"
+        )
+
+    def __repr__(self) -> str:
+        try:
+            held = ", ".join(f"{name} {number(weights)}" for name, _, weights, _ in formats_held(self.params))
+            bare = "" if self.tokenizer is not None else ", no tokenizer"
+            return f"Model({self._title}: {held}{bare})"
+        except Exception:  # a tree of something else than arrays in place of the params
+            return f"Model({self.config.family}, {type(self.params).__name__} of params)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, tensors, f"{weights:,}", size(nbytes), f"{8 * nbytes / max(weights, 1):.4g}")
+            for name, tensors, weights, nbytes in formats_held(self.params)
+        ]
+        heads = ("format", "tensors", "weights", "size", "bits")
+        return html_table(f"Model: {self._title}", heads, rows, (1, 2, 3, 4))
+
+
+def formats_held(params: Params) -> list[tuple[str, int, int, int]]:
+    """(format, tensors, weights, bytes) of a tree's leaves, the commonest format first."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=is_qtensor):
+        name = leaf.format.name if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
+        tensors, weights, nbytes = found.get(name, (0, 0, 0))
+        found[name] = tensors + 1, weights + leaf.size, nbytes + leaf.nbytes
+    return sorted(((name, *held) for name, held in found.items()), key=lambda row: -row[2])
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -29,6 +29,7 @@ from qjax.pipeline.source import Source, SourceTensor
 from qjax.pipeline.survey import Survey
 from qjax.pipeline.walk import Calibration, Step, survey_of, walk
 from qjax.plan import Plan, decoder_weights
+from qjax.plan.named import as_plan
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.rounding import check_grid
@@ -70,12 +71,18 @@ def calibration_of(
     if not 0 <= heldout < 1:
         raise UserError(f"heldout is a share of the windows, from 0 to below 1; got {heldout}")
     ids = np.asarray(tokens, np.int32).reshape(-1)
+    least = 1 + (heldout > 0)  # windows
+    if limit is not None and limit < least:
+        raise UserError(
+            f"a limit of {limit} calibration windows is too low: {least} are the least"
+            + (" (one to calibrate on, one held out)" if heldout else "")
+        )
     count = len(ids) // context
     count = count if limit is None else min(count, limit)
     held = max(1, round(heldout * count)) if heldout else 0
     if count - held < 1:
         raise UserError(
-            f"the calibration text has {len(ids)} tokens; {1 + (held > 0)} windows of {context} are the least "
+            f"the calibration text has {len(ids)} tokens; {least} windows of {context} are the least "
             "(one to calibrate on, one held out): give more text or a shorter context"
         )
     windows = ids[: count * context].reshape(count, context).copy()
@@ -95,7 +102,7 @@ def calibration_text(model: Model, text: str, **options: Any) -> Calibration:
 
 def quantize_model(
     model: Model,
-    plan: Plan,
+    plan: str | Plan,
     recipe: str | Recipe,
     calibration: Calibration,
     *,
@@ -107,7 +114,7 @@ def quantize_model(
 
     Args:
       model: float weights.
-      plan: which weight gets which format, and where its rules say so, which recipe.
+      plan: which weight gets which format, and where its rules say so, which recipe; or a name, see `plan_named`.
       recipe: for the others.
       calibration: the text.
       seen: `survey_model` of the same model and text, so that several recipes need it only once.
@@ -118,16 +125,28 @@ def quantize_model(
     Raises:
       UserError: weights that are packed already; what `Plan.assign` and `walk` raise.
     """
+    if not isinstance(model, Model):
+        raise UserError(
+            f"quantize_model takes a Model, as qjax.load gives, got {type(model).__name__}; other trees go to "
+            "quantize_params"
+        )
+    if not isinstance(calibration, Calibration):
+        raise UserError(f"quantize_model takes what calibration_text or calibration_of make, got {calibration!r}")
     check_tokens(model.config, calibration.tokens)
     recipe = get_recipe(recipe)
+    plan = as_plan(plan, model.config, has_imatrix=bool(recipe.requires))
     assigned = plan.assign(decoder_weights(model.config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params, is_leaf=is_qtensor):
         if is_qtensor(leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(f"{name}: already quantized to {leaf.format.name}; start from the float model")
+            raise UserError(
+                f"{name}: already quantized to {leaf.format.name}; start from the float model (--requantize)"
+            )
     formats = {a.weight.path: (a.format, a.recipe or recipe) for a in assigned if a.format is not None}
     for name, (format, made) in formats.items():
         check_grid(made.roundings, format, name)
+    if plan.note:
+        notify(plan.note)
     params: Any = jax.tree.map(lambda leaf: leaf, model.params)
     lines: dict[str, TensorReport] = {}
 
@@ -146,7 +165,7 @@ def quantize_model(
         seen=seen, progress=progress, notify=notify,
     )  # fmt: skip
     report = [lines[a.weight.path] if a.weight.path in lines else _kept(a, params) for a in assigned]
-    return dataclasses.replace(model, params=params), Report(tuple(report))
+    return dataclasses.replace(model, params=params), Report(tuple(report), (plan.note,) if plan.note else ())
 
 
 def survey_model(model: Model, calibration: Calibration) -> Survey:

@@ -26,33 +26,36 @@ from qjax.pipeline.encode import compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, relative_error, round_leaf
 from qjax.plan import Assignment, Plan, Weight
+from qjax.plan.named import as_plan
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.rounding.nearest import Nearest
-from qjax.stats import Stats
+from qjax.stats import Stats, missing
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
 
 
 def quantize_params(
     params: Any,
-    plan: Plan,
+    plan: str | Plan,
     stats: Mapping[str, Stats | Array] | None = None,
     key: Array | None = None,
     *,
     recipe: str | Recipe = "rtn",
     axes: Mapping[str, int] | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[Any, Report]:
     """Quantize the weights of a params tree as a plan says.
 
     Args:
       params: a tree of floats. A leaf named `embedding` has its blocks along its last axis; every other matrix is a
         flax kernel (in, out), or a stack of them, with its blocks along `in`; `axes` says otherwise.
-      plan: patterns over the leaves' paths ("layers_0/attn/q/kernel"); see `qjax.plan`.
+      plan: patterns over the leaves' paths ("layers_0/attn/q/kernel"), see `qjax.plan`; or a format's name, for all.
       stats: {path: Stats}, what `qjax.observe` gives; or {path: f32[in]}, the importance of each input of a weight
         (mean squared activation). With a recipe that needs none, weights that it does not name are rounded without.
       key: for formats that draw random numbers; today's need none.
       recipe: how to round where the plan's rule does not say; a name or a Recipe.
       axes: {path: contracted axis, -1 or -2}, as `contracted_axes` finds them for any function.
+      progress: called as (leaf, bytes of the tree done, of all) after each leaf.
 
     Returns: the same tree with QTensors in place of the quantized weights, and a Report of every leaf.
 
@@ -62,16 +65,21 @@ def quantize_params(
         leaf.
     """
     del key
-    recipe, axes = get_recipe(recipe), axes or {}
+    if hasattr(params, "params") and hasattr(params, "config"):
+        raise UserError("quantize_params takes a tree of weights: give model.params, or the Model to quantize_model")
+    plan, recipe, axes = as_plan(plan), get_recipe(recipe), axes or {}
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     weights = [named_weight(name, leaf, axes) for name, (_, leaf) in zip(names, leaves, strict=True)]
+    for path, axis in axes.items():
+        if axis not in (-1, -2):
+            raise UserError(f"axes: {path!r} has {axis!r}; say -1 for rows (out, in), -2 for a flax kernel (in, out)")
     stats = {} if stats is None else stats
     for what, named in (("stats", stats), ("axes", axes)):
         for path in named:
             if path not in {w.path for w in weights}:
                 raise UserError(f"{what}: no weight is called {path!r}; they are called like {weights[0].path!r}")
-    out, lines = [], []
+    out, lines, done, total = [], [], 0, sum(leaf.nbytes for _, leaf in leaves)
     assigned = plan.assign(weights)
     with ThreadPoolExecutor(workers()) as pool:
         compile_ahead(
@@ -88,7 +96,9 @@ def quantize_params(
             q, line = _quantize_leaf(pool, leaf, axis, assignment, assignment.recipe or recipe, stats.get(path))
             out.append(q)
             lines.append(line)
-    return jax.tree_util.tree_unflatten(tree, out), Report(tuple(lines))
+            done += leaf.nbytes
+            progress(path, done, total)
+    return jax.tree_util.tree_unflatten(tree, out), Report(tuple(lines), (plan.note,) if plan.note else ())
 
 
 def contracted_axis(path: str, ndim: int) -> int:
@@ -135,7 +145,7 @@ def _quantize_leaf(
         name = leaf.format.name if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
     if is_qtensor(leaf):
-        raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first, or keep it")
+        raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first (--requantize), or keep it")
     note = ""
     if w.path.rsplit("/", 1)[-1] == "embedding":
         note = LOOKED_UP if recipe.reparams else ""
@@ -148,7 +158,7 @@ def _quantize_leaf(
         return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, relative_error(leaf, q), calibration=line)
     importance = stats.importance if isinstance(stats, Stats) else stats
     if importance is None and recipe.requires:
-        raise UserError(f"{w}: the recipe needs the statistic 'h', and none was given for it")
+        raise UserError(f"{w}: {missing('h')}")
     if isinstance(fmt, BlockFormat):
         rows = np.moveaxis(np.asarray(leaf), axis, -1)
         encoding = encode_tensor(pool, str(w), rows, fmt, None if importance is None else np.asarray(importance))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+
+from qjax.tables import html_table, number, size, text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +76,15 @@ class TensorReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Every tensor of a quantized model, in the model's order."""
+    """Every tensor of a quantized model, in the model's order.
+
+    Attributes:
+      tensors: a line each.
+      notes: what a reader should know of the whole, as that types were replaced because rows do not fit them.
+    """
 
     tensors: tuple[TensorReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -101,8 +110,36 @@ class Report:
             "bits_per_weight": self.bits_per_weight,
             "nbytes": self.nbytes,
             "formats": self.formats,
+            "notes": list(self.notes),
             "tensors": [t.to_dict() for t in self.tensors],
         }
+
+    def summary(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[int, ...]]:
+        """Heads, one row a format and one for all, and which columns are numbers; errors and losses are means over
+        weights."""
+        parts = [(name, [t for t in self.tensors if t.format == name]) for name in self.formats]
+        heads: tuple[str, ...] = ("format", "tensors", "weights", "size", "bits/weight", "rel. error")
+        calibrated = any(t.calibration for t in self.tensors)
+        heads += ("loss", "held out") if calibrated else ()
+        rows = [_summed(name, tensors, calibrated) for name, tensors in (*parts, ("all", list(self.tensors)))]
+        return heads, rows, tuple(range(1, len(heads)))
+
+    @property
+    def _title(self) -> str:
+        return (
+            f"{len(self.tensors)} tensors, {number(sum(t.size for t in self.tensors))} weights, {size(self.nbytes)}, "
+            f"{self.bits_per_weight:.4g} bits per weight"
+        )
+
+    def __repr__(self) -> str:
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"Report({self._title}: {', '.join(f'{f} {number(n)}' for f, n in self.formats.items())}{notes})"
+
+    def __str__(self) -> str:
+        return "\n".join((text_table(*self.summary()), *self.notes))
+
+    def _repr_html_(self) -> str:
+        return html_table("; ".join((f"Report: {self._title}", *self.notes)), *self.summary())
 
     def table(self) -> Table:
         """For `rich.print`: one line a tensor and the total."""
@@ -122,6 +159,24 @@ class Report:
             row = [t.name, " x ".join(map(str, t.shape)), t.format, f"{t.bits_per_weight:.4g}", error]
             table.add_row(*row, *(_calibration_cells(t.calibration) if calibrated else ()))
         return table
+
+
+def _summed(name: str, tensors: Sequence[TensorReport], calibrated: bool) -> tuple[str, ...]:
+    """A row of `Report.summary`."""
+    weights, nbytes = sum(t.size for t in tensors), sum(t.nbytes for t in tensors)
+
+    def mean(values: Sequence[tuple[float | None, int]]) -> str:
+        known = [(v, n) for v, n in values if v is not None]
+        return f"{sum(v * n for v, n in known) / sum(n for _, n in known):.3g}" if known else ""
+
+    def pair(before: str, after: str) -> str:
+        lines = [(t.calibration, t.size) for t in tensors if t.calibration is not None]
+        ends = [mean([(getattr(c, kind), n) for c, n in lines]) for kind in (before, after)]
+        return " -> ".join(ends) if all(ends) else ""
+
+    losses = (pair("first_loss", "loss"), pair("first_heldout_loss", "heldout_loss")) if calibrated else ()
+    bits, error = f"{8 * nbytes / max(weights, 1):.4g}", mean([(t.error, t.size) for t in tensors])
+    return name, str(len(tensors)), f"{weights:,}", size(nbytes), bits, error, *losses
 
 
 def _calibration_cells(c: CalibrationReport | None) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from qjax.reparam.split import Sparse, sparse_of
 from qjax.rounding import Rounded, Rounding, check_chain, nearest, round_weight
 from qjax.rounding.curvature import proxy
 from qjax.rounding.protocol import requires
-from qjax.stats import Stats
+from qjax.stats import Stats, missing
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
 
@@ -64,7 +64,7 @@ def round_leaf(
     check_chain(recipe.roundings, format, stats, name)
     for kind in recipe.requires - {"h"}:
         if getattr(stats, kind) is None:
-            raise UserError(f"{name}: the recipe needs the statistic {kind!r}, and none was collected for it")
+            raise UserError(f"{name}: {missing(kind)}")
         bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(getattr(stats, kind)))))
         if bad:
             raise UserError(f"{name}: the statistic {kind!r} has {bad} values that are NaN or infinite")

@@ -39,6 +39,7 @@ from qjax.pipeline.rounded import relative_error
 from qjax.pipeline.source import Source, SourceTensor, open_source
 from qjax.pipeline.walk import Calibration, Step, walk
 from qjax.plan import Plan, file_type_number, mix_of
+from qjax.plan.named import as_plan, is_mix
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.rounding import check_grid
@@ -83,7 +84,7 @@ def quantize_file(
     Args:
       model: a Hugging Face directory, a GGUF file, a llama2.c file, or a built-in name.
       out: the file to write. Until it is whole it is called `OUT.partial`; a second call continues it.
-      plan: one of llama-quantize's file types ("Q4_K_M"), or a Plan.
+      plan: one of llama-quantize's file types ("Q4_K_M"), a format's name, or a Plan.
       recipe: how to round where the plan's rule does not say; a name or a Recipe.
       calibration: the text, for recipes that need statistics; see `calibration_of`.
       importance: {path or GGUF name: f32[in]}, the importance of each input of a weight; others are rounded without.
@@ -104,12 +105,15 @@ def quantize_file(
     if out.exists() and any(t.values is None and out.samefile(t.file) for t in source.tensors):
         raise UserError(f"{out} is the model itself; write to another file")
     importance = _by_gguf_name(source, importance or {})
-    if isinstance(plan, str):
+    if isinstance(plan, str) and is_mix(plan):
         plan = source_mix(source, plan, has_imatrix=bool(importance or recipe.requires), pure=pure, overrides=overrides)
     elif pure or overrides:
         raise UserError("pure and overrides change a file type's choices; a plan says everything itself")
+    plan = as_plan(plan, source.config)
     jobs = _jobs(source, plan, recipe, requantize)
     formats = _calibrated(jobs, importance, calibration, notify)
+    if plan.note:
+        notify(plan.note)
     place = layout(_metadata(source, plan, jobs), [job.info for job in jobs])
     key = _key(source, place, importance, key_of(formats, calibration if formats else None))
     with resumable_file(out, key, place.size, notify) as partial:
@@ -119,7 +123,9 @@ def quantize_file(
         if formats:
             assert calibration is not None
             _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
-        return Report(tuple(_line(job, partial.finished[job.info.name]) for job in jobs))
+        return Report(
+            tuple(_line(job, partial.finished[job.info.name]) for job in jobs), (plan.note,) if plan.note else ()
+        )
 
 
 def source_mix(source: Source, name: str, **options: Any) -> Plan:
@@ -212,7 +218,7 @@ def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, recip
     if fmt is not None and t.type not in DENSE and not requantize:
         raise UserError(
             f"{source.path}: {t.name} is {t.type} already; quantizing twice loses more than once from the original "
-            "weights: start from those, or allow it (requantize)"
+            "weights: start from those, or allow it: requantize=True, on the command line --requantize"
         )
     kept = reason or None
     if fmt is None and t.is_changed:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qjax.errors import UserError
+from qjax.formats import unknown
 from qjax.io.gguf_model import FILE_TYPES as FILE_TYPE_NUMBERS
 from qjax.io.gguf_types import TENSOR_TYPES
 from qjax.io.gguf_write import tensor_order
@@ -131,7 +133,7 @@ def file_type(name: str) -> str:
     upper = name.upper()
     upper = ALIASES.get(upper, upper)
     if upper not in FILE_TYPES:
-        raise UserError(f"unknown file type {name!r}; known are {' '.join(FILE_TYPES)}")
+        raise UserError(f"{unknown('file type', name, FILE_TYPES)} (known are {' '.join(FILE_TYPES)})")
     return upper
 
 
@@ -198,14 +200,15 @@ def mix(
 
 def mix_of(name: str, weights: Sequence[Weight], **model: Any) -> Plan:
     """`mix` for any list of weights that have GGUF names; `model` as in `tensor_types`."""
-    types = tensor_types(name, {w.gguf: w.shape for w in weights if w.gguf is not None}, **model)
+    shapes = {w.gguf: w.shape for w in weights if w.gguf is not None}
+    types = tensor_types(name, shapes, **model)
     rules = []
     for w in weights:
         if w.gguf in types:
             rules.append(Rule(w.path, types[w.gguf]))
         elif not w.is_vector:
             rules.append(Rule(w.path, KEEP))
-    return Plan(tuple(rules), file_type(name))
+    return Plan(tuple(rules), file_type(name), fallbacks(name, shapes, **model))
 
 
 def file_type_number(plan: Plan, types: Mapping[str, int]) -> int:
@@ -284,6 +287,23 @@ def tensor_types(
                     seen[role] += 1
         out[name] = _fit_row(kind, row)
     return out
+
+
+def fallbacks(mix: str, tensors: Mapping[str, Sequence[int]], **options: Any) -> str:
+    """One line that says how many tensors get another type than the mix wants, because no block of it divides their
+    rows; "" where none does. Arguments as for `tensor_types`."""
+    got = tensor_types(mix, tensors, **options)
+    whole = {name: (*rows, -(-n // 256) * 256) for name, (*rows, n) in tensors.items()}  # rows that every block divides
+    wanted = tensor_types(mix, whole, **options)
+    changed = {name: (wanted[name], kind) for name, kind in got.items() if kind != wanted[name]}
+    if not changed:
+        return ""
+    rows = " or ".join(str(n) for n in sorted({tensors[name][-1] for name in changed}))
+    kinds = ", ".join(f"{new} for {old} in {n}" for (old, new), n in Counter(changed.values()).most_common())
+    return (
+        f"{file_type(mix)}: {len(changed)} of {len(got)} tensors have rows of {rows} weights, which their types' "
+        f"blocks do not divide, and get another type: {kinds}"
+    )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -17,6 +17,7 @@ import fnmatch
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from qjax.formats import Format
 from qjax.formats import format as get_format
 from qjax.recipes import RECIPES, Recipe
 from qjax.recipes import recipe as get_recipe
+from qjax.tables import html_table
 
 KEEP = "keep"
 
@@ -100,6 +102,11 @@ class Assignment:
 class Plan:
     """Ordered rules. Equal when the rules are equal; prints one line a rule, runs of layers folded together.
 
+    Attributes:
+      rules: the first that fits a weight decides.
+      name: for files and tables.
+      note: what a reader should know of how they were made; neither compared nor written to files.
+
     >>> plan = Plan((Rule("embed/embedding", "keep"), Rule("*/kernel", "Q8_0")))
     >>> print(plan)
     embed/embedding -> keep
@@ -110,6 +117,7 @@ class Plan:
 
     rules: tuple[Rule, ...]
     name: str = "custom"
+    note: str = dataclasses.field(default="", compare=False)
 
     def assign(self, weights: Iterable[Weight]) -> tuple[Assignment, ...]:
         """Match every weight exactly once.
@@ -161,12 +169,17 @@ class Plan:
         return Assignment(w, fmt, recipe=recipe)
 
     def with_rules(self, rules: Sequence[Rule]) -> Plan:
-        """A plan in which these rules are asked before the present ones."""
-        return dataclasses.replace(self, rules=(*rules, *self.rules))
+        """A plan in which these rules are asked before the present ones, and in place of those of the same pattern."""
+        asked = {r.pattern for r in rules}
+        return dataclasses.replace(self, rules=(*rules, *(r for r in self.rules if r.pattern not in asked)))
 
     def to_dict(self) -> dict[str, Any]:
-        """{"name": ..., "rules": {pattern: format name}}, in order; the inverse of `from_dict`."""
-        return {"name": self.name, "rules": {r.pattern: r.format_name for r in self.rules}}
+        """{"name": ..., "rules": {pattern: format name}}, in order; the inverse of `from_dict`, but for rules that an
+        earlier one of the same pattern leaves nothing to decide."""
+        rules: dict[str, str] = {}
+        for r in self.rules:
+            rules.setdefault(r.pattern, r.format_name)
+        return {"name": self.name, "rules": rules}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], where: str = "plan") -> Plan:
@@ -193,7 +206,7 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as the text of a TOML file; the inverse of `from_toml`."""
-        lines = [f"{json.dumps(r.pattern)} = {json.dumps(r.format_name)}" for r in self.rules]
+        lines = [f"{json.dumps(p)} = {json.dumps(f)}" for p, f in self.to_dict()["rules"].items()]
         return f"name = {json.dumps(self.name)}\n\n[rules]\n" + "\n".join(lines) + "\n"
 
     @classmethod
@@ -211,13 +224,21 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(f"{pattern} -> {fmt}" for pattern, fmt in _folded(self.rules))
 
+    def __repr__(self) -> str:
+        rules = Counter(r.format_name for r in self.rules).most_common()
+        return f"Plan({self.name!r}, {len(self.rules)} rules: {', '.join(f'{n} -> {fmt}' for fmt, n in rules)})"
+
+    def _repr_html_(self) -> str:
+        title = f"Plan {self.name!r}, {len(self.rules)} rules; the first that fits a weight decides. {self.note}"
+        return html_table(title, ("pattern", "format"), _folded(self.rules))
+
 
 def _target(spec: str | Format | Recipe) -> tuple[Format | None, Recipe | None]:
     """What a rule's right-hand side means."""
     if isinstance(spec, str):
         if spec == KEEP:
             return None, None
-        if not any(mark in spec for mark in (":", ">>", "(")):
+        if spec not in RECIPES and not any(mark in spec for mark in (":", ">>", "(")):
             return get_format(spec), None
         spec = get_recipe(spec)
     if not isinstance(spec, Recipe):

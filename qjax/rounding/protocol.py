@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.curvature import damped, factor, proxy
-from qjax.stats import Stats
+from qjax.stats import Stats, missing
 from qjax.typing import Array, Float, Integer
 
 DAMPING = 0.05
@@ -120,7 +120,7 @@ def check_chain(roundings: Sequence[Rounding], format: Format, stats: Stats, nam
         raise UserError(f"{name}: the first rounding must fit the scales, as nearest() does; {roundings[0]} has none")
     for needed in sorted(requires(roundings)):
         if (stats.importance if needed == "h" else getattr(stats, needed)) is None:
-            raise UserError(f"{name}: the recipe needs the statistic {needed!r}, and none was collected for it")
+            raise UserError(f"{name}: {missing(needed)}")
     check_grid(roundings, format, name)
 
 
