@@ -188,7 +188,7 @@ def _walk(
         note = {"error": relative_error(whole, q), "calibration": None if line is None else dataclasses.asdict(line)}
         partial.write(w.gguf, place.offsets[w.gguf], np.ascontiguousarray(rows).reshape(-1), note)
 
-    with walk_folder(out, key) as folder:
+    with walk_folder(out, key, notify) as folder:
         walk(
             stages_of(source.config), load, formats, calibration, emit,
             folder=folder, kept=lambda path: names[path].gguf in partial.finished, progress=walked, notify=notify,

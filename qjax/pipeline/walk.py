@@ -124,7 +124,7 @@ def walk(
     sequential = any(r.sequential for r in recipes if r.requires)
     both = "cross" in kinds
     shape = (*calibration.tokens.shape, load("embed")["embedding"].shape[-1])
-    start, streams = resumed(folder, shape, both)
+    start, streams = resumed(folder, shape, both, notify)
     order = ["embed", *stages.names]
     behind = [p for p in formats if p.startswith(tuple(f"{name}/" for name in order[: 1 + start]))] if streams else []
     if not all(map(kept, behind)):
@@ -150,7 +150,7 @@ def walk(
         return dequantize(q)
 
     if seen is None:
-        seen = _surveyed(stages, load, formats, calibration, folder, notify)
+        seen = _surveyed(stages, load, formats, calibration, shape, folder, notify)
     if streams is None:
         embedding = _rounded_embedding(stages, load, formats, seen, round_one)
         floats = {"embed": load("embed")}
@@ -158,7 +158,7 @@ def walk(
         x = run_piece(stages.embed, embedding if sequential else floats, tokens, shape, steps, folder, "x_0")
         x_float = run_piece(stages.embed, floats, tokens, shape, steps, folder, "float_x_0") if both else None
         streams = Streams(x, x_float)
-        commit(folder, 0)
+        commit(folder, 0, streams)
     observe = partial(_observe, calibration, kinds)
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
@@ -170,7 +170,7 @@ def walk(
         if before.x_float is not None:
             x_float = run_piece(apply, floats, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
         streams = Streams(x, x_float)
-        commit(folder, i + 1, before)
+        commit(folder, i + 1, streams, before)
     if not stages.tied:
         weight = None if seen is None else seen.head_sensitivity[None]
         floats = head_weights(stages, load)
@@ -197,6 +197,7 @@ def _surveyed(
     load: Load,
     formats: Formats,
     calibration: Calibration,
+    shape: tuple[int, ...],
     folder: Path | None,
     notify: Callable[[str], None],
 ) -> Survey | None:
@@ -204,7 +205,7 @@ def _surveyed(
     curved = EMBEDDING in formats and "H" in formats[EMBEDDING][1].requires
     if not (curved or any(r.sensitive and r.requires for _, r in formats.values())):
         return None
-    made = saved_survey(folder, len(stages.blocks))
+    made = saved_survey(folder, len(stages.blocks), shape, notify)
     if made is None:
         made = survey_of(stages, load, calibration, folder, notify)
         if folder is not None:

@@ -1,4 +1,4 @@
-"""The parts of a large file: nobody else's file is touched, nothing damaged is believed, two writers never share one."""
+"""A file in parts: no stranger's file is touched, nothing damaged is believed, two writers never share one."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def test_a_foreign_file_is_refused_and_left(out, tmp_path, name, kind, monkeypat
         euid = os.geteuid()
         monkeypatch.setattr(resume.os, "geteuid", lambda: euid + 1)
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(UserError, match=rf"/o\.partial(\.journal)?: .*move or delete it"):
+    with pytest.raises(UserError, match=r"/o\.partial(\.journal)?: .*move or delete it"):
         write(out)
     assert sorted(os.listdir(tmp_path)) == before and mine.read_text() == "years of work"
     if kind == "a file":
