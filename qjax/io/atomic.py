@@ -24,9 +24,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from qjax.errors import UserError
 
@@ -45,14 +43,18 @@ _REASONS = {
 }
 
 
+def reason_of(error: OSError) -> str:
+    """What went wrong, for people."""
+    return _REASONS.get(error.errno or 0, error.strerror or str(error))
+
+
 @contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
     """Turn an OSError of the body into one line: `cannot write PATH: the disk is full; ...`."""
     try:
         yield
     except OSError as e:
-        reason = _REASONS.get(e.errno or 0, e.strerror or str(e))
-        raise UserError(f"cannot write {path}: {reason}; nothing was left under that name") from e
+        raise UserError(f"cannot write {path}: {reason_of(e)}; nothing was left under that name") from e
 
 
 @contextmanager
@@ -121,6 +123,15 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
+def check_folder(path: str | Path) -> None:
+    """Raise UserError unless a file of that name could be made: try one beside it, and remove it again."""
+    path = Path(os.path.abspath(path))
+    with write_errors(path):
+        temporary, fd = _locked(path, lambda new: os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        temporary.unlink()
+        os.close(fd)
+
+
 def sync_folder(path: Path) -> None:
     """fsync a folder, so that a rename in it survives a power cut."""
     fd = os.open(path, os.O_RDONLY)
@@ -128,28 +139,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def reserve(fd: int, size: int) -> None:
-    """Give an open file its size and take the space now: a full disk shows before the work, and writing into a mapping
-    of the file cannot fail, which would kill the process (SIGBUS).
-
-    Raises:
-      OSError: no space.
-    """
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(fd, 0, size)
-        except OSError as e:
-            if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot reserve
-                raise
-    os.ftruncate(fd, size)
-
-
-def mapped(file: IO[bytes], dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """An empty, open file as an array of that shape, its space reserved. Raises OSError where there is none."""
-    reserve(file.fileno(), int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def owner_of(path: str | Path, fd: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qjax.io.atomic import mapped
+from qjax.io.space import mapped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

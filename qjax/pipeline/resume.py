@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.io.atomic import owner_of, reserve, sync_folder, write_errors
+from qjax.io.atomic import owner_of, sync_folder, write_errors
+from qjax.io.space import reserve
 
 _SYNC_EVERY = 64 << 20  # bytes after which the disk is asked to keep up, so that the last sync is short
 _READ = 1 << 20

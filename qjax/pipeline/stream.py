@@ -101,7 +101,8 @@ def quantize_file(
         already; a recipe that needs a calibration text and has none; a full disk. Nothing has the final name then.
     """
     source, out, recipe = open_source(model, pre), Path(out), get_recipe(recipe)
-    if out.exists() and any(t.values is None and out.samefile(t.file) for t in source.tensors):
+    files = {source.path} | {t.file for t in source.tensors if t.values is None}
+    if out.exists() and any(out.samefile(file) for file in files):
         raise UserError(f"{out} is the model itself; write to another file")
     importance = _by_gguf_name(source, importance or {})
     if isinstance(plan, str):

@@ -171,17 +171,3 @@ def test_a_writer_is_not_taken_for_dead(tmp_path):
         (one / "x").write_text("one")
     assert (tmp_path / "d" / "x").read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == ["a", "d"]
-
-
-def test_a_mapping_has_its_space_before_it_is_written(tmp_path, monkeypatch):
-    """A sparse file on a full disk would kill the process at the first page that finds no room."""
-
-    def full(fd, at, size):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with open(tmp_path / "m", "w+b") as f:
-        assert atomic.mapped(f, "f4", (3, 1024)).shape == (3, 1024)
-        assert os.fstat(f.fileno()).st_blocks * 512 >= 4 * 3 * 1024
-    monkeypatch.setattr(atomic.os, "posix_fallocate", full)
-    with open(tmp_path / "n", "w+b") as f, pytest.raises(OSError, match="No space left"):
-        atomic.mapped(f, "f4", (3, 1024))
