@@ -26,7 +26,7 @@ from qjax.io.rope_rows import to_halves
 from qjax.models.families import WeightName, weight_names
 from qjax.models.model import Model, check_tokens
 from qjax.models.stages import stages_of
-from qjax.pipeline.encode import workers
+from qjax.pipeline.encode import check_finite, workers
 from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.rounded import relative_error
 from qjax.pipeline.source import Source, SourceTensor
@@ -120,7 +120,7 @@ def quantize_model(
     Returns: the model with packed weights, and a report of every weight.
 
     Raises:
-      UserError: weights that are packed already; what `Plan.assign` and `walk` raise.
+      UserError: weights that are packed already; NaN or Inf in any, kept ones too; what `Plan.assign` and `walk` raise.
     """
     check_tokens(model.config, calibration.tokens)
     recipe = get_recipe(recipe)
@@ -129,6 +129,7 @@ def quantize_model(
         if is_qtensor(leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(f"{name}: already quantized to {leaf.format.name}; start from the float model")
+    check_finite(model.params)
     formats = {a.weight.path: (a.format, a.recipe or recipe) for a in assigned if a.format is not None}
     for name, (format, made) in formats.items():
         check_grid(made.roundings, format, name)

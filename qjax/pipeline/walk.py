@@ -28,7 +28,7 @@ from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import batches
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
-from qjax.pipeline.survey import Load, Survey, groups_of, head_weights, run_piece, survey
+from qjax.pipeline.survey import Load, Survey, checked, groups_of, head_weights, run_piece, survey
 from qjax.pipeline.walk_state import Streams, commit, resumed, save_survey, saved_survey
 from qjax.recipes import Recipe
 from qjax.rounding.ldlq import LDLQ
@@ -115,10 +115,11 @@ def walk(
       notify: told in one line what the walk is doing before it reaches the blocks.
 
     Raises:
-      UserError: as `round_leaf`; NaN in an activation; it names the weight.
+      UserError: as `round_leaf`; NaN or Inf in any weight or activation, or nothing but zeros; it names the weight.
     """
     if not formats:
         return
+    load = checked(load)
     recipes = [recipe for _, recipe in formats.values()]
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
@@ -188,7 +189,7 @@ def survey_of(
     """`survey` of a calibration text."""
     c = calibration
     return survey(
-        stages, load, c.tokens, c.steps, c.used, c.seed, folder, lambda what: notify(f"float model: {what}")
+        stages, checked(load), c.tokens, c.steps, c.used, c.seed, folder, lambda what: notify(f"float model: {what}")
     )  # fmt: skip
 
 
@@ -277,6 +278,8 @@ def _observe(
     used, held = totals
     assert used is not None
     stats = means(used)
+    if not float(used.count if used.count is not None else 1):  # tokens pass every block of a decoder
+        raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
     check_stats(stats, name)
     return stats, None if held is None else means(held)
 
