@@ -188,15 +188,21 @@ def test_truncated_safetensors(folder, tmp_path, mistake):
     assert not out.exists()
 
 
-def test_nan_names_the_tensor(folder, tmp_path, mistake):
+@pytest.mark.parametrize("path, name", [
+    ("layers_1/mlp/down/kernel", "blk.1.ffn_down.weight"), ("layers_1/mlp_norm/scale", "blk.1.ffn_norm.weight")
+])  # fmt: skip
+def test_nan_names_the_tensor(folder, tmp_path, mistake, path, name):
     model = qjax.load(folder)
-    kernel = model.params["layers_1"]["mlp"]["down"]["kernel"]
-    model.params["layers_1"]["mlp"]["down"]["kernel"] = kernel.at[3, 5].set(jnp.nan)
+    *parts, last = path.split("/")
+    at = model.params
+    for key in parts:
+        at = at[key]
+    at[last] = at[last].at[(3,) * at[last].ndim].set(jnp.nan)
     bad = tmp_path / "bad"
     qjax.save(model, bad)
     for out in (tmp_path / "out.gguf", tmp_path / "out"):
         said = mistake("quantize", bad, "-o", out, "--type", "Q8_0")
-        assert "NaN" in said and ("blk.1.ffn_down.weight" in said or "layers_1/mlp/down/kernel" in said)
+        assert "NaN" in said and (name in said or path in said)
         assert not out.exists()
 
 

@@ -7,7 +7,6 @@ imatrix h and count by GGUF tensor name (`qjax.io.imatrix`)
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_file
 from qjax.io.imatrix import Imatrix, check_imatrix
+from qjax.io.npz import read_arrays
 from qjax.models.weight_names import WeightName
 from qjax.stats import KINDS, Stats
 
@@ -41,20 +41,21 @@ def save_stats(path: str | Path, stats: Mapping[str, Stats]) -> None:
 
 def load_stats(path: str | Path) -> dict[str, Stats]:
     """The inverse of `save_stats`. Raises UserError where the file is missing, broken or something else."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file of statistics")
+    arrays = read_arrays(path)
     try:
-        with np.load(path) as z:
-            shared = json.loads(z[_SHARED].tobytes())
-            fields: dict[str, dict[str, jnp.ndarray]] = {name: {} for name in set(shared.values())}
-            for key in z.files:
-                if key != _SHARED:
-                    name, kind = key.rsplit("|", 1)
-                    fields[name][kind] = jnp.asarray(z[key])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of statistics") from None
-    except (KeyError, ValueError, zipfile.BadZipFile, EOFError, OSError) as e:
+        shared = json.loads(arrays.pop(_SHARED).tobytes())
+        fields: dict[str, dict[str, jnp.ndarray]] = {name: {} for name in set(shared.values())}
+        for key, array in arrays.items():
+            name, kind = key.rsplit("|", 1)
+            if kind not in (*KINDS, "count") or array.dtype.kind not in "fiu":
+                raise ValueError(f"{key} of {array.dtype}")
+            fields[name][kind] = jnp.asarray(array)
+        made = {name: Stats(**f) for name, f in fields.items()}
+        return {name: made[of] for name, of in shared.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} holds no statistics that qjax wrote: {e}") from None
-    made = {name: Stats(**f) for name, f in fields.items()}
-    return {name: made[of] for name, of in shared.items()}
 
 
 def imatrix_of(

@@ -11,6 +11,7 @@ import tyro
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP, load_with_tokenizer
 from qjax.cli.progress import count_bar
+from qjax.cli.targets import check_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Evaluate:
     def execute(self) -> None:
         from qjax.io.text import read_text
 
+        check_json(self.json, (self.model, self.text, self.baseline))
         text = read_text(self.text)
         model = load_with_tokenizer(self.model)
         from qjax.evaluate.judge import baseline_of, judge

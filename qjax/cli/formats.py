@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from qjax.cli import output
+from qjax.cli.targets import check_json
 
 ABOUT = {
     "F32": "32-bit floats",
@@ -50,6 +51,7 @@ class Formats:
     def execute(self) -> None:
         from qjax.formats import FAMILIES
 
+        check_json(self.json)
         rows = [
             {
                 "name": fmt.name,

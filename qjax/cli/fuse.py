@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from qjax.cli.model import MODEL_HELP
+from qjax.cli.targets import FORCE_HELP, check_output
 from qjax.errors import UserError
 
 
@@ -44,20 +45,23 @@ class Fuse:
     calib: Annotated[Path | None, tyro.conf.arg(metavar="TEXT", help="calibration text, for --scale")] = None
     calib_ctx: Annotated[int | None, tyro.conf.arg(metavar="N", help="tokens a calibration window")] = None
     calib_windows: Annotated[int, tyro.conf.arg(metavar="N", help="calibration windows at most")] = 64
+    force: Annotated[bool, tyro.conf.arg(help=FORCE_HELP)] = False
 
     def execute(self) -> None:
         if self.rotate is None and self.scale is None:
             raise UserError("fuse needs --rotate SEED, --scale SEARCH, or both")
         if (self.scale is None) != (self.calib is None):
             raise UserError("--scale looks at activations: it goes with --calib TEXT, and --calib with it")
-        from qjax.io.checkpoint import load, save
+        from qjax.io.checkpoint import load, locate, save
         from qjax.io.text import read_text
         from qjax.models.fuse import rotated
         from qjax.pipeline import calibration_text
         from qjax.pipeline.fused import fused_scales
         from qjax.recipes import reparam
 
-        model = load(self.model)
+        path = locate(self.model)
+        check_output(self.out, (path, self.calib), self.force)
+        model = load(path)
         if self.scale is not None:
             assert self.calib is not None
             search = reparam(self.scale)

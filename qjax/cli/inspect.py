@@ -12,6 +12,7 @@ import tyro
 
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP
+from qjax.cli.targets import check_json
 
 SHOWN = 90  # characters of a metadata value
 
@@ -35,6 +36,7 @@ class Inspect:
         from qjax.io.checkpoint import locate
 
         path = locate(self.file)
+        check_json(self.json, (path,))
         read = _folder if path.is_dir() else _gguf if path.suffix == ".gguf" else _llama2c
         kind, metadata, tensors = read(path)
         found = summary(self.file, kind, metadata, tensors)

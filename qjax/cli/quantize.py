@@ -14,6 +14,7 @@ import tyro
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP
 from qjax.cli.progress import bytes_bar, in_turn, steps_bar
+from qjax.cli.targets import FORCE_HELP, check_json, check_output
 from qjax.errors import UserError
 
 FILES = {".bin", ".safetensors", ".pt", ".pth", ".npz", ".onnx", ".ggml"}  # no names of folders
@@ -58,6 +59,7 @@ class Quantize:
     imatrix: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="llama.cpp's importance matrix")] = None
     requantize: Annotated[bool, tyro.conf.arg(help="allow a MODEL that is quantized already")] = False
     verbose: Annotated[bool, tyro.conf.arg(help="print a line a tensor, not only one a type")] = False
+    force: Annotated[bool, tyro.conf.arg(help=FORCE_HELP)] = False
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
 
     def execute(self) -> None:
@@ -98,6 +100,9 @@ class Quantize:
             raise UserError(f"--imatrix holds less than recipe {self.recipe!r} needs; give --calib TEXT instead")
 
         path = locate(self.model)
+        inputs = (path, self.plan, self.calib, self.imatrix)
+        check_output(self.out, inputs, self.force)
+        check_json(self.json, (*inputs, self.out))
         clock = time.perf_counter()
         streams = self.out.suffix == ".gguf" and path.suffix != ".bin"
         report = self._stream(path) if streams else self._in_memory(path)

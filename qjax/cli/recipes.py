@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from qjax.cli import output
+from qjax.cli.targets import check_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Recipes:
     def execute(self) -> None:
         from qjax.recipes import RECIPES, recipe
 
+        check_json(self.json)
         rows = []
         for name, make in RECIPES.items():
             made = recipe(name)

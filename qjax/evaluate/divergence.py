@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -43,6 +42,7 @@ from qjax.evaluate.perplexity import (
     run_trunk,
     vocab_of,
 )
+from qjax.io.space import scratch
 from qjax.typing import Array, Float, Int
 
 CACHE_BYTES = 4 << 30
@@ -107,8 +107,7 @@ def make_baseline(
     shape = (len(windows), *one.shape[1:])
     if math.prod(shape) * one.dtype.itemsize > cache_bytes:
         return Baseline(network, params, windows)
-    with tempfile.TemporaryFile() as file:
-        hidden = np.memmap(file, one.dtype, "w+", shape=shape)  # the mapping outlives the closed, unlinked file
+    hidden = scratch(one.dtype, shape)
     for rows, tokens in batches(windows, batch, progress):
         hidden[rows] = np.asarray(run_trunk(network, params, tokens, windows.first))[: len(hidden[rows])]
     return Baseline(network, params, windows, hidden)

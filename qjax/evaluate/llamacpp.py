@@ -34,6 +34,7 @@ from qjax.evaluate.perplexity import Windows, nll_of
 from qjax.io.gguf_model import FILE_TYPES
 from qjax.io.gguf_read import read_gguf
 from qjax.io.imatrix import check_imatrix
+from qjax.io.space import scratch as scratch_array
 from qjax.typing import Array, Float, Int
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
@@ -165,8 +166,7 @@ def judge_of(float_gguf: Path, tokens: np.ndarray, first: int, scratch: Path, th
     with _as_f32(float_gguf, scratch, threads) as path:
         for i, z in enumerate(logits(path, windows.tokens, first, threads)):
             if kept is None:
-                with tempfile.TemporaryFile(dir=scratch) as file:  # the mapping outlives the closed, unlinked file
-                    kept = np.memmap(file, np.float32, "w+", shape=(len(windows), *z.shape))
+                kept = scratch_array(np.float32, (len(windows), *z.shape), scratch)
             kept[i] = z
     if kept is None:
         raise UserError("there are no windows to judge on")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qjax.io.space import mapped
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Activations:
@@ -39,7 +41,8 @@ class Writer:
         if self._path is None:
             self.array = np.empty(shape, np.float32)
         else:
-            self.array = np.memmap(_unfinished(self._path), np.float32, "w+", shape=shape)
+            with open(_unfinished(self._path), "w+b") as f:
+                self.array = mapped(f, np.float32, shape)
 
     def done(self) -> Activations:
         """The finished activations; on disk for good before their name appears."""

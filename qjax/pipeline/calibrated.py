@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from qjax.io.rope_rows import to_halves
 from qjax.models.families import WeightName, weight_names
 from qjax.models.model import Model, check_tokens
 from qjax.models.stages import stages_of
+from qjax.pipeline.encode import check_finite, workers
 from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.rounded import relative_error
 from qjax.pipeline.source import Source, SourceTensor
@@ -123,7 +127,7 @@ def quantize_model(
     Returns: the model with packed weights, and a report of every weight.
 
     Raises:
-      UserError: weights that are packed already; what `Plan.assign` and `walk` raise.
+      UserError: weights that are packed already; NaN or Inf in any, kept ones too; what `Plan.assign` and `walk` raise.
     """
     if not isinstance(model, Model):
         raise UserError(
@@ -142,6 +146,7 @@ def quantize_model(
             raise UserError(
                 f"{name}: already quantized to {leaf.format.name}; start from the float model (--requantize)"
             )
+    check_finite(model.params)
     formats = {a.weight.path: (a.format, a.recipe or recipe) for a in assigned if a.format is not None}
     for name, (format, made) in formats.items():
         check_grid(made.roundings, format, name)
@@ -223,26 +228,40 @@ def _flax_leaf(t: SourceTensor, w: WeightName, is_gguf: bool) -> jax.Array:
 
 
 def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration | None) -> str:
-    """Identifies what calibration and recipes make of a model."""
+    """Identifies what calibration and recipes make of a model.
+
+    The number of cores is a part: XLA cuts sums over tokens into as many pieces, which shows in the last digits of
+    every statistic, and those in the codes.
+    """
     h = hashlib.sha256()
     for path in sorted(formats):
         h.update(f"{path} {formats[path][0].name} {formats[path][1]}\n".encode())
     if calibration is not None:
         c = calibration
-        h.update(f"{c.tokens.shape} {c.heldout} {c.batch} {c.seed} {jax.default_backend()}".encode())
+        where = f"{jax.default_backend()} {platform.machine()} {workers()} cores"
+        h.update(f"{c.tokens.shape} {c.heldout} {c.batch} {c.seed} {where}".encode())
         h.update(np.ascontiguousarray(c.tokens, np.int32).tobytes())
     return h.hexdigest()
 
 
+_OURS = re.compile(r"key|state\.json|survey\.npz|(float_)?(x_)?\d+\.f32(\.unfinished)?|\..+\.[0-9a-f]{8}\.tmp")
+
+
 @contextmanager
-def walk_folder(out: Path, key: str) -> Iterator[Path]:
+def walk_folder(out: Path, key: str, notify: Callable[[str], None] = lambda message: None) -> Iterator[Path]:
     """The folder of a walk's state, empty unless it was left by a walk with the same key.
 
     It goes when the body ends, and with a UserError or OSError; a kill or an interrupt leaves it.
+
+    Raises:
+      UserError: the folder of that name holds something that no walk has left there.
     """
     folder = out.with_name(out.name + ".partial.calibration")
     with write_errors(out):
-        if folder.is_dir() and not ((folder / "key").is_file() and (folder / "key").read_text() == key):
+        _check_ours(folder)
+        if folder.is_dir() and not _has_key(folder, key):
+            if any(folder.iterdir()):
+                notify(f"{folder / 'key'}: of another run, or damaged; starting over")
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         write_text(folder / "key", key)
@@ -252,3 +271,21 @@ def walk_folder(out: Path, key: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder)
+
+
+def _has_key(folder: Path, key: str) -> bool:
+    try:
+        return (folder / "key").read_bytes() == key.encode()
+    except OSError:
+        return False
+
+
+def _check_ours(folder: Path) -> None:
+    """It will be emptied: what is not ours must not be in it."""
+    why = "it is no folder" if folder.is_symlink() or (folder.exists() and not folder.is_dir()) else None
+    if why is None and folder.is_dir():
+        foreign = sorted(name for name in os.listdir(folder) if not _OURS.fullmatch(name))
+        why = f"it holds {foreign[0]!r}" if foreign else None
+        why = "it belongs to another user" if folder.stat().st_uid != os.geteuid() else why
+    if why is not None:
+        raise UserError(f"{folder}: needed for unfinished work, and qjax did not make it: {why}; move or delete it")

@@ -23,6 +23,7 @@ from jax import Array
 
 from qjax.errors import UserError
 from qjax.formats import BlockFormat, Format
+from qjax.tensor import is_qtensor
 
 CHUNK = 1 << 16
 _CHUNK_DEVICE = 1 << 22  # accelerators want more to do at a time
@@ -55,6 +56,15 @@ class Encoding:
 def broken_weights(name: str, count: int) -> UserError:
     """What to raise for a tensor with NaN or Inf in it."""
     return UserError(f"{name}: {count} of its weights are NaN or infinite; the model is broken")
+
+
+def check_finite(params: Any, prefix: str = "") -> None:
+    """Raise UserError where a float array of a params tree has NaN or Inf; packed weights and integers pass."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
+        if not is_qtensor(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            if bad:
+                raise broken_weights(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), bad)
 
 
 def workers() -> int:

@@ -22,7 +22,7 @@ from qjax.calibrate import check_stats
 from qjax.errors import UserError
 from qjax.formats import BlockFormat
 from qjax.lifting import report
-from qjax.pipeline.encode import compile_ahead, encode_tensor, workers
+from qjax.pipeline.encode import check_finite, compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, relative_error, round_leaf
 from qjax.plan import Assignment, Plan, Weight
@@ -60,9 +60,9 @@ def quantize_params(
     Returns: the same tree with QTensors in place of the quantized weights, and a Report of every leaf.
 
     Raises:
-      UserError: what `Plan.assign` raises; NaN or Inf in a weight or its importance; importance of another length or
-        of no weight; a statistic that the recipe needs and the weight lacks; what `round_leaf` raises. Each names the
-        leaf.
+      UserError: what `Plan.assign` raises; NaN or Inf in a weight, a kept one too, or in its importance; importance
+        of another length or of no weight; a statistic that the recipe needs and the weight lacks; what `round_leaf`
+        raises. Each names the leaf.
     """
     del key
     if hasattr(params, "params") and hasattr(params, "config"):
@@ -142,6 +142,7 @@ def _quantize_leaf(
 ) -> tuple[Any, TensorReport]:
     w, fmt = assignment.weight, assignment.format
     if fmt is None:
+        check_finite({w.path: leaf})
         name = leaf.format.name if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
     if is_qtensor(leaf):

@@ -102,7 +102,8 @@ def quantize_file(
         already; a recipe that needs a calibration text and has none; a full disk. Nothing has the final name then.
     """
     source, out, recipe = open_source(model, pre), Path(out), get_recipe(recipe)
-    if out.exists() and any(t.values is None and out.samefile(t.file) for t in source.tensors):
+    files = {source.path} | {t.file for t in source.tensors if t.values is None}
+    if out.exists() and any(out.samefile(file) for file in files):
         raise UserError(f"{out} is the model itself; write to another file")
     importance = _by_gguf_name(source, importance or {})
     if isinstance(plan, str) and is_mix(plan):
@@ -194,7 +195,7 @@ def _walk(
         note = {"error": relative_error(whole, q), "calibration": None if line is None else dataclasses.asdict(line)}
         partial.write(w.gguf, place.offsets[w.gguf], np.ascontiguousarray(rows).reshape(-1), note)
 
-    with walk_folder(out, key) as folder:
+    with walk_folder(out, key, notify) as folder:
         walk(
             stages_of(source.config), load, formats, calibration, emit,
             folder=folder, kept=lambda path: names[path].gguf in partial.finished, progress=walked, notify=notify,

@@ -28,6 +28,7 @@ from jax import lax
 from qjax.lifting import Use, report, tap, tap_shapes, watch
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Writer
+from qjax.pipeline.encode import check_finite
 from qjax.typing import Array
 
 Load = Callable[[str], Any]  # a name of the params tree ("embed", "layers_3", "final_norm", "head") -> its weights
@@ -51,6 +52,21 @@ class Survey:
     tokens: int
     sensitivity: tuple[np.ndarray, ...]
     head_sensitivity: np.ndarray
+
+
+def checked(load: Load) -> Load:
+    """The same weights, each part looked through for NaN and Inf when it is first asked for: what is broken is named
+    before it has spread into activations and gradients."""
+    seen: set[str] = set()
+
+    def look(name: str) -> Any:
+        part = load(name)
+        if name not in seen:
+            check_finite(part, f"{name}/")
+            seen.add(name)
+        return part
+
+    return look
 
 
 def groups_of(apply: Apply, params: Any, x: Any) -> tuple[tuple[Use, ...], ...]:

@@ -28,7 +28,7 @@ from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import batches
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
-from qjax.pipeline.survey import Load, Survey, groups_of, head_weights, run_piece, survey
+from qjax.pipeline.survey import Load, Survey, checked, groups_of, head_weights, run_piece, survey
 from qjax.pipeline.walk_state import Streams, commit, resumed, save_survey, saved_survey
 from qjax.recipes import Recipe
 from qjax.rounding.ldlq import LDLQ
@@ -115,16 +115,17 @@ def walk(
       notify: told in one line what the walk is doing before it reaches the blocks.
 
     Raises:
-      UserError: as `round_leaf`; NaN in an activation; it names the weight.
+      UserError: as `round_leaf`; NaN or Inf in any weight or activation, or nothing but zeros; it names the weight.
     """
     if not formats:
         return
+    load = checked(load)
     recipes = [recipe for _, recipe in formats.values()]
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
     both = "cross" in kinds
     shape = (*calibration.tokens.shape, load("embed")["embedding"].shape[-1])
-    start, streams = resumed(folder, shape, both)
+    start, streams = resumed(folder, shape, both, notify)
     order = ["embed", *stages.names]
     behind = [p for p in formats if p.startswith(tuple(f"{name}/" for name in order[: 1 + start]))] if streams else []
     if not all(map(kept, behind)):
@@ -150,7 +151,7 @@ def walk(
         return dequantize(q)
 
     if seen is None:
-        seen = _surveyed(stages, load, formats, calibration, folder, notify)
+        seen = _surveyed(stages, load, formats, calibration, shape, folder, notify)
     if streams is None:
         embedding = _rounded_embedding(stages, load, formats, seen, round_one)
         floats = {"embed": load("embed")}
@@ -158,7 +159,7 @@ def walk(
         x = run_piece(stages.embed, embedding if sequential else floats, tokens, shape, steps, folder, "x_0")
         x_float = run_piece(stages.embed, floats, tokens, shape, steps, folder, "float_x_0") if both else None
         streams = Streams(x, x_float)
-        commit(folder, 0)
+        commit(folder, 0, streams)
     observe = partial(_observe, calibration, kinds)
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
@@ -170,7 +171,7 @@ def walk(
         if before.x_float is not None:
             x_float = run_piece(apply, floats, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
         streams = Streams(x, x_float)
-        commit(folder, i + 1, before)
+        commit(folder, i + 1, streams, before)
     if not stages.tied:
         weight = None if seen is None else seen.head_sensitivity[None]
         floats = head_weights(stages, load)
@@ -188,7 +189,7 @@ def survey_of(
     """`survey` of a calibration text."""
     c = calibration
     return survey(
-        stages, load, c.tokens, c.steps, c.used, c.seed, folder, lambda what: notify(f"float model: {what}")
+        stages, checked(load), c.tokens, c.steps, c.used, c.seed, folder, lambda what: notify(f"float model: {what}")
     )  # fmt: skip
 
 
@@ -197,6 +198,7 @@ def _surveyed(
     load: Load,
     formats: Formats,
     calibration: Calibration,
+    shape: tuple[int, ...],
     folder: Path | None,
     notify: Callable[[str], None],
 ) -> Survey | None:
@@ -204,7 +206,7 @@ def _surveyed(
     curved = EMBEDDING in formats and "H" in formats[EMBEDDING][1].requires
     if not (curved or any(r.sensitive and r.requires for _, r in formats.values())):
         return None
-    made = saved_survey(folder, len(stages.blocks))
+    made = saved_survey(folder, len(stages.blocks), shape, notify)
     if made is None:
         made = survey_of(stages, load, calibration, folder, notify)
         if folder is not None:
@@ -276,6 +278,8 @@ def _observe(
     used, held = totals
     assert used is not None
     stats = means(used)
+    if not float(used.count if used.count is not None else 1):  # tokens pass every block of a decoder
+        raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
     check_stats(stats, name)
     return stats, None if held is None else means(held)
 

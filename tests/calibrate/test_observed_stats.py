@@ -141,9 +141,29 @@ def test_saved_statistics_come_back(params, batches, tmp_path):
         assert float(back[name].count) == float(stats[name].count) and back[name].h is None
     with pytest.raises(UserError, match="no such file"):
         load_stats(tmp_path / "none.npz")
-    (tmp_path / "other.npz").write_bytes(b"not a zip")
-    with pytest.raises(UserError, match="holds no statistics that qjax wrote"):
+    whole = (tmp_path / "stats.npz").read_bytes()
+    for raw in (b"not a zip", whole[:-30], whole[: len(whole) // 2], whole.replace(b"NUMPY", b"\xffUMPY"), b""):
+        (tmp_path / "other.npz").write_bytes(raw)
+        with pytest.raises(UserError, match=r"other\.npz: not a readable \.npz file: ."):
+            load_stats(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize("arrays", [
+    {}, {"shared": "[1]"}, {"shared": '{"q": ["q"]}'}, {"shared": '{"q": 3}', "q": "x"}, {"shared": "[" * 100_000},
+    {"shared": '{"q": "q"}', "q|shape": np.ones(3)}, {"shared": '{"q": "q"}', "q|h": np.array(["a"])},
+    {"shared": '{"q": "q"}', "k|h": np.ones(3)}, {"shared": "{", "q|h": np.ones(3)},
+])  # fmt: skip
+def test_a_file_of_other_arrays_is_said_to_hold_no_statistics(arrays, tmp_path):
+    arrays = {k: np.frombuffer(a.encode(), np.uint8) if isinstance(a, str) else a for k, a in arrays.items()}
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(UserError, match=r"other\.npz holds no statistics that qjax wrote"):
         load_stats(tmp_path / "other.npz")
+
+
+def test_a_single_array_is_no_statistics(tmp_path):
+    np.save(tmp_path / "one.npy", np.ones(3))
+    with pytest.raises(UserError, match=r"one\.npy: not a readable"):
+        load_stats(tmp_path / "one.npy")
 
 
 def test_public_name():

@@ -1,6 +1,7 @@
 """A file or folder appears whole or not at all, and what goes wrong is one line."""
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -107,3 +108,66 @@ def test_dir_never_deletes_what_is_not_its_own(tmp_path):
         (folder / "a").touch()
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_a_folder_in_the_way_is_never_deleted(tmp_path):
+    """Not even where a file of that name would take its place."""
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds 'a'"), atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "out" / "a" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replacing_a_folder_is_one_step_where_the_system_can(tmp_path, monkeypatch, exchange):
+    """The name is taken whenever a rename is made; without renameat2 the old folder steps aside first."""
+    out, seen = tmp_path / "out", []
+    rename = os.rename
+    monkeypatch.setattr(atomic.os, "rename", lambda a, b: (rename(a, b), seen.append(out.exists())))
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    for text in ("one", "two"):
+        with atomic_dir(out) as folder:
+            (folder / "a").write_text(text)
+    assert (out / "a").read_text() == "two" and os.listdir(tmp_path) == ["out"]
+    assert seen == ([True] if exchange else [True, False, True])
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_names_is_left(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a").write_text("old")
+    (tmp_path / "out").symlink_to("there")
+    with atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "out" / "a").read_text() == "new" and (tmp_path / "there" / "a").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["out", "there"]
+
+
+def test_what_dead_writers_left_is_cleared_away_and_nothing_else(tmp_path):
+    dead, alive, other = (tmp_path / n for n in (".a.0123abcd.tmp", ".a.aaaabbbb.tmp", ".b.0123abcd.tmp"))
+    folder, foreign, link = tmp_path / ".a.00000000.tmp", tmp_path / ".a.notes.tmp", tmp_path / ".a.11111111.tmp"
+    for file in (dead, alive, other, foreign):
+        file.touch()
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    link.symlink_to(other)
+    with open(alive) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        write_text(tmp_path / "a", "text")
+        with atomic_dir(tmp_path / "a2"):
+            pass
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", "a2", alive.name, other.name, foreign.name, link.name])
+
+
+def test_a_writer_is_not_taken_for_dead(tmp_path):
+    """Two writers of one name at once: each has its own temporary, and the later one's is what stays."""
+    with atomic_file(tmp_path / "a") as f, atomic_file(tmp_path / "a") as g:
+        f.write(b"first"), g.write(b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"  # closed last
+    with atomic_dir(tmp_path / "d") as one:
+        with atomic_dir(tmp_path / "d") as two:
+            (two / "x").write_text("two")
+        (one / "x").write_text("one")
+    assert (tmp_path / "d" / "x").read_text() == "one"
+    assert sorted(os.listdir(tmp_path)) == ["a", "d"]

@@ -1,5 +1,6 @@
 """Bad texts, bad statistics, bad options: one clear line that names what is wrong, or a reported, safe result."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,6 +18,7 @@ from qjax.io.imatrix import write_imatrix
 from qjax.models.config import DecoderConfig
 from qjax.models.families import weight_names
 from qjax.pipeline import Calibration, calibration_of, calibration_text, quantize_file, quantize_model, quantize_params
+from qjax.pipeline.calibrated import survey_model
 from qjax.stats import Stats
 
 PLAN = plan_of(("*", "Q4_0"))
@@ -105,24 +107,45 @@ def broken(path, value):
     return qjax.models.model.Model(model.config, put(model.params, path, leaf.at[at].set(value)))
 
 
-@pytest.mark.parametrize("recipe", ["imatrix", CHEAP])
+@pytest.mark.parametrize("recipe", ["rtn", "imatrix", "best_gguf"])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("path", [
+    "layers_0/attn_norm/scale", "final_norm/scale", "layers_0/mlp/up/kernel", "embed/embedding", "head/kernel"
+])  # fmt: skip
+def test_a_broken_weight_is_named(path, recipe, value):
+    """A kept one too, and by curvature's recipes, which would find it everywhere."""
+    plan = plan_of(("embed/*", "rtn:Q4_0"), ("*", "Q4_0"))
+    with pytest.raises(UserError, match=f"^{path}: 1 of its weights are NaN or infinite"):
+        quantize_model(broken(path, value), plan, recipe, tiny_calibration())
+
+
+def test_a_broken_weight_is_named_before_a_walk_has_come_to_it():
+    """From a file parts are read one by one: each is looked at before anything is computed with it."""
+    model = broken("layers_1/mlp_norm/scale", jnp.nan)
+    with pytest.raises(UserError, match=r"^layers_1/mlp_norm/scale: 1 of its weights"):
+        survey_model(model, tiny_calibration())
+
+
+def test_a_broken_kept_leaf_of_any_tree_is_named():
+    params = {"norm": {"scale": jnp.ones(8).at[3].set(jnp.nan)}, "w": {"kernel": jnp.ones((32, 8))}, "n": jnp.arange(3)}
+    with pytest.raises(UserError, match=r"^norm/scale: 1 of its weights are NaN or infinite"):
+        quantize_params(params, plan_of(("w/kernel", "Q4_0"), ("*", "keep")))
+
+
 @pytest.mark.parametrize("path, named", [
     ("layers_0/attn_norm/scale", "layers_0/attn/q/kernel: its input has NaN or Inf"),
     ("layers_1/mlp_norm/scale", "layers_1/mlp/gate/kernel: its input has NaN or Inf"),
-    ("layers_0/mlp/up/kernel", "layers_0/mlp/up/kernel: 1 of its weights are NaN or infinite"),
-    ("embed/embedding", "embed/embedding: 1 of its weights are NaN or infinite"),
 ])  # fmt: skip
-def test_nan_names_a_weight(path, named, recipe):
-    plan = plan_of(("embed/*", "rtn:Q4_0"), ("*", "Q4_0"))
+def test_activations_that_overflow_name_a_weight(path, named):
     with pytest.raises(UserError, match=named):
-        quantize_model(broken(path, jnp.nan), plan, recipe, tiny_calibration())
+        quantize_model(broken(path, 3e38), PLAN, "imatrix", tiny_calibration())
 
 
-@pytest.mark.slow
-def test_nan_under_a_survey_names_a_weight():
-    """The loss gradient is NaN everywhere then."""
-    with pytest.raises(UserError, match=r"embed/embedding|layers_0/attn/q/kernel"):
-        quantize_model(broken("layers_0/attn_norm/scale", jnp.nan), PLAN, CHEAP, tiny_calibration())
+def test_a_model_of_zeros_is_no_fault_of_the_text():
+    model = tiny_model()
+    model = dataclasses.replace(model, params=jax.tree.map(jnp.zeros_like, model.params))
+    with pytest.raises(UserError, match=r"layers_0/attn/q/kernel: its input is zero at every token; the model's"):
+        quantize_model(model, PLAN, "imatrix", tiny_calibration())
 
 
 def test_a_weight_that_is_packed_already():

@@ -1,6 +1,7 @@
 """From file to file: a walk that was stopped goes on behind its last finished block; the bytes do not show it."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,12 @@ from test_pipeline import write_model
 from tiny_walks import CONFIG, plan_of, tiny_calibration
 
 import qjax
+from qjax.errors import UserError
 from qjax.pipeline import quantize_file, quantize_model
+from qjax.pipeline.activations import Writer
+from qjax.pipeline.calibrated import key_of, walk_folder
+from qjax.pipeline.survey import Survey
+from qjax.pipeline.walk_state import resumed, save_survey, saved_survey
 
 RECIPE = "nearest('h') >> ldlq('act', cross=1.0) >> options(sensitive=True)"
 PLAN = plan_of(("layers_0/mlp/up/kernel", "keep"), ("*", "Q4_0"))
@@ -134,6 +140,89 @@ def test_a_state_with_a_part_lost_is_made_good(model, whole, tmp_path, lost):
     run(model, out)
     assert out.read_bytes() == whole[0]
     assert os.listdir(tmp_path) == ["q.gguf"]
+
+
+def test_one_flipped_bit_of_the_stream_is_seen(model, whole, tmp_path):
+    """Nothing else would show it."""
+    out = tmp_path / "q.gguf"
+    file = interrupt(model, out, "layers_1/attn/o/kernel") / "x_1.f32"
+    raw = bytearray(file.read_bytes())
+    raw[1000] ^= 1
+    file.write_bytes(raw)
+    messages = []
+    run(model, out, notify=messages.append)
+    assert any(m.endswith("x_1.f32: damaged; starting over") for m in messages), messages
+    assert out.read_bytes() == whole[0] and os.listdir(tmp_path) == ["q.gguf"]
+
+
+def test_a_damaged_key_empties_the_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), walk_folder(tmp_path / "q.gguf", "key") as folder:
+        (folder / "x_0.f32").touch()
+        raise KeyboardInterrupt
+    (folder / "key").write_bytes(b"\xff\xfe")
+    said = []
+    with walk_folder(tmp_path / "q.gguf", "key", said.append) as folder:
+        assert os.listdir(folder) == ["key"]
+    assert said == [f"{folder / 'key'}: of another run, or damaged; starting over"] and os.listdir(tmp_path) == []
+
+
+def test_damaged_states_in_detail(tmp_path):
+    """Nothing that can be in a file gets past `resumed` and `saved_survey`."""
+    shape = (2, 3, 4)
+    for raw in (b"", b"[1]", b"{}", b'{"blocks": 1}', b'{"blocks": -1, "crc32": {}}', b'{"blocks": 1, "crc32": 3}',
+                b'{"blocks": 1, "crc32": {"x_1.f32": "a"}}', b"[" * 100_000, b"\xff"):  # fmt: skip
+        (tmp_path / "state.json").write_bytes(raw)
+        (tmp_path / "x_1.f32").write_bytes(bytes(4 * 24))
+        said = []
+        assert resumed(tmp_path, shape, False, said.append) == (0, None) and len(said) == 1, raw
+    made = Survey(np.eye(4), np.eye(4), 6, (np.ones((1, 2, 3)),), np.ones((2, 3)))
+    save_survey(tmp_path, made)
+    assert saved_survey(tmp_path, 1, shape).tokens == 6
+    whole = (tmp_path / "survey.npz").read_bytes()
+    for blocks, other in ((2, shape), (1, (2, 3, 5)), (1, (9, 3, 4))):
+        assert saved_survey(tmp_path, blocks, other) is None
+    data = whole.index(np.eye(4).tobytes()) + 9
+    flipped = bytearray(whole)
+    flipped[data] ^= 1
+    for raw in (b"", whole[:-40], bytes(flipped), whole.replace(b"NUMPY", b"NUMPI"), whole[::-1]):
+        (tmp_path / "survey.npz").write_bytes(raw)
+        said = []
+        assert saved_survey(tmp_path, 1, shape, said.append) is None and len(said) == 1, raw[:9]
+
+
+def test_a_folder_that_no_walk_made_is_left(tmp_path):
+    out, mine = tmp_path / "q.gguf", tmp_path / "q.gguf.partial.calibration"
+    mine.mkdir()
+    (mine / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"partial.calibration: .* holds 'thesis.tex'"), walk_folder(out, "key"):
+        pass
+    assert os.listdir(mine) == ["thesis.tex"]
+    mine.rename(tmp_path / "elsewhere")
+    mine.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="it is no folder"), walk_folder(out, "key"):
+        pass
+    assert os.listdir(tmp_path / "elsewhere") == ["thesis.tex"]
+
+
+def test_the_number_of_cores_is_a_part_of_the_key(monkeypatch):
+    """It shows in the bytes of what is calibrated: sums over tokens are cut into as many parts. Nowhere else."""
+    formats = {"w": (qjax.format("Q4_0"), qjax.recipe("best_gguf"))}
+    plain, calibrated = key_of(formats, None), key_of(formats, CALIBRATION)
+    monkeypatch.setattr("qjax.pipeline.calibrated.workers", lambda: 97)
+    assert key_of(formats, CALIBRATION) != calibrated and key_of(formats, None) == plain
+
+
+def test_a_full_disk_is_an_error_and_no_dead_process(tmp_path, monkeypatch):
+    """SIGBUS, where the stream's file has no room for a page that was written in memory."""
+
+    def full(fd, at, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    said = pytest.raises(UserError, match=r"cannot write .*q\.gguf: the disk is full")
+    with said, walk_folder(tmp_path / "q.gguf", "key") as folder:
+        Writer(folder, "x_0", (2, 3, 4))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_mistake_leaves_nothing(model, tmp_path):
