@@ -40,6 +40,9 @@ class Config:
     inner: Inner = Inner()
 
 def run(config: Config, out: Path) -> dict:
+    if config.fail == "start":
+        raise UserError("no such model")
+    (out / "work").write_text("done")
     if config.fail == "user":
         raise UserError("bad\\ninput")
     if config.fail == "bug":
@@ -53,10 +56,11 @@ def run(config: Config, out: Path) -> dict:
 
 
 @pytest.fixture
-def toy(tmp_path):
+def toy(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(EXPERIMENT)
     path = tmp_path / "toy.toml"
     path.write_text('script = "toy.py"\nsteps = 5\n[smoke]\nsteps = 1\n')
+    monkeypatch.setattr("qjax.cli.run.EXPERIMENTS", tmp_path)
     return path
 
 

@@ -52,7 +52,11 @@ class Fuse:
             raise UserError("--scale looks at activations: it goes with --calib TEXT, and --calib with it")
         from qjax.io.checkpoint import load, save
         from qjax.io.text import read_text
+        from qjax.config import check_seed
         from qjax.models.fuse import rotated
+
+        if self.rotate is not None:
+            check_seed("--rotate", self.rotate)
         from qjax.pipeline import calibration_text
         from qjax.pipeline.fused import fused_scales
         from qjax.recipes import reparam
