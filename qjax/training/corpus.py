@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from qjax.errors import UserError
 from qjax.io.atomic import write_text
 from qjax.io.text import read_text
+from qjax.io.tokenizer_cut import encode_long
 from qjax.models import stdlib_text
 from qjax.models.model import Model
 from qjax.terminal import say
@@ -99,8 +100,8 @@ def corpus_for(
     if tokenizer is None:
         raise UserError(f"{name}: has no tokenizer to read the text with")
     return corpus_of(
-        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), model.config.vocab, *texts_of(text, heldout), out,
-        context, windows,
+        lambda text: encode_long(tokenizer, text, bos=tokenizer.add_bos), model.config.vocab, *texts_of(text, heldout),
+        out, context, windows,
     )  # fmt: skip
 
 
