@@ -50,9 +50,9 @@ class Fuse:
             raise UserError("fuse needs --rotate SEED, --scale SEARCH, or both")
         if (self.scale is None) != (self.calib is None):
             raise UserError("--scale looks at activations: it goes with --calib TEXT, and --calib with it")
+        from qjax.config import check_seed
         from qjax.io.checkpoint import load, save
         from qjax.io.text import read_text
-        from qjax.config import check_seed
         from qjax.models.fuse import rotated
 
         if self.rotate is not None:

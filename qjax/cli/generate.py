@@ -52,7 +52,9 @@ class Generate:
         if tokenizer.add_bos and tokenizer.bos is not None and prompt[:1] != [tokenizer.bos]:
             prompt = [tokenizer.bos, *prompt]
         if not prompt:
-            raise UserError('--prompt is empty, and this model has no BOS to begin with; give it text, as in "def main("')
+            raise UserError(
+                '--prompt is empty, and this model has no BOS to begin with; give it text, as in "def main("'
+            )
         stop = set() if tokenizer.eos is None else {tokenizer.eos}
         made: list[int] = []
         said = tokenizer.decode(prompt)

@@ -146,8 +146,8 @@ class Quantize:
     def _calibration(self, path: Path) -> Any:
         if self.calib is None:
             return None
-        from qjax.io.checkpoint import load
         from qjax.config import check_seed
+        from qjax.io.checkpoint import load
         from qjax.io.text import read_text
         from qjax.pipeline import calibration_text
 

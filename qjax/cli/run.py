@@ -54,7 +54,9 @@ class Run:
         """Read the config first: its script's dataclass says which options the rest of the command line may use."""
         path = _config_path(args)
         if path is None:
-            print(f"usage: qjax run CONFIG.toml [--section.key VALUE ...] [--out DIR] [--smoke] [--scripts DIR]\n\n{HELP}")
+            print(
+                f"usage: qjax run CONFIG.toml [--section.key VALUE ...] [--out DIR] [--smoke] [--scripts DIR]\n\n{HELP}"
+            )
             if {"-h", "--help"} & set(args):
                 raise SystemExit(0)
             raise UserError("run needs a config file, as in: qjax run configs/quickstart.toml")

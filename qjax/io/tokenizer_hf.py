@@ -25,7 +25,6 @@ from qjax.io.tokenizer import (
 from qjax.io.tokenizer_bpe import pre_of
 from qjax.io.tokenizer_spm import BYTE_PIECE, SPACE, read_sentencepiece, scores_of, spm_tokenizer
 
-
 GAPS = 1 << 16  # ids that no token has, at most
 
 
@@ -133,7 +132,9 @@ def _panics(node: Any) -> str | None:
     """What is wrong with a part that makes the library panic, which no error handler keeps off the terminal."""
     match node:
         case {"type": "Sequence"}:
-            parts = [p for key in ("normalizers", "pretokenizers") if isinstance(node.get(key), list) for p in node[key]]
+            parts = [
+                p for key in ("normalizers", "pretokenizers") if isinstance(node.get(key), list) for p in node[key]
+            ]
             return next((wrong for part in parts if (wrong := _panics(part)) is not None), None)
         case {"type": "FixedLength", "length": 0}:
             return "FixedLength cuts pieces of length 0"

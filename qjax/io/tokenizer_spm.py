@@ -99,7 +99,7 @@ def merges_of(tokens: Sequence[str], types: Sequence[int], scores: Sequence[floa
 
 
 def _beginnings(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Which other words each word begins with, in time linear in all their letters: in alphabetical order they are a stack."""
+    """Which other words each word begins with, in time linear in their letters: in alphabetical order they stack."""
     found: dict[str, tuple[str, ...]] = {}
     open_: list[str] = []
     for word in sorted(words):

@@ -75,7 +75,9 @@ def tokenizer_in(folder: Path, texts: Iterable[str], vocab: int) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path} is damaged ({error}); delete it to train it again, or give another directory") from None
+        raise UserError(
+            f"{path} is damaged ({error}); delete it to train it again, or give another directory"
+        ) from None
 
 
 def corpus_in(

@@ -140,7 +140,7 @@ def read_top_k(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def _mapped(path: Path, kinds: tuple[str, ...]) -> np.ndarray:
-    """The array of a .npy file, mapped. Its header is judged before numpy computes with it: a type of no bytes kills."""
+    """The array of a .npy file, mapped. Its header is judged before numpy divides by the size of its type."""
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)

@@ -294,7 +294,18 @@ PROSE = "x = [1, 2]  # it's  a test\n\n  def f(a, b):\n\treturn a + b\nIt was 12
 
 
 def spm(prefix=True, extra=()):
-    tokens = ["<unk>", "<s>", "</s>", SPACE, *"abcdefghijklmnopqrstuvwxyz", "th", SPACE + "t", SPACE + "th", "at", *extra]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        SPACE,
+        *"abcdefghijklmnopqrstuvwxyz",
+        "th",
+        SPACE + "t",
+        SPACE + "th",
+        "at",
+        *extra,
+    ]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     types = [2, 3, 3] + [NORMAL] * (len(tokens) - 3) + [6] * 256
     return spm_tokenizer([*tokens, *bytes_], types, [-float(i) for i in range(len(types))], prefix, bos=1, unk=0)
