@@ -70,7 +70,8 @@ def bar(
             if not console.is_terminal and now - last >= LINES_EVERY:
                 last = now
                 left = (now - begun) * (total - done) / max(done - first, 1)
-                say(f"{what}: {counted(done, total)}  {note}  {_clock(now - begun)}, {_clock(left)} left")
+                times = f"{_clock(now - begun)} gone, {_clock(left)} left"
+                say(", ".join(filter(None, (f"{what}: {counted(done, total)}", note, times))))
             return drawn.tasks[0].speed
 
         yield update
