@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from qjax.errors import UserError
 from qjax.io.checkpoint import load, save
+from qjax.terminal import bar
 from qjax.training.arm import Arm
 from qjax.training.corpus import corpus_for
 from qjax.training.data import Windows
@@ -97,11 +96,11 @@ def cache_teacher(config: Config, teacher: Any, windows: Windows, folder: Path) 
     """Write the teacher's top k for the sequences of all steps, in their order."""
     apply = forward(teacher.config)
     seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k))
-    screen = Console(stderr=True)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with bar("teacher", total=config.steps) as show:
 
         def batches() -> Any:
-            for step in bar.track(range(config.steps), description="teacher"):
+            for step in range(config.steps):
                 yield seen(teacher.dense, jnp.asarray(windows.batch_at(step)[:, :-1]))
+                show(step + 1, config.steps)
 
         write_top_k(folder, batches(), config.steps * config.batch, teacher.config.vocab)

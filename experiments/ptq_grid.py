@@ -15,12 +15,12 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qjax import recipes, rundir
 from qjax.errors import UserError
@@ -38,6 +38,7 @@ from qjax.pipeline.survey import Survey
 from qjax.plan import Plan, decoder_weights
 from qjax.plan.named import plan_named
 from qjax.recipes import Recipe
+from qjax.terminal import bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +99,19 @@ def grid(
     tensors = {}
     text_seen: Calibration | None = None
     seen: Survey | None = None
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    screen = Console(stderr=True)
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("float baseline", total=len(plans) + 1)
+    with bar("windows") as show:
+
+        def progress(name: str, before: int) -> Callable[[int, int], None]:
+            """Shows the windows of one model on the bar of all: the baseline runs twice."""
+            return lambda done, windows: show(before * windows + done, (len(plans) + 2) * windows, name) and None
+
         baseline = baseline_of(
-            model, text, protocol=config.protocol, context=window, limit=max(1, config.tokens // window)
-        )
-        rows = [judge(model, baseline=baseline, name="float32")]
+            model, text, protocol=config.protocol, context=window, limit=max(1, config.tokens // window),
+            progress=progress("float baseline", 0),
+        )  # fmt: skip
+        rows = [judge(model, baseline=baseline, name="float32", progress=progress("float32", 1))]
         rundir.log(out, rows[0].to_json())
-        for name, plan in plans.items():
-            bar.update(task, description=name, advance=1)
+        for number, (name, plan) in enumerate(plans.items(), 2):
             recipe = split(name)[0]
             if recipe.requires and text_seen is None:
                 text_seen = calibration_of_config(config, model)
@@ -117,7 +120,8 @@ def grid(
             quantized = rounded(model, plan, recipe, text_seen, seen)
             seconds = time.perf_counter() - clock
             qparams = quantized.params
-            rows.append(judge(quantized, baseline=baseline, name=name, encode_seconds=seconds))
+            done = progress(name, number)
+            rows.append(judge(quantized, baseline=baseline, name=name, encode_seconds=seconds, progress=done))
             rundir.log(out, rows[-1].to_json())
             if name in (config.shown, config.gguf):
                 tensors[name] = tensor_rows(qparams, model.params)

@@ -166,8 +166,7 @@ def check_models(config: Config) -> None:
 def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path) -> list[dict[str, Any]]:
     """Every arm and every recipe on one float model; rows of an earlier, interrupted run of `out` are kept."""
     path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    before = {(r["seed"], r["name"]): r for r in map(json.loads, lines)}
+    before = {(r["seed"], r["name"]): r for r in rundir.logged(path)}
     runs: list[dict[str, Any]] = []
 
     def row_of(name: str, make: Callable[[], dict[str, Any]]) -> None:

@@ -3,8 +3,8 @@
     extends = "base.toml"                  # relative; tables merge key by key, the nearer file wins
     script = "../experiments/ptq_grid.py"  # relative to the file that says it; has `Config` and `run(config, out)`
     tokens = 32_768                        # every other key is a field of the script's `Config`
-    [smoke]                                # what `--smoke` changes to make the run take seconds
-    tokens = 512
+    [smoke]                                # what `--smoke` changes to make the run take seconds;
+    tokens = 512                           # it stands in place of the base's, whose names may be gone here
 
 A key the dataclass lacks, or a value of another type, is a UserError that names file and key. TOML has no null: the
 string "none" stands for None where the field allows it.
@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 from qjax.errors import UserError
 
 T = TypeVar("T")
+DEEPEST = 32  # tables and lists inside each other
+SEEDS = 1 << 31  # what every generator takes without cutting it off
 KeyPath = tuple[str, ...]
 
 
@@ -36,7 +38,7 @@ class Source:
     Attributes:
       name: the file's name without suffix.
       values: the merged table, without `extends`, `script` and `smoke`.
-      smoke: the merged `[smoke]` table.
+      smoke: the nearest `[smoke]` table.
       origin: which file each key came from; smoke keys sit under ("smoke", ...).
       script: the experiment, or None.
       files: every file read, base first.
@@ -60,6 +62,8 @@ def read(path: str | Path) -> Source:
     tables: list[tuple[Path, dict[str, Any]]] = []  # nearest first
     here: Path | None = path
     while here is not None:
+        if "\0" in str(here):
+            raise UserError(f"{tables[-1][0] if tables else 'the config'}: a path cannot hold a NUL: {str(here)!r}")
         if any(here.resolve() == seen.resolve() for seen, _ in tables):
             chain = " -> ".join(str(p) for p, _ in tables)
             raise UserError(f"{chain} -> {here}: `extends` goes in a circle")
@@ -76,22 +80,29 @@ def read(path: str | Path) -> Source:
     script: Path | None = None
     for file, table in reversed(tables):
         said = table.pop("script", None)
+        small = table.pop("smoke", None)
+        if not isinstance(small, dict | None):
+            raise UserError(f"{file}:smoke must be a table of the keys `--smoke` changes, got {small!r}")
         if said is not None:
-            if not isinstance(said, str):
+            if not isinstance(said, str) or "\0" in said:
                 raise UserError(f"{file}:script must be a string, the path of a Python file, got {said!r}")
+            if small is None and script is not None and script.resolve() != (file.parent / said).resolve():
+                small = {}  # what made another script's run small are not this one's keys
             script = file.parent / said
             origin["script",] = file
-        small = table.pop("smoke", {})
-        if not isinstance(small, dict):
-            raise UserError(f"{file}:smoke must be a table of the keys `--smoke` changes, got {small!r}")
         _merge(values, table, file, origin)
-        _merge(smoke, small, file, origin, ("smoke",))
+        if small is not None:  # the base's would name what this file replaced
+            smoke = {}
+            _merge(smoke, small, file, origin, ("smoke",))
     return Source(path.stem, values, smoke, origin, script, tuple(file for file, _ in reversed(tables)))
 
 
 def _parse(path: Path, said_by: Path | None) -> dict[str, Any]:
+    deep = UserError(f"{path}: tables or lists are nested more than {DEEPEST} deep")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise deep from None
     except tomllib.TOMLDecodeError as error:
         what = re.sub(r" \(at .*\)$", "", str(error))
         line = re.search(r"at line (\d+)", str(error))
@@ -101,8 +112,17 @@ def _parse(path: Path, said_by: Path | None) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file{why}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid TOML: byte {error.start} is not UTF-8") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    level: list[Any] = [table]
+    for _ in range(DEEPEST):
+        level = [part for value in level for part in (value.values() if isinstance(value, dict) else value)]
+        level = [part for part in level if isinstance(part, dict | list)]
+    if level:
+        raise deep
+    return table
 
 
 def _merge(into: dict, table: dict, file: Path, origin: dict[KeyPath, Path], at: KeyPath = ()) -> None:
@@ -207,6 +227,8 @@ def _value(hint: Any, value: Any, source: Source, at: KeyPath, partial: bool = F
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif hint is Any or (hint in (bool, int, str) and type(value) is hint):
+        if hint is int and not -(1 << 63) <= value < 1 << 63:
+            raise UserError(f"{_where(source, at)}: {value} does not fit 64 bits")
         return value
     raise _mismatch(hint, value, source, at)
 
@@ -221,6 +243,17 @@ def _mismatch(hint: Any, value: Any, source: Source, at: KeyPath) -> UserError:
     else:
         expected = names.get(hint, str(hint))
     return UserError(f"{_where(source, at)}: must be {expected}, got {json.dumps(value, default=str)}")
+
+
+def check_seed(name: str, value: int) -> int:
+    """A seed itself, or a UserError where a generator would cut it off.
+
+    >>> check_seed("--seed", 7)
+    7
+    """
+    if not 0 <= value < SEEDS:
+        raise UserError(f"{name}: a seed lies in 0 .. {SEEDS - 1}, got {value}")
+    return value
 
 
 def to_toml(config: Any, head: Mapping[str, Any] | None = None) -> str:
@@ -255,6 +288,8 @@ def _key(key: str) -> str:
 
 def _quote(text: str) -> str:
     """JSON's escapes are TOML's, but for DEL, which TOML wants escaped too."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{text!r} is not UTF-8 text, which a config must be; give the file or text another name")
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,11 +1,24 @@
 """The one exception that means: the input is wrong, not the program; and what exit status an exception stands for."""
 
 import errno
+import signal
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: a file, a key, a name, a shape. Its message is one line that says what is
     wrong, where, and what would be right. The command line prints it and exits with 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end (SIGTERM, SIGHUP); it unwinds as Ctrl-C does.
+
+    Attributes:
+      number: the signal's.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 # What the outside world does to a file is not a bug of this program.
@@ -16,7 +29,9 @@ _WORLD = {
 
 
 def exit_status(error: BaseException) -> int:
-    """2 for a user's mistake or the file system's refusal, 130 for Ctrl-C, 1 for a bug."""
+    """2 for a user's mistake or the file system's refusal, 128 + its number for a signal (130: Ctrl-C), 1 for a bug."""
+    if isinstance(error, Stopped):
+        return 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         return 130
     world = isinstance(error, OSError) and error.errno in _WORLD

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -31,7 +32,10 @@ from typing import Any
 
 from qjax.errors import UserError, exit_status
 from qjax.io.atomic import write_text
+from qjax.io.lock import locked
+from qjax.terminal import say
 
+LOCK = ".lock"  # held while a process runs there
 PACKAGES = ("qjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gguf", "tokenizers", "safetensors")
 
 
@@ -41,15 +45,18 @@ def create(name: str, out: str | Path | None = None, config_text: str = "") -> P
     An `out` that exists may be continued (training resumes from its checkpoints), but only under the same config.
 
     Raises:
-      UserError: `out` is a file, holds a run of another config, or cannot be made.
+      UserError: `out` is a file, holds a run of another config or no run at all, or cannot be made.
     """
     try:
         if out is not None:
             path = Path(out)
             path.mkdir(parents=True, exist_ok=True)
             said = path / "config.toml"
-            if config_text and said.is_file() and said.read_text(encoding="utf-8") != config_text:
-                raise UserError(f"{path} holds a run of another config (see {said}); give another --out")
+            if said.is_file() and said.read_bytes() != config_text.encode():
+                raise UserError(f"{path} holds a run of another config, or {said} is damaged; give another --out")
+            held = [] if said.is_file() else sorted(name for name in os.listdir(path) if not _own(name))
+            if held:
+                raise UserError(f"{path} holds {held[0]!r} and is no run of this config; give a new or empty --out")
             return path
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         Path("runs").mkdir(exist_ok=True)
@@ -63,11 +70,18 @@ def create(name: str, out: str | Path | None = None, config_text: str = "") -> P
         raise UserError(f"--out {out}: is a file; a run needs a directory") from None
 
 
+def _own(name: str) -> bool:
+    """Whether a file may lie in the directory of a run that was killed before it had a config."""
+    return name == LOCK or (name.startswith(".") and name.endswith(".tmp"))
+
+
 @contextlib.contextmanager
 def record(
     out: Path, config_text: str, *, config: Any = None, files: Iterable[Path] = (), command: Iterable[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Write config.toml and manifest.json around a run; yields the manifest, to which the run may add.
+
+    A first run that fails by a mistake of the user before it made anything leaves nothing.
 
     Args:
       out: the run directory.
@@ -75,13 +89,30 @@ def record(
       config: the dataclass it stands for: its seeds and the files it names go into the manifest.
       files: further input files to hash.
       command: the command line.
+
+    Raises:
+      UserError: another process runs there; or the directory cannot be written.
     """
-    manifest = describe(config_text, config=config, files=files, command=command)
-    earlier = out / "manifest.json"
-    if earlier.is_file():  # a continued run keeps its history
-        with contextlib.suppress(ValueError):
-            before = json.loads(earlier.read_text(encoding="utf-8"))
-            manifest["earlier"] = [*before.pop("earlier", []), before]
+    with locked(out / LOCK, f"the run directory {out}"):
+        first = not (out / "manifest.json").exists()
+        try:
+            with _recorded(out, config_text, config=config, files=files, command=command) as manifest:
+                yield manifest
+        except BaseException as error:
+            made = {"config.toml", "manifest.json", LOCK}
+            if first and exit_status(error) == 2 and set(os.listdir(out)) <= made:
+                for name in made:
+                    (out / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a mount point, or where the shell stands
+                    out.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _recorded(out: Path, config_text: str, **facts: Any) -> Iterator[dict[str, Any]]:
+    manifest = describe(config_text, **facts)
+    if (out / "manifest.json").exists():  # a continued run keeps its history
+        manifest["earlier"] = _history(out / "manifest.json")
     write_text(out / "config.toml", config_text)
     write_json(out / "manifest.json", manifest)
     clock = time.perf_counter()
@@ -106,6 +137,16 @@ def record(
                 raise
 
 
+def _history(path: Path) -> list[dict[str, Any]]:
+    """The manifests of earlier runs, oldest first."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        return [*before.pop("earlier", []), before]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        say(f"{path} is damaged ({error}); the history of this run begins anew")
+        return [{"error": f"the manifest of the runs before was damaged: {error}"}]
+
+
 def describe(
     config_text: str = "", *, config: Any = None, files: Iterable[Path] = (), command: Iterable[str] = ()
 ) -> dict[str, Any]:
@@ -128,7 +169,7 @@ def describe(
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
         "inputs_sha256": {_short(path): sha256(path) for path in dict.fromkeys(named)},
-        "seeds": _seeds(config),
+        "seeds": seeds(config),
         "wall_seconds": None,
         "exit_status": None,
         "error": None,
@@ -187,8 +228,10 @@ def _leaves(config: Any, at: str = "") -> Iterator[tuple[str, Any]]:
         yield at, config
 
 
-def _seeds(config: Any) -> dict[str, int]:
-    return {key: value for key, value in _leaves(config) if "seed" in key.rsplit(".", 1)[-1] and value is not None}
+def seeds(config: Any) -> dict[str, int]:
+    """The seeds of a config by their keys; those of a list by their place in it: `seeds.0`."""
+    named = ((re.sub(r"(\.\d+)+$", "", key).rsplit(".", 1)[-1], key, value) for key, value in _leaves(config))
+    return {key: value for name, key, value in named if "seed" in name and type(value) is int}
 
 
 def _named_files(config: Any) -> Iterator[Path]:
@@ -206,13 +249,42 @@ def _named_files(config: Any) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically. NaN and infinities, which JSON lacks, become null; array scalars become numbers."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _json(value, indent=2) + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON text that UTF-8 can hold: lone surrogates (bytes of file names, broken escapes) stay JSON escapes."""
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def log(out: Path, row: Mapping[str, Any]) -> None:
-    """Append one line to metrics.jsonl."""
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+    """Append one line to metrics.jsonl; what a kill left of a line goes."""
+    with (out / "metrics.jsonl").open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((_json(row) + "\n").encode())
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none where there is no such file. What a kill left of a last line is left out.
+
+    Raises:
+      UserError: a line that is no row; it names file and line.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("it is no object")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: damaged ({error}); mend or delete the line, or begin anew") from None
+        rows.append(row)
+    return rows
 
 
 def plain(value: Any) -> Any:

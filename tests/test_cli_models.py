@@ -15,6 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import qjax
 from qjax.cli import main
+from qjax.evaluate.judge import windows_of
+from qjax.io import tokenizer_cut
+from qjax.io.tokenizer import Tokenizer as Backend
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
@@ -162,6 +165,16 @@ def test_generate_streams_and_seeds(gguf, capsys):
     assert said("--temperature", "1", "--seed", "1") != said("--temperature", "1", "--seed", "2")
 
 
+def test_eval_reads_no_more_of_a_text_than_it_judges(folder, monkeypatch):
+    model, read, encode = qjax.load(folder), [], Backend.encode
+    monkeypatch.setattr(tokenizer_cut, "PIECE", 100)
+    monkeypatch.setattr(Backend, "encode", lambda self, piece, **how: read.append(piece) or encode(self, piece, **how))
+    windows = windows_of(model, TEXT * 30, context=16, limit=2)
+    assert 32 <= sum(map(len, read)) < 600
+    whole = windows_of(model, TEXT * 30, context=16)
+    assert len(windows) == 2 < len(whole) and (whole.tokens[:2] == windows.tokens).all()
+
+
 # --- what they refuse -----------------------------------------------------------------------------------------------
 
 
@@ -216,6 +229,12 @@ def test_missing_tokenizer(folder, text, tmp_path, mistake):
     assert not out.exists()
 
 
+def test_an_empty_prompt_says_what_to_do(folder, tmp_path, mistake):
+    bare = copy_of(folder, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    assert "--prompt is empty, and this model has no BOS" in mistake("generate", bare, "--prompt", "")
+
+
 def test_names_that_do_not_exist(folder, gguf, text, tmp_path, mistake):
     out = tmp_path / "out.gguf"
     quantize = ["quantize", folder, "-o", out]
@@ -248,6 +267,9 @@ def test_names_that_do_not_exist(folder, gguf, text, tmp_path, mistake):
     assert "byte 4 is not UTF-8" in mistake("eval", gguf, "--text", tmp_path / "bytes")
     assert "there is no text in it" in mistake("eval", gguf, "--text", tmp_path / "empty")
     assert "more than the model's 64" in mistake("eval", gguf, "--text", text, "--ctx", 128)
+    assert "--seed: a seed lies in 0 .. 2147483647" in mistake("generate", gguf, "--prompt", "x", "--seed", 2**31)
+    assert "--rotate: a seed lies in" in mistake("fuse", folder, "-o", out, "--rotate", 2**63)
+    assert "cannot read the text" in mistake("generate", gguf, "--prompt", "\udcff")
     assert "exceed the model's context" in mistake("generate", gguf, "--prompt", "x", "--max-tokens", 1000)
     assert not out.exists()
 

@@ -59,6 +59,16 @@ def test_smoke_is_laid_over_only_when_asked(tmp_path):
         config.build(Config, config.read(write(tmp_path, "b.toml", "steps = 5\n")), smoke=True)
 
 
+def test_a_files_own_smoke_table_and_script_leave_the_bases_behind(tmp_path):
+    write(tmp_path, "base.toml", 'script = "s.py"\nname = "a"\n[smoke]\nsteps = 1\nname = "of the base"\n')
+    own = write(tmp_path, "own.toml", 'extends = "base.toml"\nname = "b"\n[smoke]\nsteps = 2\n')
+    assert config.build(Config, config.read(own), smoke=True) == Config(steps=2, name="b")
+    child = write(tmp_path, "child.toml", 'extends = "base.toml"\nscript = "./s.py"\n')
+    assert config.build(Config, config.read(child), smoke=True).name == "of the base"
+    other = write(tmp_path, "other.toml", 'extends = "base.toml"\nscript = "t.py"\n')
+    assert config.read(other).smoke == {}
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -80,6 +90,13 @@ def test_smoke_is_laid_over_only_when_asked(tmp_path):
         ('extends = "a.toml"', r"a\.toml -> .*a\.toml: `extends` goes in a circle"),
         ("extends = 3", r"a\.toml:extends must be a string"),
         ("smoke = 3", r"a\.toml:smoke must be a table"),
+        ("steps = 9223372036854775808", r"a\.toml:steps: 9223372036854775808 does not fit 64 bits"),
+        ("steps = " + "9" * 5000, r"a\.toml: not valid TOML"),
+        ('extends = "\\u0000.toml"', r"a\.toml: a path cannot hold a NUL"),
+        ('script = "\\u0000.py"', r"a\.toml:script must be a string"),
+        ("name = '\0'", r"a\.toml:1: not valid TOML"),
+        ("name = " + "[" * 500 + "]" * 500, r"a\.toml: tables or lists are nested more than 32 deep"),
+        (".".join("a" * 500) + " = 1", r"a\.toml: tables or lists are nested more than 32 deep"),
     ],
 )
 def test_mistakes_name_file_and_key(tmp_path, text, message):

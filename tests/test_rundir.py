@@ -49,6 +49,7 @@ def test_manifest_of_a_good_run(tmp_path):
 def test_manifest_of_a_failed_run(tmp_path, error, status):
     out = rundir.create("x", tmp_path / "run")
     with pytest.raises(type(error)), rundir.record(out, ""):
+        (out / "work").write_text("done")
         raise error
     made = json.loads((out / "manifest.json").read_text())
     assert made["exit_status"] == status and type(error).__name__ in made["error"]
@@ -72,6 +73,27 @@ def test_names_do_not_collide(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         rundir.create("x", tmp_path / "file")
+
+
+def test_a_line_that_a_kill_cut_off_is_no_row(tmp_path):
+    rundir.log(tmp_path, {"step": 1})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 2, "lo')
+    assert rundir.logged(path) == [{"step": 1}]
+    rundir.log(tmp_path, {"step": 2, "name": "\udcff"})
+    assert rundir.logged(path) == [{"step": 1}, {"step": 2, "name": "\udcff"}]
+    path.write_bytes(b'{"step": 1}\n[3]\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: damaged"):
+        rundir.logged(path)
+    assert rundir.logged(tmp_path / "none") == []
+
+
+def test_seeds_of_lists_are_told(tmp_path):
+    assert rundir.seeds({"seeds": (3, 4), "a": {"seed": 5}, "seed_text": "x"}) == {
+        "seeds.0": 3,
+        "seeds.1": 4,
+        "a.seed": 5,
+    }
 
 
 def test_plain_makes_anything_json():

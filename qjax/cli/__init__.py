@@ -1,6 +1,7 @@
 """The command line: `qjax COMMAND ...`. One file a command; each is a frozen dataclass with `execute()`.
 
-Exit status: 0 on success, 2 on a user's mistake (one line on standard error), 1 on a bug (traceback), 130 on Ctrl-C.
+Exit status: 0 on success, 2 on a user's mistake (one line on standard error), 1 on a bug (traceback), 130 on Ctrl-C,
+143 on SIGTERM, 129 on SIGHUP.
 Results go to standard output, progress and complaints to standard error.
 """
 
@@ -14,7 +15,9 @@ import traceback
 from collections.abc import Sequence
 
 from qjax import __version__
+from qjax.cli.process import drop_output, signals, streams
 from qjax.errors import UserError, exit_status
+from qjax.terminal import say
 
 # name: (module, class, what it does). A command's module is imported only when it is called.
 COMMANDS = {
@@ -47,21 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _dispatch(args)
-        sys.stdout.flush()
+        with signals(), streams():
+            status = _dispatch(args)
+            sys.stdout.flush()
         return status
     except SystemExit as stop:  # tyro's: --help or a command line it cannot parse
+        if isinstance(stop.__context__, BrokenPipeError):  # rich's
+            return 0
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except UserError as mistake:
         return _complain(str(mistake))
-    except KeyboardInterrupt:
-        print("\nqjax: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(file=sys.stderr)
+        say("; ".join(["qjax: interrupted", *getattr(stop, "__notes__", ())]))
+        return exit_status(stop)
     except BrokenPipeError:  # `qjax inspect FILE | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     except OSError as error:
         if exit_status(error) == 2:
+            drop_output()  # it may be what is full: not to be tried again
             name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
             return _complain(f"{name}{error.strerror}")
         return _bug(error)
@@ -104,11 +112,11 @@ def _parse(command: type, name: str, rest: list[str]):
 
 
 def _complain(message: str) -> int:
-    print(f"qjax: {' '.join(message.split())}", file=sys.stderr)
+    say(f"qjax: {message}")
     return 2
 
 
 def _bug(error: Exception) -> int:
     traceback.print_exception(error)
-    print(f"qjax: a bug: {type(error).__name__}: {error}", file=sys.stderr)
+    say(f"qjax: a bug: {type(error).__name__}: {error}")
     return 1

@@ -52,6 +52,7 @@ class Fuse:
             raise UserError("fuse needs --rotate SEED, --scale SEARCH, or both")
         if (self.scale is None) != (self.calib is None):
             raise UserError("--scale looks at activations: it goes with --calib TEXT, and --calib with it")
+        from qjax.config import check_seed
         from qjax.io.checkpoint import load, locate, save
         from qjax.io.text import read_text
         from qjax.models.fuse import rotated
@@ -59,6 +60,8 @@ class Fuse:
         from qjax.pipeline.fused import fused_scales
         from qjax.recipes import reparam
 
+        if self.rotate is not None:
+            check_seed("--rotate", self.rotate)
         path = locate(self.model)
         check_output(self.out, (path, self.calib), self.force)
         model = load(path)

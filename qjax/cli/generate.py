@@ -10,6 +10,9 @@ from typing import Annotated
 import tyro
 
 from qjax.cli.model import MODEL_HELP, load_with_tokenizer
+from qjax.config import check_seed
+from qjax.errors import UserError
+from qjax.terminal import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Generate:
         from qjax.models.generate import Sampling
 
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        check_seed("--seed", self.seed)
         model = load_with_tokenizer(self.model)
 
         import jax
@@ -47,19 +51,23 @@ class Generate:
         prompt = tokenizer.encode(self.prompt)
         if tokenizer.add_bos and tokenizer.bos is not None and prompt[:1] != [tokenizer.bos]:
             prompt = [tokenizer.bos, *prompt]
+        if not prompt:
+            raise UserError(
+                '--prompt is empty, and this model has no BOS to begin with; give it text, as in "def main("'
+            )
         stop = set() if tokenizer.eos is None else {tokenizer.eos}
         made: list[int] = []
-        shown = tokenizer.decode(prompt)
-        print(shown, end="", flush=True)
+        said = tokenizer.decode(prompt)
+        print(shown(said), end="", flush=True)
         clock = None
         for token in generate(model, prompt, self.max_tokens, sampling, jax.random.key(self.seed), stop):
             clock = clock or time.perf_counter()
             made.append(token)
             text = tokenizer.decode([*prompt, *made])
             if not text.endswith("\ufffd"):  # half of a character: its other bytes are in the next token
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print(tokenizer.decode([*prompt, *made])[len(shown) :])
+                print(shown(text[len(said) :]), end="", flush=True)
+                said = text
+        print(shown(tokenizer.decode([*prompt, *made])[len(said) :]))
         if clock is not None and len(made) > 1:
             rate = (len(made) - 1) / (time.perf_counter() - clock)
             print(f"[{len(made)} tokens, {rate:.1f} tokens/s]", file=sys.stderr)

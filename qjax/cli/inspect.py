@@ -13,6 +13,7 @@ import tyro
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP
 from qjax.cli.targets import check_json
+from qjax.terminal import shown
 
 SHOWN = 90  # characters of a metadata value
 
@@ -101,7 +102,7 @@ def _llama2c(path: Path) -> tuple[str, Mapping[str, Any], list[dict[str, Any]]]:
 
 
 def _print(found: Mapping[str, Any], brief: bool) -> None:
-    print(f"{found['file']}: {found['kind']}")
+    print(shown(f"{found['file']}: {found['kind']}"))
     output.table(("key", "value"), [(key, _shown(value)) for key, value in found["metadata"].items()])
     if not brief:
         listed = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qjax.tables import size as size
+from qjax.terminal import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,13 +28,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequen
         right = n in numbers
         made.add_column(name, justify="right" if right else "left", no_wrap=right or n == 0, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
+        made.add_row(*(Text(shown(cell)) for cell in row))
     console().print(made)
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> None:
     """Print what is called what, one a line."""
-    rows = list(rows)
+    rows = [(shown(name), shown(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:{width}}  {value}")
@@ -55,6 +56,5 @@ def write_json(path: Path | None, value: Any) -> bool:
     if str(path) != "-":
         write_json(path, value)
         return False
-    json.dump(plain(value), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-    print()
+    print(json.dumps(plain(value), indent=2, allow_nan=False))  # ASCII, whatever the terminal's encoding
     return True

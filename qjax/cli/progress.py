@@ -1,4 +1,4 @@
-"""Progress on standard error, with rate and time left; silent where that is no terminal."""
+"""Progress on standard error, with rate and time left; a line now and then where that is no terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qjax.cli.output import size
+from qjax.terminal import bar
+
 
 @contextlib.contextmanager
 def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over things that are counted; yields a function (done, of all)."""
-    from rich.progress import MofNCompleteColumn, TextColumn
-
-    with _bar(what, MofNCompleteColumn(), TextColumn("{task.fields[note]}")) as update:
+    with bar(what) as update:
 
         def advance(done: int, total: int) -> None:
             speed = update(done, total, "")
@@ -25,19 +26,19 @@ def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar over bytes; yields a function (item, bytes done, of all)."""
-    from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
+    with bar(what, size) as update:
 
-    columns = DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[note]}")
-    with _bar(what, *columns) as update:
-        yield lambda item, done, total: update(done, total, item) and None
+        def advance(item: str, done: int, total: int) -> None:
+            speed = update(done, total, item)
+            update(done, total, f"{size(speed)}/s  {item}" if speed else item)
+
+        yield advance
 
 
 @contextlib.contextmanager
 def steps_bar(what: str) -> Iterator[Callable[[Any], None]]:
     """A bar over the weights of a walk; yields what takes its `Step`s and shows each weight's loss."""
-    from rich.progress import MofNCompleteColumn, TextColumn
-
-    with _bar(what, MofNCompleteColumn(), TextColumn("{task.fields[note]}")) as update:
+    with bar(what) as update:
 
         def show(step: Any) -> None:
             line = step.report
@@ -60,22 +61,3 @@ def in_turn(*bars: contextlib.AbstractContextManager[Callable[..., Any]]) -> Ite
             drawn[n](*args)
 
         yield tuple(functools.partial(news, n) for n in range(len(bars)))
-
-
-@contextlib.contextmanager
-def _bar(what, *columns):
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task(what, total=None, note="")
-
-        def update(done: int, total: int, note: str) -> float | None:
-            bar.update(task, completed=done, total=total, note=note)
-            return bar.tasks[0].speed
-
-        yield update

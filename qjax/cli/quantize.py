@@ -165,9 +165,12 @@ class Quantize:
     def _calibration(self, path: Path) -> Any:
         if self.calib is None:
             return None
+        from qjax.config import check_seed
         from qjax.io.checkpoint import load
         from qjax.io.text import read_text
         from qjax.pipeline import calibration_text
+
+        check_seed("--seed", self.seed)
 
         text, model = read_text(self.calib), load(path)
         return calibration_text(model, text, context=self.calib_ctx, limit=self.calib_windows, seed=self.seed)

@@ -15,6 +15,7 @@ import tyro
 
 from qjax import config as configs
 from qjax.errors import UserError
+from qjax.rundir import seeds
 
 HELP = """Run the experiment a TOML config describes.
 
@@ -25,10 +26,16 @@ HELP = """Run the experiment a TOML config describes.
     qjax run CONFIG.toml --help                            # every key of that config
 
 The run directory (runs/NAME-TIME, or --out) gets the resolved config, manifest.json, metrics.jsonl, results.json
-and whatever the experiment makes. An --out that exists is continued, if its config is the same."""
+and whatever the experiment makes. An --out that exists is continued, if its config is the same.
+
+A config is data that may come from anywhere, so it can name only scripts of qjax's own experiments folder, or of the
+one that --scripts names."""
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+SCRIPTS_HELP = "the folder of the scripts that configs may name, in place of qjax's experiments"
 
 JOIN_HELP = "several processes: HOST:PORT/PROCESSES/PROCESS of this one, or auto under a launcher that JAX knows"
-RESERVED = ("config", "out", "smoke", "join")
+RESERVED = ("config", "out", "smoke", "join", "scripts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +54,21 @@ class Run:
         """Read the config first: its script's dataclass says which options the rest of the command line may use."""
         path = _config_path(args)
         if path is None:
-            print(f"usage: qjax run CONFIG.toml [--section.key VALUE ...] [--out DIR] [--smoke]\n\n{HELP}")
+            print(
+                f"usage: qjax run CONFIG.toml [--section.key VALUE ...] [--out DIR] [--smoke] [--scripts DIR]\n\n{HELP}"
+            )
             if {"-h", "--help"} & set(args):
                 raise SystemExit(0)
             raise UserError("run needs a config file, as in: qjax run configs/quickstart.toml")
         source = configs.read(path)
+        folder = Path(_option(args, "--scripts") or EXPERIMENTS)
+        script_of(source, folder)
         line = _option(args, "--join")
         if line and not {"-h", "--help"} & set(args):  # before anything else asks JAX for its devices
             from qjax.training.processes import join
 
             join(line)
-        module, script = load_script(source)
+        module, script = load_script(source, folder)
         default = configs.build(module.Config, source, smoke="--smoke" in args)
         command = dataclasses.make_dataclass(
             "Run",
@@ -66,6 +77,7 @@ class Run:
                 ("out", Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="the run directory")], None),
                 ("smoke", Annotated[bool, tyro.conf.arg(help="the config's own seconds-long version")], False),
                 ("join", Annotated[str | None, tyro.conf.arg(metavar="LINE", help=JOIN_HELP)], None),
+                ("scripts", Annotated[Path | None, tyro.conf.arg(metavar="DIR", help=SCRIPTS_HELP)], None),
                 ("keys", Annotated[type(default), tyro.conf.arg(name="", help="")], default),
             ],
             frozen=True,
@@ -77,12 +89,13 @@ class Run:
             description=HELP,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
         )
+        for key, value in seeds(parsed.keys).items():
+            configs.check_seed(key, value)
         return Run(source, script, module, parsed.keys, parsed.out, parsed.join)
 
     def execute(self) -> None:
-        from rich.console import Console
-
         from qjax import rundir
+        from qjax.terminal import say
 
         if self.join and not getattr(self.module, "SEVERAL_PROCESSES", False):
             raise UserError(f"--join: {self.script} runs in one process; those of pretrain and qat run in several")
@@ -92,21 +105,30 @@ class Run:
             assert self.out is not None
             self.module.run(self.config, self.out)
             return
-        out = rundir.create(self.source.name, self.out)
-        text = configs.to_toml(self.config, head={"script": os.path.relpath(self.script, out)})
-        out = rundir.create(self.source.name, out, text)
+        # A run directory that is still to be named lies as deep as any other.
+        script = os.path.relpath(self.script, self.out or Path("runs") / self.source.name)
+        text = configs.to_toml(self.config, head={"script": script})
+        out = rundir.create(self.source.name, self.out, text)
         files = (*self.source.files, self.script)
         command = rundir.command_line()
-        with rundir.record(out, text, config=self.config, files=files, command=command) as manifest:
-            results = self.module.run(self.config, out)
-            rundir.write_json(out / "results.json", results)
-        Console(stderr=True).print(f"run directory: {out}  ({manifest['wall_seconds']:.1f} s)", highlight=False)
+        try:
+            with rundir.record(out, text, config=self.config, files=files, command=command) as manifest:
+                results = self.module.run(self.config, out)
+                rundir.write_json(out / "results.json", results)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"{out} keeps what was done; the same command with --out {out} continues")
+            raise
+        except (BrokenPipeError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+                raise
+            raise UserError(f"standard output was closed before the run ended; {out} keeps what was done") from None
+        say(f"run directory: {out}  ({manifest['wall_seconds']:.1f} s)")
 
 
 def _config_path(args: list[str]) -> Path | None:
-    """The first argument that is neither an option nor the value of `--out` or `--join`."""
+    """The first argument that is neither an option nor the value of `--out`, `--join` or `--scripts`."""
     for before, arg in zip(["", *args], args, strict=False):
-        if not arg.startswith("-") and before not in ("--out", "--join"):
+        if not arg.startswith("-") and before not in ("--out", "--join", "--scripts"):
             return Path(arg)
     return None
 
@@ -125,19 +147,34 @@ def _writes() -> bool:
     return chief()
 
 
-def load_script(source: configs.Source) -> tuple[ModuleType, Path]:
-    """Import the experiment a config names.
+def script_of(source: configs.Source, folder: Path) -> Path:
+    """The script a config names; nothing of it is run.
 
     Raises:
-      UserError: the config names none, the file is missing, or it lacks `Config` and `run`.
+      UserError: the config names none, the file is missing, or it lies outside of the folder.
     """
     last = source.files[-1]
     if source.script is None:
         raise UserError(f'{last}: has no key `script` (as in script = "../experiments/ptq_grid.py")')
     where = f"{source.origin['script',]}:script"
-    path = source.script
+    path = source.script.resolve()
+    if not folder.is_dir():
+        raise UserError(f"{where}: there is no folder {folder} of scripts; name one with --scripts DIR")
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: {path} lies outside of {folder}; run it only if you trust it, with --scripts DIR")
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"{where}: {path} is not a Python file")
+    return path
+
+
+def load_script(source: configs.Source, folder: Path | None = None) -> tuple[ModuleType, Path]:
+    """Import the experiment a config names, from the folder of scripts.
+
+    Raises:
+      UserError: what `script_of` raises; or it lacks `Config` and `run`.
+    """
+    path = script_of(source, folder or EXPERIMENTS)
+    where = f"{source.origin['script',]}:script"
     name = f"qjax_experiment_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -151,4 +188,4 @@ def load_script(source: configs.Source) -> tuple[ModuleType, Path]:
     taken = [f.name for f in dataclasses.fields(module.Config) if f.name in RESERVED]
     if taken:
         raise UserError(f"{where}: {path}: Config.{taken[0]} clashes with an option of `qjax run`; rename it")
-    return module, path.resolve()
+    return module, path

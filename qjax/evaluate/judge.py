@@ -28,6 +28,7 @@ from qjax.evaluate.perplexity import (
     perplexity,
 )
 from qjax.evaluate.sizes import Sizes, as_float, sizes
+from qjax.io.tokenizer_cut import encode_long
 from qjax.models.model import Model
 from qjax.tensor import is_qtensor
 
@@ -169,7 +170,9 @@ def windows_of(
     if isinstance(text, str):
         if tokenizer is None:
             raise UserError("the model has no tokenizer; give token ids instead of text")
-        ids = tokenizer.encode(text, bos=protocol == "llama.cpp")
+        # A text shorter than two windows is refused, whatever the limit.
+        enough = None if limit is None or context is None else max(limit, 2) * context
+        ids = encode_long(tokenizer, text, bos=protocol == "llama.cpp", limit=enough)
     else:
         ids = text
     windows = cut_windows(ids, protocol, context, bos=bos, limit=limit)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import tokenizers
@@ -67,7 +68,7 @@ class Tokenizer:
         """The ids of a text.
 
         Args:
-          text: any string.
+          text: any string that UTF-8 can hold.
           bos: put the BOS in front, where the model wants one (`add_bos`).
           special: read control tokens spelled out in the text ("<s>") as such, as a chat template needs; otherwise
             they are plain text.
@@ -76,12 +77,14 @@ class Tokenizer:
         [403, 407, 261, 378]
         """
         backend = self._parsing if special else self.backend
-        ids = backend.encode(text, add_special_tokens=False).ids
+        with library_errors("the tokenizer cannot read the text"):
+            ids = backend.encode(text, add_special_tokens=False).ids
         return [self.bos, *ids] if bos and self.add_bos and self.bos is not None else ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of ids; control tokens are left out unless `special`."""
-        return self.backend.decode(list(ids), skip_special_tokens=not special)
+        with library_errors("the tokenizer cannot spell the ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=not special)
 
     @functools.cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
@@ -168,6 +171,19 @@ def tokenizer_from_gguf(meta: Mapping[str, Any], pre: str | None = None) -> Toke
     else:
         raise UserError(f"tokenizer.ggml.model = {str(model)[:40]!r} is not supported; supported: gpt2, llama")
     return made
+
+
+@contextmanager
+def library_errors(where: str) -> Iterator[None]:
+    """Turn what the `tokenizers` library raises into one line: plain Exceptions, and its panics, which are none."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C
+        raise UserError(f"{where}: {error}") from None
 
 
 def check_tokens_unique(tokens: Sequence[str]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from qjax.io.tokenizer import (
     Tokenizer,
     begin_with_bos,
     check_tokens_unique,
+    library_errors,
 )
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -105,7 +106,8 @@ def bpe_tokenizer(
             if part not in ids:
                 raise UserError(f"tokenizer.ggml.merges: {merge!r} names {part!r}, which is no token")
         pairs.append((left, right))
-    backend = Backend(models.BPE(vocab=ids, merges=pairs, ignore_merges=cut.ignore_merges))
+    with library_errors("tokenizer"):
+        backend = Backend(models.BPE(vocab=ids, merges=pairs, ignore_merges=cut.ignore_merges))
     splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in cut.expressions]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])

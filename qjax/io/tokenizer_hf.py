@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,12 @@ from qjax.io.tokenizer import (
     USER_DEFINED,
     Tokenizer,
     begin_with_bos,
+    library_errors,
 )
 from qjax.io.tokenizer_bpe import pre_of
 from qjax.io.tokenizer_spm import BYTE_PIECE, SPACE, read_sentencepiece, scores_of, spm_tokenizer
+
+GAPS = 1 << 16  # ids that no token has, at most
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,15 +89,15 @@ def _from_json(path: Path, settings: Mapping[str, Any], config: Mapping[str, Any
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):  # the first crashes the library
         if model.get(key) not in (None, "", 0):
             raise UserError(f"{path}: {key} = {model[key]!r} is not supported; expected none")
-    try:
+    _check_ids(spec, path)
+    for node in (spec.get("normalizer"), spec.get("pre_tokenizer")):
+        if (wrong := _panics(node)) is not None:
+            raise UserError(f"{path}: not a tokenizer: {wrong}")
+    with library_errors(f"{path}: not a tokenizer"):
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as e:  # the library raises plain Exception
-        raise UserError(f"{path}: not a tokenizer: {e}") from e
     added = {a["id"]: a for a in spec.get("added_tokens") or ()}
     spelled = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
     size = max(spelled, default=-1) + 1
-    if size > 1 << 24:
-        raise UserError(f"{path}: token id {size - 1} is too large")
     kind = "spm" if model.get("byte_fallback") else "bpe"
     tokens = [spelled.get(i, f"[PAD{i}]") for i in range(size)]
     types = [_type(i, tokens[i], spelled, added, kind, model.get("unk_token")) for i in range(size)]
@@ -112,6 +116,34 @@ def _from_json(path: Path, settings: Mapping[str, Any], config: Mapping[str, Any
     tokens = [t.replace(SPACE, " ") if k == USER_DEFINED else t for t, k in zip(tokens, types, strict=True)]
     scores, prefix = tuple(scores_of(tokens, merges)), _adds_space(spec)
     return Tokenizer(backend, "spm", tuple(tokens), tuple(types), scores=scores, add_space_prefix=prefix, **common)
+
+
+def _check_ids(spec: Mapping[str, Any], path: Path) -> None:
+    """Ids are counted up to the largest, so one that lies far behind the others would cost gigabytes."""
+    vocab, added = spec["model"].get("vocab"), spec.get("added_tokens")
+    added = added if isinstance(added, list) else ()
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(a.get("id") for a in added if isinstance(a, dict))]
+    ids = [i for i in ids if type(i) is int]
+    if max(ids, default=0) > len(ids) + GAPS:
+        raise UserError(f"{path}: token id {max(ids)} is too large for {len(ids)} tokens")
+
+
+def _panics(node: Any) -> str | None:
+    """What is wrong with a part that makes the library panic, which no error handler keeps off the terminal."""
+    match node:
+        case {"type": "Sequence"}:
+            parts = [
+                p for key in ("normalizers", "pretokenizers") if isinstance(node.get(key), list) for p in node[key]
+            ]
+            return next((wrong for part in parts if (wrong := _panics(part)) is not None), None)
+        case {"type": "FixedLength", "length": 0}:
+            return "FixedLength cuts pieces of length 0"
+        case {"type": "Precompiled"}:
+            text = node.get("precompiled_charsmap")
+            raw = base64.b64decode(text) if isinstance(text, str) and text.isascii() and len(text) % 4 == 0 else b""
+            if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
+                return "its precompiled_charsmap is cut off"
+    return None
 
 
 def _type(i: int, token: str, spelled, added, kind: str, unk: str | None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from qjax.io.tokenizer import (
     Tokenizer,
     begin_with_bos,
     check_tokens_unique,
+    library_errors,
 )
 from qjax.io.tokenizer_bpe import added_token, special_token
 
@@ -57,13 +58,11 @@ def spm_tokenizer(
       UserError: a piece appears twice.
     """
     ids = check_tokens_unique(tokens)
-    model = models.BPE(
-        vocab=ids,
-        merges=merges_of(tokens, types, scores),
-        unk_token=None if unk is None else tokens[unk],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+    unk_token = None if unk is None else tokens[unk]
+    with library_errors("tokenizer"):
+        model = models.BPE(
+            vocab=ids, merges=merges_of(tokens, types, scores), unk_token=unk_token, fuse_unk=True, byte_fallback=True
+        )
     backend = Backend(model)
     replace = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if add_space_prefix else replace
@@ -91,13 +90,24 @@ def spm_tokenizer(
 def merges_of(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merges that make the same pieces: every split of a piece into two pieces, best-scored piece first."""
     ids = {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}
-    found = [
-        (-scores[i], i, token[:cut], token[cut:])
-        for token, i in ids.items()
-        for cut in range(1, len(token))
-        if token[:cut] in ids and token[cut:] in ids
-    ]
+    begins, ends = _beginnings(ids), _beginnings(token[::-1] for token in ids)
+    found = []
+    for token, i in ids.items():
+        tails = {len(token) - len(end) for end in ends[token[::-1]]}
+        found += [(-scores[i], i, left, token[len(left) :]) for left in begins[token] if len(left) in tails]
     return [(left, right) for _, _, left, right in sorted(found)]
+
+
+def _beginnings(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Which other words each word begins with, in time linear in their letters: in alphabetical order they stack."""
+    found: dict[str, tuple[str, ...]] = {}
+    open_: list[str] = []
+    for word in sorted(words):
+        while open_ and not word.startswith(open_[-1]):
+            open_.pop()
+        found[word] = tuple(word for word in open_ if word)
+        open_.append(word)
+    return found
 
 
 def scores_of(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:

@@ -95,8 +95,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     return check_dimensions(config, "config.json")
 
 
+_NAMES = {"window": "sliding_window", "dim": "hidden_size", "context": "context length"}
+
+
 def check_dimensions(config: DecoderConfig, where: str) -> DecoderConfig:
     """The config itself, or a UserError where its numbers cannot make a decoder."""
+    for name, value in vars(config).items():
+        if type(value) is int and value >= 1 << 31:
+            raise UserError(f"{where}: {_NAMES.get(name, name)} = {value} is more than any model has")
     if config.heads % config.kv_heads:
         raise UserError(f"{where}: {config.heads} attention heads are no multiple of {config.kv_heads} key-value heads")
     if config.head_dim % 2:

@@ -21,9 +21,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from qjax.errors import UserError
 from qjax.io.atomic import write_text
 from qjax.io.text import read_text
+from qjax.io.tokenizer_cut import encode_long
 from qjax.models import stdlib_text
 from qjax.models.model import Model
-from qjax.training.data import Tokens, open_tokens, write_tokens
+from qjax.terminal import say
+from qjax.training.data import Tokens, open_tokens, verify, write_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,12 @@ def tokenizer_in(folder: Path, texts: Iterable[str], vocab: int) -> Tokenizer:
         settings = '{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}'
         write_text(folder / "tokenizer_config.json", settings)
         write_text(path, train_tokenizer(texts, vocab).to_str())
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"{path} is damaged ({error}); delete it to train it again, or give another directory"
+        ) from None
 
 
 def corpus_in(
@@ -95,9 +102,20 @@ def corpus_for(
     if tokenizer is None:
         raise UserError(f"{name}: has no tokenizer to read the text with")
     return corpus_of(
-        lambda text: tokenizer.encode(text, bos=tokenizer.add_bos), model.config.vocab, *texts_of(text, heldout), out,
-        context, windows,
+        lambda text: encode_long(tokenizer, text, bos=tokenizer.add_bos), model.config.vocab, *texts_of(text, heldout),
+        out, context, windows,
     )  # fmt: skip
+
+
+def _whole(path: Path) -> Tokens | None:
+    """The tokens of a file, or None where a kill or a damage left them without the description that they fit."""
+    try:
+        tokens = open_tokens(path)
+        verify(tokens)
+        return tokens
+    except UserError as error:
+        say(f"{error}: writing {path} again")
+        return None
 
 
 def corpus_of(
@@ -118,11 +136,10 @@ def corpus_of(
     """
     path, source = out / "tokens.bin", out / "tokens.source.txt"
     said = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    if path.is_file():
-        if not source.is_file() or source.read_text() != said:
-            raise UserError(f"{path} is of another text than the one to train on now; give another directory")
-        tokens = open_tokens(path)
-    else:
+    if path.is_file() and not (source.is_file() and source.read_bytes() == said.encode()):
+        raise UserError(f"{path} is of another text than the one to train on now; give another directory")
+    tokens = _whole(path) if path.is_file() else None
+    if tokens is None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(source, said)
         tokens = write_tokens(path, (encode(t) for t in texts), vocab)

@@ -98,14 +98,14 @@ def open_tokens(path: str | Path) -> Tokens:
                 f"{dtype.itemsize} bytes; write it again"
             )
         values = np.memmap(path, dtype, "r")
-    except OSError as e:
-        raise UserError(f"cannot read the tokens {path}: {e.strerror or e}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the tokens {path}: {e}") from None
     return Tokens(values, facts["vocab"], facts["sha256"])
 
 
 def verify(tokens: Tokens) -> None:
     """Read every byte and compare with the sha256. Raises UserError where they are not the bytes that were written."""
-    found = hashlib.sha256(np.ascontiguousarray(tokens.values).data).hexdigest()
+    found = hashlib.sha256(np.ascontiguousarray(tokens.values).view(np.uint8).data).hexdigest()
     if found != tokens.sha256:
         raise UserError(f"the tokens' bytes have sha256 {found}, but {tokens.sha256} was written; write them again")
 
@@ -224,8 +224,8 @@ def _described(path: Path) -> dict:
         raise UserError(f"{path} has no description {file.name} beside it; write the tokens again")
     try:
         facts = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {file}: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"cannot read {file}: {e}; write the tokens again") from None
     types = {"dtype": str, "count": int, "vocab": int, "sha256": str}
     good = isinstance(facts, dict) and all(type(facts.get(key)) is kind for key, kind in types.items())
     if not good or facts["dtype"] not in _DTYPES or facts["count"] < 1:

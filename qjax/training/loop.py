@@ -11,6 +11,7 @@ that the device never waits for the host; a loss that is no number stops the run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,15 +22,16 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qjax.errors import UserError
 from qjax.io.atomic import write_text
+from qjax.io.lock import locked
+from qjax.terminal import bar, say
 from qjax.training.processes import chief
 from qjax.training.state import Step, TrainState
 
 Row = dict[str, Any]
+LOCK = ".training.lock"  # held while a process trains there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,31 +96,38 @@ def train(
     Returns: the last state, and the log.
 
     Raises:
-      UserError: a checkpoint of another run or another model, a loss that is no number.
+      UserError: a checkpoint of another run or another model, a damaged file, another process that trains under `out`,
+        a loss that is no number.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_identity(out, state, identity or {})
     writes = chief()
     options = ocp.CheckpointManagerOptions(max_to_keep=loop.keep, enable_async_checkpointing=True)
-    with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as manager:
+    with (
+        locked(out / LOCK, f"the training run {out}") if writes else contextlib.nullcontext(),
+        _manager(out / "checkpoints", options) as manager,
+    ):
+        _check_identity(out, state, identity or {})
         first = manager.latest_step() or 0
         if first:
             state = _restored(manager, first, state)
+            if writes and first < loop.steps:
+                say(f"{name}: resuming at step {first} of {loop.steps}")
         rows = _rows_until(out / "metrics.jsonl", first, write=writes)
+        if writes and first and (not rows or rows[-1]["step"] != first):
+            say(f"{out / 'metrics.jsonl'} lacks the rows before step {first}; the log goes on without them")
         memory = observe(state, None)[1] if observe else None
-        screen = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         clock, late = time.perf_counter(), None
         with (
-            Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or not writes) as bar,
+            bar(name, done=first, total=loop.steps) if writes else contextlib.nullcontext() as show,
             (out / "metrics.jsonl").open("a", encoding="utf-8") as log,
         ):
-            task = bar.add_task(name, total=loop.steps, completed=first)
             for at in range(first, loop.steps):
                 if refresh is not None and refresh_every and at and at % refresh_every == 0:
                     state = refresh(state)
                 state, metrics = step(state, batch_at(at))
                 _check_number(late, at - 1, manager)
+                if writes and late is not None:
+                    show(at, loop.steps, f"loss {float(late):.4f}")
                 late = metrics["loss"]
                 done = at + 1
                 last = done == loop.steps
@@ -140,11 +149,19 @@ def train(
                     log.flush()
                     for sink in sinks:
                         sink(row)
-                bar.update(task, completed=done, description=f"{name}: loss {row['loss']:.4f}")
+                    show(done, loop.steps, f"loss {row['loss']:.4f}")
                 if last or done % loop.checkpoint_every == 0:
                     manager.save(done, args=ocp.args.StandardSave(_saved(state)))
         manager.wait_until_finished()
     return state, rows
+
+
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    try:
+        return ocp.CheckpointManager(folder.absolute(), options=options)
+    except Exception as e:  # orbax lets through whatever its readers raise
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{folder} is damaged or cannot be used: {why}; give another directory") from None
 
 
 def _saved(state: TrainState) -> Any:
@@ -155,12 +172,13 @@ def _saved(state: TrainState) -> Any:
 def _restored(manager: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
     try:
         back = manager.restore(step, args=ocp.args.StandardRestore(_saved(state)))
-    except (ValueError, KeyError, TypeError) as e:
+        return dataclasses.replace(state, **back)
+    except Exception as e:  # orbax lets through whatever its readers raise
         raise UserError(
-            f"the checkpoint of step {step} in {manager.directory} does not fit this model or optimizer: "
-            f"{str(e).splitlines()[0]}; give another directory"
+            f"the checkpoint {manager.directory / str(step)} is damaged or does not fit this model or optimizer: "
+            f"{(str(e) or type(e).__name__).splitlines()[0]}; delete that folder to go on from the one before, or give "
+            "another directory"
         ) from None
-    return dataclasses.replace(state, **back)
 
 
 def _check_identity(out: Path, state: TrainState, identity: Mapping[str, Any]) -> None:
@@ -173,7 +191,12 @@ def _check_identity(out: Path, state: TrainState, identity: Mapping[str, Any]) -
         if chief():
             write_text(path, json.dumps(now, indent=1) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}); give another directory, or delete this one to begin anew") from None
     for where, a, b in _differences(before, now):
         raise UserError(f"{out} holds another run: {where} was {a}, now it is {b}; give another directory")
 
@@ -187,14 +210,20 @@ def _differences(before: Any, now: Any, where: str = "") -> list[tuple[str, Any,
 
 
 def _rows_until(path: Path, step: int, write: bool) -> list[Row]:
-    """The rows up to a step; what lies behind it, or was cut off in the middle of a line, leaves the file."""
+    """The rows up to a step; what lies behind it, or was cut off in the middle of a line, leaves the file.
+
+    Raises:
+      UserError: another line that is no row; it names file and line.
+    """
     rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
+            at = int(row["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{path}:{number} is no row of a log; mend or delete the line to go on") from None
+        if at > step:
             break
         rows.append(row)
     if write:

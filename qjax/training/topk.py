@@ -13,6 +13,7 @@ Both masses of the rest are summed from their own logits, which keeps their digi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,8 @@ from qjax.training.distill import FLOOR, Divergence, log_probabilities, token_me
 from qjax.typing import Array, Float, Int, Shaped
 
 _KEYS = ("indices", "logp", "tail")
+_FLOATS = ("<f2", "<f4")
+_KINDS = {"indices": ("<u2", "<u4"), "logp": _FLOATS, "tail": _FLOATS}
 
 
 def top_k(teacher_logits: Float[Array, "*b v"], k: int, temperature: float = 1.0) -> dict[str, Array]:
@@ -129,17 +132,30 @@ def read_top_k(folder: str | Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: a file is missing, damaged, or does not fit the others.
     """
-    cache = {}
-    for key in _KEYS:
-        path = Path(folder) / f"{key}.npy"
-        try:
-            cache[key] = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as e:
-            raise UserError(f"{path} cannot be read ({e}); a cache is a folder that write_top_k wrote") from e
+    cache = {key: _mapped(Path(folder) / f"{key}.npy", kinds) for key, kinds in _KINDS.items()}
     indices, logp, tail = (cache[key].shape for key in _KEYS)
     if indices != logp or indices[:-1] != tail:
         raise UserError(f"{folder} is no cache of one teacher: indices {indices}, logp {logp}, tail {tail}")
     return cache
+
+
+def _mapped(path: Path, kinds: tuple[str, ...]) -> np.ndarray:
+    """The array of a .npy file, mapped. Its header is judged before numpy divides by the size of its type."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version} of the format")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        if fortran or dtype.str not in kinds:
+            raise ValueError(f"its type is {dtype.str}, not {' or '.join(kinds)}")
+        size = path.stat().st_size - start
+        if min(shape, default=0) < 1 or math.prod(shape) * dtype.itemsize != size:
+            raise ValueError(f"{size} bytes for the shape {list(shape)}")
+        return np.memmap(path, dtype, "r", start, shape)
+    except Exception as e:  # numpy's reader of headers lets through whatever Python's parser raises
+        raise UserError(f"{path} cannot be read ({e}); a cache is a folder that write_top_k wrote") from e
 
 
 def rows(cache: Mapping[str, np.ndarray], numbers: Any) -> dict[str, np.ndarray]:

@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from qjax.errors import UserError
-from qjax.io.tokenizer import tokenizer_from_gguf
+from qjax.io import tokenizer_cut
+from qjax.io.tokenizer import NORMAL, Tokenizer, library_errors, tokenizer_from_gguf
 from qjax.io.tokenizer_bpe import GPT2, PRE, bpe_tokenizer, pre_of
 from qjax.io.tokenizer_hf import read_tokenizer, write_tokenizer
-from qjax.io.tokenizer_spm import merges_of, read_sentencepiece, scores_of
+from qjax.io.tokenizer_spm import SPACE, merges_of, read_sentencepiece, scores_of, spm_tokenizer
 
 ByteLevel, Split, Sequence = pre_tokenizers.ByteLevel, pre_tokenizers.Split, pre_tokenizers.Sequence
 
@@ -224,3 +225,109 @@ def test_bad_metadata(bpe, change, error):
     meta = {k: v for k, v in (bpe.to_gguf() | change).items() if v is not None}
     with pytest.raises(UserError, match=error):
         tokenizer_from_gguf(meta)
+
+
+def test_a_piece_of_many_letters_costs_no_more_than_its_letters():
+    class Counted(str):
+        cuts = 0
+
+        def __getitem__(self, key):
+            Counted.cuts += isinstance(key, slice)
+            return str.__getitem__(self, key)
+
+    tokens = [SPACE, "a", "aa", "b", "ab", Counted("a" * 4000 + "b")]
+    merges = merges_of(tokens, [NORMAL] * 6, [0.0] * 6)
+    assert merges == [("a", "a"), ("a", "b")] and Counted.cuts < 10  # 4000 once: every cut of every piece
+
+
+def test_merges_are_all_splits_of_a_piece_into_pieces(rng):
+    for _ in range(30):
+        tokens = list({"".join(rng.choice(["a", "b", SPACE], rng.integers(1, 6))) for _ in range(40)})
+        scores = rng.choice([0.0, -1.0, -2.0], len(tokens)).tolist()
+        splits = [
+            (-score, i, token[:cut], token[cut:])
+            for i, (token, score) in enumerate(zip(tokens, scores, strict=True))
+            for cut in range(1, len(token))
+            if {token[:cut], token[cut:]} <= set(tokens)
+        ]
+        assert merges_of(tokens, [NORMAL] * len(tokens), scores) == [split[2:] for split in sorted(splits)]
+
+
+def test_an_id_far_behind_the_others_is_refused_before_it_is_counted_up_to(bpe, tmp_path):
+    spec = json.loads(bpe.backend.to_str())
+    spec["model"]["vocab"]["far"] = 2**24 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"tokenizer\.json: token id 16777215 is too large for \d+ tokens"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "AAAA"}]}},
+    ],
+)
+def test_what_panics_in_the_library_is_refused_before_it(part, bpe, tmp_path, capfd):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(bpe.backend.to_str()) | part))
+    with pytest.raises(UserError, match="not a tokenizer"):
+        read_tokenizer(tmp_path).encode("a text")
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_panic_of_the_library_is_a_users_error():
+    class PanicException(BaseException):
+        pass
+
+    with pytest.raises(UserError, match="here: index out of bounds"), library_errors("here"):
+        raise PanicException("index out of bounds")
+    with pytest.raises(KeyboardInterrupt), library_errors("here"):
+        raise KeyboardInterrupt
+
+
+def test_a_text_that_is_no_utf8_is_a_users_error(bpe):
+    with pytest.raises(UserError, match="cannot read the text"):
+        bpe.encode("\udcff")
+
+
+PROSE = "x = [1, 2]  # it's  a test\n\n  def f(a, b):\n\treturn a + b\nIt was 12 o'clock and the CAT sat ok\n"
+
+
+def spm(prefix=True, extra=()):
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        SPACE,
+        *"abcdefghijklmnopqrstuvwxyz",
+        "th",
+        SPACE + "t",
+        SPACE + "th",
+        "at",
+        *extra,
+    ]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    types = [2, 3, 3] + [NORMAL] * (len(tokens) - 3) + [6] * 256
+    return spm_tokenizer([*tokens, *bytes_], types, [-float(i) for i in range(len(types))], prefix, bos=1, unk=0)
+
+
+@pytest.mark.parametrize("pre", [*PRE, "spm", "spm without a prefix"])
+def test_long_texts_are_cut_without_a_trace(pre, bpe_columns, monkeypatch):
+    monkeypatch.setattr(tokenizer_cut, "PIECE", 10)
+    tokenizer = spm(pre == "spm") if pre.startswith("spm") else bpe_tokenizer(*bpe_columns, pre, bos=0, add_bos=True)
+    text = PROSE * 3
+    assert len(list(tokenizer_cut._pieces(tokenizer, text))) > 10
+    whole = tokenizer.encode(text, bos=True)
+    assert tokenizer_cut.encode_long(tokenizer, text, bos=True).tolist() == whole
+    read = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, piece, bos: read.append(piece) or whole[:8])
+    assert tokenizer_cut.encode_long(tokenizer, text, limit=12).tolist() == (whole[:8] * 2)[:12] and len(read) == 2
+
+
+def test_texts_are_cut_only_where_it_is_exact(bpe, monkeypatch):
+    monkeypatch.setattr(tokenizer_cut, "PIECE", 10)
+    across = spm(extra=("t" + SPACE, "t" + SPACE + "o"))  # pieces that reach over a space
+    unknown = Tokenizer(bpe.backend, "bpe", bpe.tokens, bpe.types)  # a pre-tokenizer that llama.cpp has no name for
+    for tokenizer in (across, unknown):
+        assert tokenizer_cut.encode_long(tokenizer, PROSE * 2).tolist() == tokenizer.encode(PROSE * 2)
+        assert len(list(tokenizer_cut._pieces(tokenizer, PROSE))) == 1

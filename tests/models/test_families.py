@@ -236,6 +236,7 @@ def test_gemma_27b_scores_are_llama_cpps():
         ({"vocab_size": "many"}, "vocab_size = 'many'"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
         ({"num_key_value_heads": 3}, "4 attention heads are no multiple of 3"),
+        ({"model_type": "mistral", "sliding_window": 2**31}, "sliding_window = 2147483648 is more than any model has"),
         ({"head_dim": 15}, "head size 15 is odd"),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 2}, "chunked_att"),
         ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "1 entries for 2 layers"),

@@ -32,6 +32,32 @@ def test_a_token_file_is_reused_for_the_same_text_alone(tmp_path):
         texts_of(tmp_path / "a", None)
 
 
+@pytest.mark.parametrize("damage", ["no description", "torn description", "torn bytes", "other bytes"])
+def test_damaged_tokens_are_written_again(damage, tmp_path, capsys):
+    first = corpus_of(letters, 64, TEXTS, TEXTS[0], tmp_path, 8, 4)
+    whole, tokens, description = first.tokens.values.tobytes(), tmp_path / "tokens.bin", tmp_path / "tokens.bin.json"
+    if damage == "no description":  # a kill between the two files
+        description.unlink()
+    elif damage == "torn description":
+        description.write_bytes(b"{\xff")
+    else:
+        tokens.write_bytes(whole[:-2] if damage == "torn bytes" else bytes(len(whole)))
+    again = corpus_of(letters, 64, TEXTS, TEXTS[0], tmp_path, 8, 4)
+    assert again.tokens == first.tokens and tokens.read_bytes() == whole
+    assert f"writing {tokens} again" in capsys.readouterr().err
+
+
+def test_a_damaged_source_or_tokenizer_is_named(tmp_path):
+    tokenizer_in(tmp_path, TEXTS, 280)
+    corpus_of(letters, 64, TEXTS, TEXTS[0], tmp_path, 8, 4)
+    (tmp_path / "tokens.source.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is of another text"):
+        corpus_of(letters, 64, TEXTS, TEXTS[0], tmp_path, 8, 4)
+    (tmp_path / "tokenizer.json").write_bytes(b"{\xff")
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+        tokenizer_in(tmp_path, TEXTS, 280)
+
+
 def test_a_tokenizer_is_trained_once(tmp_path):
     tokenizer = tokenizer_in(tmp_path, TEXTS, 280)
     again = tokenizer_in(tmp_path, ["something else"], 300)

@@ -384,6 +384,10 @@ def test_a_damaged_cache_is_named(tmp_path, rng):
     path.write_bytes(whole[:-10])
     with pytest.raises(UserError, match=r"logp\.npy cannot be read"):
         read_top_k(tmp_path / "cache")
+    for kind in (b"|V0", b"|S0", b">f2", b"<f8", b"M8[", b"|O'"):  # the first kills numpy's own reader
+        path.write_bytes(whole.replace(b"<f2", kind))
+        with pytest.raises(UserError, match=r"logp\.npy cannot be read"):
+            read_top_k(tmp_path / "cache")
     np.save(path, np.zeros((7, 5, 4), np.float16))
     with pytest.raises(UserError, match="no cache of one teacher"):
         read_top_k(tmp_path / "cache")

@@ -96,5 +96,6 @@ def test_what_cannot_join_says_so(several, more, message, tmp_path, monkeypatch)
         "@dataclasses.dataclass(frozen=True)\nclass Config:\n    a: int = 1\n\n\ndef run(config, out):\n    return {}\n"
     )
     (tmp_path / "config.toml").write_text('script = "script.py"\n')
+    more = [*more, "--scripts", str(tmp_path)]
     with pytest.raises(UserError, match=message):
         Run.parse([str(tmp_path / "config.toml"), "--join", "host:1/2/0", *more]).execute()
