@@ -5,23 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jaxprs import equations
 
 from qjax.formats import format, format_names
 from qjax.formats.storage import fp16_bits, long_division, quotient, reciprocal
 from qjax.reparam.inputs import RoundedInput
 
 TINY = np.finfo(np.float32).tiny
-
-
-def equations(jaxpr, but=()):
-    """All equations of a jaxpr, those of inner jaxprs too; not of jitted functions called one of `but`."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        if eqn.params.get("name") in but:
-            continue
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from equations(getattr(inner, "jaxpr", inner), but)
 
 
 def test_fp16_is_rounded_as_ieee_says():
@@ -85,7 +75,7 @@ def test_no_cast_a_compiler_drops_and_no_division_it_changes(name):
     fmt = format(name)
     w = jnp.ones((2, max(256, fmt.block)), jnp.float32)
     searched = "_mse" in name or name.endswith("_K") or name.startswith("IQ4")  # sums decide there, in any order
-    jaxpr = jax.make_jaxpr(lambda w: fmt.decode(*fmt.encode(w)))(w).jaxpr
+    jaxpr = jax.make_jaxpr(lambda w: fmt.decode(*fmt.encode(w)))(w)
     for eqn in equations(jaxpr, but=("quotient",)):
         if eqn.primitive.name == "convert_element_type":
             wide, narrow = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
@@ -106,5 +96,5 @@ def test_inputs_are_rounded_alike_in_every_program(kind, rng):
     np.testing.assert_array_equal(np.asarray(codes).astype(np.float32), np.asarray(again).astype(np.float32))
     if kind in ("int8", "int4"):
         np.testing.assert_array_equal(codes, np.round(x / np.asarray(s)))
-    for eqn in equations(jax.make_jaxpr(lambda x: rounded.input(x))(x).jaxpr, but=("quotient",)):
+    for eqn in equations(jax.make_jaxpr(lambda x: rounded.input(x))(x), but=("quotient",)):
         assert eqn.primitive.name != "div", eqn
