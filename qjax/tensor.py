@@ -208,7 +208,9 @@ def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
       x: floats [*b, n].
       q: a QTensor whose quantized axis has length n; its other axes `*o` stay in order.
 
-    Returns: [*b, *o] in x's type, accumulated in float32.
+    Returns: [*b, *o] in x's type, accumulated in float32. The weights are multiplied in x's type: bfloat16 operands for
+      bfloat16 x. For float32 x the products are as precise as `jax.default_matmul_precision` says: by default TF32 on a
+      GPU and bfloat16 on a TPU, in full under "highest", always in full on the CPU.
     """
     if not is_qtensor(q):
         hint = "the input comes first: dot(x, q)" if is_qtensor(x) else "quantize(w, format) makes one of an array"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import itself and the layers before it.
 LAYERS = [
-    {"errors", "tables", "terminal", "typing"},
+    {"compiled", "errors", "tables", "terminal", "typing"},
     {"formats"},
     {"stats"},
     {"reparam"},

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from qjax.calibrate.moments import add, means, sums
+from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.lifting import Use, report, watch
 from qjax.stats import KINDS, Stats
@@ -82,6 +83,7 @@ def _entry(use: Use) -> Entry:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_float32
 def _pass(
     apply_fn: Callable[..., Any], kinds: tuple[str, ...], params: Any, floats: Any, *args: Any
 ) -> dict[Entry, Stats]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats.protocol import Leaves
+from qjax.formats.storage import fp16_bits
 
 
 def split(x: Array, block: int) -> Array:
@@ -30,17 +31,9 @@ def block_shape(leaves: Leaves, block: int) -> tuple[int, ...]:
     return (*lead, count * block)
 
 
-def round_fp16(x: Array) -> Array:
-    """f32 -> the nearest fp16 (ties to even; subnormals kept; overflow to inf) -> f32.
-
-    The barrier keeps XLA from dropping the pair of casts.
-    """
-    return lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32)
-
-
 def to_fp16_bytes(x: Array) -> Array:
     """f32[*b] -> u8[*b, 2], little-endian."""
-    return lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint8)
+    return lax.bitcast_convert_type(fp16_bits(x), jnp.uint8)
 
 
 def from_fp16_bytes(raw: Array) -> Array:

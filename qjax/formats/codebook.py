@@ -33,6 +33,7 @@ from qjax.errors import UserError
 from qjax.formats.dynamic_map import NESTED, from_dynamic, to_dynamic
 from qjax.formats.integer_search import search_scale, weighted_error
 from qjax.formats.protocol import Leaves, Scales
+from qjax.formats.storage import quotient
 from qjax.typing import Array, Float, Integer
 
 # The published constants: bitsandbytes' own normal quantiles (offset 0.9677083) rounded to float32.
@@ -179,7 +180,7 @@ def _position(ascending: np.ndarray, u: Array) -> Array:
 
 def _reciprocal(absmax: Array) -> Array:
     """1 / absmax, finite; absmax may be slightly negative once it is rounded."""
-    return 1.0 / jnp.where(jnp.abs(absmax) > 1e-38, absmax, 1e-38)
+    return quotient(jnp.float32(1), jnp.where(jnp.abs(absmax) > 1e-38, absmax, 1e-38))
 
 
 def parse(name: str) -> Codebook | None:

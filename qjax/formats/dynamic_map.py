@@ -15,7 +15,7 @@ import numpy as np
 
 from qjax.formats.exact import apart
 from qjax.formats.protocol import Scales
-from qjax.formats.storage import quotient
+from qjax.formats.storage import quotient, reciprocal
 from qjax.typing import Array
 
 NESTED = 256
@@ -57,7 +57,7 @@ def to_dynamic(absmax: Array) -> Scales:
     offset = _mean(flat)
     blocks = _blocks(flat - offset)
     nested = jnp.max(jnp.abs(blocks), axis=-1)
-    unit = blocks * (1.0 / jnp.where(nested > 0, nested, 1.0))[..., None]
+    unit = blocks * reciprocal(nested)[..., None]
     codes = jnp.searchsorted(jnp.asarray(_MIDPOINTS), unit, side="left").astype(jnp.uint8)
     codes = jnp.where(nested[..., None] > 0, codes, jnp.uint8(0))
     codes = codes.reshape(*flat.shape[:-1], -1)[..., : flat.shape[-1]]

@@ -15,11 +15,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.formats.blocks import round_fp16
+from qjax.formats.storage import quotient, round_fp16
 
 _TINY = 0x2F800000  # the bits of 2^-32: fp16 scales of blocks below are zero
 _UP, _DOWN = 2.0**64, 2.0**-64
-_UNIT = 2.0 ** (64 - 149)  # a lifted block's smallest denormal
+_UNIT, _PER_UNIT = 2.0 ** (64 - 149), 2.0 ** (149 - 64)  # a lifted block's smallest denormal
 
 
 def apart(product: Array, limit: float) -> Array:
@@ -29,7 +29,7 @@ def apart(product: Array, limit: float) -> Array:
 
 def divided(x: Array, constant: float | int) -> Array:
     """x / constant, correctly rounded."""
-    return x / jnp.where(x == 0, 1.0, jnp.float32(constant))
+    return quotient(x, constant)
 
 
 def magnitude(x: Array) -> Array:
@@ -52,12 +52,7 @@ def lift(x: Array, tiny: Array) -> Array:
 
 def denormal_grid(x: Array, tiny: Array) -> Array:
     """Round a quotient of lifted numbers as C rounds it where it falls among the denormals."""
-    return jnp.where(tiny, lax.round(x / _UNIT, lax.RoundingMethod.TO_NEAREST_EVEN) * _UNIT, x)
-
-
-def reciprocal(d: Array) -> Array:
-    """1 / d, and 0 for d = 0."""
-    return jnp.where(d == 0, 0.0, 1.0 / jnp.where(d == 0, 1.0, d))
+    return jnp.where(tiny, lax.round(x * _PER_UNIT, lax.RoundingMethod.TO_NEAREST_EVEN) * _UNIT, x)
 
 
 def drop_fp16(x: Array, tiny: Array) -> Array:

@@ -154,6 +154,11 @@ def rounded(x: Array, kind: str) -> Array:
     return lax.bitcast_convert_type(x.astype(dtype), jnp.uint8)
 
 
+def nearest_float(x: Array, kind: str) -> Array:
+    """The nearest 8-bit float, as an array of that type, in every program: XLA drops a cast to it that is undone."""
+    return lax.bitcast_convert_type(rounded(x, kind), _KINDS[kind].dtype)
+
+
 def parse(name: str) -> Float8 | None:
     """FP8 with any block, "FP8_E4M3_b128"; None for other names.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats.protocol import Leaves, Scales
+from qjax.formats.storage import fp16_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Dense:
         return {}
 
     def nearest(self, scales: Scales, w: Array) -> Array:
-        """The bits of the nearest stored float; on integers for BF16, which keeps XLA from dropping the casts."""
+        """The bits of the nearest stored float, on integers: XLA would drop a pair of casts."""
         if self.name == "F16":
-            return lax.bitcast_convert_type(w.astype(jnp.float16), jnp.uint16)
+            return fp16_bits(w)
         bits = lax.bitcast_convert_type(w, jnp.uint32)
         if self.name == "F32":
             return bits

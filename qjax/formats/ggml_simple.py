@@ -28,13 +28,13 @@ from qjax.formats.blocks import (
     from_fp16_bytes,
     merge,
     pack_planes,
-    round_fp16,
     split,
     to_fp16_bytes,
     unpack_planes,
 )
 from qjax.formats.protocol import Leaves, Scales
 from qjax.formats.scale_search import search_scale, search_scale_min
+from qjax.formats.storage import quotient, reciprocal, round_fp16
 
 _EVEN, _AWAY = lax.RoundingMethod.TO_NEAREST_EVEN, lax.RoundingMethod.AWAY_FROM_ZERO
 
@@ -115,9 +115,9 @@ class ScaledBlock:
         x = exact.lift(x, tiny)
         largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         negative = _first_is_negative(x, jnp.abs(x) == largest) & (largest > 0)
-        d = jnp.where(negative, largest, -largest) / self.half
+        d = jnp.where(negative, largest, -largest) * (1 / self.half)
         d = exact.denormal_grid(d, tiny)
-        return x, exact.drop_fp16(d, tiny), exact.reciprocal(d)
+        return x, exact.drop_fp16(d, tiny), reciprocal(d)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ class ScaledMinBlock:
         # a minimum of zero has the sign of the first zero
         zero = jnp.where(_first_is_negative(x, x == 0), -0.0, 0.0)
         m = exact.drop_fp16(jnp.where(low == 0, zero, low), tiny)
-        return x - low, exact.drop_fp16(d, tiny), m, exact.reciprocal(d)
+        return x - low, exact.drop_fp16(d, tiny), m, reciprocal(d)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Q8_0:
         x = exact.lift(x, tiny)
         d = exact.divided(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 127)
         d = exact.denormal_grid(d, tiny)
-        return x, exact.drop_fp16(d, tiny), exact.reciprocal(d)
+        return x, exact.drop_fp16(d, tiny), reciprocal(d)
 
 
 def _fp16(x: Array) -> Array:
@@ -289,7 +289,7 @@ def _first_is_negative(x: Array, chosen: Array) -> Array:
 
 def _nearest(x: Array, d: Array, low: int, high: int) -> Array:
     """round(x / d) within [low, high], int8; 0 where d is 0."""
-    q = jnp.where(d == 0, 0.0, x / jnp.where(d == 0, 1.0, d))
+    q = jnp.where(d == 0, 0.0, quotient(x, jnp.where(d == 0, 1.0, d)))
     return jnp.clip(lax.round(q, _EVEN), low, high).astype(jnp.int8)
 
 

@@ -27,13 +27,13 @@ from qjax.formats.blocks import (
     from_fp16_bytes,
     merge,
     pack_planes,
-    round_fp16,
     split,
     to_fp16_bytes,
     unpack_planes,
 )
 from qjax.formats.protocol import Leaves, Scales
 from qjax.formats.scale_search import search_scale
+from qjax.formats.storage import reciprocal, round_fp16
 
 _GROUPS = ((32, 5), (16, 5), (4, 4))  # bytes, trits a byte
 
@@ -110,7 +110,7 @@ class Ternary:
         tiny = exact.tiny(x)
         x = exact.lift(x, tiny)
         d = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        return x, exact.drop_fp16(d, tiny), exact.reciprocal(d)
+        return x, exact.drop_fp16(d, tiny), reciprocal(d)
 
 
 def _pack_fives(trits: Array) -> list[Array]:

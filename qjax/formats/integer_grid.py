@@ -221,7 +221,7 @@ class IntegerFormat:
         if self.levels == "mid-rise" or self.search == "half":
             return quotient(jnp.maximum(high, -low), half - 0.5), jnp.zeros_like(low)
         if self.symmetric:
-            return jnp.maximum(quotient(high, half - 1), -low / half), jnp.zeros_like(low)
+            return jnp.maximum(quotient(high, half - 1), -low * (1 / half)), jnp.zeros_like(low)
         if not self._free:
             low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         s = quotient(high - low, self._high)

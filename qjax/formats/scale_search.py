@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax.formats.blocks import round_fp16
-from qjax.formats.exact import reciprocal
+from qjax.formats.storage import reciprocal, round_fp16
 
 Best = tuple[Array, Array, Array]  # d, m, error
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from qjax.formats.blocks import round_fp16
+from qjax.formats.storage import quotient, round_fp16
 
 _CHUNK = {"cpu": 128}
 _CHUNK_DEVICE = 16384  # accelerators want many lanes
@@ -83,7 +83,7 @@ def relative(v: Array) -> Array:
 def reciprocal(s: Array) -> Array:
     """1 / s, and 0 where |s| < 1e-30."""
     ok = jnp.abs(s) > _SMALL
-    return jnp.where(ok, 1.0 / jnp.where(ok, s, 1.0), 0.0)
+    return jnp.where(ok, quotient(jnp.float32(1), jnp.where(ok, s, 1.0)), 0.0)
 
 
 def integer_scale(s: Array, d: Array, now: Array, low: int, high: int) -> Array:

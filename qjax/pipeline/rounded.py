@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibrate.moments import SAMPLES
+from qjax.compiled import UNTUNED
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.pipeline.encode import broken_weights, workers
@@ -238,7 +239,7 @@ def _program(
     def part(w: Array, seen: dict[str, Array], heldout: Array | None) -> Rounded:
         return round_weight(w, format, roundings, Stats(**seen), damping, heldout)
 
-    return jax.jit(part).lower(f32(height, n), seen, f32(n, n) if heldout else None).compile()
+    return jax.jit(part, compiler_options=UNTUNED).lower(f32(height, n), seen, f32(n, n) if heldout else None).compile()
 
 
 @jax.jit

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax.compiled import full_float32
 from qjax.lifting import Use, report, tap, tap_shapes, watch
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Writer
@@ -164,11 +165,13 @@ def run_piece(
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _apply(apply: Apply, params: Any, x: Array) -> Array:
     return apply(params, x)
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _head_step(apply: Apply, params: Any, x: Array, windows: Array, seed: Array | int) -> tuple[Array, Array, Array]:
     """dL/dx; sum (1 - sum p^2) n n^T with n the head's input; and 1 - sum p^2 token by token."""
 
@@ -188,6 +191,7 @@ def _head_step(apply: Apply, params: Any, x: Array, windows: Array, seed: Array 
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_float32
 def _block_step(
     apply: Apply, keys: tuple[tuple[str, ...], ...], params: Any, x: Array, g: Array
 ) -> tuple[Array, Array]:
@@ -200,6 +204,7 @@ def _block_step(
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _embed_step(apply: Apply, params: Any, tokens: Array, g: Array) -> Array:
     """sum of c c^T, c the gradient at the looked-up row."""
     taps = {k: jnp.zeros(s.shape, s.dtype) for k, s in tap_shapes(apply, params, tokens).items()}

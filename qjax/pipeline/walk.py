@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibrate import add, check_stats, means, sums
+from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.lifting import Use, watch
@@ -285,6 +286,7 @@ def _observe(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
+@full_float32
 def _observe_step(
     apply: Apply,
     source: int,

@@ -18,14 +18,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
+from qjax.formats.float8 import nearest_float
 from qjax.formats.integer_grid import IntegerFormat
 from qjax.formats.protocol import Format, Scales
+from qjax.formats.storage import quotient
 from qjax.reparam.protocol import Applied, Site, statistic
 from qjax.typing import Array, Float
 
 Kind = Literal["int8", "int4", "e4m3", "e5m2"]
 _LARGEST = {"int8": 127.0, "int4": 7.0, "e4m3": 448.0, "e5m2": 57344.0}
-_FLOATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+_FLOATS = {"e4m3": "E4M3", "e5m2": "E5M2"}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("top",), meta_fields=("kind", "threshold"))
@@ -50,9 +52,9 @@ class RoundedInput(Applied):
             exact, x = jnp.where(outlier, x, 0.0), jnp.where(outlier, 0.0, x)
         largest = _LARGEST[self.kind]
         top = jnp.max(jnp.abs(x), axis=-1, keepdims=True) if self.top is None else self.top
-        s = jnp.where(top > 0, top / largest, 1.0)
-        u = jnp.clip(x / s, -largest, largest)
-        codes = u.astype(_FLOATS[self.kind]) if self.kind in _FLOATS else jnp.round(u).astype(jnp.int8)
+        s = jnp.where(top > 0, quotient(top, largest), 1.0)
+        u = jnp.clip(quotient(x, s), -largest, largest)
+        codes = nearest_float(u, _FLOATS[self.kind]) if self.kind in _FLOATS else jnp.round(u).astype(jnp.int8)
         return codes, jnp.broadcast_to(s, (*x.shape[:-1], 1)), exact
 
     def product(

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from qjax.errors import UserError
+from qjax.formats.storage import fp16
 from qjax.reparam.protocol import Applied, Site, statistic
 from qjax.stats import Stats
 from qjax.typing import Array, Float, Int
@@ -83,7 +84,7 @@ class SplitColumns:
             )
         at = jnp.sort(jnp.argsort(-size)[:count]).astype(jnp.int32)
         rest = jnp.ones(n, jnp.float32).at[at].set(0.0)
-        done = Columns(at, site.w[:, at].astype(jnp.float16))
+        done = Columns(at, fp16(site.w[:, at]))
         return site.moved(site.w * rest[None, :], site.stats.scale(rest)), done
 
 
@@ -126,7 +127,7 @@ class Sparse(Applied):
 
     def settled(self, w: Float[Array, "out n"], w_hat: Float[Array, "out n"]) -> Sparse:
         at = (self.rows, self.at.astype(jnp.int32))
-        return dataclasses.replace(self, values=(w[at] - w_hat[at]).astype(jnp.float16))
+        return dataclasses.replace(self, values=fp16(w[at] - w_hat[at]))
 
 
 def sparse_of(w: Float[Array, "out n"], mask: np.ndarray, w_hat: Float[Array, "out n"]) -> Sparse:
@@ -135,7 +136,7 @@ def sparse_of(w: Float[Array, "out n"], mask: np.ndarray, w_hat: Float[Array, "o
     starts = np.searchsorted(row, np.arange(mask.shape[0] + 1)).astype(np.int32)
     kind = np.uint16 if mask.shape[1] <= 2**16 else np.int32
     values = jnp.asarray(w)[row, column] - jnp.asarray(w_hat)[row, column]
-    return Sparse(jnp.asarray(starts), jnp.asarray(column.astype(kind)), values.astype(jnp.float16))
+    return Sparse(jnp.asarray(starts), jnp.asarray(column.astype(kind)), fp16(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ class SplitSparse:
         row, column = flat // w.shape[1], flat % w.shape[1]
         starts = jnp.searchsorted(row, jnp.arange(w.shape[0] + 1, dtype=row.dtype)).astype(jnp.int32)
         kind = jnp.uint16 if w.shape[1] <= 2**16 else jnp.int32
-        done = Sparse(starts, column.astype(kind), w[row, column].astype(jnp.float16))
+        done = Sparse(starts, column.astype(kind), fp16(w[row, column]))
         return site.moved(w.at[row, column].set(0.0), site.stats), done
 
 
@@ -229,7 +230,7 @@ class SplitLowRank:
         u, s, vt = jnp.linalg.svd(site.w * d[None, :], full_matrices=False)
         root = jnp.sqrt(s[: self.rank])
         A, B = u[:, : self.rank] * root[None, :], vt[: self.rank] * root[:, None] / d[None, :]
-        done = LowRank(A.astype(jnp.float16), B.astype(jnp.float16))
+        done = LowRank(fp16(A), fp16(B))
         return site.moved(site.w - done._whole(), site.stats), done
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from qjax.compiled import untuned
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.curvature import damped, factor, proxy
@@ -141,7 +142,7 @@ def check_grid(roundings: Sequence[Rounding], format: Format, name: str = "the w
                 raise UserError(f"{name}: {e}") from None
 
 
-@partial(jax.jit, static_argnames=("format", "roundings", "damping"))
+@partial(untuned, static_argnames=("format", "roundings", "damping"))
 def round_weight(
     w: Float[Array, "rows n"],
     format: Format,

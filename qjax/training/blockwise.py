@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.models.model import Model
 from qjax.models.stages import stages_of
@@ -153,6 +154,7 @@ def _tuned(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
+@full_float32
 def _descend(
     block: Block,
     static: _Static,
@@ -210,12 +212,14 @@ def _signed(p: tuple[Any, Any], grads: tuple[Any, Any], own: Any, kept: Any, lr:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_float32
 def _loss(block: Block, static: _Static, params: Any, trained: Any, kept: Any, z: Array, y: Array) -> Float[Array, ""]:
     fake = weights.fake_params(params, static.quantizers, trained, kept)
     return relative_mse(y, lax.map(lambda one: block(fake, one[None])[0], z))
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _outputs(block: Block, params: Any, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
     return lax.map(lambda one: block(params, one[None])[0], x)
 

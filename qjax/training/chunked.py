@@ -131,7 +131,8 @@ class _Reader:
 
     def logits(self, head: Array, real: Array) -> Array:
         """Of one chunk, f32[n, chunk]."""
-        z = jnp.matmul(self.x.astype(self.dtype), head.astype(self.dtype), preferred_element_type=jnp.float32)
+        x, head = self.x.astype(self.dtype), head.astype(self.dtype)
+        z = jnp.matmul(x, head, precision="highest", preferred_element_type=jnp.float32)
         return jnp.where(real, softcapped(z, self.softcap) / self.temperature, FLOOR)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.models.model import Model, dense_params, running
 from qjax.training import weights
@@ -51,6 +52,7 @@ def mean_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch:
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _mean_loss(apply: Apply, params: Any, windows: Array) -> Array:
     return cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:])
 

@@ -1,0 +1,57 @@
+"""Options of a compiled program, where the default costs more than it gives, or gives less than it says.
+
+XLA:GPU times several kernels for each product of matrices before it settles on one. A sweep over columns has dozens of
+small products of their own shapes, and trying them out takes a minute where the whole program runs for a tenth of a
+second. The CPU takes the option and has nothing to do with it.
+
+A product of float32 arrays is no float32 product on a GPU or a TPU unless its precision is said: TF32 keeps 11 bits,
+bfloat16 passes 8. What is measured, a statistic or a loss, is measured in full.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+
+
+def untuned(fn: Callable[..., Any], static_argnames: Iterable[str] = ()) -> Callable[..., Any]:
+    """`jax.jit(fn)` whose products no GPU tunes. Inside another program, that one's options hold: JAX takes them
+    from the outermost alone.
+
+    >>> untuned(lambda x: x + 1)(jnp.float32(1)).item(), jax.jit(untuned(lambda x: x + 1))(1).item()
+    (2.0, 2)
+    """
+    names = tuple(static_argnames)
+    inner = jax.jit(fn, static_argnames=names)
+    outer = jax.jit(fn, static_argnames=names, compiler_options=UNTUNED)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (inner if _in_a_trace(args, kwargs) else outer)(*args, **kwargs)
+
+    vars(call).update(lower=outer.lower, trace=outer.trace, _cache_size=outer._cache_size)
+    return call
+
+
+def full_float32(fn: Fn) -> Fn:
+    """fn, with the products in it that do not say their precision at HIGHEST: goes under `jax.jit`."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **kwargs)
+
+    return cast(Fn, call)
+
+
+def _in_a_trace(*values: Any) -> bool:
+    """Whether any of the values is traced, or (all being concrete) a program around them is."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((values, jnp.zeros(()))))

@@ -1,0 +1,29 @@
+"""Microseconds of `qjax.dot`, beside a bfloat16 product of the same shape."""
+
+import jax
+import jax.numpy as jnp
+from timing import each
+
+import qjax
+
+NAMES = ("Q4_0", "Q8_0", "Q4_K", "int4_g128", "FP8_E4M3")
+
+
+def measure(dry: bool) -> dict:
+    out, n = (32, 256) if dry else (14336, 4096)
+    w = jax.random.normal(jax.random.key(0), (out, n), jnp.float32)
+    half, rows = w.astype(jnp.bfloat16), []
+    plain = jax.jit(lambda x, w: x @ w.T)
+    packed = jax.jit(qjax.dot)
+    for batch in (1,) if dry else (1, 16):
+        x = jax.random.normal(jax.random.key(1), (batch, n), jnp.bfloat16)
+        base = each(lambda x=x: plain(x, half))
+        for name in NAMES[:2] if dry else NAMES:
+            q = qjax.quantize(w, name)
+            time = each(lambda x=x, q=q: packed(x, q))
+            rows.append({"format": name, "out": out, "n": n, "batch": batch, "seconds": time, "bfloat16": base})
+    lines = [
+        f"{r['format']}, {r['out']} x {r['n']}, batch {r['batch']}: {1e6 * r['seconds']:.0f} us, bfloat16 "
+        f"{1e6 * r['bfloat16']:.0f} us" for r in rows
+    ]  # fmt: skip
+    return {"ok": True, "lines": lines, "rows": rows}
