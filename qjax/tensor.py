@@ -17,6 +17,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats import format as get_format
+from qjax.formats import sound
 from qjax.formats.protocol import BlockFormat, Format, Leaves
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.protocol import restore, through
@@ -108,8 +109,9 @@ def quantize(
     Returns: a QTensor of w's logical shape.
 
     Raises:
-      UserError: unknown format, a length the block does not divide, a weight of another shape, or (outside jit) NaN or
-        Inf in w or weight, or a negative weight.
+      UserError: unknown format, no weights, a length the block does not divide, a weight of another shape, or (outside
+        jit) NaN or Inf in w or weight, a negative weight, w too large for the format's scales. Under jit, blocks with
+        such weights decode to NaN or Inf.
 
     >>> q = quantize(jnp.linspace(-1, 1, 64).reshape(2, 32), "Q8_0")
     >>> q.shape, q.bits_per_weight
@@ -122,10 +124,18 @@ def quantize(
     if not -w.ndim <= axis < w.ndim:
         raise UserError(f"axis {axis} is out of range for shape {w.shape}")
     axis = axis % w.ndim - w.ndim
+    if w.size == 0:
+        raise UserError(f"an array of shape {w.shape} has no weights to quantize")
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
     _check_finite(w, "w")
-    return QTensor(_encode(w, importance_rows(weight, w, axis), fmt), fmt, axis)
+    leaves, overflowed = _encode(w, importance_rows(weight, w, axis), fmt)
+    if not isinstance(overflowed, jax.core.Tracer) and overflowed:
+        raise UserError(
+            f"w reaches {float(jnp.max(jnp.abs(w))):.3g}, too large for the scales of {fmt.name}; scale it down, or "
+            "take a format with float32 scales, such as int4_g128_f32 or NF4"
+        )
+    return QTensor(leaves, fmt, axis)
 
 
 def importance_rows(
@@ -153,8 +163,9 @@ def importance_rows(
 
 
 @partial(jax.jit, static_argnums=2)
-def _encode(w: Array, weight: Array | None, fmt: Format) -> Leaves:
-    return fmt.pack(*fmt.encode(w, weight))
+def _encode(w: Array, weight: Array | None, fmt: Format) -> tuple[Leaves, Array]:
+    scales, codes = sound.encode(fmt, w, weight)
+    return fmt.pack(scales, codes), sound.overflowed(scales)
 
 
 @jax.jit
@@ -250,10 +261,8 @@ def check_length(fmt: Format, n: int, where: str) -> None:
 
 def _check_finite(x: Array, name: str, low: float = -jnp.inf) -> None:
     """Raise on NaN, Inf or values below `low`. Under a trace there are no values to look at."""
-    if isinstance(x, jax.core.Tracer):
-        return
-    bad = int(jnp.sum(~(jnp.isfinite(x) & (x >= low))))
-    if bad:
+    bad = jnp.sum(~(jnp.isfinite(x) & (x >= low)))
+    if not isinstance(bad, jax.core.Tracer) and bad:
         raise UserError(
             f"{name} has {bad} of {x.size} values that are NaN, infinite or negative"
             if low == 0.0
