@@ -21,7 +21,7 @@ from qjax.formats import sound
 from qjax.formats.protocol import BlockFormat, Format, Leaves
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.protocol import restore, through
-from qjax.typing import Array, Float
+from qjax.typing import Array, Float, Shaped
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("leaves", "applied"), meta_fields=("format", "axis"))
@@ -180,15 +180,17 @@ def dequantize(q: QTensor) -> Float[Array, "*w"]:
     return jnp.moveaxis(w, -1, q.axis)
 
 
-def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
+def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
     """Contract the last axis of x with the quantized axis of q.
 
     Args:
-      x: floats [*b, n].
+      x: [*b, n]; integers and booleans count as float32.
       q: a QTensor whose quantized axis has length n; its other axes `*o` stay in order.
 
     Returns: [*b, *o] in x's type, accumulated in float32.
     """
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
+        x = x.astype(jnp.float32)  # not the weights to integers
     n = q.shape[q.axis]
     if x.ndim == 0 or x.shape[-1] != n:
         raise UserError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}")

@@ -14,6 +14,7 @@ from qjax.pipeline.rounded import round_leaf
 from qjax.plan import Plan
 from qjax.recipes import Recipe, recipe
 from qjax.reparam import act, awq_scale, columns, hadamard, low_rank, reparametrize, restore, smooth, sparse, through
+from qjax.reparam.inputs import RoundedInput
 from qjax.rounding import clip, hqq, ldlq, nearest
 from qjax.stats import Stats
 
@@ -164,6 +165,26 @@ def test_bits_are_counted(name, tmp_path):
     for i, leaf in enumerate(jax.tree.leaves((q.leaves, q.applied))):
         np.asarray(leaf).tofile(tmp_path / f"{i}.bin")
     assert 8 * sum(f.stat().st_size for f in tmp_path.iterdir()) / q.size == q.bits_per_weight
+
+
+@pytest.mark.parametrize("top", [None, 4.0], ids=["token", "tensor"])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_broken_input_stays_broken(kind, top):
+    """NaN and Inf are seen behind rounded inputs, in their own tokens alone."""
+    top = None if top is None else jnp.float32(top)
+    x = jnp.ones((3, 32)).at[0, 2].set(jnp.nan).at[1, 3].set(jnp.inf)
+    applied = RoundedInput(top, kind)
+    w = jnp.ones((4, 32))
+    q = dataclasses.replace(qjax.quantize(w, "int8_row"), applied=(applied,))
+    for y in (applied.input(x), qjax.dot(x, q), jax.jit(qjax.dot)(x, q)):
+        assert np.isnan(y[:2]).any(axis=1).all() and np.isfinite(y[2]).all()
+
+
+@pytest.mark.parametrize("threshold", [None, 6.0])
+def test_no_tokens_are_fine(threshold):
+    q = qjax.quantize(jnp.ones((4, 32)), "int8_row")
+    q = dataclasses.replace(q, applied=(RoundedInput(None, "int8", threshold),))
+    assert qjax.dot(jnp.zeros((0, 32)), q).shape == (0, 4)
 
 
 def test_low_rank_looks_at_h():
