@@ -13,7 +13,19 @@ from qjax.errors import UserError
 from qjax.pipeline.rounded import round_leaf
 from qjax.plan import Plan
 from qjax.recipes import Recipe, recipe
-from qjax.reparam import act, awq_scale, columns, hadamard, low_rank, reparametrize, restore, smooth, sparse, through
+from qjax.reparam import (
+    act,
+    awq_scale,
+    columns,
+    hadamard,
+    low_rank,
+    reparametrize,
+    rescale,
+    restore,
+    smooth,
+    sparse,
+    through,
+)
 from qjax.reparam.inputs import RoundedInput
 from qjax.rounding import clip, hqq, ldlq, nearest
 from qjax.stats import Stats
@@ -221,6 +233,21 @@ def test_alpha_zero_without_clipping_is_rtn():
     np.testing.assert_allclose(qjax.dequantize(zero), qjax.dequantize(plain), atol=1e-6)
     _, found = rounded([awq_scale()], roundings=[nearest()])
     assert found.loss < 0.8 * base.loss  # two channels see 12 and 25 times the others' inputs
+
+
+@pytest.mark.parametrize("reparam", [rescale(), smooth(), awq_scale(5), awq_scale(5, duo=True)], ids=lambda r: str(r))
+def test_scales_do_not_hang_on_the_unit_of_the_inputs(reparam):
+    """A dead channel takes the middle of the others' scales, however small the inputs are."""
+    x = inputs()
+    x[:, 5] = 0.0
+    s, small = (
+        np.asarray(reparam(dataclasses.replace(site(), stats=stats_of(unit * x)))[1].s) for unit in (1.0, 2.0**-14)
+    )
+    np.testing.assert_allclose(small, s, rtol=1e-4)
+    live = np.delete(s, 5)
+    assert s.max() > 1.5 * s.min()
+    if reparam != awq_scale(5, duo=True):  # its scale is |W|'s too
+        assert s[5] == pytest.approx(np.exp(np.log(live).mean()), rel=0.1)
 
 
 def test_rotation_and_feedback_at_two_bits():

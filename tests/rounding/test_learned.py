@@ -61,10 +61,11 @@ def test_it_beats_nearest(name):
     assert (last <= first * (1 + 1e-5)).all() and last.sum() < GAINS[name] * first.sum()
 
 
-CASES = list(itertools.product(qjax.format_names(), STAGES))
+DENSE = ("F32", "F16", "BF16")
+CASES = list(itertools.product([name for name in qjax.format_names() if name not in DENSE], STAGES))
 CASES_FAST = [
     ("uint4_g64_zf16", "clipping"), ("NF4_dq", "learned"), ("FP8_E4M3_tensor", "learned"), ("Q3_K", "V alone"),
-    ("F16", "learned"), ("uint2_g64_mse", "learned"),
+    ("uint2_g64_mse", "learned"),
 ]  # fmt: skip
 
 
@@ -78,6 +79,13 @@ def test_never_worse_than_the_start_and_storable(name, kind):
     if kind == "V alone":
         for key, value in fit.scales.items():
             np.testing.assert_array_equal(after.scales[key], value)
+
+
+@pytest.mark.parametrize("stage", [learned(), learned_clipping()], ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_a_format_without_scales_is_refused(name, stage):
+    with pytest.raises(UserError, match=f"lm_head: .*{name} has no scales to learn"):
+        check_chain((nearest(), stage), qjax.format(name), Stats(H=jnp.eye(N)), "lm_head")
 
 
 def test_clipping_helps_and_feedback_follows():
