@@ -17,10 +17,11 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats import format as get_format
+from qjax.formats import sound
 from qjax.formats.protocol import BlockFormat, Format, Leaves
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.protocol import restore, through
-from qjax.typing import Array, Float
+from qjax.typing import Array, Float, Shaped
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("leaves", "applied"), meta_fields=("format", "axis"))
@@ -117,8 +118,9 @@ def quantize(
     Returns: a QTensor of w's logical shape.
 
     Raises:
-      UserError: unknown format, a length the block does not divide, a weight of another shape, or (outside jit) NaN or
-        Inf in w or weight, or a negative weight.
+      UserError: unknown format, no weights, a length the block does not divide, a weight of another shape, or (outside
+        jit) NaN or Inf in w or weight, a negative weight, w too large for the format's scales. Under jit, blocks with
+        such weights decode to NaN or Inf.
 
     >>> q = quantize(jnp.linspace(-1, 1, 64).reshape(2, 32), "Q8_0")
     >>> q.shape, q.bits_per_weight
@@ -131,10 +133,18 @@ def quantize(
     if not -w.ndim <= axis < w.ndim:
         raise UserError(f"axis {axis} is out of range for shape {w.shape}")
     axis = axis % w.ndim - w.ndim
+    if w.size == 0:
+        raise UserError(f"an array of shape {w.shape} has no weights to quantize")
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
     _check_finite(w, "w")
-    return QTensor(_encode(w, importance_rows(weight, w, axis), fmt), fmt, axis)
+    leaves, overflowed = _encode(w, importance_rows(weight, w, axis), fmt)
+    if not isinstance(overflowed, jax.core.Tracer) and overflowed:
+        raise UserError(
+            f"w reaches {float(jnp.max(jnp.abs(w))):.3g}, too large for the scales of {fmt.name}; scale it down, or "
+            "take a format with float32 scales, such as int4_g128_f32 or NF4"
+        )
+    return QTensor(leaves, fmt, axis)
 
 
 def _one_array(w: Any, fmt: Format, axis: Any) -> Array:
@@ -185,8 +195,9 @@ def importance_rows(
 
 
 @partial(jax.jit, static_argnums=2)
-def _encode(w: Array, weight: Array | None, fmt: Format) -> Leaves:
-    return fmt.pack(*fmt.encode(w, weight))
+def _encode(w: Array, weight: Array | None, fmt: Format) -> tuple[Leaves, Array]:
+    scales, codes = sound.encode(fmt, w, weight)
+    return fmt.pack(scales, codes), sound.overflowed(scales)
 
 
 @jax.jit
@@ -201,11 +212,11 @@ def dequantize(q: QTensor) -> Float[Array, "*w"]:
     return jnp.moveaxis(w, -1, q.axis)
 
 
-def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
+def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
     """Contract the last axis of x with the quantized axis of q.
 
     Args:
-      x: floats [*b, n].
+      x: [*b, n]; integers and booleans count as float32.
       q: a QTensor whose quantized axis has length n; its other axes `*o` stay in order.
 
     Returns: [*b, *o] in x's type, accumulated in float32. The weights are multiplied in x's type: bfloat16 operands for
@@ -215,6 +226,8 @@ def dot(x: Float[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
     if not is_qtensor(q):
         hint = "the input comes first: dot(x, q)" if is_qtensor(x) else "quantize(w, format) makes one of an array"
         raise UserError(f"dot takes an array and a QTensor, got {type(x).__name__} and {type(q).__name__}; {hint}")
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
+        x = x.astype(jnp.float32)  # not the weights to integers
     n = q.shape[q.axis]
     if x.ndim == 0 or x.shape[-1] != n:
         fits = x.ndim > 0 and x.shape[-1] in q.shape
@@ -289,10 +302,8 @@ def check_length(fmt: Format, n: int, where: str) -> None:
 
 def _check_finite(x: Array, name: str, low: float = -jnp.inf) -> None:
     """Raise on NaN, Inf or values below `low`. Under a trace there are no values to look at."""
-    if isinstance(x, jax.core.Tracer):
-        return
-    bad = int(jnp.sum(~(jnp.isfinite(x) & (x >= low))))
-    if bad:
+    bad = jnp.sum(~(jnp.isfinite(x) & (x >= low)))
+    if not isinstance(bad, jax.core.Tracer) and bad:
         raise UserError(
             f"{name} has {bad} of {x.size} values that are NaN, infinite or negative"
             if low == 0.0

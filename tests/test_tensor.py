@@ -52,6 +52,15 @@ def test_dot_equals_the_dense_product(w, rng):
     np.testing.assert_allclose(half.astype(jnp.float32), expected, rtol=0.05, atol=0.2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_dot_with_whole_numbers_is_the_float_product(w, dtype):
+    x = jnp.arange(128).reshape(2, 64) % 3
+    q = qjax.quantize(0.1 * w, "Q8_0")
+    y = qjax.dot(x.astype(dtype), q)
+    np.testing.assert_array_equal(y, qjax.dot(x.astype(dtype).astype(jnp.float32), q))
+    assert y.dtype == jnp.float32 and np.abs(y).max() > 0.1
+
+
 def test_dot_gradient_is_the_dense_gradient(w, rng):
     x = jnp.asarray(rng.standard_normal((5, 64)), jnp.float32)
     q = qjax.quantize(w, "Q8_0")

@@ -20,7 +20,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.formats.superblock import keep, once, reciprocal, squares, store
+from qjax.formats.superblock import keep, once, reciprocal, squares, store, unless_beyond
 
 # Neighbours (scale, minimum): raising both keeps the range's lower end in place, so the grid is a hexagonal one.
 NEAR = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
@@ -70,7 +70,8 @@ def search_affine(x: Array, v: Array | None, how: Affine) -> tuple[Array, Array,
         return best, (*_refit(x, v, totals, d, dmin, sc, mn, how), sc, mn)
 
     first = (jnp.full_like(d, jnp.inf), d, dmin, sc, mn)
-    (_, d, dmin, sc, mn), _ = lax.fori_loop(0, how.rounds, one_round, (first, first[1:]))
+    (_, *found, sc, mn), _ = lax.fori_loop(0, how.rounds, one_round, (first, first[1:]))
+    d, dmin = unless_beyond(d, found[0]), unless_beyond(dmin, found[1])
     return d, dmin, sc.astype(jnp.uint8), mn.astype(jnp.uint8)
 
 

@@ -1,15 +1,16 @@
 """ggml's FP4 types: the sixteen levels of E2M1, doubled to integers, times a power of two or an 8-bit float.
 
     type    B    bytes   fields
-    MXFP4   32   17      e | qs[16]             T[q] 2^(e - 128), e E8M0
-    NVFP4   64   36      s[4] | qs[4][8]        T[q] ue4m3(s) / 2, one s for 16 weights
+    MXFP4   32   17      e | qs[16]             T[q] 2^(e - 128), e E8M0; 0xFF is NaN
+    NVFP4   64   36      s[4] | qs[4][8]        T[q] ue4m3(s) / 2, one s for 16 weights; 0xFF is NaN
 
 T = 0 1 2 3 4 6 8 12 and, with bit 3 set, their negatives (both zeros are +0). Byte j of a group of 32 (16) weights
 holds weight j in its low nibble and weight j + 16 (j + 8) in its high nibble. NVFP4's second-level scale is a tensor
 of its own in the file (`<name>.scale`) and not part of the format. Layouts: ggml-common.h of llama.cpp.
 
 Without importance `encode` gives ggml's exact bytes: e = floor(log2 absmax) - 2, s = ue4m3(absmax / 6), the nearest
-level, ties to the smaller. ggml ignores importance; here `weight` picks the best of a few neighbouring scales.
+level, ties to the smaller. ggml ignores importance; here `weight` picks the best of a few neighbouring scales. ggml
+reads the two NaN bytes as numbers, and never writes them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from qjax.formats.protocol import Leaves, Scales
 
 _LEVELS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 _MIDS = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)  # half way to the level below
-_INF = 0x7F800000
+_INF, _QUIET = 0x7F800000, 0x7FC00000  # the bits of infinity and of NaN
+_NAN = 0xFF  # the scale byte that is no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,8 @@ class MXFP4:
         mantissa = jnp.where(exponent > 0, half << 22, 0)
         bits = jnp.where((q & 7) == 0, 0, _assemble(field, mantissa))
         sign = jnp.where(((q & 8) != 0) & ((q & 7) != 0), jnp.int32(-(2**31)), 0)
-        return merge(lax.bitcast_convert_type(bits | sign, jnp.float32))
+        bits = jnp.where(e == _NAN, _QUIET, bits | sign)
+        return merge(lax.bitcast_convert_type(bits, jnp.float32))
 
     def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
         scales = self.fit(w, weight)
@@ -234,22 +237,23 @@ def _two_to(e: Array, t: float) -> Array:
 
 
 def _e8m0(e: Array) -> Array:
-    """2^(e - 128) of an int32 exponent byte."""
-    return lax.bitcast_convert_type(_two_to(e, 1.0), jnp.float32)
+    """2^(e - 128) of an int32 exponent byte; NaN of 0xFF."""
+    return lax.bitcast_convert_type(jnp.where(e == _NAN, _QUIET, _two_to(e, 1.0)), jnp.float32)
 
 
 def _e8m0_byte(d: Array) -> Array:
     """The exponent byte of a scale 2^(e - 128): int32."""
     bits = exact.magnitude(d)
-    return jnp.where(bits >= 0x00800000, (bits >> 23) + 1, jnp.where(bits >= 0x00400000, 1, 0))
+    e = jnp.where(bits >= 0x00800000, (bits >> 23) + 1, jnp.where(bits >= 0x00400000, 1, 0))
+    return jnp.where(bits > _INF, _NAN, e)
 
 
 def _ue4m3(byte: Array) -> Array:
-    """Half the value of an unsigned E4M3 byte (int32, 0..255); 0x7F, its NaN, is 0 in ggml."""
+    """Half the value of an unsigned E4M3 byte (int32, 0..255); of its two NaNs 0x7F is 0, as in ggml."""
     exponent, mantissa = (byte >> 3) & 15, byte & 7
     normal = lax.bitcast_convert_type(((exponent + 119) << 23) | (mantissa << 20), jnp.float32)
     value = jnp.where(exponent > 0, normal, mantissa.astype(jnp.float32) * 2.0**-10)
-    return jnp.where(byte == 0x7F, 0.0, value)
+    return jnp.where(byte == 0x7F, 0.0, jnp.where(byte == _NAN, jnp.nan, value))
 
 
 def _ue4m3_byte(x: Array) -> Array:
@@ -258,7 +262,8 @@ def _ue4m3_byte(x: Array) -> Array:
     small = jnp.minimum((x * 512.0 + 0.5).astype(jnp.int32), 7)
     bits = exact.magnitude(x)
     normal = ((bits + 0x00080000) >> 20) - (120 << 3)
-    return jnp.where(x <= 0, 0, jnp.where((bits >> 23) <= 120, small, jnp.minimum(normal, 0x7E)))
+    byte = jnp.where(x <= 0, 0, jnp.where((bits >> 23) <= 120, small, jnp.minimum(normal, 0x7E)))
+    return jnp.where(bits > _INF, _NAN, byte)
 
 
 def _log2_rounds_up() -> np.ndarray:

@@ -95,7 +95,7 @@ class ScaledBlock:
         return jnp.clip(lax.round(u, _EVEN), -self.half, self.half - 1)
 
     def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
-        return {"d": _fp16(s)}
+        return {"d": round_fp16(s)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         q = split(codes, self.block).astype(jnp.uint8) + jnp.uint8(self.half)
@@ -177,7 +177,7 @@ class ScaledMinBlock:
         return jnp.clip(lax.round(u, _EVEN), 0, self.high)
 
     def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
-        return {"d": _fp16(s), "m": scales["m"] if m is None else _fp16(m)}
+        return {"d": round_fp16(s), "m": scales["m"] if m is None else round_fp16(m)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         q = split(codes, self.block).astype(jnp.uint8)
@@ -253,7 +253,7 @@ class Q8_0:
         return jnp.clip(lax.round(u, _EVEN), -127, 127)
 
     def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
-        return {"d": _fp16(s)}
+        return {"d": round_fp16(s)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         q = lax.bitcast_convert_type(split(codes, self.block).astype(jnp.int8), jnp.uint8)
@@ -274,10 +274,6 @@ class Q8_0:
         d = exact.divided(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 127)
         d = exact.denormal_grid(d, tiny)
         return x, exact.drop_fp16(d, tiny), reciprocal(d)
-
-
-def _fp16(x: Array) -> Array:
-    return round_fp16(jnp.clip(x, -65504.0, 65504.0))
 
 
 def _first_is_negative(x: Array, chosen: Array) -> Array:

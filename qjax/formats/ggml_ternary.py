@@ -89,7 +89,7 @@ class Ternary:
         return jnp.sign(u) * (jnp.abs(u) > 0.5).astype(jnp.float32)
 
     def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
-        return {"d": round_fp16(jnp.clip(s, -65504.0, 65504.0))}
+        return {"d": round_fp16(s)}
 
     def pack(self, scales: Scales, codes: Array) -> Leaves:
         trits = split(codes, self.block) + jnp.int8(1)

@@ -32,7 +32,7 @@ from qjax.formats.blocks import (
     unpack_planes,
 )
 from qjax.formats.protocol import Leaves, Scales
-from qjax.formats.superblock import by_chunks, integer_scale, once, reciprocal, store
+from qjax.formats.superblock import by_chunks, integer_scale, once, reciprocal, squares, store
 from qjax.formats.symmetric_search import Symmetric, error, real_scales, search_symmetric
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -186,7 +186,8 @@ def _search(x: Array, v: Array | None) -> tuple[Array]:
         d = store(jnp.sum(vt * x, axis=0) * reciprocal(jnp.sum(vt * t, axis=0)))
         e = error(x, v, d, value)
         best = jnp.where(e < best[0], e, best[0]), jnp.where(e < best[0], d, best[1])
-    return (best[1],)
+    # No level is zero: where the least fp16 scale is still too coarse, zeros are nearer.
+    return (jnp.where((squares(x, v) < best[0]) & jnp.isfinite(best[1]), 0.0, best[1]),)
 
 
 def _product(scales: Scales) -> Array:

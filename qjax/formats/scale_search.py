@@ -23,7 +23,6 @@ _POLISH = 3
 _STRETCH = np.arange(-2.0, 2.01, 0.4)  # the level of the maximum less that of the minimum, from the highest code
 _SHIFT = (-0.8, -0.4, 0.0, 0.4, 0.8)  # the level of the minimum
 _SMALL = 1e-30  # blocks below have no fp16 scale; kept from dividing by zero
-_LARGEST = 65504.0
 
 
 def search_scale(x: Array, weight: Array, start: Array, low: int, high: int) -> Array:
@@ -57,8 +56,7 @@ def search_scale(x: Array, weight: Array, start: Array, low: int, high: int) -> 
         better = e < best[1]
         return jnp.where(better, d, best[0]), jnp.where(better, e, best[1])
 
-    first = error(start)
-    best = (start, jnp.where(jnp.isnan(first), jnp.inf, first))
+    best = (start, _to_beat(error(start), start))
     best = lax.fori_loop(0, len(levels), lambda i, b: keep(b, solve(codes(levels[i]))), best)
     best = lax.fori_loop(0, _POLISH, lambda i, b: keep(b, solve(codes(reciprocal(b[0] / unit)))), best)
     return best[0]
@@ -114,8 +112,7 @@ def search_scale_min(x: Array, weight: Array, start: tuple[Array, Array], high: 
     def polish(i: Array, best: Best) -> Best:
         return keep(best, codes(best[0], best[1]))[0]
 
-    first, _ = error(*start)
-    best = (*start, jnp.where(jnp.isnan(first), jnp.inf, first))
+    best = (*start, _to_beat(error(*start)[0], *start))
     best = lax.fori_loop(0, len(trials), trial, best)
     best = lax.fori_loop(0, _POLISH, polish, best)
     return best[0], best[1]
@@ -134,6 +131,12 @@ def _levels(low: int, high: int) -> np.ndarray:
     return levels if low == -high else np.concatenate([levels, -levels])
 
 
+def _to_beat(error: Array, *start: Array) -> Array:
+    """The error of the start; of one beyond fp16 none is smaller: it stays, and what it decodes to says so."""
+    beyond = jnp.any(jnp.isinf(jnp.stack(start)), axis=0)
+    return jnp.where(beyond, -jnp.inf, jnp.where(jnp.isnan(error), jnp.inf, error))
+
+
 def _sum(x: Array) -> Array:
     return jnp.sum(x, axis=-1, keepdims=True)
 
@@ -150,5 +153,5 @@ def _relative(weight: Array) -> Array:
 
 
 def _fp16(x: Array) -> Array:
-    """Rounded to a finite fp16; a solution that is not finite becomes 0."""
-    return round_fp16(jnp.clip(jnp.where(jnp.isfinite(x), x, 0.0), -_LARGEST, _LARGEST))
+    """Rounded to fp16; a solution that is not finite becomes 0, one beyond fp16 infinite: no error is below its NaN."""
+    return round_fp16(jnp.where(jnp.isfinite(x), x, 0.0))

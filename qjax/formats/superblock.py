@@ -22,7 +22,6 @@ from qjax.formats.storage import quotient, round_fp16
 _CHUNK = {"cpu": 128}
 _CHUNK_DEVICE = 16384  # accelerators want many lanes
 _LEAST = 2.0**-24  # the smallest fp16
-_MOST = 65504.0
 _SMALL = 1e-30
 
 Search = Callable[[Array, Array | None], tuple[Array, ...]]
@@ -101,9 +100,14 @@ def once(*arrays: Array) -> tuple[Array, ...]:
 
 
 def store(d: Array) -> Array:
-    """A scale as fp16 keeps it: finite, and not zero unless it is zero."""
-    size = jnp.maximum(round_fp16(jnp.minimum(jnp.abs(d), _MOST)), _LEAST)
+    """A scale as fp16 keeps it: infinite beyond its largest, and not zero unless it is zero."""
+    size = jnp.maximum(round_fp16(jnp.abs(d)), _LEAST)
     return jnp.where(d == 0, 0.0, jnp.where(d < 0, -size, size))
+
+
+def unless_beyond(first: Array, found: Array) -> Array:
+    """What a search found, but where it began beyond fp16: weights too large to store are not to look sound."""
+    return jnp.where(jnp.isinf(first), first, found)
 
 
 def squares(e: Array, v: Array | None) -> Array:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.formats.superblock import keep, once, reciprocal, squares, store
+from qjax.formats.superblock import keep, once, reciprocal, squares, store, unless_beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ def search_symmetric(x: Array, v: Array | None, how: Symmetric) -> tuple[Array, 
         e, sc = neighbours(d, sc, jnp.where(i == 0, len(how.moves), 3))
         return keep(e < best[0], (e, d, sc), best)
 
-    _, d, sc = lax.fori_loop(0, how.rounds, one_round, (jnp.full_like(d, jnp.inf), d, sc))
-    return d, sc.astype(jnp.int8)
+    _, found, sc = lax.fori_loop(0, how.rounds, one_round, (jnp.full_like(d, jnp.inf), d, sc))
+    return unless_beyond(d, found), sc.astype(jnp.int8)
 
 
 def real_scales(x: Array, v: Array | None, nearest: Callable[[Array], Array], trials: tuple[float, ...]) -> Array:

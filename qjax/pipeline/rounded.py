@@ -63,12 +63,15 @@ def round_leaf(
             size = getattr(stats, kind).shape[-1]
             raise UserError(f"{name}: the statistic {kind!r} is of {size} inputs, the weight has {n}")
     check_chain(recipe.roundings, format, stats, name)
-    for kind in recipe.requires - {"h"}:
-        if getattr(stats, kind) is None:
+    for kind in sorted(recipe.requires):
+        found = stats.importance if kind == "h" else getattr(stats, kind)
+        if found is None:
             raise UserError(f"{name}: {missing(kind)}")
-        bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(getattr(stats, kind)))))
+        low = 0.0 if kind in ("h", "absmean", "absmax") else -jnp.inf
+        bad = int(jnp.sum(~(jnp.isfinite(found := jnp.asarray(found)) & (found >= low))))
         if bad:
-            raise UserError(f"{name}: the statistic {kind!r} has {bad} values that are NaN or infinite")
+            what = "NaN or infinite" if low else "NaN, infinite or negative"
+            raise UserError(f"{name}: the statistic {kind!r} has {bad} values that are {what}")
     needed: dict[str, Any] = {k: getattr(stats, k) for k in recipe.requires - {"h"}}
     needed |= {"h": stats.importance} if "h" in recipe.requires else {}
     needed |= {} if stats.H is None else {"H": stats.H}  # to report the loss in

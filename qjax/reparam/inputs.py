@@ -44,18 +44,23 @@ class RoundedInput(Applied):
         return (exact + codes.astype(jnp.float32) * s).astype(x.dtype)
 
     def parts(self, x: Float[Array, "*b n"]) -> tuple[Array, Array, Array]:
-        """x_hat = exact + s codes: codes [*b, n] in the kind's own type, s f32[*b, 1], exact f32[*b, n] or 0."""
+        """x_hat = exact + s codes: codes [*b, n] in the kind's own type, s f32[*b, 1], exact f32[*b, n] or 0.
+
+        A token with NaN or Inf has the scale NaN.
+        """
         x = x.astype(jnp.float32)
         exact = jnp.zeros((), jnp.float32)
         if self.threshold is not None:
-            outlier = jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1)), keepdims=True) >= self.threshold
+            most = jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1)), keepdims=True, initial=0.0)
+            outlier = most >= self.threshold
             exact, x = jnp.where(outlier, x, 0.0), jnp.where(outlier, 0.0, x)
         largest = _LARGEST[self.kind]
         top = jnp.max(jnp.abs(x), axis=-1, keepdims=True) if self.top is None else self.top
         s = jnp.where(top > 0, quotient(top, largest), 1.0)
         u = jnp.clip(quotient(x, s), -largest, largest)
         codes = nearest_float(u, _FLOATS[self.kind]) if self.kind in _FLOATS else jnp.round(u).astype(jnp.int8)
-        return codes, jnp.broadcast_to(s, (*x.shape[:-1], 1)), exact
+        finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)  # integers have no NaN to show
+        return codes, jnp.where(finite, s, jnp.nan), exact
 
     def product(
         self, x: Float[Array, "*b n"], format: Format, scales: Scales, w: Float[Array, "out n"]
@@ -71,7 +76,7 @@ class RoundedInput(Applied):
         wide, groups = w.reshape(w.shape[0], s.shape[1], -1), s.shape[1]
         T = (wide - offset[..., None]) / jnp.where(s == 0, 1.0, s)[..., None]
         T = jnp.round(jnp.where(s[..., None] == 0, 0.0, T)).astype(jnp.int8)
-        q = codes.reshape(*codes.shape[:-1], groups, -1)
+        q = codes.reshape(*codes.shape[:-1], groups, wide.shape[2])
         b = codes.ndim - 1  # products by group: [G, *b, out]
         sums = lax.dot_general(q, T, (((b + 1,), (2,)), ((b,), (1,))), preferred_element_type=jnp.int32)
         y = jnp.einsum("g...o,og->...o", sums.astype(jnp.float32), s, precision="highest")

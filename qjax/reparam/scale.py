@@ -6,7 +6,8 @@ others.
     rescale    s_j = (H_jj / |W_j|^2)^(1/4)                   QuIP, arXiv:2307.13304, section 4.2
 
 AWQ's a is the one whose nearest rounding has the least output error tr(E H E^T): the published search, on the layer's
-own output instead of the block's. All are normalized to sqrt(max s min s) = 1, which no loss sees.
+own output instead of the block's. All are normalized to sqrt(max s min s) = 1, which no loss sees. A channel without
+input or weights has nothing to ask for and takes the geometric mean of the others; none lies 10^4 below that mean.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qjax.reparam.protocol import Applied, Site, statistic
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
-_SMALLEST = 1e-4  # AWQ's own floor: a dead channel keeps a finite scale
+_SMALLEST = 1e-4  # AWQ's own floor, here of the geometric mean: whatever unit the inputs have
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("s",), meta_fields=())
@@ -49,8 +50,16 @@ def scaled(site: Site, s: Float[Array, "n"]) -> tuple[Site, Scaled]:
 
 def normalized(s: Float[Array, "n"]) -> Float[Array, "n"]:
     """s over the geometric mean of its ends, none of it zero."""
-    s = jnp.maximum(s, _SMALLEST)
+    s = floored(s)
     return s * lax.rsqrt(jnp.max(s) * jnp.min(s))
+
+
+def floored(s: Float[Array, "n"]) -> Float[Array, "n"]:
+    """s, not negative, with the geometric mean of what is positive in place of zeros, and nothing far below it."""
+    live = s > 0
+    log = jnp.where(live, jnp.log(jnp.where(live, s, 1.0)), 0.0)
+    mean = jnp.exp(jnp.sum(log) / jnp.maximum(jnp.sum(live), 1).astype(s.dtype))
+    return jnp.maximum(jnp.where(live, s, mean), _SMALLEST * mean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Smooth:
         # A channel without input, or without weights, has nothing to balance.
         alive = (top > 0) & (seen > 0)
         ratio = jnp.where(seen > 0, seen, 1.0) ** self.alpha / jnp.where(top > 0, top, 1.0) ** (1 - self.alpha)
-        return scaled(site, normalized(jnp.where(alive, ratio, jnp.exp(jnp.mean(jnp.log(ratio))))))
+        return scaled(site, normalized(jnp.where(alive, ratio, 0.0)))
 
 
 def smooth(alpha: float = 0.5) -> Smooth:
@@ -135,8 +144,8 @@ def searched(
     powers = jnp.arange(grid, dtype=jnp.float32) / grid
 
     def candidate(a: Array, both: bool) -> Array:
-        s = jnp.maximum(absmean, _SMALLEST) ** a
-        return normalized(s / jnp.maximum(mean_w, _SMALLEST) ** (1 - a) if both else s)
+        s = floored(absmean) ** a
+        return normalized(s / floored(mean_w) ** (1 - a) if both else s)
 
     def loss(s: Array) -> Array:
         ws = w * s[None, :]
@@ -165,7 +174,7 @@ class Rescale:
     def __call__(self, site: Site) -> tuple[Site, Scaled]:
         h, norm = statistic(site.stats, "h", "rescale"), jnp.sum(site.w * site.w, axis=0)
         ratio = (jnp.maximum(h, 0.0) / jnp.where(norm > 0, norm, 1.0)) ** 0.25
-        return scaled(site, normalized(jnp.where((h > 0) & (norm > 0), ratio, 1.0)))
+        return scaled(site, normalized(jnp.where(norm > 0, ratio, 0.0)))
 
 
 def rescale() -> Rescale:

@@ -54,6 +54,11 @@ class Clip:
         return True
 
     @property
+    def nearest_codes(self) -> bool:
+        """Its codes are those of its scales: who chooses them anew loses nothing."""
+        return True
+
+    @property
     def requires(self) -> frozenset[str]:
         return frozenset(() if self.metric == "none" else {self.metric})
 

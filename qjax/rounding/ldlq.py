@@ -57,6 +57,11 @@ class LDLQ:
         """It climbs the damping's ladder itself."""
         return True
 
+    @property
+    def starts_over(self) -> bool:
+        """Of the stage before it keeps the scales alone."""
+        return True
+
     def check(self, format: Format) -> None:
         """Raise UserError where the format has no blocks to fit one after another."""
         if self.grid == "dynamic" and not (format.block > 1 and format.row_wise and _blocks_stand_alone(format)):

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
+from qjax.formats.ggml_dense import Dense
 from qjax.formats.protocol import Format
 from qjax.rounding.gradient import Parameters, shrunk, trained
 from qjax.rounding.protocol import State, errors_of, metric
@@ -48,7 +49,12 @@ class _Learned:
         return frozenset({"H"})
 
     def check(self, format: Format) -> None:
-        """Raise UserError where weights are not rounded one by one."""
+        """Raise UserError where weights are not rounded one by one, or have no scale."""
+        if isinstance(format, Dense):
+            raise UserError(
+                f"{self}: {format.name} has no scales to learn, and its nearest values are the best; round such a "
+                "weight with nearest() alone"
+            )
         if format.tile != 1:
             raise UserError(
                 f"{self}: {format.name} rounds {format.tile} weights together; take a format of single levels"
@@ -94,6 +100,11 @@ class LearnedClipping(_Learned):
 
     def __post_init__(self) -> None:
         _check_schedule("learned_clipping", self.steps, self.lr)
+
+    @property
+    def nearest_codes(self) -> bool:
+        """Its codes are those of its scales: who chooses them anew loses nothing."""
+        return True
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         s, m = grid_of_state(state, format)

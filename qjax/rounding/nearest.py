@@ -11,6 +11,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from qjax.errors import UserError
+from qjax.formats import sound
 from qjax.formats.protocol import Format
 from qjax.rounding.protocol import State
 from qjax.stats import Stats
@@ -38,7 +39,7 @@ class Nearest:
         w = state.target
         h = stats.importance if self.weight == "h" else None
         v = None if h is None else jnp.broadcast_to(h[None, :], w.shape)
-        scales, codes = format.encode(w, v)
+        scales, codes = sound.encode(format, w, v)
         return dataclasses.replace(state, scales=scales, codes=codes)
 
 

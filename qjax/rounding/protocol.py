@@ -127,13 +127,17 @@ def check_chain(roundings: Sequence[Rounding], format: Format, stats: Stats, nam
 
 def check_grid(roundings: Sequence[Rounding], format: Format, name: str = "the weight") -> None:
     """Raise UserError where stages stand in an order that undoes their work, or cannot run on the format."""
-    for before, r in zip((None, *roundings), roundings, strict=False):
+    for i, (before, r) in enumerate(zip((None, *roundings), roundings, strict=False)):
         if before is not None and getattr(r, "fits", False):
             raise UserError(f"{name}: {r} fits the scales, which only the first stage may do")
         if getattr(r, "ranges_only", False) and not getattr(before, "fits", False):
             raise UserError(
                 f"{name}: {r} looks at each group alone and would undo error feedback; put it behind nearest()"
             )
+        if getattr(r, "starts_over", False):
+            lost = [b for b in roundings[:i] if not (getattr(b, "fits", False) or getattr(b, "nearest_codes", False))]
+            if lost:
+                raise UserError(f"{name}: {r} begins with the weight and would throw away the codes of {lost[-1]}")
         check = getattr(r, "check", None)
         if check is not None:
             try:

@@ -88,7 +88,10 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"], sweeps: int) 
     size = n // groups
 
     # Units of whole blocks, about OUTER columns each; a unit's scales are a slice of every leaf along the row.
-    count = _units(n, lcm(max(format.block or n, size), format.tile))
+    block = format.block or n
+    if format.row_wise:  # a super-scale may be the row's, whatever the block
+        block = lcm(block, *(n // leaf.shape[1] for leaf in scales.values()))
+    count = _units(n, lcm(max(block, size), format.tile))
     per = groups // count
     outer = per * size
 

@@ -73,8 +73,9 @@ class SpQR:
         c, damping = cholesky(H[order][:, order], state.damping)
         D = jnp.square(jnp.diagonal(c))
         in_place = jnp.zeros_like(D).at[order].set(D)
-        tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place)
-        reach = jnp.sqrt(tau / jnp.where(in_place > 0, in_place, 1.0))
+        live = jnp.diagonal(H) > 0  # a miss costs nothing in the other columns
+        tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place, where=live)
+        reach = jnp.where(live, jnp.sqrt(tau / jnp.where(in_place > 0, in_place, 1.0)), jnp.inf)
         scales = format.fit(without_outliers(w, reach, group, format.bits) if self.loo else w)
         s, m = format.grid(scales, w.shape)
         grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(1))

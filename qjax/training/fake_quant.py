@@ -19,6 +19,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats import format as get_format
+from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import check_length, importance_rows
 from qjax.training.estimators import Estimator, place_of, ste
@@ -58,6 +59,8 @@ def fake_quant(
         raise UserError(f"fake_quant needs a floating-point array with at least one axis, got {w.dtype}{list(w.shape)}")
     if not -w.ndim <= axis < w.ndim:
         raise UserError(f"axis {axis} is out of range for shape {w.shape}")
+    if w.size == 0:
+        raise UserError(f"an array of shape {w.shape} has no weights to quantize")
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
     w = w.astype(jnp.float32)
     x = jnp.moveaxis(w, axis, -1)
@@ -69,7 +72,7 @@ def fake_quant(
 @partial(jax.jit, static_argnums=0)
 def encoded(fmt: Format, x: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None) -> tuple[Scales, Array]:
     """Scales and codes of `qjax.quantize`, alike in every program: contracted axis last."""
-    scales, codes = fmt.encode(*lax.optimization_barrier((x, weight)))
+    scales, codes = sound.encode(fmt, *lax.optimization_barrier((x, weight)))
     return lax.optimization_barrier((scales, codes))
 
 

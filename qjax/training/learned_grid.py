@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.ranges import over
 from qjax.training.estimators import Clipped, Estimator, Place, Reach, over_groups, place_of
@@ -62,7 +63,7 @@ def encode_on(fmt: Format, kept: Scales, grid: Grid, x: Float[Array, "*b n"]) ->
     """What is stored of x on a grid: scales and codes."""
     scales = _stored(fmt, kept, grid["s"], grid.get("m"))
     chosen_on = _stored(fmt, kept, grid["p"], grid.get("m")) if "p" in grid else scales
-    return scales, rounded(fmt, chosen_on, x)
+    return sound.marked(scales, x), rounded(fmt, chosen_on, x)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
+from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import QTensor, importance_rows
 from qjax.training.estimators import Estimator, clipped, place_of, ste
@@ -100,7 +101,7 @@ class Quantizer:
         if self.trains:
             return encode_on(self.format, kept["scales"], moved(trained, kept["at"]), x)
         if self.scales == "frozen":
-            return kept["scales"], rounded(self.format, kept["scales"], x)
+            return sound.marked(kept["scales"], x), rounded(self.format, kept["scales"], x)
         return self._fitted(x, None)[:2]
 
     def fake(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> Float[Array, "*w"]:

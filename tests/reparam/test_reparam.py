@@ -13,7 +13,20 @@ from qjax.errors import UserError
 from qjax.pipeline.rounded import round_leaf
 from qjax.plan import Plan
 from qjax.recipes import Recipe, recipe
-from qjax.reparam import act, awq_scale, columns, hadamard, low_rank, reparametrize, restore, smooth, sparse, through
+from qjax.reparam import (
+    act,
+    awq_scale,
+    columns,
+    hadamard,
+    low_rank,
+    reparametrize,
+    rescale,
+    restore,
+    smooth,
+    sparse,
+    through,
+)
+from qjax.reparam.inputs import RoundedInput
 from qjax.rounding import clip, hqq, ldlq, nearest
 from qjax.stats import Stats
 
@@ -166,6 +179,26 @@ def test_bits_are_counted(name, tmp_path):
     assert 8 * sum(f.stat().st_size for f in tmp_path.iterdir()) / q.size == q.bits_per_weight
 
 
+@pytest.mark.parametrize("top", [None, 4.0], ids=["token", "tensor"])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_broken_input_stays_broken(kind, top):
+    """NaN and Inf are seen behind rounded inputs, in their own tokens alone."""
+    top = None if top is None else jnp.float32(top)
+    x = jnp.ones((3, 32)).at[0, 2].set(jnp.nan).at[1, 3].set(jnp.inf)
+    applied = RoundedInput(top, kind)
+    w = jnp.ones((4, 32))
+    q = dataclasses.replace(qjax.quantize(w, "int8_row"), applied=(applied,))
+    for y in (applied.input(x), qjax.dot(x, q), jax.jit(qjax.dot)(x, q)):
+        assert np.isnan(y[:2]).any(axis=1).all() and np.isfinite(y[2]).all()
+
+
+@pytest.mark.parametrize("threshold", [None, 6.0])
+def test_no_tokens_are_fine(threshold):
+    q = qjax.quantize(jnp.ones((4, 32)), "int8_row")
+    q = dataclasses.replace(q, applied=(RoundedInput(None, "int8", threshold),))
+    assert qjax.dot(jnp.zeros((0, 32)), q).shape == (0, 4)
+
+
 def test_low_rank_looks_at_h():
     """In the metric of h the split leaves less of what matters; without h it is the plain one."""
     _, by_h = rounded([low_rank(4)], "uint2_g64", [nearest()])
@@ -200,6 +233,21 @@ def test_alpha_zero_without_clipping_is_rtn():
     np.testing.assert_allclose(qjax.dequantize(zero), qjax.dequantize(plain), atol=1e-6)
     _, found = rounded([awq_scale()], roundings=[nearest()])
     assert found.loss < 0.8 * base.loss  # two channels see 12 and 25 times the others' inputs
+
+
+@pytest.mark.parametrize("reparam", [rescale(), smooth(), awq_scale(5), awq_scale(5, duo=True)], ids=lambda r: str(r))
+def test_scales_do_not_hang_on_the_unit_of_the_inputs(reparam):
+    """A dead channel takes the middle of the others' scales, however small the inputs are."""
+    x = inputs()
+    x[:, 5] = 0.0
+    s, small = (
+        np.asarray(reparam(dataclasses.replace(site(), stats=stats_of(unit * x)))[1].s) for unit in (1.0, 2.0**-14)
+    )
+    np.testing.assert_allclose(small, s, rtol=1e-4)
+    live = np.delete(s, 5)
+    assert s.max() > 1.5 * s.min()
+    if reparam != awq_scale(5, duo=True):  # its scale is |W|'s too
+        assert s[5] == pytest.approx(np.exp(np.log(live).mean()), rel=0.1)
 
 
 def test_rotation_and_feedback_at_two_bits():

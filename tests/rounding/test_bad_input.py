@@ -9,7 +9,9 @@ from rounding_problems import losses, marked, problem, with_eigenvalue
 
 import qjax
 from qjax.errors import UserError
-from qjax.rounding import check_chain, descend, ldlq, nearest, refit, round_weight
+from qjax.pipeline.rounded import round_leaf
+from qjax.recipes import recipe
+from qjax.rounding import check_chain, clip, descend, ldlq, learned, learned_clipping, nearest, refit, round_weight
 from qjax.rounding.curvature import factor
 from qjax.stats import Stats
 
@@ -162,6 +164,26 @@ def test_importance_alone_is_enough_for_the_weighted_fit():
 def test_the_first_stage_must_fit_the_scales(chain):
     with pytest.raises(UserError, match="nearest"):
         check_chain(chain, FORMAT, Stats(H=jnp.eye(N)))
+
+
+@pytest.mark.parametrize("before", [ldlq("natural"), descend(), refit(), learned()], ids=str)
+def test_feedback_does_not_throw_codes_away(before):
+    with pytest.raises(UserError, match=f"up: LDLQ.*throw away the codes of {type(before).__name__}"):
+        check_chain((nearest(), before, ldlq()), FORMAT, Stats(H=jnp.eye(N)), "up")
+
+
+def test_feedback_may_follow_what_chose_ranges_alone():
+    check_chain((nearest(), clip(), learned_clipping(), ldlq(), refit()), FORMAT, Stats(H=jnp.eye(N)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("of", ["h", "H"])
+def test_importance_that_is_none_is_refused(of, value):
+    """A mean of squares, given or as the diagonal of H."""
+    h = jnp.ones(N).at[5].set(value)
+    stats = Stats(h=h) if of == "h" else Stats(H=jnp.diag(h))
+    with pytest.raises(UserError, match="up: the statistic 'h' has 1 values that are NaN, infinite or negative"):
+        round_leaf("up", problem(ROWS, N)[0], -1, FORMAT, recipe("imatrix"), stats)
 
 
 @pytest.mark.parametrize("name", ["int8_row", "FP8_E4M3", "FP8_E4M3_tensor", "NF4_dq", "F16", "int3_g16_mse_u4xrow"])

@@ -158,6 +158,17 @@ def test_descend_and_refit_never_raise_the_loss(name, stage, w_H):
     assert now.sum() < 0.8 * before.sum()
 
 
+def test_refit_moves_scales_under_one_of_the_row():
+    """Units of columns do not cut the row's super-scale: it stays, and the groups' own scales move under it."""
+    w, H = problem(4, 512)
+    fmt, stats = qjax.format("int3_g16_mse_u4xrow"), Stats(H=H)
+    before, after = (round_weight(w, fmt, chain, stats) for chain in ((nearest(),), (nearest(), refit(1))))
+    np.testing.assert_array_equal(after.scales["super"], before.scales["super"])
+    assert float(after.loss) < 0.7 * float(before.loss)
+    fixed = losses(w, fmt.decode(before.scales, after.codes), H).sum()
+    assert losses(w, fmt.decode(after.scales, after.codes), H).sum() < fixed
+
+
 def test_more_sweeps_do_not_raise_the_loss(w_H):
     w, H = w_H
     loss = [float(round_weight(w, qjax.format("Q3_K"), (nearest(), descend(k)), Stats(H=H)).loss) for k in (1, 3)]

@@ -63,6 +63,16 @@ def test_it_beats_nearest(name):
     assert (last <= first * (1 + 1e-5)).all() and last.sum() < GAINS[name] * first.sum()
 
 
+DENSE = ("F32", "F16", "BF16")
+
+
+@pytest.mark.parametrize("stage", [learned(), learned_clipping()], ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_a_format_without_scales_is_refused(name, stage):
+    with pytest.raises(UserError, match=f"lm_head: .*{name} has no scales to learn"):
+        check_chain((nearest(), stage), qjax.format(name), Stats(H=jnp.eye(N)), "lm_head")
+
+
 def test_clipping_helps_and_feedback_follows():
     w, H = problem(ROWS, N)
     fmt, stats = qjax.format("uint2_g64"), Stats(H=H)

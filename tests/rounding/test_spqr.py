@@ -110,6 +110,15 @@ def test_the_packed_weight(reparams, spiky, tmp_path):
     assert q.bits_per_weight == 8 * sum(f.stat().st_size for f in tmp_path.iterdir()) / q.size < 6
 
 
+def test_dead_columns_have_no_outliers(spiky):
+    """Nothing flows through them, so that a miss costs nothing, and the others keep theirs."""
+    w, H = spiky
+    dead = np.arange(128) % 4 == 0
+    cut = jnp.where(dead[:, None] | dead[None, :], 0.0, H)
+    mask = np.asarray(run(w, cut, spqr()).outliers[0])
+    assert not mask[:, dead].any() and 0.002 < mask[:, ~dead].mean() < 0.2
+
+
 def test_a_stack_has_outliers_of_its_own(spiky):
     w, H = spiky
     stack = jnp.stack([w, 0.5 * w.at[:, :40].multiply(0.2)])
