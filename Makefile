@@ -1,13 +1,14 @@
 # make demo: every format on the reference model, a report and a GGUF file (about 3 minutes after installation)
 # make test: the whole test suite, slow tests included (`make test-fast`: without them)
-# Both make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
+# make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 10 minutes)
+# All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
 # Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-env lint clean
+.PHONY: demo test test-fast test-env mutants lint clean
 
 demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
@@ -19,6 +20,9 @@ test-fast: test-env
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-env: .venv/.test
+
+mutants: test-env
+	@$(BIN)/python scripts/mutate.py
 
 lint: test-env
 	$(BIN)/ruff check .
