@@ -172,6 +172,47 @@ def test_the_search_is_never_worse_than_absmax(fmt, seed, tail, weighted):
     assert (searched <= plain * (1 + 1e-5)).all()
 
 
+def test_the_search_looks_between_the_pairs_of_ends(rng):
+    """4 bits, whose best step lies between those that pairs of shrunken ends lead to: 3 % above the best with these."""
+    w = rng.standard_normal((6, 32)).astype(np.float32)
+    fmt = parse("uint4_g32_mse")
+    best = sum(brute_force(x, np.ones(32), fmt) for x in w)
+    assert errors(w, fmt).sum() <= 1.003 * best
+
+
+def test_the_search_ends_where_least_squares_moves_nothing(rng):
+    """Lloyd's iteration from the result, in float64 and not stored, gains less than the 1.8 % it gains on the search
+    alone: scales were fitted to their codes as stored."""
+    w = rng.standard_normal((64, 32)).astype(np.float32)
+    fmt = parse("uint6_g32_mse_zf16")
+    scales = fmt.unpack(qjax.quantize(w, fmt).leaves)[0]
+    s, z = (np.float64(scales[key]) for key in ("scale", "zero"))
+    found = least = errors(w, fmt)[:, 0]
+    m, mean = -s * z, np.float64(w).mean(-1, keepdims=True)
+    for _ in range(5):
+        q = np.clip(np.round((w - m) / s), 0, 63)
+        off = q - q.mean(-1, keepdims=True)
+        s = (w * off).sum(-1, keepdims=True) / (off * off).sum(-1, keepdims=True)
+        m = mean - s * q.mean(-1, keepdims=True)
+        least = np.minimum(least, ((w - s * q - m) ** 2).sum(-1))
+    assert found.sum() < 1.008 * least.sum()
+
+
+def test_nested_scales_are_near_the_best_super_scale(rng):
+    """All 16 codes of a group under 400 super-scales, by hand: within 3 %; 4 % where the largest scale always gets the
+    largest code, or where codes stay the nearest ones."""
+    w = (rng.standard_normal((32, 64)) * np.repeat(rng.lognormal(0, 0.7, (32, 8)), 8, axis=1)).astype(np.float32)
+    fmt = affine(4, 8, symmetric=True, scale="u4x8", search="mse")
+    x = np.float64(w).reshape(32, 8, 8, 1)
+    best = np.full(32, np.inf)
+    for factor in np.geomspace(0.4, 2, 400):
+        top = np.float64(np.float16(factor * np.abs(x).max(axis=(1, 2)) / 7 / 15))
+        s = (top * np.arange(1, 16))[:, None, None, :]
+        off = ((x - s * np.clip(np.round(x / s), -8, 7)) ** 2).sum(axis=2)
+        best = np.minimum(best, off.min(axis=-1).sum(axis=1))
+    assert errors(w, fmt).sum() <= 1.03 * best.sum()
+
+
 def test_a_weight_guides_the_search(rng):
     w = rng.standard_normal((32, 256)).astype(np.float32)
     h = rng.lognormal(0, 2, w.shape).astype(np.float32)

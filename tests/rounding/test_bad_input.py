@@ -103,6 +103,14 @@ def test_one_token_is_enough_for_a_finite_result(chain):
     assert losses(w, w_hat_of(r), np.outer(x, x)).sum() / losses(w, 0 * w, np.outer(x, x)).sum() < 1e-3
 
 
+def test_a_diagonal_below_noise_is_told_though_the_factor_exists():
+    """Damping lifts it, so Cholesky sees nothing wrong; no E[x^2] is negative but by rounding, 1e-7 of the largest."""
+    h = np.array([4.0, 2.0, 1.0, 0.5])
+    for least, told in ((-1e-3, True), (-1e-7, False)):
+        L, damping = factor(jnp.asarray(np.diag([*h, least]), jnp.float32), 0.05)
+        assert np.isnan(float(damping)) == told and np.isnan(np.asarray(L)).any() == told
+
+
 # the size of H
 
 

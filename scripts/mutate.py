@@ -1,0 +1,262 @@
+"""Takes features of qjax away, one at a time, and expects a test to fail for each.
+
+    scripts/mutate.py                     all mutants of the table
+    scripts/mutate.py --only NAME ...     these alone
+    scripts/mutate.py --list              what there is, changing nothing
+
+Each mutant replaces one piece of text in one file of a temporary copy of the package and runs the narrow tests that
+guard it there; the working tree is never touched. First those tests run on the copy as it is, where all must pass.
+
+    killed      a test failed by an assertion: the feature is guarded
+    SURVIVED    all tests passed without the feature: they assert too little. Let one assert the feature's gain, against
+                an independent reference, with a margin: "never worse" passes wherever a guard keeps the start.
+    CRASHED     a test ended otherwise: the change breaks the program instead of the feature. Write it differently.
+
+Exit status: 0 all killed, 1 something survived, 2 the table is out of date (a text that is not there exactly once, a
+test that does not exist), a mutant crashed, or the tests fail before any change.
+
+A mutant of your own is a line of MUTANTS. Take short texts that other edits are unlikely to move, and tests that take
+a second or two: with compiled programs kept (tests/conftest.py) a mutant takes about a dozen, mostly imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change and the tests that must notice it.
+
+    Attributes:
+      name: of the mutant, for --only.
+      path: the file, under qjax/.
+      old: text that is in the file exactly once.
+      new: what takes its place.
+      tests: node ids under tests/, without spaces.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def file(self) -> str:
+        return f"qjax/{self.path}"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(f"tests/{test}" for test in self.tests.split())
+
+
+REPARAM, REPARAM_GAINS = "reparam/test_reparam.py::", "reparam/test_reparam_gains.py::"
+GAINS, IDENTITIES = "rounding/test_rounding_gains.py::", "rounding/test_identities.py::"
+BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
+
+# fmt: off
+MUTANTS = (
+    Mutant("rescale-no-op", "reparam/scale.py", "** 0.25", "** 0.0",
+           REPARAM_GAINS + "test_rescale_reaches_the_least_bound_of_all_diagonals"),
+    Mutant("permute-reversed", "reparam/permute.py", "jnp.argsort(-key)", "jnp.argsort(key)",
+           REPARAM_GAINS + "test_permute_puts_the_largest_first"),
+    Mutant("smooth-without-alpha", "reparam/scale.py", "** self.alpha /", "** 0.5 /",
+           REPARAM_GAINS + "test_smooth_shares_the_outliers_out_by_alpha"),
+    Mutant("awq-by-diagonal", "reparam/scale.py", "H, mean_w = stats.H,",
+           "H, mean_w = jnp.diag(jnp.diagonal(stats.H)),",
+           REPARAM_GAINS + "test_awq_finds_the_best_power_in_the_metric_of_H[False]"),
+    Mutant("awq-without-duo", "reparam/scale.py", "    if duo:", "    if False:",
+           REPARAM_GAINS + "test_awq_finds_the_best_power_in_the_metric_of_H[True]"),
+    Mutant("low_rank-unweighted", "reparam/split.py", "d = _root(site.stats)", "d = jnp.ones_like(_root(site.stats))",
+           REPARAM_GAINS + "test_low_rank_is_the_best_of_its_rank_in_the_metric_of_h"),
+    Mutant("columns-smallest", "reparam/split.py", "jnp.argsort(-size)", "jnp.argsort(size)",
+           REPARAM + "test_outliers_in_the_inputs"),
+    Mutant("sparse-without-h", "reparam/split.py", 'size = size * statistic(site.stats, "h", "sparse")[None, :]',
+           "pass",
+           REPARAM + "test_outliers_are_stored_exactly"),
+    Mutant("sparse-not-settled", "reparam/split.py", "values=(w[at] - w_hat[at])", "values=w_hat[at]",
+           REPARAM + "test_outliers_are_stored_exactly"),
+    Mutant("seed-of-most-loss", "reparam/rotate.py", "jnp.argmin(lax.map(loss", "jnp.argmax(lax.map(loss",
+           REPARAM + "test_best_of_seeds_is_the_best"),
+    Mutant("damping-dropped", "rounding/curvature.py", "return H + damping *", "return H + 0.0 *",
+           GAINS + "test_refitted_scales_and_offsets_are_least_squares"),
+    Mutant("ladder-not-climbed", "rounding/curvature.py", "failed(c) & (i <", "failed(c) & (i > ",
+           BAD + "test_the_least_damping_that_suffices_is_taken_and_reported[-0.08-0.1]"),
+    Mutant("noise-not-checked", "rounding/curvature.py", "bad = failed(c) |", "bad = failed(c) | False &",
+           BAD + "test_a_diagonal_below_noise_is_told_though_the_factor_exists"),
+    Mutant("dead-columns-stay-dead", "rounding/curvature.py", "dead = (h <= 0) &", "dead = (h < 0) &",
+           BAD + "test_dead_columns_are_rounded_to_nearest_and_disturb_nobody"),
+    Mutant("act-order-ignored", "rounding/curvature.py", 'if order == "natural":', 'if order in ("natural", "act"):',
+           IDENTITIES + "test_expected_losses_of_a_fine_grid[act]"),
+    Mutant("nearest-ignores-h", "rounding/nearest.py", 'if self.weight == "h" else None', "if False else None",
+           IDENTITIES + "test_a_diagonal_H_leaves_the_dynamic_fit"),
+    Mutant("ldlq-without-cross-term", "rounding/ldlq.py", "        if self.cross:", "        if False:",
+           IDENTITIES + "test_the_cross_term_brings_the_outputs_nearer"),
+    Mutant("ldlq-without-feedback", "rounding/ldlq.py", "coupling = feedback(c, tile)", "coupling = 0.0 * c",
+           IDENTITIES + "test_expected_losses_of_a_fine_grid[act]"),
+    Mutant("descend-no-op", "rounding/descend.py", "lax.fori_loop(0, self.sweeps, once", "lax.fori_loop(0, 0, once",
+           IDENTITIES + "test_more_sweeps_do_not_raise_the_loss"),
+    Mutant("refit-takes-every-step", "rounding/refit.py", "better = gain > 0", "better = gain > -jnp.inf",
+           GAINS + "test_refit_leaves_steps_that_are_bad_once_stored"),
+    Mutant("refit-without-offsets", "rounding/refit.py", "if m is not None:", "if False:",
+           GAINS + "test_refitted_scales_and_offsets_are_least_squares"),
+    Mutant("refit-without-codes", "rounding/refit.py", "            if sweeps:", "            if False:",
+           GAINS + "test_refit_goes_below_all_scales_at_the_codes_it_was_given"),
+    Mutant("clip-without-guard", "rounding/clip.py", "jnp.where(better.reshape(", "jnp.where((better | True).reshape(",
+           GAINS + "test_clip_keeps_rows_that_lose_once_their_scales_are_stored_together"),
+    Mutant("clip-by-diagonal", "rounding/clip.py", "return H[at[:, :, None], at[:, None, :]]",
+           "return jnp.diagonal(H)[at]",
+           "rounding/test_clip.py::test_it_is_the_search_by_hand"),
+    Mutant("learned-without-guard", "rounding/gradient.py", "return keep_better(state, new, format, before, H)[0]",
+           "return new",
+           GAINS + "test_learned_keeps_rows_that_found_nothing_better"),
+    Mutant("learned-ranges-alone", "rounding/learned.py", 'offset + width * p["v"]', "offset",
+           "rounding/test_learned.py::test_the_loss_is_that_of_the_published_loop"),
+    Mutant("learned-without-ranges", "rounding/learned.py", "shrunk(format, s, m) if self.ranges else None", "None",
+           "rounding/test_learned.py::test_the_loss_is_that_of_the_published_loop"),
+    Mutant("hqq-without-turns", "rounding/hqq.py", "lax.fori_loop(0, self.iterations,", "lax.fori_loop(0, 0,",
+           "rounding/test_hqq.py::test_zeros_and_codes_are_the_best_of_the_published_path"),
+    Mutant("hqq-without-shrinking", "rounding/hqq.py", "off - shrink(off - m[..., None], p, beta)", "off",
+           "rounding/test_hqq.py::test_zeros_and_codes_are_the_best_of_the_published_path"),
+    Mutant("spqr-without-threshold", "rounding/spqr.py", "tau = self.threshold *", "tau = 0.2 *",
+           "rounding/test_spqr.py::test_it_is_the_published_loop[1.0]"),
+    Mutant("spqr-without-leave-one-out", "rounding/spqr.py", "if self.loo else w", "if False else w",
+           "rounding/test_spqr.py::test_spikes_leave_their_groups_range"),
+    Mutant("no-fine-stage", "formats/integer_search.py", "lax.scan(around, coarse, moves)", "(coarse, None)",
+           INTEGER + "test_the_search_looks_between_the_pairs_of_ends"),
+    Mutant("no-polish", "formats/integer_grid.py", "_POLISH = 3", "_POLISH = 0",
+           INTEGER + "test_the_search_ends_where_least_squares_moves_nothing"),
+    Mutant("no-nudged-scale-codes", "formats/integer_grid.py", "for move in (-1, 1):", "for move in ():",
+           INTEGER + "test_nested_scales_are_near_the_best_super_scale"),
+    Mutant("no-spare-scale-codes", "formats/integer_grid.py", "range(3 if self._nested else 1)", "range(1)",
+           INTEGER + "test_nested_scales_are_near_the_best_super_scale"),
+    Mutant("integers-ignore-the-weight", "formats/integer_grid.py", "h = None if weight is None else",
+           "h = None if True else",
+           INTEGER + "test_a_weight_guides_the_search"),
+    Mutant("codebooks-not-searched", "formats/codebook.py", "better = error(searched) <",
+           "better = -error(searched) >",
+           "formats/test_codebook.py::test_a_weight_never_raises_the_weighted_error"),
+    Mutant("clipped-passes-all", "training/estimators.py", "jnp.where(place.inside(self.reach), g, 0.0)", "g",
+           "training/test_fake_quant.py::test_clipped_stops_what_lies_outside"),
+    Mutant("KL-the-other-way-round", "evaluate/divergence.py", "d = z - z_base", "d = z_base - z",
+           "evaluate/test_judging.py::test_kl_keeps_its_digits_where_it_is_tiny"),
+)
+# fmt: on
+
+
+def stale(root: Path, mutants: Sequence[Mutant] = MUTANTS) -> list[str]:
+    """What no longer fits the tree, a line each: texts that are not there exactly once, tests that are not there."""
+    lines = []
+    for m in mutants:
+        path = root / m.file
+        count = path.read_text().count(m.old) if path.is_file() else 0
+        if count != 1:
+            lines.append(f"{m.name}: {m.file} has {m.old!r} {count} times; the table wants a text that it has once")
+        for test in m.ids:
+            file, _, function = test.partition("::")
+            function = function.partition("[")[0]
+            found = root / file
+            if not (found.is_file() and re.search(rf"^def {re.escape(function)}\(", found.read_text(), re.MULTILINE)):
+                lines.append(f"{m.name}: there is no test {test}")
+    return lines
+
+
+def copied(root: Path, to: Path) -> Path:
+    """What tests need of the tree, without compiled files."""
+    for name in ("qjax", "tests", "configs"):
+        shutil.copytree(root / name, to / name, ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
+    shutil.copy(root / "pyproject.toml", to)
+    return to
+
+
+def tested(tree: Path, ids: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit status and its last words on the tests of a copy; it stops at the first failure."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider"]
+    # Wide enough that pytest does not cut the reason of a failure off; plugins are only slow to import.
+    env = os.environ | {"PYTHONPATH": str(tree), "COLUMNS": "400", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([*command, "--tb=line", *ids], cwd=tree, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def judged(status: int, output: str) -> tuple[str, str]:
+    """The verdict on a mutant, and why."""
+    if status == 0:
+        return "SURVIVED", ""
+    failed = re.search(r"^FAILED \S*?::(\S+)(?: - (.*))?$", output, re.MULTILINE)
+    if status == 1 and failed:
+        test, reason = failed[1], failed[2] or ""
+        if reason.startswith(("assert", "AssertionError", "Failed: DID NOT RAISE")):
+            return "killed", test
+        return "CRASHED", f"{test}: {reason}"
+    last = [line for line in output.splitlines() if line.strip()][-3:]
+    return "CRASHED", f"pytest ended with {status}: " + " | ".join(last)
+
+
+def run(mutants: Sequence[Mutant], tree: Path) -> int:
+    """Run mutants on a copy; prints the table, returns the exit status."""
+    ids = list(dict.fromkeys(test for m in mutants for test in m.ids))
+    print(f"{len(mutants)} mutants, {len(ids)} tests; the tests first, on the code as it is ...", flush=True)
+    begun = time.monotonic()
+    status, output = tested(tree, ids)
+    if status:
+        print(output, file=sys.stderr)
+        print("the tests fail before any change", file=sys.stderr)
+        return 2
+    print(f"{'passed':9} {time.monotonic() - begun:5.0f} s", flush=True)
+    verdicts = []
+    for m in mutants:
+        path, begun = tree / m.file, time.monotonic()
+        kept = path.read_text()
+        path.write_text(kept.replace(m.old, m.new))
+        # Python tells sources apart by size and second, which a change and its undoing may share.
+        shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+        try:
+            verdict, why = judged(*tested(tree, m.ids))
+        finally:
+            path.write_text(kept)
+            shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+        verdicts.append(verdict)
+        print(f"{verdict:9} {time.monotonic() - begun:5.0f} s  {m.name:28} {m.file:34} {why}", flush=True)
+    survived, crashed = verdicts.count("SURVIVED"), verdicts.count("CRASHED")
+    print(f"{verdicts.count('killed')} killed, {survived} survived, {crashed} crashed")
+    return 1 if survived else 2 if crashed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutants to run; all by default")
+    parser.add_argument("--list", action="store_true", help="print the table and change nothing")
+    options = parser.parse_args(argv)
+    known = {m.name: m for m in MUTANTS}
+    unknown = [name for name in options.only or () if name not in known]
+    if unknown:
+        print(f"no mutant {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr)
+        return 2
+    mutants = [known[name] for name in options.only or known]
+    if options.list:
+        for m in mutants:
+            print(f"{m.name}\n    {m.file}: {m.old!r} -> {m.new!r}\n    {' '.join(m.ids)}")
+        return 0
+    lines = stale(ROOT, mutants)
+    if lines:
+        print("\n".join(lines), file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="qjax-mutants-") as folder:
+        return run(mutants, copied(ROOT, Path(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
