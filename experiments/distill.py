@@ -71,6 +71,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     if not folder.is_dir():
         cache_teacher(config, teacher, windows, folder)
     cache = read_top_k(folder)
+    held, wanted = cache["indices"].shape, (config.steps * config.batch, config.context, config.k)
+    if held != wanted:
+        raise UserError(
+            f"{folder} holds {held[0]} sequences of {held[1]} tokens with {held[2]} probabilities each, and this config "
+            f"wants {wanted[0]} of {wanted[1]} with {wanted[2]}; give another directory"
+        )
 
     def batch_at(step: int) -> dict[str, Any]:
         numbers = step * config.batch + np.arange(config.batch)
@@ -83,7 +89,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     trained, log, losses["student"] = finetune(
         config.arm, student, batch_at, Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every),
         out, heldout=corpus.heldout, seed=config.seed,
-        identity={"data": corpus.tokens.sha256, "teacher": config.teacher, "student": config.student, "k": config.k},
+        identity={**windows.identity, "teacher": config.teacher, "student": config.student, "k": config.k},
     )  # fmt: skip
     save(dataclasses.replace(trained, tokenizer=teacher.tokenizer), out / "model")
     read_back(out / "model", losses["student"], corpus.heldout, config.arm.inputs, config.arm.cache)

@@ -73,7 +73,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     arm = Arm("pretrain", rate=config.peak_rate, weight_decay=config.weight_decay, warmup=rise)
     model, rows, loss = finetune(
         arm, model, batch_at, loop, out, place=place,
-        heldout=corpus.heldout, identity={"data": corpus.tokens.sha256}, accumulate=config.accumulate, seed=config.seed,
+        heldout=corpus.heldout, identity=windows.identity, accumulate=config.accumulate, seed=config.seed,
         mixed=config.mixed, sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip
     model = dataclasses.replace(model, tokenizer=read_tokenizer(out))

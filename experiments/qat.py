@@ -97,7 +97,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every), out,
         heldout=corpus.heldout, begun=rounded.params if config.arm.init else None, teacher=teacher, place=place,
         confidence=confidence,
-        identity={"data": corpus.tokens.sha256, "model": config.model, "teacher": config.teacher},
+        identity={**windows.identity, "model": config.model, "teacher": config.teacher},
         accumulate=config.accumulate, seed=config.seed, mixed=config.mixed,
         sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip

@@ -98,14 +98,14 @@ def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fus
         arm = Arm("float", rate=config.arm.rate, weight_decay=config.arm.weight_decay, shape=shape)
         model, _, _ = finetune(
             arm, model, lambda s: {"tokens": windows.batch_at(s)}, Loop(early, early, early, early),
-            out / name / "float", heldout=corpus.heldout,
+            out / name / "float", heldout=corpus.heldout, identity=windows.identity,
         )  # fmt: skip
     if not late:
         packed, _ = quantize_params(model.params, config.arm.plan(model.config))
         return exported_loss(dataclasses.replace(model, params=packed), out / name, corpus.heldout)
     model, _, loss = finetune(
         config.arm, model, lambda s: {"tokens": windows.batch_at(early + s)}, Loop(late, late, late, late),
-        out / name / "qat", heldout=corpus.heldout,
+        out / name / "qat", heldout=corpus.heldout, identity=windows.identity,
     )  # fmt: skip
     read_back(export(model, out / name), loss, corpus.heldout, config.arm.inputs, config.arm.cache)
     return loss

@@ -181,7 +181,7 @@ def one(
     state, _ = train(
         init_state({"adapters": adapters}, made.optimizer, {"base": base}), made.step,
         lambda s: {"tokens": jnp.asarray(windows.batch_at(s))}, out, Loop(config.steps, config.log_every, every, every),
-        identity={"entry": dataclasses.asdict(entry), "data": corpus.tokens.sha256, "model": config.model},
+        identity={**windows.identity, "entry": dataclasses.asdict(entry), "model": config.model, "steps": config.steps},
         describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(made.groups, made.schedule, at).items()},
         name=entry.method,
     )  # fmt: skip

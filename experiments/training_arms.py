@@ -147,7 +147,7 @@ def pretrained(config: Config, corpus: Corpus, tokenizer: Tokenizer, seed: int) 
         model = fresh_model(b, tokenizer.get_vocab_size(), seed)
         model, _, _ = finetune(
             arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(b.steps, 20, 200, 200), folder,
-            heldout=corpus.heldout, identity={"data": corpus.tokens.sha256, "model_seed": seed},
+            heldout=corpus.heldout, identity={**tokens.identity, "model_seed": seed},
         )  # fmt: skip
         save(dataclasses.replace(model, tokenizer=read_tokenizer(config.models)), folder / "model")
     return load(folder / "model")
@@ -216,7 +216,7 @@ def train_arm(
     result, log, loss = finetune(
         arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(steps, config.log_every, at_the_end, at_the_end),
         folder, heldout=corpus.heldout, begun=begun_by(config, arm, model, tokens) if arm.init else None,
-        teacher=teacher, confidence=confidence, identity={"data": corpus.tokens.sha256},
+        teacher=teacher, confidence=confidence, identity=tokens.identity,
     )  # fmt: skip
     shutil.rmtree(folder / "checkpoints")
     path = export(dataclasses.replace(result, tokenizer=model.tokenizer), folder)

@@ -157,6 +157,11 @@ class Windows:
         """Windows an epoch."""
         return (len(self.tokens.values) - 1) // self.context
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run must share to go on with these batches (`loop.train`)."""
+        return {"data": self.tokens.sha256, "context": self.context, "batch": self.batch, "order": self.seed}
+
     def index(self, step: int) -> Int[np.ndarray, "batch"]:
         """Where the windows of a step's batch start: i64[batch]. Step 0 is the first."""
         if step < 0:

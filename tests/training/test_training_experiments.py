@@ -1,14 +1,21 @@
 """Every training experiment runs from its config, and what it reports is what it exports."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import train_tiny
 from test_cli_models import make_folder
 
 import qjax
 from qjax.cli import main
+from qjax.cli.run import load_script
+from qjax.config import read
+from qjax.errors import UserError
+from qjax.training.corpus import Corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "training"
 
@@ -24,6 +31,52 @@ def tiny(tmp_path_factory):
 def run(name, out, *options):
     assert main(["run", str(CONFIGS / f"{name}.toml"), "--smoke", "--out", str(out), *map(str, options)]) == 0
     return json.loads((out / "results.json").read_text())
+
+
+class Reached(Exception):
+    """Where an experiment would begin to train, as what run."""
+
+
+@pytest.fixture
+def identity_of(monkeypatch, tmp_path):
+    """(experiment, changes of its config) -> the facts that it asks a resumed run to share; nothing is computed."""
+    model, corpus = train_tiny.model(), Corpus(train_tiny.windows().tokens, train_tiny.heldout())
+
+    def trains(*args, identity, **options):
+        raise Reached(identity)
+
+    def identity_of(name, cached=None, **changes):
+        script, _ = load_script(read(CONFIGS.parent / f"{name}.toml"))
+        config = dataclasses.replace(script.Config(steps=200, batch=4, context=8), **changes)
+        stubs = {
+            "load": lambda *_: model, "fresh_model": lambda *_: model, "texts_of": lambda *_: ([], ""),
+            "tokenizer_in": lambda *_: type("Tokenizer", (), {"get_vocab_size": lambda self: 64})(),
+            "corpus_for": lambda *_: corpus, "corpus_in": lambda *_: corpus,
+            "heldout_loss": lambda *_: 0.0, "mean_loss": lambda *_: 0.0, "cache_teacher": lambda *_: None,
+            "read_top_k": lambda _: {"indices": np.zeros(cached or (config.steps * config.batch, config.context, 64))},
+            "calibration_of": lambda *_, **__: None, "quantize_model": lambda *_: (model, None),
+            "started": lambda *_: (model.params, {"w": np.zeros(2, np.float32)}), "finetune": trains, "train": trains,
+        }  # fmt: skip
+        for stub, value in stubs.items():
+            monkeypatch.setattr(script, stub, value, raising=False)
+        with pytest.raises(Reached) as reached:
+            script.run(config, tmp_path)
+        return reached.value.args[0]
+
+    return identity_of
+
+
+@pytest.mark.parametrize("name", ["training/qat", "training/distill", "training/qlora", "pretrain_reference"])
+def test_another_batch_or_context_is_another_run(identity_of, name):
+    first = identity_of(name)
+    assert {"batch": 4, "context": 8, "data": "walk"}.items() <= first.items()
+    assert identity_of(name, batch=8) == {**first, "batch": 8}
+    assert identity_of(name, context=16) == {**first, "context": 16}
+
+
+def test_a_cached_teacher_of_another_context_is_refused(identity_of):
+    with pytest.raises(UserError, match=r"teacher holds 800 sequences of 9 tokens .* wants 800 of 8"):
+        identity_of("training/distill", cached=(800, 9, 64))
 
 
 @pytest.mark.slow
