@@ -62,6 +62,7 @@ class Entry:
     rank: int = 16
     alpha: float = 16.0
     rate: float = 2e-4
+    rounds: int = 5  # loftq's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +209,6 @@ def started(entry: Entry, model: Model, seed: int) -> tuple[Any, Any]:
     if entry.method in ("lora", "loraqat"):
         return model.params, init_adapters(model.params, **options)
     if entry.method == "loftq":
-        return loftq_params(model.params, plan, rank=entry.rank)
+        return loftq_params(model.params, plan, rank=entry.rank, rounds=entry.rounds)
     base, _ = quantize_params(model.params, plan)
     return base, init_pooled(base, **options) if entry.method == "qalora" else init_adapters(base, **options)
