@@ -258,8 +258,11 @@ def _behind(x: Array, q: QTensor) -> Array:
 def to_bytes(q: QTensor) -> bytes:
     """The exact bytes of a ggml tensor with rows (out, in), as a GGUF file stores them.
 
+    A flax kernel (in, out), packed along axis 0, has the bytes of its transpose, which are those of the file: blocks
+    run along `in` in both.
+
     Raises:
-      UserError: the format is no ggml type, or the blocks do not run along the last axis.
+      UserError: the format is no ggml type.
     """
     if not isinstance(q.format, BlockFormat):
         raise UserError(f"{q.format.name} is not a ggml type; only those have a byte layout of their own")
@@ -267,8 +270,6 @@ def to_bytes(q: QTensor) -> bytes:
         raise UserError(
             f"{q}: a ggml file has no place for a reparametrization; fuse it into the model's weights first"
         )
-    if q.axis != -1:
-        raise UserError(f"ggml blocks run along rows: quantize the transpose with axis=-1, not axis={q.axis}")
     return np.asarray(q.leaves["blocks"]).tobytes()
 
 

@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant("sparse-without-h", "reparam/split.py", 'size = size * statistic(site.stats, "h", "sparse")[None, :]',
            "pass",
            REPARAM + "test_outliers_are_stored_exactly"),
-    Mutant("sparse-not-settled", "reparam/split.py", "values=(w[at] - w_hat[at])", "values=w_hat[at]",
+    Mutant("sparse-not-settled", "reparam/split.py", "values=fp16(w[at] - w_hat[at])", "values=fp16(w_hat[at])",
            REPARAM + "test_outliers_are_stored_exactly"),
     Mutant("seed-of-most-loss", "reparam/rotate.py", "jnp.argmin(lax.map(loss", "jnp.argmax(lax.map(loss",
            REPARAM + "test_best_of_seeds_is_the_best"),

@@ -18,6 +18,7 @@ from qjax.cli import main
 from qjax.evaluate.judge import windows_of
 from qjax.io import tokenizer_cut
 from qjax.io.tokenizer import Tokenizer as Backend
+from qjax.cli.output import size
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
@@ -104,8 +105,10 @@ def test_quantize_by_plan_reports_every_tensor(folder, tmp_path, capsys):
     assert main(["quantize", str(folder), "-o", str(out), "--plan", str(plan), "--json", "-"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert set(made) == {
-        "model", "out", "type", "recipe", "seconds", "bits_per_weight", "nbytes", "formats", "notes", "tensors"
+        "model", "out", "type", "recipe", "seconds", "written", "bits_per_weight", "nbytes", "formats", "notes",
+        "tensors",
     }  # fmt: skip
+    assert made["written"] == out.stat().st_size
     tensors = {t["name"]: t for t in made["tensors"]}
     assert tensors["blk.1.ffn_up.weight"]["format"] == "Q4_0" and 0 < tensors["blk.1.ffn_up.weight"]["error"] < 0.2
     assert tensors["blk.1.attn_q.weight"]["format"] == "Q8_0"
@@ -115,9 +118,13 @@ def test_quantize_by_plan_reports_every_tensor(folder, tmp_path, capsys):
     assert {t["name"]: t["type"] for t in seen["tensors"]}["blk.0.ffn_down.weight"] == "Q4_0"
 
 
-def test_quantize_into_a_folder_stores_the_quantized_values(folder, tmp_path):
+def test_quantize_into_a_folder_stores_the_quantized_values(folder, tmp_path, capsys):
     out = tmp_path / "fake"
     assert main(["quantize", str(folder), "-o", str(out), "--type", "pure:Q4_0"]) == 0
+    *_, stands_for, holds = capsys.readouterr().out.splitlines()
+    disk = sum(f.stat().st_size for f in out.iterdir())
+    assert "bits per weight" in stands_for and holds.endswith(f"as F32: {size(disk)} on disk")
+    assert disk > 5 * qjax.load(folder).params["embed"]["embedding"].size
     w = qjax.load(folder).params["layers_1"]["attn"]["q"]["kernel"]
     expected = qjax.dequantize(qjax.quantize(w, "Q4_0", axis=0))
     assert (np.asarray(qjax.load(out).params["layers_1"]["attn"]["q"]["kernel"]) == np.asarray(expected)).all()
@@ -173,6 +180,19 @@ def test_eval_reads_no_more_of_a_text_than_it_judges(folder, monkeypatch):
     assert 32 <= sum(map(len, read)) < 600
     whole = windows_of(model, TEXT * 30, context=16)
     assert len(windows) == 2 < len(whole) and (whole.tokens[:2] == windows.tokens).all()
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+@pytest.mark.parametrize("suffix", [".gguf", ""])
+def test_a_quantized_model_unpacks_into_floats(gguf, tmp_path, kind, suffix):
+    """Which loses nothing, so it needs no --requantize."""
+    out = tmp_path / f"floats{suffix}"
+    assert main(["quantize", str(gguf), "-o", str(out), "--type", kind]) == 0
+    made, packed = qjax.load(out).params, qjax.load(gguf).dense
+    rounded = (lambda w: w) if kind == "F32" else (lambda w: w.astype(jnp.bfloat16).astype(jnp.float32))
+    for part in ("attn", "mlp"):
+        for a, b in zip(*(jax.tree.leaves(p["layers_0"][part]) for p in (made, packed)), strict=True):
+            np.testing.assert_array_equal(np.asarray(qjax.dequantize(a) if qjax.is_qtensor(a) else a), rounded(b))
 
 
 # --- what they refuse -----------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ def load_with_tokenizer(model: str) -> Model:
     Raises:
       UserError: the model cannot be read, or came without a tokenizer.
     """
-    from qjax.io.checkpoint import load
+    from qjax.io.checkpoint import load, locate
 
-    loaded = load(model)
+    loaded = load(locate(model))
     if loaded.tokenizer is None:
         raise UserError(f"{model}: has no tokenizer; put its tokenizer.json (or tokenizer.model) beside the weights")
     return loaded

@@ -108,13 +108,16 @@ class Quantize:
         report = self._stream(path) if streams else self._in_memory(path)
         seconds = time.perf_counter() - clock
         head = {"model": self.model, "out": str(self.out), "type": self.type, "recipe": self.recipe}
-        if output.write_json(self.json, {**head, "seconds": seconds, **report.to_dict()}):
+        written = sum(f.stat().st_size for f in (self.out.iterdir() if self.out.is_dir() else (self.out,)))
+        if output.write_json(self.json, {**head, "seconds": seconds, "written": written, **report.to_dict()}):
             return
         if self.verbose:
             output.console().print(report.table())
         output.table(*report.summary())
         size = output.size(report.nbytes)
         print(f"{self.out}: {size}, {report.bits_per_weight:.3f} bits per weight, {seconds:.1f} s")
+        if self.out.is_dir():
+            print(f"The directory holds what these stand for as F32: {output.size(written)} on disk")
 
     def _stream(self, path: Path) -> Any:
         from qjax.pipeline import quantize_file

@@ -1,4 +1,4 @@
-"""Whole models from and to files: `qjax.load` and `qjax.save`."""
+"""Whole models, and params trees of one's own, from and to files: `qjax.load` and `qjax.save`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from qjax.errors import UserError
 from qjax.io.gguf_model import load_gguf, save_gguf
 from qjax.io.huggingface import load_folder, save_folder
 from qjax.io.llama2c import load_llama2c
+from qjax.io.tree import load_tree, save_tree
 from qjax.models.model import Model
 
 BUILT_IN = ("reference",)
+TREE = ".safetensors"
 
 
-def load(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> Model:
-    """Load a model.
+def load(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> Any:
+    """Load a model, or a params tree that `save` wrote.
 
     Args:
       path: a Hugging Face folder, a .gguf file, a llama2.c .bin file (its tokenizer beside it), or a built-in name
-        ("reference"). A file or folder of that name comes first.
+        ("reference"). A file or folder of that name comes first. A .safetensors file: a params tree.
       dtype: of the float params; None keeps each tensor's own type. Packed blocks become QTensors as they are.
       pre: the pre-tokenizer of a GGUF file, where the file names none or an unknown one.
 
-    Returns: the Model.
+    Returns: the Model; of a .safetensors file the tree, packed weights as they were.
 
     Raises:
       UserError: no such file, or a file that is corrupt or not supported; one line that says what and where.
@@ -34,6 +36,8 @@ def load(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> 
     >>> qjax.load("reference").config.vocab        # doctest: +SKIP
     4096
     """
+    if Path(path).suffix == TREE and Path(path).is_file():
+        return load_tree(path)
     path = locate(path)
     if path.is_dir():
         return load_folder(path, dtype)
@@ -43,12 +47,14 @@ def load(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> 
 
 
 def save(
-    model: Model, path: str | Path, *, dtype: str | None = None, pre: str | None = None, name: str | None = None
+    model: Any, path: str | Path, *, dtype: str | None = None, pre: str | None = None, name: str | None = None
 ) -> None:
-    """Save a model atomically: a .gguf file by that suffix, a Hugging Face folder by any other name.
+    """Save a model atomically: a .gguf file by that suffix, a Hugging Face folder by any other name; or a params tree
+    of one's own: a .safetensors file.
 
     Args:
-      model: in GGUF, packed weights of ggml types keep their exact bytes; in a folder they become floats.
+      model: a Model: in GGUF, packed weights of ggml types keep their exact bytes; in a folder they become floats. Or a
+        tree of arrays and QTensors (see `qjax.io.tree`), which come back as they are.
       path: where to.
       dtype: of float matrices: "float32" (default), "float16" or "bfloat16".
       pre: GGUF: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
@@ -57,7 +63,19 @@ def save(
     Raises:
       UserError: something the target cannot hold, or a disk that will not take it. Nothing is left under the name.
     """
-    path, dtype = Path(path), dtype or "float32"
+    path = Path(path)
+    if not isinstance(model, Model):
+        if path.suffix != TREE:
+            raise UserError(
+                f"cannot write {path} of a {type(model).__name__}: a Model goes there (qjax.load gives one); a params "
+                f"tree of your own goes to a {TREE} file"
+            )
+        if (dtype, pre, name) != (None, None, None):
+            raise UserError(f"cannot write {path}: dtype, pre and name are a Model's; a tree is saved as it is")
+        return save_tree(model, path)
+    if path.suffix == TREE:
+        raise UserError(f"cannot write {path} of a Model: that is for params alone; name it .gguf, or a folder")
+    dtype = dtype or "float32"
     gguf_type = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(dtype)
     if gguf_type is None:
         raise UserError(f"dtype {dtype!r} is not supported; expected float32, float16 or bfloat16")

@@ -12,10 +12,10 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -54,30 +54,32 @@ class Checkpoint:
     Attributes:
       path: the file, or the folder.
       tensors: name -> Stored.
+      metadata: what else a single file says.
     """
 
     path: Path
     tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     _maps: dict[Path, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
-    def array(self, name: str) -> np.ndarray:
-        """A float tensor as a view of the mapped file, read from disk when touched.
+    def array(self, name: str, dtypes: Mapping[str, np.dtype[Any]] = FLOATS) -> np.ndarray:
+        """A tensor as a view of the mapped file, read from disk when touched.
 
         Raises:
-          UserError: no such tensor, or one of another type than F32, F16, BF16, F64.
+          UserError: no such tensor, or one of another type than `dtypes`, floats unless told otherwise.
         """
         if name not in self.tensors:
             raise UserError(f"{self.path}: no tensor {name!r}")
         t = self.tensors[name]
-        if t.dtype not in FLOATS:
-            known = ", ".join(FLOATS)
+        if t.dtype not in dtypes:
+            known = ", ".join(dtypes)
             raise UserError(f"{t.path}: tensor {name!r} has type {t.dtype}; expected one of {known}")
         if t.nbytes == 0:
-            return np.zeros(t.shape, FLOATS[t.dtype])
+            return np.zeros(t.shape, dtypes[t.dtype])
         raw = self._map(t.path)[t.offset : t.offset + t.nbytes]
-        if t.offset % FLOATS[t.dtype].itemsize:
+        if t.offset % dtypes[t.dtype].itemsize:
             raw = raw.copy()  # a header of odd length leaves its tensors unaligned
-        return raw.view(FLOATS[t.dtype]).reshape(t.shape)
+        return raw.view(dtypes[t.dtype]).reshape(t.shape)
 
     def _map(self, path: Path) -> np.ndarray:
         if path not in self._maps:
@@ -95,7 +97,8 @@ def open_file(path: str | Path) -> Checkpoint:
       UserError: unreadable, truncated or corrupt; names the file.
     """
     path = Path(path)
-    return Checkpoint(path, dict(_entries(path)))
+    metadata, entries = _read(path)
+    return Checkpoint(path, entries, metadata)
 
 
 def open_folder(folder: str | Path) -> Checkpoint:
@@ -126,7 +129,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
             raise UserError(f"{index}: names the shard {name!r}; shards must lie in the same folder")
         if not (folder / name).is_file():
             raise UserError(f"{folder}: shard {name!r}, which {INDEX} names, is missing")
-        shards[name] = dict(_entries(folder / name))
+        _, shards[name] = _read(folder / name)
     for tensor, shard in where.items():
         if tensor not in shards[shard]:
             raise UserError(f"{folder / shard}: no tensor {tensor!r}, which {INDEX} says is there")
@@ -143,27 +146,37 @@ def write_file(
       infos: (name, dtype as "F32", "BF16" ..., shape) of the tensors in the order they will come.
       tensors: arrays of those dtypes and shapes; an iterator is asked for one at a time.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with atomic_file(path) as f:
+        write_tensors(f, infos, tensors, FLOATS, {"format": "pt"})
+
+
+def write_tensors(
+    f: BinaryIO,
+    infos: Sequence[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[np.ndarray],
+    dtypes: Mapping[str, np.dtype[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """`write_file` into an open file, of any types, with metadata of one's own."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, dtype, shape in infos:
-        end = at + FLOATS[dtype].itemsize * math.prod(shape)
+        end = at + dtypes[dtype].itemsize * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        rest = iter(tensors)
-        for name, dtype, shape in infos:
-            tensor = np.ascontiguousarray(next(rest))
-            if (tensor.dtype, tensor.shape) != (FLOATS[dtype], shape):
-                raise UserError(
-                    f"tensor {name!r}: expected {dtype}{list(shape)}, got {tensor.dtype}{list(tensor.shape)}"
-                )
-            f.write(tensor.reshape(-1).view(np.uint8).data)
+    f.write(struct.pack("<Q", len(text)) + text)
+    rest = iter(tensors)
+    for name, dtype, shape in infos:
+        tensor = np.asarray(next(rest), order="C")
+        if (tensor.dtype, tensor.shape) != (dtypes[dtype], shape):
+            raise UserError(f"tensor {name!r}: expected {dtype}{list(shape)}, got {tensor.dtype}{list(tensor.shape)}")
+        f.write(tensor.reshape(-1).view(np.uint8).data)
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Stored]]:
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
+    """What a file's header says: its metadata and tensors."""
     try:
         with safe_open(path, framework="numpy"):  # checks everything that is said in the header
             pass
@@ -173,7 +186,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Stored]]:
     except (SafetensorError, OSError, ValueError, struct.error) as e:
         what = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise UserError(f"{path}: not a readable safetensors file: {' '.join(what.split())}") from e
+    metadata, tensors = header.pop("__metadata__", None) or {}, {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+        start, end = entry["data_offsets"]
+        tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    return metadata, tensors

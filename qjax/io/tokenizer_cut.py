@@ -26,13 +26,11 @@ _WORDY = re.compile(r"^[A-Za-z]|[A-Za-z]$| ")  # an added token that may touch a
 _CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 
 
-def encode_long(
-    tokenizer: Tokenizer, text: str, *, bos: bool = False, limit: int | None = None
-) -> Int[np.ndarray, "count"]:
+def encode_long(tokenizer: Any, text: str, *, bos: bool = False, limit: int | None = None) -> Int[np.ndarray, "count"]:
     """`tokenizer.encode(text, bos=bos)` as i32, or its first `limit` ids, in memory that the text's length bounds.
 
     Args:
-      tokenizer: reads the text.
+      tokenizer: reads the text: a Tokenizer, or anything with its `encode`, which gets the text whole.
       text: any string.
       bos: as in `Tokenizer.encode`.
       limit: ids that are enough; the rest of the text is not read.
@@ -47,8 +45,8 @@ def encode_long(
     return np.concatenate([np.zeros(0, np.int32), *made])[:limit]
 
 
-def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    if len(text) <= PIECE or not _may_cut(tokenizer):
+def _pieces(tokenizer: Any, text: str) -> Iterator[str]:
+    if len(text) <= PIECE or not (isinstance(tokenizer, Tokenizer) and _may_cut(tokenizer)):
         yield text
         return
     # SentencePiece puts a space in front of each text by itself.

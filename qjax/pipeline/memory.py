@@ -145,6 +145,8 @@ def _quantize_leaf(
         check_finite({w.path: leaf})
         name = leaf.format.name if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
+    if is_qtensor(leaf) and fmt.name in ("F32", "F16", "BF16"):
+        leaf = dequantize(leaf)  # no grid but the floats' own: nothing is rounded twice
     if is_qtensor(leaf):
         raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first (--requantize), or keep it")
     note = ""

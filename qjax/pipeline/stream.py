@@ -216,7 +216,7 @@ def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, recip
         fmt = get_format("F32")
     elif fmt is not None and fmt.name == t.type:
         fmt, reason = None, f"is {t.type} already"
-    if fmt is not None and t.type not in DENSE and not requantize:
+    if fmt is not None and t.type not in DENSE and fmt.name not in DENSE and not requantize:
         raise UserError(
             f"{source.path}: {t.name} is {t.type} already; quantizing twice loses more than once from the original "
             "weights: start from those, or allow it: requantize=True, on the command line --requantize"
@@ -239,7 +239,7 @@ def _metadata(source: Source, plan: Plan, jobs: Sequence[_Job]) -> dict[str, Any
 
 
 def _key(source: Source, place: Layout, importance: Mapping[str, np.ndarray], recipes: str) -> str:
-    """Identifies the output: the same key means the same bytes."""
+    """Identifies the output: the same key means the same bytes (docs/reliability.md)."""
     h = hashlib.sha256(place.header)
     h.update(source.fingerprint().encode() + recipes.encode())
     for name in sorted(importance):

@@ -328,7 +328,8 @@ def test_grid_points_stay(fmt, rng):
 def test_degenerate_groups(fmt):
     w = np.zeros((9, 256), np.float32)
     w[1], w[2], w[3, 5], w[4] = 0.5, -0.5, 100, 1e-30
-    w[5], w[6], w[7, ::2], w[8, 9] = 1e-42, -3e38, 1e-6, -3e38
+    huge = -3e38 if fmt.scale == "f32" else -3e4  # what fp16 scales cannot reach is refused: test_sound
+    w[5], w[6], w[7, ::2], w[8, 9] = 1e-42, huge, 1e-6, huge
     _, w_hat = quantized(w, fmt)
     assert np.isfinite(w_hat).all()
     assert (w_hat[0] == 0).all()

@@ -40,8 +40,11 @@ TEXTS = {
         {"tokens": IDS, "context": 300},
         "300 tokens .* longer than the model's context of 256",
     ),
-    "a limit of one window": ({"tokens": IDS, "context": 16, "limit": 1}, "2 windows of 16 are the least"),
-    "no limit at all": ({"tokens": IDS, "context": 16, "limit": 0}, "2 windows of 16 are the least"),
+    "a limit of one window": (
+        {"tokens": IDS, "context": 16, "limit": 1},
+        "a limit of 1 calibration windows is too low: 2 are the least",
+    ),
+    "no limit at all": ({"tokens": IDS, "context": 16, "limit": 0}, "a limit of 0 calibration windows is too low"),
     "empty windows": ({"tokens": IDS, "context": 0}, "context"),
     "negative windows": ({"tokens": IDS, "context": -5}, "context"),
     "an empty batch": ({"tokens": IDS, "context": 16, "batch": -1}, "batch"),
