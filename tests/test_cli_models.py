@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import qjax
 from qjax.cli import main
+from qjax.cli.output import size
 from qjax.evaluate.judge import windows_of
 from qjax.io import tokenizer_cut
 from qjax.io.tokenizer import Tokenizer as Backend
-from qjax.cli.output import size
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
