@@ -38,8 +38,14 @@ TEXTS = {
         {"tokens": IDS, "context": 300},
         "300 tokens .* longer than the model's context of 256",
     ),
-    "a limit of one window": ({"tokens": IDS, "context": 16, "limit": 1}, "2 windows of 16 are the least"),
-    "no limit at all": ({"tokens": IDS, "context": 16, "limit": 0}, "2 windows of 16 are the least"),
+    "a limit of one window": (
+        {"tokens": IDS, "context": 16, "limit": 1},
+        "limit of 1 calibration windows .* 2 are the least",
+    ),
+    "no limit at all": (
+        {"tokens": IDS, "context": 16, "limit": 0},
+        "limit of 0 calibration windows .* 2 are the least",
+    ),
     "empty windows": ({"tokens": IDS, "context": 0}, "context"),
     "negative windows": ({"tokens": IDS, "context": -5}, "context"),
     "an empty batch": ({"tokens": IDS, "context": 16, "batch": -1}, "batch"),
