@@ -7,6 +7,7 @@ from test_cli_models import TEXT, folder, text  # noqa: F401  (fixtures)
 
 import qjax
 from qjax.cli import main
+from qjax.errors import UserError
 from qjax.recipes import RECIPES, recipe
 
 CALIBRATION = {
@@ -103,3 +104,14 @@ def test_what_a_file_cannot_hold_is_said_before_any_work(folder, tmp_path, capsy
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize("line, known", [("rtn", False), ("imatrix", True)])
+def test_into_a_folder_a_mix_knows_of_the_imatrix_too(folder, text, tmp_path, monkeypatch, capsys, line, known):  # noqa: F811
+    def plan_named(name, config, has_imatrix):
+        raise UserError(f"imatrix known: {has_imatrix}")
+
+    monkeypatch.setattr("qjax.plan.named.plan_named", plan_named)
+    argv = ["quantize", str(folder), "-o", str(tmp_path / "q"), "--type", "Q4_0", "--recipe", line]
+    assert main([*argv, *(["--calib", str(text)] if known else [])]) == 2
+    assert f"imatrix known: {known}" in capsys.readouterr().err

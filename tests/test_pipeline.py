@@ -76,6 +76,13 @@ def test_a_plan_becomes_a_file(model, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["q.gguf"]
 
 
+def test_a_format_by_name_is_a_plan(model, tmp_path):
+    """pure: the format itself in every matrix, where a mix has the same name."""
+    report = quantize_file(model, tmp_path / "q.gguf", "pure:Q4_0")
+    assert {t.format for t in report.tensors if not t.kept} == {"Q4_0"}
+    assert {t.format for t in report.tensors if t.kept} == {"F32"}
+
+
 def llama_quantize(model, out, file_type):
     if not os.environ.get("LLAMA_CPP_LIB_PATH"):
         pytest.skip("LLAMA_CPP_LIB_PATH is unset: no llama.cpp to compare with")

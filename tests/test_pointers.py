@@ -56,8 +56,6 @@ MISTAKES = {
         lambda: quantize_params({"a": W}, "Q4_0", {"a": H}, recipe="awq"),
         "qjax.observe(apply_fn, params, batches, kinds=('absmean', ...)) collects it",
     ),
-    "no window": (lambda: calibration_of(64, range(99), context=8, limit=0), "a limit of 0 calibration windows is too"),
-    "one window": (lambda: calibration_of(64, range(99), context=8, limit=1), "2 are the least (one to calibrate on"),
 }  # fmt: skip
 
 
