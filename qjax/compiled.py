@@ -37,7 +37,7 @@ def untuned(fn: Callable[..., Any], static_argnames: Iterable[str] = ()) -> Call
     def call(*args: Any, **kwargs: Any) -> Any:
         return (inner if _in_a_trace(args, kwargs) else outer)(*args, **kwargs)
 
-    vars(call).update({name: getattr(outer, name) for name in ("lower", "trace", "_cache_size")})
+    vars(call).update(lower=outer.lower, trace=outer.trace, _cache_size=cast(Any, outer)._cache_size)
     return call
 
 

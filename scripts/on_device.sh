@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What only a device shows, in under five minutes, offline: correctness, compile times and speed on the GPU at hand.
 #
-#   scripts/on_device.sh --pack DIR                here: the packages that machine lacks, into DIR (about 60 MB)
+#   scripts/on_device.sh --pack DIR                here: the packages that machine lacks, into DIR (170 MB)
 #   scripts/on_device.sh --carry DIR [part ...]    there: with Python 3.12 and jax[cuda]; all parts unless some are named
 #   scripts/on_device.sh --dry [part ...]          every part on the CPU at tiny shapes
 #
 # Parts: exact, tests, compile, encode, dot. Each runs in a process of its own, and the next though one fails. A summary
 # comes last; on_device.json (--out FILE) has it all, with device, versions, commit and command. --limit SECONDS, of all
-# parts together, is 285. Results worth keeping go to experiments/results/gpu/.
+# parts together, is 285 but for --dry. Results worth keeping go to experiments/results/gpu/.
 #
 # A new part is a file scripts/on_device/NAME.py with `measure(dry) -> {"ok": bool, "lines": [str], ...}`, and its name
 # in PARTS of scripts/on_device/run.py; what it measures must fit the five minutes beside the others.

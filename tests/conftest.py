@@ -22,6 +22,7 @@ pytest_plugins = ["cost"]
 jaxtyping.install_import_hook("qjax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # what tests mean by a product: no TF32 on a GPU
 
 
 @pytest.fixture

@@ -77,7 +77,8 @@ def test_the_reference_model_by_best_gguf(tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "j.json")]) == 0
     made = json.loads((tmp_path / "j.json").read_text())
     assert set(made) == {
-        "model", "out", "type", "recipe", "seconds", "written", "bits_per_weight", "nbytes", "formats", "notes", "tensors"
+        "model", "out", "type", "recipe", "seconds", "written", "bits_per_weight", "nbytes", "formats", "notes",
+        "tensors",
     }  # fmt: skip
     assert (made["model"], made["type"], made["recipe"]) == ("reference", "Q3_K_M", "best_gguf")
     for t in made["tensors"]:

@@ -29,6 +29,12 @@ def params():
     return jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_around():
+    with jax.default_matmul_precision("default"):
+        yield
+
+
 def all_full(jaxpr, least=1):
     count, lesser = products(jaxpr)
     assert count >= least and not lesser, lesser
