@@ -255,6 +255,23 @@ def _behind(x: Array, q: QTensor) -> Array:
     return y.astype(x.dtype)
 
 
+def held(q: QTensor) -> QTensor:
+    """The same weight with its dense rotations as arrays in place of seeds: they count as bits, and `dot` under jit
+    does not make them anew at each call. Other reparametrizations stay as they are.
+
+    Args:
+      q: a matrix, or a stack of them.
+    """
+    *lead, out, n = q.format.shape(q.leaves)
+
+    def hold(applied: tuple) -> tuple:
+        return tuple(one.held(out, n) for one in applied)
+
+    for _ in lead if q.applied else ():
+        hold = jax.vmap(hold)
+    return dataclasses.replace(q, applied=hold(q.applied))
+
+
 def to_bytes(q: QTensor) -> bytes:
     """The exact bytes of a ggml tensor with rows (out, in), as a GGUF file stores them.
 

@@ -30,8 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import UserError
+from qjax.formats.codebook_search import nearest_level, search_absmax
 from qjax.formats.dynamic_map import NESTED, from_dynamic, to_dynamic
-from qjax.formats.integer_search import search_scale, weighted_error
+from qjax.formats.integer_search import weighted_error
 from qjax.formats.protocol import Leaves, Scales
 from qjax.formats.storage import quotient
 from qjax.typing import Array, Float, Integer
@@ -138,8 +139,7 @@ class Codebook:
         return jnp.asarray(order.astype(np.uint8))[at]
 
     def _level(self, u: Array) -> Array:
-        ascending = np.unique(LEVELS[self.levels])
-        return jnp.asarray(ascending)[_position(ascending, u)]
+        return nearest_level(u, np.unique(LEVELS[self.levels]))
 
     def _absmax_or_search(self, w: Array, weight: Array | None) -> Array:
         x = self._blocks(w)
@@ -147,7 +147,7 @@ class Codebook:
         if weight is None:
             return absmax
         h = self._blocks(weight)
-        searched = search_scale(x, h, self._level, absmax, low=0.5)
+        searched = search_absmax(w, weight, self.block, np.unique(LEVELS[self.levels]))
         # compared as stored: block by block, or, where storing ties the blocks of a matrix together, by matrix
         axes = math.prod(x.shape[-min(3, x.ndim) :]) if self.double else self.block
         lead = x.shape[:-3] if self.double else x.shape[:-1]

@@ -111,11 +111,16 @@ def unless_beyond(first: Array, found: Array) -> Array:
 
 
 def squares(e: Array, v: Array | None) -> Array:
-    """sum over elements of v e^2: [sub, J, N] -> [J, N].
+    """sum over elements of v e^2: [sub, J, N] -> [J, N]."""
+    return total(e * e if v is None else v * e * e)
 
-    Written as a tree of additions: XLA fuses that with what computes e, which it does not do for a reduction.
+
+def total(x: Array) -> Array:
+    """sum over elements: [sub, J, N] -> [J, N], sub a power of two.
+
+    Written as a tree of additions: XLA fuses that with what computes x, which it does not do for a reduction.
     """
-    terms = list(e * e if v is None else v * e * e)
+    terms = list(x)
     while len(terms) > 1:
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
     return once(terms[0])[0]

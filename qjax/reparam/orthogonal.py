@@ -9,7 +9,7 @@ Sources: QuIP, arXiv:2307.13304, section 4.1; the signs: Mezzadri, arXiv:math-ph
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,22 @@ from qjax.typing import Array, Float, Integer
 
 
 def orthogonal(seed: Integer[Array, ""] | int, n: int, salt: Integer[Array, ""] | int = 0) -> Float[Array, "n n"]:
-    """A Haar-random orthogonal matrix, f32[n, n]: the same for the same seed and salt."""
+    """A Haar-random orthogonal matrix, f32[n, n]: the same for the same seed and salt, and then made only once.
+
+    Where a program takes the seed as an argument, its value is not known when the program is made, and every run makes
+    the matrix.
+    """
     if n < 1:
         raise UserError(f"orthogonal: n must be at least 1, got {n}")
-    return _haar(_key(seed, salt), n)
+    if isinstance(seed, jax.core.Tracer) or isinstance(salt, jax.core.Tracer):
+        return _haar(_key(seed, salt), n)
+    return _made(int(seed), int(salt), n)
+
+
+@lru_cache(maxsize=8)
+def _made(seed: int, salt: int, n: int) -> Array:
+    with jax.ensure_compile_time_eval():
+        return _haar(_key(seed, salt), n)
 
 
 def dense(
@@ -39,7 +51,11 @@ def dense(
       seed, salt: what Q comes from; the salt tells uses of one seed apart.
       inverse: x Q, which undoes it.
     """
-    Q = orthogonal(seed, _width("dense", x), salt)
+    return turned(x, orthogonal(seed, _width("dense", x), salt), inverse)
+
+
+def turned(x: Float[Array, "*b n"], Q: Float[Array, "n n"], inverse: bool = False) -> Float[Array, "*b n"]:
+    """x Q^T along the last axis, or x Q, in x's type."""
     return _product(x, Q if inverse else Q.T).astype(x.dtype)
 
 

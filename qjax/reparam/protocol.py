@@ -62,6 +62,11 @@ class Applied:
         del x
         return y
 
+    def held(self, out: int, n: int) -> Applied:
+        """Itself, with the arrays that its methods would make anew at each call."""
+        del out, n
+        return self
+
     def settled(self, w: Float[Array, "out n"], w_hat: Float[Array, "out n"]) -> Applied:
         """Itself, once the weight it left (w, before the change) has been rounded to w_hat (after the change)."""
         del w, w_hat

@@ -4,9 +4,12 @@
     kronecker    R = (U (x) V) P, U and V orthogonal     QuIP, arXiv:2307.13304, section 4.1
     orthogonal   R dense, Haar                           for small layers and tests
 
-All come from a 32-bit seed, which is what is stored. H rotates exactly, H' = R_in H R_in^T; E[x^2], E|x| and max|x| do
-not survive. After a rotation h is flat, so weighting by it has nothing to exploit: rotate in front of error feedback,
-not of nearest rounding.
+All come from a 32-bit seed, which is what is stored. The dense one is a QR away from it, many times a product with
+it: it is made once for a seed whose value is known, and `qjax.tensor.held` keeps it for programs that take packed
+weights as arguments. An array that is kept counts as what it is, n^2 floats, so the seed alone stays the default.
+
+H rotates exactly, H' = R_in H R_in^T; E[x^2], E|x| and max|x| do not survive. After a rotation h is flat, so weighting
+by it has nothing to exploit: rotate in front of error feedback, not of nearest rounding.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.reparam.hadamard import randomized
-from qjax.reparam.orthogonal import dense
+from qjax.reparam.orthogonal import dense, turned
 from qjax.reparam.orthogonal import kronecker as kronecker_product
+from qjax.reparam.orthogonal import orthogonal as dense_matrix
 from qjax.reparam.protocol import Applied, Site
 from qjax.typing import Array, Float
 
@@ -30,16 +34,21 @@ Kind = Literal["hadamard", "kronecker", "orthogonal"]
 Side = Literal["in", "out", "both"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("seed",), meta_fields=("kind", "side", "block", "block_out"))
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("seed", "matrices"),
+    meta_fields=("kind", "side", "block", "block_out"),
+)
 @dataclasses.dataclass(frozen=True)
 class Rotated(Applied):
-    """A `seed`, u32[], and what is made of it."""
+    """A `seed`, u32[], and what is made of it; `matrices`: the dense ones of both sides, where they are held."""
 
     seed: Any
     kind: Kind = "hadamard"
     side: Side = "both"
     block: int | None = None
     block_out: int | None = None
+    matrices: Any = None
 
     def input(self, x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
         return self._turn(x, "in", False).astype(x.dtype)
@@ -54,10 +63,22 @@ class Rotated(Applied):
     def inverse(self, w: Float[Array, "out n"]) -> Float[Array, "out n"]:
         return self._turn(self._turn(w, "in", True).T, "out", True).T
 
+    def held(self, out: int, n: int) -> Rotated:
+        if self.kind != "orthogonal":
+            return self
+        sizes = {"in": n, "out": out}
+        made = tuple(
+            dense_matrix(self.seed, size, salt) if self.side in (side, "both") else None
+            for salt, (side, size) in enumerate(sizes.items())
+        )
+        return dataclasses.replace(self, matrices=made)
+
     def _turn(self, x: Array, side: Literal["in", "out"], inverse: bool) -> Array:
         if self.side not in (side, "both"):
             return x
         salt = int(side == "out")
+        if self.matrices is not None:
+            return turned(x, self.matrices[salt], inverse)
         if self.kind == "hadamard":
             block = self.block_out if side == "out" else self.block
             return randomized(x, self.seed, block, inverse, salt)

@@ -19,6 +19,7 @@ from qjax.reparam import (
     columns,
     hadamard,
     low_rank,
+    orthogonal,
     reparametrize,
     rescale,
     restore,
@@ -27,8 +28,10 @@ from qjax.reparam import (
     through,
 )
 from qjax.reparam.inputs import RoundedInput
+from qjax.reparam.orthogonal import _made
 from qjax.rounding import clip, hqq, ldlq, nearest
 from qjax.stats import Stats
+from qjax.tensor import held
 
 EVERY = EXACT | SPLITS
 
@@ -197,6 +200,23 @@ def test_no_tokens_are_fine(threshold):
     q = qjax.quantize(jnp.ones((4, 32)), "int8_row")
     q = dataclasses.replace(q, applied=(RoundedInput(None, "int8", threshold),))
     assert qjax.dot(jnp.zeros((0, 32)), q).shape == (0, 4)
+
+
+def test_a_dense_rotation_is_made_once():
+    """Eagerly and where its seed is known; `held` keeps it for programs that take it, and it counts as what it is."""
+    q, _ = rounded([orthogonal(seed=2)])
+    x = jnp.asarray(inputs(4))
+    y, before = qjax.dot(x, q), _made.cache_info().misses
+    np.testing.assert_array_equal(qjax.dot(x, q), y)
+    assert _made.cache_info().misses == before
+    kept = held(q)
+    assert kept.nbytes - q.nbytes == 4 * (N * N + OUT * OUT)
+    programs = {"argument": (qjax.dot, x, q), "known": (lambda x: qjax.dot(x, q), x), "held": (qjax.dot, x, kept)}
+    assert [k for k, (f, *a) in programs.items() if " qr[" in str(jax.make_jaxpr(f)(*a))] == ["argument"]
+    np.testing.assert_array_equal(qjax.dot(x, kept), y)
+    stack, _ = rounded([orthogonal("in", seed=2)], w=jnp.stack([weight(), weight(seed=2)]))
+    np.testing.assert_allclose(qjax.dequantize(held(stack)), qjax.dequantize(stack), atol=1e-5)
+    assert held(rounded([hadamard()])[0]).nbytes == rounded([hadamard()])[0].nbytes
 
 
 def test_low_rank_looks_at_h():
