@@ -17,8 +17,6 @@ from qjax.cli.progress import bytes_bar, in_turn, steps_bar
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
 from qjax.errors import UserError
 
-FILES = {".bin", ".safetensors", ".pt", ".pth", ".npz", ".onnx", ".ggml"}  # no names of folders
-
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
@@ -65,8 +63,6 @@ class Quantize:
     def execute(self) -> None:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
-        if self.out.suffix.lower() in FILES:
-            raise UserError(f"-o {self.out}: qjax writes no {self.out.suffix} file; name it .gguf, or a folder")
         if self.calib is not None and self.calib_windows < 2:
             raise UserError(
                 f"--calib-windows {self.calib_windows}: two are the least, one to calibrate on and one held out"
