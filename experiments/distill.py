@@ -75,8 +75,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     held, wanted = cache["indices"].shape, (config.steps * config.batch, config.context, config.k)
     if held != wanted:
         raise UserError(
-            f"{folder} holds {held[0]} sequences of {held[1]} tokens with {held[2]} probabilities each, and this config "
-            f"wants {wanted[0]} of {wanted[1]} with {wanted[2]}; give another directory"
+            f"{folder} holds {held[0]} sequences of {held[1]} tokens with {held[2]} probabilities each, and this "
+            f"config wants {wanted[0]} of {wanted[1]} with {wanted[2]}; give another directory"
         )
 
     def batch_at(step: int) -> dict[str, Any]:

@@ -206,15 +206,15 @@ def start_state(
       importance: see `weights.init`.
 
     Raises:
-      UserError: a recipe's result under scales that are refit at every step, or with a weight packed that the arm keeps.
+      UserError: a recipe's result under scales that are refit at every step, or with a weight packed that stays float.
     """
     arm, quantizers = made.arm, made.quantizers
     if begun is not None:
         for path, leaf in weights.leaves_by_path(begun).items():
             if is_qtensor(leaf) and path not in quantizers:
                 raise UserError(
-                    f"{path}: the start has it in {leaf.format.name}, and arm {arm.name!r} trains it in float; round the "
-                    "start by the arm's own plan (`arm.plan(config)`), or give the arm a format for it"
+                    f"{path}: the start has it in {leaf.format.name}, and arm {arm.name!r} trains it in float; round "
+                    "the start by the arm's own plan (`arm.plan(config)`), or give the arm a format for it"
                 )
     trained, kept_scales = weights.init(params if begun is None else begun, quantizers, importance)
     if begun is not None:
