@@ -10,7 +10,7 @@ architecture runs the same program.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,26 +58,6 @@ class Judgement:
             divergence = dataclasses.asdict(self.divergence)
         parts = dataclasses.asdict(self.sizes) | dataclasses.asdict(self.perplexity) | divergence
         return {"name": self.name, **parts, "encode_seconds": self.encode_seconds}
-
-    @classmethod
-    def from_json(cls, numbers: Mapping[str, Any]) -> Judgement:
-        """The inverse of `to_json`; further keys are ignored.
-
-        Raises:
-          UserError: a key is missing.
-        """
-
-        def part(kind: type) -> Any:
-            return kind(**{f.name: numbers[f.name] for f in dataclasses.fields(kind)})
-
-        try:
-            compared = numbers["kl_mean"] is not None
-            return cls(
-                numbers["name"], part(Sizes), part(Perplexity), part(Divergence) if compared else None,
-                numbers["encode_seconds"],
-            )  # fmt: skip
-        except KeyError as missing:
-            raise UserError(f"not a judgement: the key {missing} is missing") from None
 
 
 def judge(

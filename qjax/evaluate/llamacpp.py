@@ -192,11 +192,6 @@ def judge_file(judge: Judge, quantized: Path) -> Divergence:
     return divergence_of_tokens(**token, windows=windows)
 
 
-def divergence_of_files(float_gguf: Path, quantized: Path, tokens: np.ndarray, first: int, scratch: Path) -> Divergence:
-    """`judge_file` for a single file."""
-    return judge_file(judge_of(float_gguf, tokens, first, scratch), quantized)
-
-
 _SCORES = ("nll", "nll_base", "kl", "same_top")
 
 

@@ -32,7 +32,6 @@ FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "F64": np.dtype("<f8"),
     }
 )
-DTYPE_NAME: Mapping[np.dtype[Any], str] = MappingProxyType({dtype: name for name, dtype in FLOATS.items()})
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

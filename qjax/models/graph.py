@@ -7,7 +7,7 @@ nothing is computed at run time. It is exact where only a linear map lies betwee
 the two halves of an MLP that meet in a product, and between values and the attention's output, which mixes positions
 but not channels (SmoothQuant, arXiv:2211.10438, section 4; AWQ, arXiv:2306.00978, section 3.2).
 
-The map below is all there is: one rule an edge, with the reason why a config may not have it.
+The map below is all there is: one rule an edge, with what a config must be to have it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.weight_names import weight_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,25 +44,25 @@ class Edge:
         return self.source.endswith("/scale")
 
 
-def _untied(c: DecoderConfig) -> str | None:
-    return "a tied head is the embedding, and its channels are the residual stream's" if c.tied else None
+def _untied(c: DecoderConfig) -> bool:
+    """A tied head is the embedding, and its channels are the residual stream's: it is no sink."""
+    return not c.tied
 
 
-def _heads_of_their_own(c: DecoderConfig) -> str | None:
-    if c.kv_heads == c.heads:
-        return None
-    return f"{c.heads} query heads share {c.kv_heads} key/value heads, so one channel of v feeds several of o (GQA)"
+def _heads_of_their_own(c: DecoderConfig) -> bool:
+    """Where query heads share a key/value head (GQA), one channel of v feeds several of o."""
+    return c.kv_heads == c.heads
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """One kind of edge: paths below the layer, its channels, and why a config does not have it."""
+    """One kind of edge: paths below the layer, its channels, and whether a config has it."""
 
     label: str
     source: str
     sinks: tuple[str, ...]
     channels: Callable[[DecoderConfig], int]
-    refusal: Callable[[DecoderConfig], str | None] = lambda c: None
+    stands: Callable[[DecoderConfig], bool] = lambda c: True
 
     def edge(self, c: DecoderConfig, at: str) -> Edge:
         bias = f"{at}attn/v/bias" if c.qkv_bias and self.source == "attn/v/kernel" else None
@@ -93,32 +91,4 @@ def _placed(config: DecoderConfig) -> list[tuple[_Rule, str]]:
 
 def edges(config: DecoderConfig) -> tuple[Edge, ...]:
     """Every edge of a decoder, in the order of a forward pass."""
-    return tuple(rule.edge(config, at) for rule, at in _placed(config) if rule.refusal(config) is None)
-
-
-def edge_into(config: DecoderConfig, path: str) -> Edge:
-    """The edge whose channels a weight contracts.
-
-    Args:
-      config: the architecture.
-      path: a kernel's keys in the params tree, "layers_0/attn/q/kernel".
-
-    Raises:
-      UserError: the weight's input has no edge: an embedding, a tied head, o under grouped queries, a gain or a bias;
-        or there is no such weight.
-
-    >>> c = DecoderConfig(vocab=8, dim=4, hidden=6, layers=1, heads=2, kv_heads=1, head_dim=2)
-    >>> edge_into(c, "layers_0/mlp/down/kernel").source
-    'layers_0/mlp/up/kernel'
-    """
-    for rule, at in _placed(config):
-        if path.startswith(at) and path.removeprefix(at) in rule.sinks:
-            reason = rule.refusal(config)
-            if reason is not None:
-                raise UserError(f"{path} has no channel scaling: {reason}")
-            return rule.edge(config, at)
-    if path not in {"/".join(w.path) for w in weight_names(config)}:
-        raise UserError(f"{path!r} is no weight of this decoder; a path looks like 'layers_0/attn/q/kernel'")
-    if path == "embed/embedding":
-        raise UserError(f"{path} has no channel scaling: an embedding is looked up, no channels flow into it")
-    raise UserError(f"{path} has no channel scaling: it is not a kernel, so nothing is contracted with it")
+    return tuple(rule.edge(config, at) for rule, at in _placed(config) if rule.stands(config))

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,7 +19,6 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.lifting import lift
 from qjax.models.config import DecoderConfig
-from qjax.models.config_hf import config_from_hf
 from qjax.models.decoder import Decoder
 from qjax.tables import html_table, number, size
 from qjax.tensor import dequantize, is_qtensor
@@ -144,18 +141,3 @@ def dense_params(params: Params) -> Params:
         return dequantize(leaf) if is_qtensor(leaf) and not leaf.rounds_inputs else leaf
 
     return jax.tree.map(dense, params, is_leaf=is_qtensor)
-
-
-def reference_config() -> DecoderConfig:
-    """The architecture of the built-in reference model, from its config.json.
-
-    Raises:
-      UserError: this installation lacks the model's files.
-    """
-    file = resources.files("qjax.models") / "reference" / "config.json"
-    if not file.is_file():
-        raise UserError(
-            "the built-in reference model is missing from this installation; train it with "
-            "`qjax run configs/pretrain_reference.toml`"
-        )
-    return config_from_hf(json.loads(file.read_text()))

@@ -1,16 +1,16 @@
 """Fake quantization of what flows: the inputs of linear layers, and what the key/value cache stores.
 
-    y = W x_hat      x_hat = s q(x / s)      s = max |x| of the token / q_max, or one learned scale for each input
+    y = W x_hat      x_hat = s q(x / s)      s = max |x| of the token / q_max
     attention reads  k_hat = fake_quant(k),  v_hat = fake_quant(v)      a format's blocks along each head's channels
 
 Inputs are rounded exactly as a model quantized with `act(...)` rounds them when it runs (reparam/inputs.py), and the
 cache exactly as one that stores a format's blocks token by token: prefill and step-by-step decoding see the same
-values. Learned scales are LSQ's (arXiv:1902.08153), from the largest |x| or a quantile of it.
+values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
-from qjax.lifting import replace_inputs, report, watch
+from qjax.lifting import replace_inputs, report
 from qjax.plan.rules import fits
 from qjax.recipes import reparam
 from qjax.reparam.inputs import Kind, RoundedInput
@@ -45,57 +45,20 @@ def token_quant(kind: Kind, x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
 token_quant.defvjp(lambda kind, x: (token_quant(kind, x), None), lambda kind, _, g: (g,))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def static_quant(kind: Kind, top: Float[Array, ""], x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
-    """x rounded with one scale, top / q_max, for all; gradients by x inside [-top, top], by top as LSQ's.
-
-    Args:
-      kind: int8, int4, e4m3 or e5m2.
-      top: the largest |x| that is not clipped.
-      x: any float type.
-    """
-    return RoundedInput(top, kind).input(x)
-
-
-def _static_backward(kind: Kind, residuals: tuple, g: Array) -> tuple[Array, Array]:
-    top, x, x_hat = residuals
-    wide, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
-    inside = jnp.abs(wide) <= top
-    slope = jnp.where(inside, x_hat.astype(jnp.float32) - wide, jnp.sign(wide) * top) / jnp.where(top > 0, top, 1.0)
-    return jnp.sum(g32 * slope), jnp.where(inside, g32, 0.0).astype(g.dtype)
-
-
-def _static_forward(kind: Kind, top: Array, x: Array) -> tuple[Array, tuple]:
-    x_hat = static_quant(kind, top, x)
-    return x_hat, (top, x, x_hat)
-
-
-static_quant.defvjp(_static_forward, _static_backward)
-
-
-def quantized_inputs(
-    apply: Apply, kind: Kind = "int8", patterns: Sequence[str] = ("*",), tops: Mapping[str, Array] | None = None
-) -> Apply:
+def quantized_inputs(apply: Apply, kind: Kind = "int8", patterns: Sequence[str] = ("*",)) -> Apply:
     """A model whose linear layers read rounded inputs, in training and out of it.
 
     Args:
       apply: a pure function of (params, *inputs).
       kind: int8, int4, e4m3 or e5m2.
       patterns: as in a plan, over the paths of the weights whose inputs are rounded.
-      tops: {path: f32[]} from `input_tops`, times what trained; None: scales of each token as it comes.
 
     Raises:
-      UserError: (when called) a pattern that fits no weight of a dot; a weight without its top.
+      UserError: (when called) a pattern that fits no weight of a dot.
     """
 
     def transform(use: Any, x: Array) -> Array:
-        if not any(fits(p, use.path) for p in patterns):
-            return x
-        if tops is None:
-            return token_quant(kind, x)
-        if use.path not in tops:
-            raise UserError(f"{use.path}: no top was given for its input; see `input_tops`")
-        return static_quant(kind, tops[use.path], x)
+        return token_quant(kind, x) if any(fits(p, use.path) for p in patterns) else x
 
     inner = replace_inputs(apply, transform)
 
@@ -107,20 +70,6 @@ def quantized_inputs(
         return inner(params, *args)
 
     return quantized
-
-
-def input_tops(apply: Apply, params: Any, *args: Any, quantile: float = 1.0) -> dict[str, Float[Array, ""]]:
-    """{path: f32[]}: the largest |x| that flows into each weight of a dot, or a quantile of |x|, on some inputs."""
-
-    def collect(use: Any, x: Array) -> Array | None:
-        if use.kind != "dot":
-            return None
-        size = jnp.abs(x.astype(jnp.float32))
-        return jnp.max(size) if quantile >= 1 else jnp.quantile(size, quantile)
-
-    _, seen = watch(apply, collect)(params, *args)
-    uses = report(apply, params, *args)
-    return {use.path: seen[use.source] for use in uses if use.kind == "dot" and seen.get(use.source) is not None}
 
 
 def quantized_cache(keys: str | Format, values: str | Format | None = None) -> Callable[[str, Array], Array]:

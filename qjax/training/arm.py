@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,17 @@ from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.plan import FILE_TYPES, Plan, Rule
 from qjax.plan.named import plan_named
+from qjax.recipes import recipe
+from qjax.reparam.inputs import Kind
 from qjax.training import weights
+from qjax.training.activations import quantized_cache
 from qjax.training.estimators import estimator
 from qjax.training.objectives import parse_terms
-from qjax.training.quantizer import Quantizer, ScaleKind
-from qjax.training.scale_rules import ScaleRule
+from qjax.training.quantizer import SCALES, Quantizer, ScaleKind, check_scales
+from qjax.training.scale_rules import KINDS, Per, ScaleRule
+
+Shape = Literal["cosine", "constant", "cooldown"]
+Prox = Literal["", "parq", "relax"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,32 +84,47 @@ class Arm:
     weight_decay: float = 0.0
     clip: float = 1.0
     warmup: float = 0.05
-    shape: Literal["cosine", "constant", "cooldown"] = "cosine"
+    shape: Shape = "cosine"
     cooldown: float = 0.2
     ema: float = 0.0
-    prox: Literal["", "parq", "relax"] = ""
+    prox: Prox = ""
     prox_span: tuple[float, float] = (0.0, 0.9)
     vocab_chunk: int = 0
 
     def __post_init__(self) -> None:
+        """All that an arm alone can be wrong in, for what comes before its first step may be expensive."""
+
         def check(ok: bool, message: str) -> None:
             if not ok:
                 raise UserError(f"arm {self.name!r}: {message}")
 
+        def known(key: str, value: str, words: Sequence[str]) -> None:
+            near = difflib.get_close_matches(value, [w for w in words if w], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            check(value in words, f"{key} must be {', '.join(w or 'empty' for w in words)}, got {value!r}{hint}")
+
+        known("scales", self.scales, SCALES)
+        known("shape", self.shape, get_args(Shape))
+        known("inputs", self.inputs, (*get_args(Kind), ""))
+        known("prox", self.prox, get_args(Prox))
+        for part in self.trains:
+            known("each of trains", part, ("weights", "scales"))
         check(self.rate > 0, f"rate must be positive, got {self.rate}")
-        check(self.scale_rate >= 0 and self.weight_decay >= 0, "scale_rate and weight_decay must not be negative")
         check(self.clip > 0, f"clip must be positive, got {self.clip}")
+        for key in ("scale_rate", "weight_decay", "refresh_every", "vocab_chunk"):
+            check(getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")
         check(0 <= self.warmup < 1, f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
         if self.shape == "cooldown":
             fits = 0 < self.cooldown <= 1 - self.warmup
             check(fits, f"cooldown is a share of the steps that fits behind the warmup, got {self.cooldown}")
         check(0 <= self.ema < 1, f"ema is a decay from 0 to below 1, got {self.ema}")
-        kinds = ("int8", "int4", "e4m3", "e5m2")
-        check(self.inputs in ("", *kinds), f"inputs must be {', '.join(kinds)} or empty, got {self.inputs!r}")
-        for part in self.trains:
-            check(part in ("weights", "scales"), f"trains names weights and scales, not {part!r}")
-        check(self.vocab_chunk >= 0, f"vocab_chunk must not be negative, got {self.vocab_chunk}")
-        check(self.prox in ("", "parq", "relax"), f"prox must be parq, relax or empty, got {self.prox!r}")
+        if self.refresh_every:
+            check(self.scales == "frozen", f"refresh_every is for frozen scales, and these are {self.scales}")
+        if self.init:
+            recipe(self.init)
+            check(bool(self.format), f"init {self.init!r} rounds to a format; name one")
+            kept = "refit scales would not keep a recipe's grid; take frozen or learned ones, or no init"
+            check(self.scales != "refit", kept)
         if self.prox:
             check(bool(self.format), "prox draws weights to a format; name one")
             plain = (self.scales, self.rule, self.estimator, self.ema) == ("refit", "own", "", 0)
@@ -109,16 +132,39 @@ class Arm:
             check("weights" in self.trains, "prox draws weights that train; add weights to `trains`")
             start, end = self.prox_span
             check(0 <= start < end <= 1, f"prox_span is two rising shares of the steps, got {start} and {end}")
+        own_scales = bool(self.format) and self.scales in ("learned", "decoupled")
+        moves = "weights" in self.trains or ("scales" in self.trains and own_scales)
+        check(moves, f"nothing trains; `trains` is {self.trains} and the scales are {self.scales}")
+        kind, _, per = self.rule.partition("/")
+        known("rule", kind, KINDS)
+        known("what shares a scale of the rule", per or "group", get_args(Per))
+        check_scales(self.scales, self.scale_rule)
         parse_terms(self.loss)
         if self.estimator:
             estimator(self.estimator)
+        if self.cache:
+            quantized_cache(self.cache)
+        if self.format and not self._mixes:
+            self._formats()
+        if self.rules:
+            Plan.from_dict({"rules": dict(self.rules)}, f"arm {self.name}")
+
+    @property
+    def scale_rule(self) -> ScaleRule:
+        """`rule`, read."""
+        kind, _, per = self.rule.partition("/")
+        return ScaleRule(kind, per or "group")  # type: ignore[arg-type]
+
+    @property
+    def _mixes(self) -> bool:
+        return self.format.upper() in FILE_TYPES and self.format not in format_names()
+
+    def _formats(self) -> Plan:
+        return Plan.from_dict({"rules": {"layers_*": self.format, "*": self.outside}}, f"arm {self.name}")
 
     def plan(self, config: DecoderConfig) -> Plan:
         """Which weight gets which format."""
-        if self.format.upper() in FILE_TYPES and self.format not in format_names():
-            plan = plan_named(self.format, config)
-        else:
-            plan = Plan.from_dict({"rules": {"layers_*": self.format, "*": self.outside}}, f"arm {self.name}")
+        plan = plan_named(self.format, config) if self._mixes else self._formats()
         return plan.with_rules([Rule(pattern, fmt) for pattern, fmt in self.rules])
 
 
@@ -128,9 +174,7 @@ def quantizers_of_arm(arm: Arm, config: DecoderConfig) -> dict[str, Quantizer]:
         return {}
     how = estimator(arm.estimator) if arm.estimator else None
     made = weights.quantizers_of(shapes_of(config), arm.plan(config), scales=arm.scales, estimator=how)
-    kind, _, per = arm.rule.partition("/")
-    rule = ScaleRule(kind, per or "group")  # type: ignore[arg-type]
-    return {p: dataclasses.replace(q, rule=rule) if p.startswith("layers_") else q for p, q in made.items()}
+    return {p: dataclasses.replace(q, rule=arm.scale_rule) if p.startswith("layers_") else q for p, q in made.items()}
 
 
 @lru_cache(maxsize=64)

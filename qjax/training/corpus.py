@@ -132,8 +132,11 @@ def corpus_of(
       windows: held-out windows at most.
 
     Raises:
-      UserError: a held-out text shorter than a window, or a token file under `out` that is of other documents.
+      UserError: no held-out window asked for, a held-out text shorter than one, or a token file under `out` that is of
+        other documents.
     """
+    if windows < 1:
+        raise UserError(f"held-out windows: at least 1 is needed to judge by, got {windows}")
     path, source = out / "tokens.bin", out / "tokens.source.txt"
     said = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     if path.is_file() and not (source.is_file() and source.read_bytes() == said.encode()):

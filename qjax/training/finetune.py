@@ -45,7 +45,13 @@ def _running(apply: Apply) -> Apply:
 
 
 def mean_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch: int = 16) -> float:
-    """Mean negative log-likelihood of windows, nats per token, of any function of (params, tokens)."""
+    """Mean negative log-likelihood of windows, nats per token, of any function of (params, tokens).
+
+    Raises:
+      UserError: no window.
+    """
+    if not len(windows):
+        raise UserError("there is no held-out window to judge by; give at least one")
     parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
     losses = [float(_mean_loss(apply, params, np.asarray(p, np.int32))) * len(p) for p in parts]
     return float(sum(losses) / len(windows))

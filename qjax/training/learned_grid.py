@@ -127,9 +127,3 @@ def _apart(stands: Place, p: Array, estimator: Estimator, reach: Reach, g: Array
 
 
 learned_quant.defvjp(_forward, _backward)
-
-
-def gradient_scale(x: Array, factor: float | Array) -> Array:
-    """x, with its gradient multiplied by a factor: LSQ's g = 1 / sqrt(N Qp). Adam does not see it, SGD does."""
-    scaled = x * factor
-    return lax.stop_gradient(x) + (scaled - lax.stop_gradient(scaled))

@@ -19,7 +19,6 @@ import optax
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.stages import stages_of
 from qjax.training.chunked import chunked_cross_entropy, chunked_loss
 from qjax.training.distill import Divergence, distill_loss, divergence, relative_mse
 from qjax.training.state import Loss
@@ -138,7 +137,7 @@ def language_loss(
       terms: see `parse_terms`.
       quantizers: {path: Quantizer} of its weights; {} for a float model.
       teacher: its forward, run on kept["teacher"] in the same step; None: the batch brings its top k.
-      hidden: what leaves the blocks of the teacher and of the student; for the term "hidden".
+      hidden: what leaves the blocks of the teacher and of the student (`program.hidden_states`); for the term "hidden".
       confidence: b of "cakld" (`teacher_confidence`).
 
     Raises:
@@ -178,17 +177,3 @@ def language_loss(
         return total, report
 
     return loss
-
-
-def decoder_hidden(config: DecoderConfig) -> Hidden:
-    """What leaves each block of a decoder."""
-    stages = stages_of(config)
-
-    def hidden(params: Any, tokens: Array) -> list[Array]:
-        x, out = stages.embed({"embed": params["embed"]}, tokens), []
-        for block, name in zip(stages.blocks, stages.names, strict=True):
-            x = block(params[name], x)
-            out.append(x)
-        return out
-
-    return hidden

@@ -53,30 +53,6 @@ class Group:
         return fits(self.pattern, path, f"group {self.name!r}:")
 
 
-def qat_groups(
-    rate: float = 1.0,
-    scale_rate: float | None = None,
-    weight_decay: float = 0.0,
-    clip: float | None = 1.0,
-    parts: Sequence[str] = ("weights", "scales"),
-) -> tuple[Group, ...]:
-    """The groups of quantization-aware training, one for each top-level entry of the parameters.
-
-    Args:
-      rate: of weights and of everything that is not `scales`.
-      scale_rate: of the scales; None: 10 `rate`.
-      weight_decay: of the weights; scales and adapters do not decay.
-      clip: the largest gradient norm of each group.
-      parts: the top-level entries.
-
-    >>> [(g.pattern, g.rate, g.weight_decay) for g in qat_groups(2e-5, weight_decay=0.1)]
-    [('weights/*', 2e-05, 0.1), ('scales/*', 0.0002, 0.0)]
-    """
-    rates = {"scales": 10 * rate if scale_rate is None else scale_rate}
-    decays = {"weights": weight_decay}
-    return tuple(Group(part, f"{part}/*", rates.get(part, rate), decays.get(part, 0.0), clip) for part in parts)
-
-
 def partitioned(
     groups: Sequence[Group], schedule: optax.Schedule | float, scale: optax.GradientTransformation = ADAM
 ) -> optax.GradientTransformation:
@@ -119,7 +95,7 @@ def labels(tree: Any, groups: Sequence[Group]) -> Any:
     Raises:
       UserError: a leaf in no group, a group without a leaf, two groups of one name, a broken regular expression.
 
-    >>> labels({"scales": {"s": 0.0}, "weights": {"w": 0.0}}, qat_groups())
+    >>> labels({"scales": {"s": 0.0}, "weights": {"w": 0.0}}, [Group(n, f"{n}/*") for n in ("scales", "weights")])
     {'scales': {'s': 'scales'}, 'weights': {'w': 'weights'}}
     """
     named, structure = jax.tree_util.tree_flatten_with_path(tree)

@@ -1,6 +1,7 @@
 """What an arm compiles: its quantizers, its optimizer and its jitted step, and where its state starts.
 
     forward        a decoder's logits, or what its head reads
+    hidden_states  what leaves each of its blocks, in the same arithmetic
     program        quantizers, groups, schedule, step: cached, so that no second run compiles again
     start_state    the float weights, or any recipe's result for them
     packed         the tree that is exported
@@ -23,13 +24,13 @@ import optax
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
+from qjax.models.decoder import Block, Decoder
 from qjax.tensor import is_qtensor
 from qjax.training import weights
 from qjax.training.activations import quantized_cache, quantized_inputs
 from qjax.training.arm import Arm, quantizers_of_arm
 from qjax.training.fake_quant import fake_quant
-from qjax.training.objectives import Apply, Readout, decoder_hidden, language_loss, parse_terms, student
+from qjax.training.objectives import Apply, Hidden, Readout, language_loss, parse_terms, student
 from qjax.training.optim import Group, labels, partitioned
 from qjax.training.parq import inverse_slope, latent, parq, piecewise_affine, relaxed
 from qjax.training.precision import mixed_dot_general
@@ -49,14 +50,36 @@ def forward(
       mixed: bfloat16 operands and float32 sums; else float32.
       readout: give logits; else what the head reads.
     """
-    options: dict[str, Any] = {"dtype": jnp.bfloat16, "dot_general": mixed_dot_general} if mixed else {}
-    if cache:
-        options["stored"] = quantized_cache(cache)
-    model = Decoder(config, readout=readout, **options)
+    model = _decoder(config, cache, mixed, readout)
 
     def apply(params: Any, tokens: Array) -> Array:
         return model.apply({"params": params}, tokens)  # type: ignore[return-value]
 
+    return _reading(apply, inputs)
+
+
+@lru_cache(maxsize=64)
+def hidden_states(config: DecoderConfig, inputs: str = "", cache: str = "", mixed: bool = False) -> Hidden:
+    """What leaves each block in `forward` of the same arguments, [b, t, dim] each."""
+    model = _decoder(config, cache, mixed, readout=False)
+
+    def states(params: Any, tokens: Array) -> list[Array]:
+        blocks = {"capture_intermediates": lambda module, _: isinstance(module, Block), "mutable": "intermediates"}
+        seen: Any = model.apply({"params": params}, tokens, **blocks)[1]["intermediates"]  # type: ignore[arg-type]
+        return [seen[f"layers_{i}"]["__call__"][0][0] for i in range(config.layers)]  # of (x, its cache)
+
+    return _reading(states, inputs)
+
+
+def _decoder(config: DecoderConfig, cache: str, mixed: bool, readout: bool) -> Decoder:
+    options: dict[str, Any] = {"dtype": jnp.bfloat16, "dot_general": mixed_dot_general} if mixed else {}
+    if cache:
+        options["stored"] = quantized_cache(cache)
+    return Decoder(config, readout=readout, **options)
+
+
+def _reading(apply: Any, inputs: str) -> Any:
+    """The same function with the inputs of its blocks rounded."""
     return quantized_inputs(apply, inputs, ("layers_*",)) if inputs else apply  # type: ignore[arg-type]
 
 
@@ -110,7 +133,8 @@ def _program(
     loss = language_loss(
         read(config, arm.inputs, arm.cache), terms, {} if arm.prox else quantizers,
         teacher=None if teacher is None else read(teacher),
-        hidden=_hidden(config, teacher) if any(t.name == "hidden" for t in terms) else None, confidence=confidence,
+        hidden=_hidden(arm, config, teacher, mixed) if any(t.name == "hidden" for t in terms) else None,
+        confidence=confidence,
     )  # fmt: skip
     step = make_step(
         loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)
@@ -128,11 +152,7 @@ def schedule_of(arm: Arm, steps: int) -> optax.Schedule:
 
 
 def groups_of(arm: Arm, quantizers: weights.Quantizers, steps: int) -> tuple[Group, ...]:
-    """Which parameters an arm trains and how: scales, weights, and of `prox` one group for each format.
-
-    Raises:
-      UserError: nothing trains.
-    """
+    """Which parameters an arm trains and how: scales, weights, and of `prox` one group for each format."""
     groups: list[Group] = []
     if arm.scales in ("learned", "decoupled") and quantizers:
         if arm.scales == "decoupled" and "weights" not in arm.trains:  # codes stay: what decides them does not move
@@ -142,8 +162,6 @@ def groups_of(arm: Arm, quantizers: weights.Quantizers, steps: int) -> tuple[Gro
     if "weights" in arm.trains:
         groups += _drawn(arm, quantizers, steps) if arm.prox else []
         groups.append(Group("weights", "weights/*", arm.rate, arm.weight_decay, arm.clip))
-    if all(g.frozen for g in groups):
-        raise UserError(f"arm {arm.name!r}: nothing trains; `trains` is {arm.trains} and the scales are {arm.scales}")
     return tuple(groups)
 
 
@@ -164,7 +182,7 @@ def _drawn(arm: Arm, quantizers: weights.Quantizers, steps: int) -> list[Group]:
     return groups
 
 
-def _hidden(config: DecoderConfig, teacher: DecoderConfig | None) -> Any:
+def _hidden(arm: Arm, config: DecoderConfig, teacher: DecoderConfig | None, mixed: bool) -> Any:
     if teacher is None:
         return None
     if (teacher.layers, teacher.dim) != (config.layers, config.dim):
@@ -172,7 +190,7 @@ def _hidden(config: DecoderConfig, teacher: DecoderConfig | None) -> Any:
             f"the term hidden compares block by block: the teacher has {teacher.layers} blocks of {teacher.dim}, the "
             f"student {config.layers} of {config.dim}"
         )
-    return decoder_hidden(teacher), decoder_hidden(config)
+    return hidden_states(teacher, mixed=mixed), hidden_states(config, arm.inputs, arm.cache, mixed)
 
 
 def start_state(
@@ -188,9 +206,16 @@ def start_state(
       importance: see `weights.init`.
 
     Raises:
-      UserError: a recipe's result under scales that are refit at every step.
+      UserError: a recipe's result under scales that are refit at every step, or with a weight packed that stays float.
     """
     arm, quantizers = made.arm, made.quantizers
+    if begun is not None:
+        for path, leaf in weights.leaves_by_path(begun).items():
+            if is_qtensor(leaf) and path not in quantizers:
+                raise UserError(
+                    f"{path}: the start has it in {leaf.format.name}, and arm {arm.name!r} trains it in float; round "
+                    "the start by the arm's own plan (`arm.plan(config)`), or give the arm a format for it"
+                )
     trained, kept_scales = weights.init(params if begun is None else begun, quantizers, importance)
     if begun is not None:
         if arm.scales == "refit":

@@ -6,11 +6,8 @@
 Where a format stores w = s q + m with a float m (Q4_1, Q5_1), m' = m + scale A B. Sums, not means: a mean would only
 divide A by g. Xu et al., arXiv:2309.14717, section 3 and algorithm 1.
 
-The merge is exact but for the rounding of z' to its type. Two forwards to train with:
-
-    apply_adapted(apply, params, spread(params, adapters), x)     the paper's: the rounding comes with the merge
-    apply_pooled(apply, params, adapters, x)                      z' is rounded in the forward, straight through: the
-                                                                  merged model is the trained one, bit for bit
+The merge is exact but for the rounding of z' to its type. `apply_pooled` rounds z' in the forward already, straight
+through: the merged model is the trained one, bit for bit.
 """
 
 from __future__ import annotations
@@ -62,19 +59,6 @@ def init_pooled(
         check_rank(f"{path}, by groups", rank, groups[path], adapter.b.shape[-1])
         every = adapter.a.shape[-2] // groups[path]
         made[path] = dataclasses.replace(adapter, a=adapter.a[..., ::every, :])
-    return made
-
-
-def spread(params: Any, adapters: Adapters) -> dict[str, Adapter]:
-    """The same adapters for inputs that are not pooled: rows of A repeated g times, pool(x) . A = x . (repeated A)."""
-    made: dict[str, Adapter] = {}
-
-    def one(path: str, q: Any, adapter: Adapter) -> Any:
-        _check_fits(path, q, adapter)
-        made[path] = dataclasses.replace(adapter, a=_repeated(adapter.a, q.shape[q.axis], -2))
-        return q
-
-    map_adapted(one, params, adapters)
     return made
 
 

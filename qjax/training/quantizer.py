@@ -51,10 +51,7 @@ class Quantizer:
     rule: ScaleRule = OWN
 
     def __post_init__(self) -> None:
-        if self.scales not in SCALES:
-            raise UserError(f"scales must be {', '.join(SCALES)}, got {self.scales!r}")
-        if self.rule.kind == "twn" and self.scales in ("frozen", "learned"):
-            raise UserError("the rule twn has a threshold of its own: take scales = refit or decoupled")
+        check_scales(self.scales, self.rule)
 
     @property
     def trains(self) -> bool:
@@ -136,6 +133,14 @@ class Quantizer:
         offset = self.format.grid(kept, x.shape)[1]
         grid |= {} if offset is None else {"m": offset}
         return (*encode_on(self.format, kept, grid, x), grid.get("p"))
+
+
+def check_scales(scales: str, rule: ScaleRule) -> None:
+    """Raise UserError for a kind of scales that there is not, or that the rule does not go with."""
+    if scales not in SCALES:
+        raise UserError(f"scales must be {', '.join(SCALES)}, got {scales!r}")
+    if rule.kind == "twn" and scales in ("frozen", "learned"):
+        raise UserError("the rule twn has a threshold of its own: take scales = refit or decoupled")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,12 +1,10 @@
-"""Learning rates as functions of the step: warm-up, constant, cooldown, and the place of quantization among them.
+"""Learning rates as functions of the step: warm-up, constant, cooldown.
 
     warm-up     0 -> peak, linear            x = share of the cooldown that is over, 0 to 1
     cooldown    floor + (peak - floor) c(x)       c = 1 - x,  (1 + cos(pi x)) / 2  or  1 - sqrt(x)
 
-The constant rate with a cooldown and the shape 1 - sqrt are from Hägele et al., arXiv:2405.18392. Training
-that turns quantization on where the cooldown begins does without a float cooldown that quantization would undo: Dremov
-et al., "Compute-Optimal Quantization-Aware Training", arXiv:2509.22935. Rates are for the steps 0 ... total - 1; the
-floor is reached at `total`.
+The constant rate with a cooldown and the shape 1 - sqrt are from Hägele et al., arXiv:2405.18392. Rates are for the
+steps 0 ... total - 1; the floor is reached at `total`.
 """
 
 from __future__ import annotations
@@ -62,40 +60,6 @@ def warmup_constant_cooldown(
     return _of_float(
         optax.join_schedules([_rise(peak, warmup), _fall(peak, cooldown, shape, floor)], [total - cooldown])
     )
-
-
-def qat_in_cooldown(
-    peak: float, total: int, share: float, warmup: int, rewarm: float = 0.04, shape: str = "sqrt", floor: float = 0.0
-) -> tuple[optax.Schedule, int]:
-    """Float training at a constant rate, then quantization-aware training that is the cooldown.
-
-    Args:
-      peak: the constant rate, and that at which the cooldown sets in.
-      total: steps of both.
-      share: of the steps that is quantization-aware, above 0 and at most 1.
-      warmup: steps from 0 to the peak at the start; 0 where all steps are quantization-aware.
-      rewarm: share of the quantization-aware steps in which the rate rises from 0 to the peak again, as the weights
-        settle on their grid; 0: none.
-      shape: of the cooldown: linear, cosine or sqrt.
-      floor: the rate at `total`.
-
-    Returns: the schedule, a traceable function from the step to f32[], and the first quantization-aware step.
-
-    Raises:
-      UserError: a share outside of its bounds, or phases that do not fit into `total`.
-
-    >>> rate, switch = qat_in_cooldown(1.0, total=1000, share=0.2, warmup=50)
-    >>> switch, float(rate(switch - 1)), float(rate(switch)), float(rate(switch + 8)), float(rate(1000))
-    (800, 1.0, 0.0, 1.0, 0.0)
-    """
-    if not 0.0 < share <= 1.0 or not 0.0 <= rewarm < 1.0:
-        raise UserError(f"share must be above 0 and at most 1, rewarm from 0 to below 1; got {share} and {rewarm}")
-    switch = total - max(1, round(share * total))
-    again = round(rewarm * (total - switch))
-    if not 0 <= warmup <= switch:
-        raise UserError(f"the warm-up ({warmup} steps) must end before quantization sets in, at step {switch}")
-    parts = [_rise(peak, warmup), _rise(peak, again), _fall(peak, total - switch - again, shape, floor)]
-    return _of_float(optax.join_schedules(parts, [switch, switch + again])), switch
 
 
 def _rise(peak: float, steps: int) -> optax.Schedule:

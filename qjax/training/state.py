@@ -4,7 +4,8 @@
     params <- params + optimizer(g)       ema <- ema_update(ema, params)       step <- step + 1
 
 Everything that a run needs to go on is in the state; its position in the data is the step. With `accumulate` a batch is
-cut into parts of equal size, whose gradients a scan adds up: the mean over parts is the mean over the batch.
+cut into parts of equal size, whose gradients a scan adds up: the mean over parts is the mean over the batch. It is cut
+crosswise, part i of n being rows i, i + n, ...: a device holds neighbouring rows, and has its share of every part.
 """
 
 from __future__ import annotations
@@ -120,4 +121,4 @@ def make_step(
 def _parts(x: Array, count: int) -> Array:
     if x.shape[0] % count:
         raise UserError(f"a batch of {x.shape[0]} rows does not divide into {count} parts; change accumulate or batch")
-    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)

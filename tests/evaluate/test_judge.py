@@ -10,7 +10,7 @@ import pytest
 
 from qjax.errors import UserError
 from qjax.evaluate import perplexity as pp
-from qjax.evaluate.judge import Judgement, baseline_of, judge, windows_of
+from qjax.evaluate.judge import baseline_of, judge, windows_of
 from qjax.evaluate.sizes import relative_rmse, sizes, tensor_rows
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
@@ -80,7 +80,7 @@ def test_formats_share_one_program(model, packed, text):
     assert pp.run_trunk._cache_size() == before
 
 
-def test_json_is_flat_stable_and_reversible(model, packed, text):
+def test_json_is_flat_and_stable(model, packed, text):
     one = judge(packed, text, baseline=model, context=16, name="Q8_0")
     two = judge(packed, text, context=16)
     assert list(one.to_json()) == list(two.to_json()) == [
@@ -91,10 +91,7 @@ def test_json_is_flat_stable_and_reversible(model, packed, text):
         "kl_p99", "kl_p999", "kl_max", "same_top_percent", "same_top_percent_se", "mean_dp_percent",
         "mean_dp_percent_se", "rms_dp_percent", "rms_dp_percent_se", "encode_seconds",
     ]  # fmt: skip
-    for judgement in (one, two):
-        assert Judgement.from_json(json.loads(json.dumps(judgement.to_json()))) == judgement
-    with pytest.raises(UserError, match="key 'whole_bits' is missing"):
-        Judgement.from_json({k: v for k, v in one.to_json().items() if k != "whole_bits"})
+    assert json.loads(json.dumps(one.to_json())) == one.to_json() and two.to_json()["kl_mean"] is None
 
 
 def test_where_bos_goes(model, text):

@@ -74,11 +74,9 @@ def test_both_judges_agree(name, files, llama_judge, windows, reference):
 
 
 @slow
-def test_a_model_against_itself(files, llama_judge, windows):
+def test_a_model_against_itself(files, llama_judge):
     same = llamacpp.judge_file(llama_judge, files / "f32.gguf")
     assert abs(same.kl_max) < 1e-9 and same.same_top_percent == 100 and same.log_ratio == 0
-    alone = llamacpp.divergence_of_files(files / "f32.gguf", files / "plain.gguf", windows.tokens, windows.first, files)
-    assert alone == llamacpp.judge_file(llama_judge, files / "plain.gguf")
     assert not [f for f in files.iterdir() if f.suffix != ".gguf"]  # the scratch folder is left as it was
 
 

@@ -1,4 +1,4 @@
-"""The declared graph: its edges are the decoder's, and where there is none the reason is named."""
+"""The declared graph: its edges are the decoder's."""
 
 import dataclasses
 
@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from tiny_families import TINY, tiny, tiny_tokens
 
-from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.graph import edge_into, edges
+from qjax.models.graph import edges
 from qjax.models.model import forward
 from qjax.models.weight_names import weight_names
 
@@ -29,11 +28,10 @@ def test_every_edge_names_weights_of_its_size(name):
         assert edge.bias is None or shapes[edge.bias] == (edge.channels,)
         assert edge.is_norm == (len(shapes[edge.source]) == 1)
         assert edge.offset == (config.norm_offset if edge.is_norm else 0)
-        assert all(edge_into(config, sink) == edge for sink in edge.sinks)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_kernel_has_one_edge_or_a_reason(name):
+def test_every_kernel_has_one_edge_but_o_of_grouped_queries(name):
     config, _ = tiny(name)
     kernels = {"/".join(w.path) for w in weight_names(config) if w.path[-1] == "kernel"}
     sinks = [sink for edge in edges(config) for sink in edge.sinks]
@@ -83,20 +81,3 @@ def test_only_the_sinks_read_the_source(name):
 
 def _copy(tree):
     return {k: _copy(v) if isinstance(v, dict) else v for k, v in tree.items()}
-
-
-@pytest.mark.parametrize(
-    "config, path, reason",
-    [
-        (GQA, "layers_1/attn/o/kernel", r"layers_1/attn/o/kernel .* 4 query heads share 2 key/value heads.*GQA"),
-        (dataclasses.replace(MHA, tied=True), "head/kernel", "head/kernel .* tied head is the embedding"),
-        (MHA, "embed/embedding", "an embedding is looked up"),
-        (MHA, "layers_0/attn_norm/scale", "not a kernel"),
-        (MHA, "layers_0/attn/v/bias", "not a kernel"),
-        (MHA, "layers_2/attn/q/kernel", r"'layers_2/attn/q/kernel' is no weight .* 'layers_0/attn/q/kernel'"),
-        (MHA, "layers_0/attn/q", "is no weight"),
-    ],
-)
-def test_no_edge(config, path, reason):
-    with pytest.raises(UserError, match=reason):
-        edge_into(config, path)

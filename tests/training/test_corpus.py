@@ -28,6 +28,8 @@ def test_a_token_file_is_reused_for_the_same_text_alone(tmp_path):
         corpus_of(letters, 65, TEXTS, TEXTS[0], tmp_path, 8, 4)
     with pytest.raises(UserError, match="fewer than a window of 9"):
         corpus_of(letters, 64, TEXTS, "short", tmp_path, 8, 4)
+    with pytest.raises(UserError, match="at least 1 is needed to judge by, got 0"):
+        corpus_of(letters, 64, TEXTS, TEXTS[0], tmp_path, 8, 0)
     with pytest.raises(UserError, match="both files, or neither"):
         texts_of(tmp_path / "a", None)
 

@@ -8,7 +8,7 @@ import pytest
 import qjax
 from qjax.errors import UserError
 from qjax.training.estimators import clipped
-from qjax.training.learned_grid import gradient_scale, learned_quant, start
+from qjax.training.learned_grid import learned_quant, start
 from qjax.training.quantizer import SCALES, Quantizer
 from qjax.training.scale_rules import ScaleRule
 
@@ -172,12 +172,6 @@ def test_learning_the_scale_finds_the_least_squares_scale():
     after = error(jax.lax.scan(descend, trained, length=200)[0])
     best = float(((qjax.dequantize(qjax.quantize(w, "int2_g128_mid_mse")) - w) ** 2).sum() / (w**2).sum())
     assert after < before * 0.6 and after < best * 1.02
-
-
-def test_gradient_scale_scales_the_gradient_alone():
-    x = jnp.asarray([1.5, -2.0])
-    np.testing.assert_array_equal(gradient_scale(x, 0.01), x)
-    np.testing.assert_allclose(jax.grad(lambda x: (gradient_scale(x, 0.01) ** 2).sum())(x), 0.02 * x)
 
 
 def test_start_is_where_the_fit_is(w):

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from qjax.errors import UserError
-from qjax.training.optim import Group, ema_update, grad_norms, labels, partitioned, qat_groups, rates
-from qjax.training.schedules import qat_in_cooldown, warmup_constant_cooldown, warmup_cosine
+from qjax.training.optim import Group, ema_update, grad_norms, labels, partitioned, rates
+from qjax.training.schedules import warmup_constant_cooldown, warmup_cosine
 
 RATE, DECAY = 0.02, 0.3
 
@@ -23,6 +23,12 @@ class LowRank:
     a: object
     b: object
     rank: int = 2
+
+
+def two_groups(rate=1.0, scale_rate=None, weight_decay=0.0, clip=1.0):
+    """Weights, and scales at ten times their rate."""
+    scales = Group("scales", "scales/*", 10 * rate if scale_rate is None else scale_rate, 0.0, clip)
+    return Group("weights", "weights/*", rate, weight_decay, clip), scales
 
 
 def f32(x):
@@ -68,7 +74,7 @@ def adamw(leaves, all_grads, rate_at, decays, clip, b1=0.9, b2=0.95, eps=1e-8):
 def test_each_group_is_adamw_of_its_own(rng):
     params = tree(rng)
     all_grads = [gradients(rng, params, large=100.0 * (t + 1)) for t in range(8)]
-    groups = qat_groups(RATE, weight_decay=DECAY, clip=1.5)
+    groups = two_groups(RATE, weight_decay=DECAY, clip=1.5)
     after = trained(partitioned(groups, lambda step: 1.0 / (1.0 + step)), params, all_grads)
 
     def by_hand(part, rate, decays):
@@ -85,7 +91,7 @@ def test_weights_do_not_see_how_large_the_gradients_of_scales_are(rng):
     params = tree(rng)
     small = [gradients(np.random.default_rng(t), params) for t in range(3)]
     large = [gradients(np.random.default_rng(t), params, large=1e6) for t in range(3)]
-    optimizer = partitioned(qat_groups(RATE, clip=0.1), 1.0)
+    optimizer = partitioned(two_groups(RATE, clip=0.1), 1.0)
     a, b = trained(optimizer, params, small), trained(optimizer, params, large)
     for x, y in zip(jax.tree.leaves(a["weights"]), jax.tree.leaves(b["weights"]), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -104,7 +110,7 @@ def test_a_factor_on_the_gradient_of_scales_cancels_under_adam_but_not_under_sgd
         return jnp.mean((codes * s[None] + params["weights"]["b"] - target) ** 2)
 
     def run(scale, g):
-        optimizer = partitioned(qat_groups(1e-3, clip=None), 1.0, scale)
+        optimizer = partitioned(two_groups(1e-3, clip=None), 1.0, scale)
         params = {"scales": {"s": jnp.full(4, 0.3)}, "weights": {"b": jnp.zeros((1, 4))}}
         grad = jax.jit(jax.grad(loss))
         state = optimizer.init(params)
@@ -158,7 +164,7 @@ def test_labels_take_the_first_pattern_that_fits_the_whole_path():
         ((Group("w", "weights/*"),), "no group takes the parameter 'scales/q/s'"),
         ((Group("s", "scales"), Group("w", "weights/*")), "'scales/q/s'"),  # the whole path, not its start
         (
-            (*qat_groups(), Group("lora", "adapters/*")),
+            (*two_groups(), Group("lora", "adapters/*")),
             "group 'lora' takes no parameter: its pattern is 'adapters/*'; parameters are named like 'scales/q/s'",
         ),
         (
@@ -178,7 +184,7 @@ def test_mistakes_in_groups_are_named(rng, groups, message):
 
 def test_rates_and_norms_by_group(rng):
     params = tree(rng)
-    groups = (*qat_groups(2.0)[:1], Group("scales", "scales/*", frozen=True))
+    groups = (*two_groups(2.0)[:1], Group("scales", "scales/*", frozen=True))
     schedule = warmup_cosine(1e-3, total=100, warmup=10)
     assert {k: float(v) for k, v in rates(groups, schedule, 5).items()} == {
         "weights": pytest.approx(1e-3),
@@ -193,7 +199,7 @@ def test_rates_and_norms_by_group(rng):
 
 def test_rates_are_those_that_the_optimizer_uses(rng):
     params = tree(rng)
-    groups = qat_groups(0.7, 3.0, clip=None)
+    groups = two_groups(0.7, 3.0, clip=None)
     schedule = warmup_cosine(1e-2, total=20, warmup=5)
     optimizer = partitioned(groups, schedule, optax.identity())
     state = optimizer.init(params)
@@ -208,8 +214,8 @@ def test_rates_are_those_that_the_optimizer_uses(rng):
 
 def test_one_compilation_and_a_state_of_plain_arrays(rng):
     params = tree(rng)
-    groups = qat_groups(RATE, weight_decay=DECAY)
-    schedule, _ = qat_in_cooldown(1.0, total=10, share=0.5, warmup=2)
+    groups = two_groups(RATE, weight_decay=DECAY)
+    schedule = warmup_constant_cooldown(1.0, total=10, warmup=2, cooldown=5)
     optimizer = partitioned(groups, schedule)
     traces = []
 
@@ -264,25 +270,6 @@ def test_warmup_constant_cooldown(shape, cooldown, floor):
     assert got.dtype == np.float32 and float(rate(100)) == pytest.approx(got[100])
 
 
-def test_quantization_sets_in_where_the_cooldown_does():
-    plain = warmup_constant_cooldown(1.0, total=1000, warmup=100, cooldown=250)
-    rate, switch = qat_in_cooldown(1.0, total=1000, share=0.25, warmup=100, rewarm=0.04)
-    got, old = (np.asarray(jax.vmap(s)(jnp.arange(1001))) for s in (rate, plain))
-    assert switch == 750 and isinstance(switch, int)
-    np.testing.assert_array_equal(got[:750], old[:750])
-    np.testing.assert_allclose(got[750:761], np.arange(11) / 10, rtol=1e-6)  # 4 % of 250
-    np.testing.assert_allclose(got[760:], 1 - np.sqrt(np.arange(241) / 240), rtol=1e-5, atol=1e-6)
-    assert np.all(np.diff(got[760:]) < 0) and got[1000] == 0.0
-
-    rate, _ = qat_in_cooldown(1.0, total=1000, share=0.25, warmup=100, rewarm=0.0)
-    np.testing.assert_array_equal(jax.vmap(rate)(jnp.arange(1001)), old)
-    rate, switch = qat_in_cooldown(1.0, total=100, share=1.0, warmup=0, rewarm=0.05, shape="cosine")
-    assert switch == 0
-    np.testing.assert_allclose(
-        jax.vmap(rate)(jnp.arange(101)), jax.vmap(warmup_cosine(1.0, 100, 5))(jnp.arange(101)), atol=1e-6
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -290,8 +277,6 @@ def test_quantization_sets_in_where_the_cooldown_does():
         (lambda: warmup_cosine(1.0, 10, 10), "must fit into 10 steps"),
         (lambda: warmup_constant_cooldown(1.0, 10, 1, 5, "exp"), "'exp'; there are linear, cosine, sqrt"),
         (lambda: warmup_constant_cooldown(1.0, 10, 1, 5, floor=2.0), "floor"),
-        (lambda: qat_in_cooldown(1.0, 10, 0.0, 1), "share must be above 0"),
-        (lambda: qat_in_cooldown(1.0, 10, 0.5, 6), "before quantization sets in, at step 5"),
     ],
 )
 def test_mistakes_in_schedules_are_named(make, message):

@@ -17,8 +17,10 @@ from several_processes import free_port, run_together
 import qjax
 from qjax.errors import UserError
 from qjax.training.data import Tokens, Windows, write_tokens
+from qjax.training.optim import Group, partitioned
 from qjax.training.processes import start_processes
 from qjax.training.sharding import DECODER, global_batch, mesh, place, shardings
+from qjax.training.state import init_state, make_step
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 
@@ -216,6 +218,24 @@ def test_five_steps_on_a_mesh_are_five_steps_alone(rng, data, fsdp):
         if jax.tree_util.keystr(path, simple=True, separator="/").endswith("mu/layers_0/mlp/up/kernel")
     )
     assert {s.data.shape for s in mu.addressable_shards} == {(32, 64 // fsdp)}
+
+
+def test_parts_of_a_batch_lie_on_all_devices():
+    """Accumulation costs no device more than its share, and no gathering of rows: what was compiled says so."""
+
+    def loss(params, kept, batch, key):
+        y = jnp.tanh(batch["x"] @ params["up"]["kernel"]) @ params["down"]["kernel"]
+        return jnp.mean((y - batch["x"]) ** 2), {}
+
+    optimizer = partitioned((Group("all", "*"),), 0.1, optax.identity())
+    step = make_step(loss, optimizer, accumulate=4, donate=False)
+    state = init_state({"up": {"kernel": jnp.ones((32, 64))}, "down": {"kernel": jnp.ones((64, 32))}}, optimizer)
+    rows, m = jnp.ones((32, 8, 32)), mesh(8, 1)
+    alone = step.lower(state, {"x": rows}).compile()
+    placed = place(state, shardings(jax.eval_shape(lambda: state), m))
+    spread = step.lower(placed, {"x": global_batch(rows, m)}).compile()
+    assert 8 * spread.cost_analysis()["flops"] < 1.6 * alone.cost_analysis()["flops"]
+    assert spread.as_text().count(" all-gather(") == 0
 
 
 def test_processes_are_started_with_all_or_nothing(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from qjax.cli import main
 from qjax.cli.run import load_script
 from qjax.config import read
 from qjax.errors import UserError
+from qjax.training.arm import Arm
 from qjax.training.corpus import Corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "training"
@@ -31,6 +33,16 @@ def tiny(tmp_path_factory):
 def run(name, out, *options):
     assert main(["run", str(CONFIGS / f"{name}.toml"), "--smoke", "--out", str(out), *map(str, options)]) == 0
     return json.loads((out / "results.json").read_text())
+
+
+def test_every_key_of_an_arm_is_set_by_some_config():
+    """A key that no config sets is one that nobody runs: it leaves, or a config shows it."""
+    keys = set()
+    for path in CONFIGS.parent.rglob("*.toml"):
+        table = tomllib.loads(path.read_text())
+        arms = [c.get("arm", c) for c in table.get("arms", [])]
+        keys |= {key for arm in (table.get("arm", {}), *arms) for key in arm}
+    assert {f.name for f in dataclasses.fields(Arm)} <= keys
 
 
 class Reached(Exception):

@@ -12,7 +12,7 @@ from qjax.models.decoder import Decoder, empty_cache
 from qjax.plan import Plan
 from qjax.reparam.hadamard import randomized
 from qjax.training import weights
-from qjax.training.activations import input_tops, quantized_cache, quantized_inputs, static_quant, token_quant
+from qjax.training.activations import quantized_cache, quantized_inputs, token_quant
 from qjax.training.quantizer import Quantizer
 
 CONFIG = DecoderConfig(
@@ -131,17 +131,6 @@ def test_token_quant_is_what_act_runs():
     )  # straight through, and the other use
 
 
-def test_a_static_scale_learns_as_lsq():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 64)), jnp.float32)
-    gg = jnp.asarray(np.random.default_rng(1).standard_normal((40, 64)), jnp.float32)
-    top = jnp.float32(1.4)
-    by_top, by_x = jax.grad(lambda t, x: (static_quant("int4", t, x) * gg).sum(), (0, 1))(top, x)
-    v = np.asarray(x, np.float64) / (1.4 / 7)
-    slope = np.where(np.abs(v) > 7, np.sign(v) * 7, np.round(v) - v) / 7  # dx_hat / ds, ds = dtop / 7
-    assert float(by_top) == pytest.approx((np.asarray(gg) * slope).sum(), rel=1e-4)
-    np.testing.assert_array_equal(by_x, np.where(np.abs(np.asarray(x)) <= 1.4, gg, 0))
-
-
 def test_rounded_inputs_by_pattern(params, tokens):
     plain = apply(params, tokens)
     all_of = quantized_inputs(apply, "int4")(params, tokens)
@@ -153,17 +142,6 @@ def test_rounded_inputs_by_pattern(params, tokens):
         quantized_inputs(apply, "int4", ["*/dawn/*"])(params, tokens)
     grads = jax.jit(jax.grad(lambda p: quantized_inputs(apply, "int4")(p, tokens).mean()))(params)
     assert not paths_with(grads, lambda g: not float(jnp.abs(g).max()) > 0)
-
-
-def test_static_tops_come_from_the_inputs_and_train(params, tokens):
-    tops = input_tops(apply, params, tokens)
-    assert len(tops) == 3 * 7 + 1
-    lower = input_tops(apply, params, tokens, quantile=0.9)
-    assert all(float(lower[p]) < float(tops[p]) for p in tops)
-    loss = lambda tops: (quantized_inputs(apply, "int4", tops=tops)(params, tokens) ** 2).mean()  # noqa: E731
-    assert all(float(jnp.abs(g)) > 0 for g in jax.grad(loss)(lower).values())
-    with pytest.raises(UserError, match="no top was given"):
-        quantized_inputs(apply, "int4", tops={})(params, tokens)
 
 
 def test_prefill_and_decoding_see_the_same_cache(params, tokens):
