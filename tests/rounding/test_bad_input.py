@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from rounding_problems import losses, marked, problem, with_eigenvalue
+from rounding_problems import damped64, losses, marked, problem, with_eigenvalue
 
 import qjax
 from qjax.errors import UserError
 from qjax.pipeline.rounded import round_leaf
 from qjax.recipes import recipe
 from qjax.rounding import check_chain, clip, descend, ldlq, learned, learned_clipping, nearest, refit, round_weight
-from qjax.rounding.curvature import factor
+from qjax.rounding.curvature import damped, descent, factor
 from qjax.stats import Stats
 
 ROWS, N = 8, 256
@@ -83,6 +83,16 @@ def test_dead_columns_are_rounded_to_nearest_and_disturb_nobody():
     other = run(H, w=jnp.where(dead[None], -0.1 * w, w))
     np.testing.assert_array_equal(np.asarray(other.codes)[:, ~dead], np.asarray(r.codes)[:, ~dead])
     assert np.isfinite(float(r.damping))
+
+
+def test_dead_columns_ask_for_nothing_in_a_descent():
+    H = np.array(problem(ROWS, 8)[1])
+    H[3] = H[:, 3] = 0
+    coupling = np.asarray(descent(damped(jnp.asarray(H), 0.1)))
+    expected = damped64(H, 0.1)
+    expected = expected / np.where(np.diag(expected) > 0, np.diag(expected), 1) * (1 - np.eye(8))
+    np.testing.assert_allclose(coupling, expected, atol=1e-5)
+    assert not coupling[3].any() and not coupling[:, 3].any()
 
 
 @pytest.mark.parametrize("chain", [FEEDBACK, BEST], ids=["ldlq", "best"])

@@ -132,3 +132,14 @@ def test_learned_keeps_rows_that_found_nothing_better():
     assert now.sum() < 0.9 * before.sum()
     kept = np.asarray(after.scales["s"] == start.scales["s"]).all(axis=1)
     assert 0 < kept.sum() < ROWS
+
+
+def test_nearest_by_h_errs_where_inputs_are_small():
+    w = problem(64)[0]
+    h = np.random.default_rng(1).lognormal(0, 2, 64)
+    fmt, stats = qjax.format("NF4"), Stats(h=jnp.asarray(h, jnp.float32))
+    error = {}
+    for weight in ("none", "h"):
+        made = nearest(weight)(State(None, None, w, jnp.float32(DAMPING)), fmt, stats)
+        error[weight] = (h * (np.float64(w) - np.float64(fmt.decode(made.scales, made.codes))) ** 2).sum()
+    assert error["h"] < 0.8 * error["none"]
