@@ -1,6 +1,7 @@
 # make demo: every format on the reference model, a report and a GGUF file (about 3 minutes after installation)
 # make test: every part of the library, in minutes; `make test-slow`: the rest, what takes longer or wants a peer
 # make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 10 minutes)
+# make chaos: a hundred times as many damaged files as the tests try (tests/chaos)
 # All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
 # Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each. What was
@@ -9,7 +10,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-env mutants lint clean
+.PHONY: demo test test-slow test-env mutants chaos lint clean
 
 demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
@@ -24,6 +25,9 @@ test-env: .venv/.test
 
 mutants: test-env
 	@$(BIN)/python scripts/mutate.py
+
+chaos: test-env
+	@QJAX_CHAOS=$(or $(N),100) $(BIN)/python -m pytest tests/chaos -m "slow or not slow" -rP
 
 lint: test-env
 	$(BIN)/ruff check .
