@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qjax.evaluate.judge import Judgement
 from qjax.evaluate.sizes import TensorRow
 from qjax.io.atomic import atomic_file, write_text
+from qjax.tables import size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -138,7 +139,7 @@ def _cell(numbers: Mapping[str, Any], column: tuple[str, str, str | None, str, s
     if not kind:
         return str(value)
     if kind == "bytes":
-        return _bytes(value)
+        return size(value)
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -148,14 +149,6 @@ def _cell(numbers: Mapping[str, Any], column: tuple[str, str, str | None, str, s
     style = ".2e" if tiny or abs(value) >= 1e6 else kind
     error = numbers[error_key] if error_key else None
     return f"{value:{style}}" + ("" if error is None else f" ± {error:{style.replace('.2e', '.1e')}}")
-
-
-def _bytes(count: int | float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _protocol(rows: Sequence[Judgement]) -> str:

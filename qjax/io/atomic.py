@@ -84,7 +84,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+    keep_name(path)
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             raise
         finally:
             os.close(fd)
-        sync_folder(path.parent)
+    keep_name(path)
 
 
 def check_folder(path: str | Path) -> None:
@@ -139,6 +139,21 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def keep_name(path: str | Path) -> None:
+    """fsync the folder of what has just got its name.
+
+    Raises:
+      UserError: it cannot be; the new file or folder stands there whole, but a power cut may undo its name.
+    """
+    path = Path(path)
+    try:
+        sync_folder(path.parent)
+    except OSError as e:
+        raise UserError(
+            f"{path} is written, but its name may not survive a power cut: {reason_of(e)}; write it again"
+        ) from e
 
 
 def owner_of(path: str | Path, fd: int) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.io.atomic import owner_of, sync_folder, write_errors
+from qjax.io.atomic import keep_name, owner_of, write_errors
 from qjax.io.space import reserve
 
 _SYNC_EVERY = 64 << 20  # bytes after which the disk is asked to keep up, so that the last sync is short
@@ -94,7 +94,7 @@ def resumable_file(
                 os.fsync(fd)
                 os.replace(partial, path)
                 journal.unlink()
-                sync_folder(path.parent)
+                keep_name(path)
             except (UserError, OSError):
                 partial.unlink(missing_ok=True)
                 journal.unlink(missing_ok=True)

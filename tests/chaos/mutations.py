@@ -49,6 +49,7 @@ def campaign(name, cases, files: list[Path], use, read_only: bool = True) -> Cou
     Returns: how many cases ended how.
     """
     originals, outcomes = {file: file.read_bytes() for file in files}, Counter()
+    use()  # what is whole is read, or no refusal would mean anything
     for case in cases:
         rng = np.random.default_rng([case, *name.encode()])
         file = files[int(rng.integers(len(files)))]

@@ -11,6 +11,7 @@ import pytest
 from qjax.errors import UserError
 from qjax.io import atomic
 from qjax.io.atomic import atomic_dir, atomic_file, write_text
+from qjax.pipeline.resume import resumable_file
 
 
 def test_file_replaces_and_leaves_no_temporary(tmp_path):
@@ -171,3 +172,27 @@ def test_a_writer_is_not_taken_for_dead(tmp_path):
         (one / "x").write_text("one")
     assert (tmp_path / "d" / "x").read_text() == "one"
     assert sorted(os.listdir(tmp_path)) == ["a", "d"]
+
+
+@pytest.mark.parametrize("make", ["file", "folder", "resumed"])
+def test_a_name_that_is_not_on_disk_yet_is_said_and_what_has_it_stays(tmp_path, monkeypatch, make):
+    """The folder's own fsync fails, behind the rename: the output stands there whole."""
+    fsync = os.fsync
+
+    def fails_on_the_parent(fd):
+        if os.path.samestat(os.fstat(fd), tmp_path.stat()):
+            raise OSError(errno.EIO, "input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails_on_the_parent)
+    path = tmp_path / "out"
+    with pytest.raises(UserError, match="out is written, but its name may not survive a power cut"):
+        if make == "file":
+            write_text(path, "whole")
+        elif make == "folder":
+            with atomic_dir(path) as folder:
+                (folder / "a").write_text("whole")
+        else:
+            with resumable_file(path, key="k", size=5) as partial:
+                partial.write("all", 0, b"whole")
+    assert ((path / "a") if make == "folder" else path).read_text() == "whole"

@@ -2,9 +2,13 @@
 
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from qjax.rounding.protocol import DAMPING, State
+from qjax.stats import Stats
 
 
 def second_moment(n: int, seed: int = 0, tokens: int | None = None) -> np.ndarray:
@@ -47,6 +51,19 @@ def losses(w, w_hat, H) -> np.ndarray:
     w, w_hat, H = float64(w, w_hat, H)
     e = w - w_hat
     return np.einsum("...i,ij,...j->...", e, H, e)
+
+
+def staged(w, H, fmt, *stages):
+    """The states behind each of the stages, from one program."""
+
+    @jax.jit
+    def run(w, H):
+        states = [State(None, None, w, jnp.float32(DAMPING))]
+        for stage in stages:
+            states.append(stage(states[-1], fmt, Stats(H=H)))
+        return states[1:]
+
+    return run(w, H)
 
 
 def marked(cases, fast):

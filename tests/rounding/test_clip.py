@@ -8,14 +8,14 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax import lax
-from rounding_problems import damped64, losses, problem, second_moment
+from rounding_problems import damped64, losses, problem, second_moment, staged
 from rounding_toys import Few
 
 import qjax
 from qjax.errors import UserError
 from qjax.rounding import Rounding, check_chain, ldlq, nearest, round_weight
 from qjax.rounding.clip import clip
-from qjax.rounding.protocol import DAMPING, State
+from qjax.rounding.protocol import DAMPING
 from qjax.stats import Stats
 
 ROWS, N = 8, 512
@@ -35,17 +35,6 @@ def errors(w, w_hat, metric, H, groups) -> np.ndarray:
         return np.einsum("rgi,gij,rgj->rg", e, blocks(damped64(H, DAMPING), groups), e)
     h = np.diag(np.float64(H)) if metric == "h" else np.ones(H.shape[0])
     return (e * e * h.reshape(1, groups, -1)).sum(axis=-1)
-
-
-def staged(w, H, fmt, *stages):
-    @jax.jit
-    def run(w, H):
-        states = [State(None, None, w, jnp.float32(DAMPING))]
-        for stage in stages:
-            states.append(stage(states[-1], fmt, Stats(H=H)))
-        return states[1:]
-
-    return run(w, H)
 
 
 @pytest.mark.parametrize("metric", ["H", "h", "none"])

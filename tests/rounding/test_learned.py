@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from rounding_problems import damped64, losses, problem, second_moment
+from rounding_problems import damped64, losses, problem, second_moment, staged
 from rounding_toys import Checkerboard, Few
 
 import qjax
@@ -27,17 +27,6 @@ ROWS, N = 8, 512
 GAINS = {  # what learned() leaves of the damped loss of nearest(), at most
     "uint4_g32": 0.6, "uint3_g64": 0.6, "int4_g32": 0.6, "Q4_0": 0.6, "Q4_K": 0.75, "NF4": 0.7, "NVFP4": 0.7,
 }  # fmt: skip
-
-
-def staged(w, H, fmt, *stages):
-    @jax.jit
-    def run(w, H):
-        states = [State(None, None, w, jnp.float32(DAMPING))]
-        for stage in stages:
-            states.append(stage(states[-1], fmt, Stats(H=H)))
-        return states[1:]
-
-    return run(w, H)
 
 
 def loss_of(state, fmt, w, H) -> np.ndarray:
