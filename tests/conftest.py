@@ -1,6 +1,7 @@
 """Strict numerics in every test: no silent dtype or rank promotion; shape types are checked at run time."""
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import compiled_programs
@@ -23,6 +24,21 @@ jaxtyping.install_import_hook("qjax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # what tests mean by a product: no TF32 on a GPU
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.sampled(k)`: of a test's cases k, evenly spaced, are for every run; the others are slow tests."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            cases[item.nodeid.split("[")[0]].append(item)
+    for same in cases.values():
+        (k,) = same[0].get_closest_marker("sampled").args
+        kept = {i * len(same) // k for i in range(k)}
+        for i, item in enumerate(same):
+            if i not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ def folder(tmp_path):
     return make_folder(tmp_path / "tiny")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options", [["--rotate", "3"], ["--scale", "smooth(0.5)"], ["--scale", "awq_scale(4)", "--format", "Q4_0"]]
 )

@@ -66,6 +66,7 @@ def test_quickstart(tmp_path, capsys):
     assert found.divergence.kl_mean == pytest.approx(kl["Q4_K_M"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_grid_on_a_tiny_model(tmp_path, capsys):
     from test_cli_models import make_folder
 

@@ -92,6 +92,7 @@ def llama_quantize(model, out, file_type):
     assert llama_cpp.llama_model_quantize(str(model).encode(), str(out).encode(), ctypes.byref(p)) == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("source", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("file_type, number", [("Q8_0", 7), ("F16", 1), ("BF16", 32), ("F32", 0)])
 def test_exact_types_give_llama_cpps_bytes(tmp_path, source, file_type, number):

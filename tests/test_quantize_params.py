@@ -82,6 +82,7 @@ def test_other_mistakes_name_the_leaf(params):
 KINDS = [name for name in ("BF16", "Q4_0", "Q4_K", "Q6_K", "TQ2_0", "MXFP4") if name in qjax.format_names()]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", KINDS)
 def test_pieces_give_what_quantize_gives(name):
     """Bytes do not depend on how a tensor is cut: ragged pieces against one call of `quantize`."""

@@ -157,6 +157,7 @@ def test_histogram_of_any_format(rng, name):
     assert pixels(plots.weight_histogram(w, name, axis=0)).std() > 0.02
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "MXFP4", "Q4_K", "IQ4_NL", "NF4_dq", "uint4_g64", "int3_g64"])
 def test_levels_lie_where_the_weights_went(rng, name):
     """On its block's grid every decoded weight is one of the drawn levels."""

@@ -57,6 +57,7 @@ def unpacked(fmt, leaves):
 # bitsandbytes as the judge
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("levels", LEVELS)
 def test_codes_absmax_and_values_are_those_of_bitsandbytes(bnb, w, levels, block):
@@ -253,6 +254,7 @@ def test_a_power_of_two_goes_through(exponent, seed):
     np.testing.assert_array_equal(scaled, qjax.dequantize(qjax.quantize(w, "NF4")) * 2.0**exponent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_a_weight_never_raises_the_weighted_error(fmt, rng):
     w = rng.standard_normal((16, 256)).astype(np.float32)

@@ -59,6 +59,7 @@ def test_all_codes_decode_as_ml_dtypes_has_them(kind, scope):
         np.testing.assert_array_equal(np.asarray(f(scales, codes)), expected)  # NaN and inf too
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_against_numpy(fmt, rng):
     dtype, top = KINDS[fmt.kind]

@@ -84,6 +84,7 @@ def test_decode_is_bit_equal(name, ggml, rng):
             np.testing.assert_array_equal(w.view(np.uint32)[valid], other.view(np.uint32)[valid])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_encode_gives_ggmls_bytes(name, ggml, rng):
     w, labels = inputs(rng)
@@ -125,6 +126,7 @@ def test_mxfp4_takes_the_exponent_of_a_rounded_logarithm(ggml):
     np.testing.assert_array_equal(encoded("MXFP4", w), np.frombuffer(ggml.quantize("MXFP4", w), np.uint8))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_eager_and_vmap_give_the_same_bytes(name, rng):
     fmt = FORMATS[name]
@@ -144,6 +146,7 @@ def test_eager_and_vmap_give_the_same_bytes(name, rng):
     assert codes.shape == w.shape and jax.eval_shape(fmt.decode, scales, codes).shape == w.shape
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_pack_inverts_unpack_and_grid_points_stay(name, rng):
     fmt = FORMATS[name]
@@ -161,6 +164,7 @@ def test_pack_inverts_unpack_and_grid_points_stay(name, rng):
         np.testing.assert_array_equal(again.leaves["blocks"], q.leaves["blocks"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_blocks_commute(name, weighted, rng):
@@ -190,6 +194,7 @@ def test_nearest_is_the_nearest_level(name, rng):
         assert np.all(chosen <= other * (1 + 1e-6) + 1e-7)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spread", [0, 1, 3])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_importance_is_never_worse_than_plain_or_ggml(name, spread, ggml, rng):

@@ -28,6 +28,7 @@ def errors(w, fmt, weight=None, h=1.0):
 # the grids
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", ("f16", "bf16", "f32"))
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_affine_is_the_min_max_grid_of_gptq(bits, scale, rng):
@@ -129,6 +130,7 @@ def brute_force(x, h, fmt):
     return best
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("name", ("int2_g32_mid_mse", "int3_g32_mse", "int4_g32_mse", "uint2_g32_mse", "uint3_g32_mse"))
 def test_the_search_is_as_good_as_ten_thousand_scales(name, weighted, rng):
@@ -143,6 +145,7 @@ def test_the_search_is_as_good_as_ten_thousand_scales(name, weighted, rng):
     assert (mine <= 1.3 * best).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "fmt",
     [
@@ -259,6 +262,7 @@ def test_two_bits_in_blocks_of_32(rng):
 # storage
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("bits", "group", "scale", "kind"),
     [
@@ -294,6 +298,7 @@ def test_streams_of_zeros_and_row_scales_are_padded_to_a_byte(rng):
     np.testing.assert_array_equal(w_hat, fmt.decode(*fmt.unpack(q.leaves)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_powers_of_two_go_through(fmt, rng):
     """And leading axes are carried along: a stack is each of its matrices."""
@@ -304,6 +309,7 @@ def test_powers_of_two_go_through(fmt, rng):
     np.testing.assert_array_equal(w_hat[1], qjax.dequantize(qjax.quantize(stack[1:], fmt))[0])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ("int4_g128", "uint3_g64", "int2_g64_mid_mse", "uint3_g64_zf16", "int3_g16_u6x16"))
 def test_eager_is_compiled(name, rng):
     fmt = parse(name)
@@ -324,6 +330,7 @@ def test_grid_points_stay(fmt, rng):
     np.testing.assert_array_equal(quantized(w_hat, fmt)[1], w_hat)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_degenerate_groups(fmt):
     w = np.zeros((9, 256), np.float32)
@@ -362,6 +369,7 @@ def test_every_name_reads_back():
     assert parse("Q4_0") is None and parse("int4") is None and parse("int4_g128_mse_mid") is None
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("make", "message"),
     [

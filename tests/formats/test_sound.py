@@ -20,6 +20,7 @@ def w():
     return jnp.asarray(np.random.default_rng(0).standard_normal((2, N)), jnp.float32)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_no_number_is_seen_under_jit(name, w):
     """The whole block is NaN, in the values and in the stored bytes; blocks without such a weight are as they were."""
@@ -45,6 +46,7 @@ def test_training_forward_shows_divergence(scales, w):
         assert np.isnan(np.asarray(value)[0, :16]).all() and np.isfinite(np.asarray(value)[1]).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["Q6_K", "Q2_K", "IQ4_NL", "Q4_0", "Q4_1", "int4_g128_mse", "uint3_g16_bilevel3x16"])
 def test_weights_beyond_the_scales_are_refused(name, weighted, w):

@@ -69,6 +69,7 @@ def test_quotients_on_the_cpu_and_elsewhere(rng):
     assert "shift" not in lowered["cpu"] and lowered["cuda"].count("shift") > 4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", format_names())
 def test_no_cast_a_compiler_drops_and_no_division_it_changes(name):
     """XLA:GPU drops f32 -> f16 -> f32, and its division is not IEEE's: neither may lie before a code or a scale."""

@@ -81,6 +81,7 @@ def pack(model, name="Q8_0"):
     return Model(model.config, jax.tree_util.tree_map_with_path(leaf, model.params), model.tokenizer)
 
 
+@pytest.mark.sampled(2)
 def test_packed_weights_keep_their_bytes(model, tmp_path):
     q = pack(model)
     qjax.save(q, tmp_path / "q.gguf")
@@ -285,6 +286,7 @@ def test_llama2c(shared_data, tmp_path):
             qjax.load(tmp_path / "s.bin")
 
 
+@pytest.mark.sampled(2)
 def test_transformers_reads_our_folder(model, tmp_path, varied_text):
     """transformers is the judge of the folder: the same ids and, within 1e-4, the same logits."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -82,6 +82,7 @@ def same_ids(llm, tokenizer, text):
         assert tokenizer.encode(piece) == theirs, repr(piece)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("pre", [*PRE, *ALIASES])
 def test_bpe_ids_equal(pre, bpe_columns, llama_model, llama_cpp, tmp_path, varied_text):
     tokenizer = bpe_tokenizer(*bpe_columns, pre, bos=0, eos=1, add_bos=True)

@@ -38,6 +38,7 @@ def shard(folder):
     (folder / SINGLE).unlink()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype, sharded", [("bfloat16", False), ("float16", True), ("float32", False)])
 def test_bytes_are_llama_cpps(small_model, llama_cpp, tmp_path, dtype, sharded):
     import llama_cpp as api

@@ -13,6 +13,7 @@ from qjax.lifting import lift, report
 from qjax.models.decoder import Decoder, empty_cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["Q4_0", "Q8_0"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_decoder_runs_packed(format, tied):
@@ -53,6 +54,7 @@ def trace_seconds(fn, *args):
     return time.process_time() - start
 
 
+@pytest.mark.slow
 def test_lift_costs_little_to_trace():
     apply, params = decoder(layers=12)
     q = pack_decoder(params, "Q4_0")

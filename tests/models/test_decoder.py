@@ -78,6 +78,7 @@ def test_options_change_the_logits(name):
             assert moved > 1e-3, field
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SMALL)
 def test_cached_equals_uncached(name):
     """A prompt, then single tokens, then a few at once, through the cache."""
@@ -133,6 +134,7 @@ def test_rotation_is_complex_multiplication(rng):
     np.testing.assert_allclose(y, np.concatenate([z.real, z.imag], axis=-1), atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("window", [None, 3, 150])
 @pytest.mark.parametrize("length", [1, 128, 129, 700])
 def test_attention_in_blocks_is_attention(rng, length, window):

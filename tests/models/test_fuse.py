@@ -66,6 +66,7 @@ def check_same(config, params, new_config, new_params, bound=1e-5):
     np.testing.assert_allclose(got, expected, atol=bound * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SCALABLE)
 def test_scaling_an_edge(name):
     config, params = model(name)
@@ -114,6 +115,7 @@ def test_the_bias_of_v_goes_along():
     check_same(config, params, config, scaled)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SCALABLE)
 def test_folding_norms(name):
     config, params = model(name)
@@ -127,6 +129,7 @@ def test_folding_norms(name):
     assert moved(params, folded)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ROTATABLE)
 def test_rotating_the_residual(name):
     config, params = model(name)

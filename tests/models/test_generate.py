@@ -22,6 +22,7 @@ def model():
     return Model(*tiny("llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3-window"])
 def test_greedy_tokens_are_the_argmax_of_the_uncached_forward_pass(name):
     model = Model(*tiny(name))

@@ -11,6 +11,7 @@ from qjax.models.stages import stages_of
 ALIKE = {"mistral": 1, "llama": 1, "qwen2-window": 2, "qwen3-window": 2, "gemma2": 2, "gemma3": 2, "gemma3-pattern": 2}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", TINY)
 def test_embed_blocks_head_make_the_decoder(name):
     config, params = tiny(name)

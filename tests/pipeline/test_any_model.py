@@ -136,6 +136,7 @@ def leaves_of(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
+@pytest.mark.slow
 def test_every_leaf_is_accounted_for_once(made):
     _, params, _, _, qparams, report, axes, kept = made
     names = [t.name for t in report.tensors]

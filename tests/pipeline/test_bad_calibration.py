@@ -110,6 +110,7 @@ def broken(path, value):
     return qjax.models.model.Model(model.config, put(model.params, path, leaf.at[at].set(value)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["rtn", "imatrix", "best_gguf"])
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("path", [
@@ -290,6 +291,7 @@ def test_command_lines(folder, text, tmp_path, mistake):  # noqa: F811
         assert not list(tmp_path.glob("q.gguf*")), case
 
 
+@pytest.mark.slow
 def test_an_imatrix_file_is_as_good_as_the_text_it_came_from(folder, text, tmp_path, capsys):  # noqa: F811
     """h of the float model through llama.cpp's file, and through a walk."""
     model = qjax.load(folder)

@@ -33,6 +33,7 @@ def logits(model):
     return model.logits(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [smooth(0.5), awq_scale(5), rescale()], ids=lambda s: s.name)
 def test_the_model_is_unchanged(search):
     model, calibration, _ = setting()

@@ -48,6 +48,7 @@ def by_hand(model, recipe, calibration, sequential):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line, sequential", [
     ("nearest('h') >> ldlq('act', cross=1.0) >> descend(1)", True),
     ("nearest('h') >> ldlq('act', cross=1.0) >> descend(1) >> options(sequential=False)", False),

@@ -79,6 +79,7 @@ STOPS = {  # behind which weight -> (blocks that are done, weights that are not 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behind", STOPS)
 def test_an_interrupted_walk_is_continued(model, whole, tmp_path, behind):
     raw, report, all_steps = whole
@@ -94,6 +95,7 @@ def test_an_interrupted_walk_is_continued(model, whole, tmp_path, behind):
     assert without_time(again) == without_time(report)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("change", ["recipe", "tokens", "heldout", "seed", "plan"])
 def test_the_state_of_another_run_is_not_continued(model, tmp_path, change):
     out = tmp_path / "q.gguf"
@@ -115,6 +117,7 @@ def test_the_state_of_another_run_is_not_continued(model, tmp_path, change):
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["the partial file", "the residual stream", "the survey", "one tensor's bytes"])
 def test_a_state_with_a_part_lost_is_made_good(model, whole, tmp_path, lost):
     """As after a power cut, or a hand that tidied up."""

@@ -45,6 +45,7 @@ def changed(reparams, **options):
     return s, applied, found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY)
 def test_the_layer_is_unchanged(name):
     s, applied, _ = changed([EVERY[name]])
@@ -103,6 +104,7 @@ def rounded(reparams, format="uint4_g32", roundings=None, axis=-1, w=None):
     return round_leaf("w", jnp.swapaxes(w, -1, -2) if axis == -2 else w, axis, qjax.format(format), made, stats)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_packed_weight_runs_behind_it(name, axis):
@@ -120,6 +122,7 @@ def test_a_packed_weight_runs_behind_it(name, axis):
     assert report.loss == pytest.approx(np.trace(e @ H @ e.T) / np.trace(w @ H @ w.T), rel=1e-3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY)
 def test_through_lift(name):
     """A kernel of an unmodified function, packed behind a change of variables; strict: never densified."""
@@ -134,6 +137,7 @@ def test_through_lift(name):
         np.testing.assert_allclose(run({"kernel": q}, x), expected, atol=1e-3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_stack_is_its_members(name):
     """Stacked weights under vmap and scan, and decoded at once."""
@@ -152,6 +156,7 @@ def test_a_stack_is_its_members(name):
             np.testing.assert_allclose(y[i], product(w_hat[i])(x), atol=1e-4 * scale)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY)
 def test_no_second_compilation(name):
     q, _ = rounded([EVERY[name]])
@@ -318,6 +323,7 @@ def quantized(x, kind, top=None):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("format", ["int8_row", "uint8_g32", "int4_g32", "uint4_g32", "FP8_E4M3", "Q4_0"])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_are_rounded(kind, format):

@@ -37,6 +37,7 @@ def errors(w, w_hat, metric, H, groups) -> np.ndarray:
     return (e * e * h.reshape(1, groups, -1)).sum(axis=-1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("metric", ["H", "h", "none"])
 @pytest.mark.parametrize("name", KINDS)
 def test_never_worse_in_its_metric_and_storable(name, metric):

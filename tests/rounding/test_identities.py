@@ -76,6 +76,7 @@ def test_gptq_is_ldlq(name, order, w_H):
     assert float(r.loss) == pytest.approx(losses(w, theirs, H).sum() / whole, rel=1e-5 if equal else 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["uint4_g32", "NF4"])
 def test_dynamic_groups_are_gptq_fitting_each_group_on_its_way(name, w_H):
     w, H = w_H
@@ -120,6 +121,7 @@ FLAT = {
 FLAT_CASES = [("int4_g128", "act"), ("NF4", "natural"), ("Q3_K", "group"), ("NF4", "descend")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("h", DIAGONAL)
 @pytest.mark.parametrize("name, stage", FLAT_CASES)
 def test_a_diagonal_H_leaves_the_nearest_codes(name, stage, h, w_H):

@@ -42,6 +42,7 @@ def assert_stored_exactly(fmt, state):
         np.testing.assert_array_equal(again_scales[key], value)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", GAINS)
 def test_it_beats_nearest(name):
     w, H = problem(ROWS, N)

@@ -37,6 +37,7 @@ def w_hat_of(r, format="uint3_g16"):
     return np.asarray(w_hat if r.outliers is None else jnp.where(*r.outliers, w_hat))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("order", ["act", "natural"])
 @pytest.mark.parametrize("format", ["uint3_g16", "uint3_g16_mse_u3x8", "uint3_g16_bilevel3x8"])
 def test_without_outliers_it_is_gptq(order, format, spiky):
@@ -90,6 +91,7 @@ def test_spikes_leave_their_groups_range(spiky):
     assert mask[np.abs(w) > 11].mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reparams", [(), (hadamard("in"),), (columns(share=0.02, by="h"),)], ids=["", "rotated", "columns"]
 )

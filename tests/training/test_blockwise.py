@@ -86,6 +86,7 @@ def test_training_that_does_not_help_is_undone(model, tokens):
             np.testing.assert_array_equal(qjax.dequantize(leaf), qjax.dequantize(weights.leaves_by_path(start)[path]))
 
 
+@pytest.mark.slow
 def test_from_a_recipe_then_end_to_end_scales(model, tokens, tmp_path):
     """GPTQ's codes start Block-AP; then integers stay frozen and the scales train on the loss."""
     begun = qjax.quantize_model(model, PLAN, "gptq", qjax.pipeline.Calibration(tokens))[0].params

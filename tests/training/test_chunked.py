@@ -47,6 +47,7 @@ def check_gradients(grads, wanted, rtol=1e-5):
         np.testing.assert_allclose(g, want, rtol=rtol, atol=rtol * float(np.abs(want).max()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("chunk", [30, 32])
 def test_chunks_give_the_full_loss_and_gradients(name, chunk, rng):
     problem = heads(rng, 12, 9, 6, 90)

@@ -181,6 +181,7 @@ def relative_error(x, name, rule, per="group"):
     return (d**2).sum() / (x.astype(np.float64) ** 2).sum()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("scheme", ORACLE)
 def test_error_at_step_0(scheme, bits, draws):

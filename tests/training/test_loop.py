@@ -107,6 +107,7 @@ def test_eight_devices_are_one(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, leaf, weights.leaves_by_path(resumed.params)[path])
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
     made = program(Arm("float", rate=1e-2), tiny.CONFIG, 10, mixed=False)
     params, batch = tiny.model().params, {"tokens": tiny.windows().batch_at(0)}
@@ -120,6 +121,7 @@ def test_accumulation_is_the_whole_batch():
         three.step(start_state(three, params), batch)
 
 
+@pytest.mark.slow
 def test_equal_arms_share_a_program_and_nothing_compiles_twice(tmp_path):
     made = program(tiny.FROZEN, tiny.CONFIG, 4, mixed=False)
     tiny.run(tmp_path / "a", 4, arm=tiny.FROZEN)
@@ -129,6 +131,7 @@ def test_equal_arms_share_a_program_and_nothing_compiles_twice(tmp_path):
     assert made.step._cache_size() == size == 1
 
 
+@pytest.mark.slow
 def test_export_is_recomputed(tmp_path):
     """The number a run reports is the loss of the file it exports."""
     arm = Arm("q8", format="Q4_0", outside="Q8_0", rate=3e-3)
@@ -235,6 +238,7 @@ def test_hidden_states_of_a_teacher_of_its_own(tmp_path):
         program(Arm("h", loss="hidden"), tiny.CONFIG, 4, deep, mixed=False)
 
 
+@pytest.mark.slow
 def test_hidden_states_see_rounded_inputs_and_cache():
     """The states of the term "hidden" are the student's own: their head gives its logits."""
     params, tokens = tiny.model().params, tiny.windows().batch_at(0)
@@ -279,6 +283,7 @@ def test_bad_intervals(loop, message):
         Loop(**loop)
 
 
+@pytest.mark.slow
 def test_gradients_reach_what_trains_and_nothing_else():
     arm = Arm("l", format="int4_g32", scales="learned", rate=1e-2, warmup=0.0)
     made = program(arm, tiny.CONFIG, 10, mixed=False)

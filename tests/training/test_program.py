@@ -79,6 +79,7 @@ def test_drawn_weights_end_on_the_grid_that_is_exported(prox, tmp_path):
     assert heldout_loss(forward(tiny.CONFIG), qjax.load(tmp_path / "hf").params, tiny.heldout()) == loss
 
 
+@pytest.mark.slow
 def test_drawn_weights_are_stepped_on_as_they_are():
     """The forward does not quantize: before the drawing it is the float model's, and the export is the latents'."""
     made = program(dataclasses.replace(PARQ, prox_span=(0.2, 0.9)), tiny.CONFIG, 20, mixed=False)

@@ -54,6 +54,7 @@ def test_start():
     assert equal(merged.params, params) and merged.errors == {PATH: 0.0}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("format", FORMATS)
 def test_merge_moves_zeros_and_nothing_else(format):
     params, adapters = site(format)
@@ -173,6 +174,7 @@ def test_mistakes_are_named():
         merge_zeros(params, {"nowhere": adapters[PATH]})
 
 
+@pytest.mark.slow
 def test_a_decoder_trains_and_exports_what_it_trained():
     config = DecoderConfig(vocab=48, dim=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=16)
     model = Decoder(config)

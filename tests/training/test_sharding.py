@@ -200,6 +200,7 @@ def test_placed_trees_may_be_donated():
     assert placed["kernel"].is_deleted() and float(source["kernel"].sum()) == 64 and float(after["kernel"][0, 0]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 8)])
 def test_five_steps_on_a_mesh_are_five_steps_alone(rng, data, fsdp):
     windows = Windows(Tokens(cyclic_text(rng), tiny.CONFIG.vocab, ""), tiny.CONFIG.context, batch=16)

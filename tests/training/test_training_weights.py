@@ -38,6 +38,7 @@ def paths_with(tree, test):
     return {p for p, leaf in weights.leaves_by_path(tree).items() if test(leaf)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", ["refit", "frozen", "learned"])
 def test_export_is_what_trained(params, tokens, scales):
     quantizers = weights.quantizers_of(
@@ -131,6 +132,7 @@ def test_token_quant_is_what_act_runs():
     )  # straight through, and the other use
 
 
+@pytest.mark.slow
 def test_rounded_inputs_by_pattern(params, tokens):
     plain = apply(params, tokens)
     all_of = quantized_inputs(apply, "int4")(params, tokens)
@@ -144,6 +146,7 @@ def test_rounded_inputs_by_pattern(params, tokens):
     assert not paths_with(grads, lambda g: not float(jnp.abs(g).max()) > 0)
 
 
+@pytest.mark.slow
 def test_prefill_and_decoding_see_the_same_cache(params, tokens):
     model = Decoder(CONFIG, stored=quantized_cache("Q8_0", "Q4_0"))
     full = model.apply({"params": params}, tokens)
