@@ -115,8 +115,10 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
                     os.fsync(f.fileno())
             sync_folder(temporary)
             _move_onto(temporary, path)
-        except BaseException:
+        except BaseException as e:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(e, UserError) and isinstance(e.__cause__, OSError) and str(temporary) in str(e):
+                raise e.__cause__ from None  # it speaks of a file in a folder that is gone: say the folder's name
             raise
         finally:
             os.close(fd)

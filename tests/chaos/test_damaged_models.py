@@ -29,3 +29,12 @@ def test_tree(tmp_path, rng, cases):
     weight = rng.standard_normal((64, 64)).astype("f4")
     qjax.save({"a": {"kernel": qjax.quantize(weight, "Q4_0")}, "b": weight}, path)
     campaign("tree", cases, [path], lambda: qjax.load(path))
+
+
+@pytest.mark.cases(60)
+def test_importance(tmp_path, rng, cases):
+    from qjax.io.imatrix import Imatrix, read_imatrix, write_imatrix
+
+    path = tmp_path / "i.gguf"
+    write_imatrix(path, Imatrix({"blk.0.attn_q.weight": rng.random(64).astype("f4")}, {"blk.0.attn_q.weight": 9}))
+    campaign("importance", cases, [path], lambda: read_imatrix(path))

@@ -196,3 +196,18 @@ def test_a_name_that_is_not_on_disk_yet_is_said_and_what_has_it_stays(tmp_path, 
             with resumable_file(path, key="k", size=5) as partial:
                 partial.write("all", 0, b"whole")
     assert ((path / "a") if make == "folder" else path).read_text() == "whole"
+
+
+def test_a_file_in_a_folder_that_fails_is_said_by_the_folder(tmp_path, monkeypatch):
+    """The folder goes away with all that is in it, so nothing "is written", and nobody knows its temporary name."""
+    real = os.fsync
+
+    def fails_on_folders(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, "input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fails_on_folders)
+    with pytest.raises(UserError, match=r"cannot write \S*/out: input/output error"), atomic_dir(tmp_path / "out") as d:
+        write_text(d / "a", "1")
+    assert not os.listdir(tmp_path)
