@@ -21,7 +21,7 @@ from qjax.errors import UserError
 from qjax.io.checkpoint import load, save
 from qjax.terminal import bar
 from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_for
+from qjax.training.corpus import corpus_for, texts_of
 from qjax.training.data import Windows
 from qjax.training.export import read_back
 from qjax.training.finetune import finetune, heldout_loss
@@ -42,6 +42,7 @@ class Config:
     k: int = 64  # probabilities kept of each position
     text: Path | None = None  # UTF-8, to train on; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
+    characters: int = 0  # of each text that are read; 0: all
     context: int = 256
     batch: int = 8
     steps: int = 200
@@ -63,9 +64,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         )
     if config.arm.init:
         raise UserError("arm.init: this experiment starts from float weights")
-    corpus = corpus_for(
-        teacher, config.teacher, config.text, config.heldout, out, config.context, config.eval_windows
-    )  # fmt: skip
+    texts = texts_of(config.text, config.heldout, config.characters)
+    corpus = corpus_for(teacher, config.teacher, texts, out, config.context, config.eval_windows)
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
     folder = out / "teacher"
     if not folder.is_dir():

@@ -52,6 +52,7 @@ class Config:
     eval_windows: int = 64
     text: Path | None = None  # UTF-8, to train on; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
+    characters: int = 0  # of each text that are read; 0: all
     mixed: bool = True  # bfloat16 operands and float32 sums; else float32
     tensorboard: bool = False  # write OUT/tensorboard as well
     devices: Devices = ONE_DEVICE
@@ -60,7 +61,7 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint under `out`; resumes when `out` holds checkpoints. Returns the final numbers."""
     loop = Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every)
-    texts, heldout = texts_of(config.text, config.heldout)
+    texts, heldout = texts_of(config.text, config.heldout, config.characters)
     with chief_first("corpus"):
         tokenizer = tokenizer_in(out, texts, config.vocab)
         corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.eval_windows)

@@ -25,7 +25,7 @@ from qjax.pipeline.calibrated import calibration_of, quantize_model
 from qjax.plan import decoder_weights
 from qjax.tensor import is_qtensor
 from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_for
+from qjax.training.corpus import corpus_for, texts_of
 from qjax.training.data import Windows
 from qjax.training.devices import ONE_DEVICE, Devices, spread
 from qjax.training.distill import teacher_confidence
@@ -48,6 +48,7 @@ class Config:
     teacher: str = ""  # a model; "": the model itself as it was
     text: Path | None = None  # UTF-8, to train on; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
+    characters: int = 0  # of each text that are read; 0: all
     context: int = 256
     batch: int = 8
     accumulate: int = 1
@@ -75,9 +76,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 raise UserError(f'{assigned.weight}: GGUF has no type {assigned.format.name}; export = "hf" has')
     teacher = load(config.teacher) if config.teacher else model
     with chief_first("corpus"):
-        corpus = corpus_for(
-            model, config.model, config.text, config.heldout, out, config.context, config.eval_windows
-        )  # fmt: skip
+        texts = texts_of(config.text, config.heldout, config.characters)
+        corpus = corpus_for(model, config.model, texts, out, config.context, config.eval_windows)
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
     batch_at, place = spread(config.devices, windows)
     judge = forward(model.config, config.arm.inputs, config.arm.cache)

@@ -51,13 +51,14 @@ class Config:
     heldout_windows: int = 256
     text: Path | None = None  # UTF-8, to train on; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
+    characters: int = 0  # of each text that are read; 0: all
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Every share on every seed."""
     if config.arm.init:
         raise UserError("arm.init: this experiment starts from float weights")
-    texts, heldout = texts_of(config.text, config.heldout)
+    texts, heldout = texts_of(config.text, config.heldout, config.characters)
     tokenizer = tokenizer_in(out, texts, config.vocab)
     corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.heldout_windows)
     runs = []

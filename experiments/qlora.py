@@ -35,7 +35,7 @@ from qjax.models.model import Model
 from qjax.pipeline.memory import quantize_params
 from qjax.plan import Plan
 from qjax.training.adapters import apply_adapted, init_adapters, lora_weight, map_adapted
-from qjax.training.corpus import corpus_for
+from qjax.training.corpus import corpus_for, texts_of
 from qjax.training.data import Windows
 from qjax.training.export import exported_loss
 from qjax.training.fake_quant import fake_quant
@@ -73,6 +73,7 @@ class Config:
     entries: tuple[Entry, ...] = (Entry("lora"), Entry("qlora"))
     text: Path | None = None  # UTF-8, to adapt to; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
+    characters: int = 0  # of each text that are read; 0: all
     context: int = 256
     batch: int = 8
     steps: int = 100
@@ -84,9 +85,8 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train every entry on every seed, each in a folder of its own; a killed run continues."""
     model = load(config.model)
-    corpus = corpus_for(
-        model, config.model, config.text, config.heldout, out, config.context, config.eval_windows
-    )  # fmt: skip
+    texts = texts_of(config.text, config.heldout, config.characters)
+    corpus = corpus_for(model, config.model, texts, out, config.context, config.eval_windows)
     start = heldout_loss(forward(model.config), model.params, corpus.heldout)
     runs = []
     for seed in config.seeds:

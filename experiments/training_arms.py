@@ -97,6 +97,7 @@ class Config:
     log_every: int = 20
     text: Path | None = None  # UTF-8, to train on; none: the standard library
     heldout: Path | None = None  # UTF-8, to be judged by
+    characters: int = 0  # of each text that are read; 0: all
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def corpus_at(config: Config) -> tuple[Corpus, Tokenizer]:
     """Tokenizer, token file and held-out windows, made once in `models`."""
     check_models(config)
-    texts, heldout = texts_of(config.text, config.heldout)
+    texts, heldout = texts_of(config.text, config.heldout, config.characters)
     tokenizer = tokenizer_in(config.models, texts, config.base.vocab)
     windows = config.heldout_windows
     return corpus_in(config.models, tokenizer, texts, heldout, config.base.context, windows), tokenizer

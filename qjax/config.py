@@ -3,8 +3,8 @@
     extends = "base.toml"                  # relative; tables merge key by key, the nearer file wins
     script = "../experiments/ptq_grid.py"  # relative to the file that says it; has `Config` and `run(config, out)`
     tokens = 32_768                        # every other key is a field of the script's `Config`
-    [smoke]                                # what `--smoke` changes to make the run take seconds;
-    tokens = 512                           # it stands in place of the base's, whose names may be gone here
+    [smoke]                                # what `--smoke` changes to make the run take seconds; it stands in place
+    tokens = 512                           # of the base's, and a table of free names in place of the whole table
 
 A key the dataclass lacks, or a value of another type, is a UserError that names file and key. TOML has no null: the
 string "none" stands for None where the field allows it.
@@ -154,8 +154,17 @@ def build(schema: type[T], source: Source, smoke: bool = False) -> T:
     if not source.smoke:
         raise UserError(f"{source.files[-1]}: has no [smoke] table, so --smoke has nothing to shrink")
     values = json_copy(source.values)
-    _merge(values, source.smoke, source.files[-1], {})
+    _lay_over(schema, values, source.smoke)
     return _table(schema, values, source, ())
+
+
+def _lay_over(schema: Any, values: dict[str, Any], smoke: dict[str, Any]) -> None:
+    hints = typing.get_type_hints(schema)
+    for key, value in smoke.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(values.get(key), dict):
+            _lay_over(hints[key], values[key], value)
+        else:
+            values[key] = json_copy(value)
 
 
 def json_copy(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Strict numerics in every test: no silent dtype or rank promotion; shape types are checked at run time."""
 
+import gc
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 
 pytest_plugins = ["cost"]
+
+gc.set_threshold(50_000, 20, 20)  # tracing makes objects by the million and hardly a cycle: a twelfth of the time
 
 jaxtyping.install_import_hook("qjax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

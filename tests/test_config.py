@@ -55,6 +55,9 @@ def test_smoke_is_laid_over_only_when_asked(tmp_path):
     assert config.build(Config, config.read(path)).steps == 5
     small = config.build(Config, config.read(path), smoke=True)
     assert (small.steps, small.optimizer.rate, small.optimizer.betas) == (1, 0.5, (0.9, 0.95))
+    path = write(tmp_path, "c.toml", "rules = { a = 1, b = 2 }\n[smoke]\nrules = { c = 3 }\n")
+    assert config.build(Config, config.read(path), smoke=True).rules == {"c": 3}  # names of one's own: all of them go
+    assert config.build(Config, config.read(path)).rules == {"a": 1, "b": 2}
     with pytest.raises(UserError, match="no \\[smoke\\] table"):
         config.build(Config, config.read(write(tmp_path, "b.toml", "steps = 5\n")), smoke=True)
 

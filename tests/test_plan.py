@@ -70,6 +70,7 @@ def test_toml_round_trip(tmp_path):
     "text, message",
     [
         ("[rules", "is no TOML"),
+        (f"rules = {'[' * 5000}{']' * 5000}", "is no TOML"),
         ('rule = "x"', "unknown key 'rule'"),
         ('name = "x"', "no rules"),
         ('[rules]\n"*" = 4', "must be a format's name, got 4"),

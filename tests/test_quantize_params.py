@@ -1,5 +1,6 @@
 """In memory: a params tree in, QTensors and a report out, every mistake named by its leaf."""
 
+import io
 import json
 
 import jax
@@ -13,6 +14,7 @@ from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.pipeline import quantize_params
+from qjax.pipeline.report import Report, TensorReport
 from qjax.plan import Plan, Rule
 
 CONFIG = DecoderConfig(vocab=96, dim=64, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=16)
@@ -54,9 +56,14 @@ def test_report_counts_every_byte_and_error(params):
     assert by_name["final_norm/scale"].kept == "a vector"
     assert by_name["layers_0/mlp/down/kernel"].kept == "kept by rule 'layers_*/mlp/down/kernel'"
     json.dumps(report.to_dict())
-    console = Console(width=160, record=True, file=None, quiet=True)
-    console.print(report.table())
     assert list(report.formats) == ["Q8_0", "float32"]
+
+
+def test_a_printed_report_shows_names_and_obeys_none():
+    console = Console(width=160, file=io.StringIO())
+    console.print(Report((TensorReport("[red]\x1b[31mw", (2, 32), "Q8_0", 68, 0.1),)).table())
+    said = console.file.getvalue()
+    assert "[red]\\x1b[31mw" in said and "\x1b" not in said and "0.10000" in said
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

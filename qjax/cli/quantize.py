@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from qjax.cli.model import MODEL_HELP
 from qjax.cli.progress import bytes_bar, in_turn, steps_bar
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
 from qjax.errors import UserError
+from qjax.terminal import say, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Quantize:
             output.console().print(report.table())
         output.table(*report.summary())
         size = output.size(report.nbytes)
-        print(f"{self.out}: {size}, {report.bits_per_weight:.3f} bits per weight, {seconds:.1f} s")
+        print(f"{shown(self.out)}: {size}, {report.bits_per_weight:.3f} bits per weight, {seconds:.1f} s")
         if self.out.is_dir():
             print(f"The directory holds what these stand for as F32: {output.size(written)} on disk")
 
@@ -127,7 +127,7 @@ class Quantize:
             return quantize_file(
                 path, self.out, plan,
                 recipe=self.recipe, calibration=calibration, importance=importance, requantize=self.requantize,
-                progress=progress, walked=walked, notify=lambda line: print(line, file=sys.stderr),
+                progress=progress, walked=walked, notify=say,
             )  # fmt: skip
 
     def _in_memory(self, path: Path) -> Any:
@@ -150,13 +150,13 @@ class Quantize:
             with in_turn(bytes_bar(f"quantize {self.model}")) as (progress,):
                 qparams, report = quantize_params(model.params, plan, stats, recipe=self.recipe, progress=progress)
             if plan.note:
-                print(plan.note, file=sys.stderr)
+                say(plan.note)
             model = dataclasses.replace(model, params=qparams)
         else:
             with in_turn(steps_bar(f"{self.recipe} {self.model}")) as (walked,):
                 model, report = quantize_model(
                     model, plan, self.recipe, calibration,
-                    progress=walked, notify=lambda line: print(line, file=sys.stderr),
+                    progress=walked, notify=say,
                 )  # fmt: skip
         save(model, self.out)
         return report

@@ -70,6 +70,11 @@ class Run:
             join(line)
         module, script = load_script(source, folder)
         default = configs.build(module.Config, source, smoke="--smoke" in args)
+        if "--smoke" in args:
+            import jax
+
+            # It is there to be seen working, and most of its time is compilation.
+            jax.config.update("jax_disable_most_optimizations", True)
         command = dataclasses.make_dataclass(
             "Run",
             [

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from qjax.tables import html_table, number, size, text_table
+from qjax.terminal import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +158,8 @@ class Report:
             table.add_column("damping", justify="right")
         for t in self.tensors:
             error = f"[dim]kept: {t.kept}[/]" if t.kept else "" if t.error is None else f"{t.error:.5f}"
-            row = [t.name, " x ".join(map(str, t.shape)), t.format, f"{t.bits_per_weight:.4g}", error]
-            table.add_row(*row, *(_calibration_cells(t.calibration) if calibrated else ()))
+            row = [" x ".join(map(str, t.shape)), t.format, f"{t.bits_per_weight:.4g}", error]
+            table.add_row(Text(shown(t.name)), *row, *(_calibration_cells(t.calibration) if calibrated else ()))
         return table
 
 

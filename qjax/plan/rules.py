@@ -218,7 +218,7 @@ class Plan:
             return cls.from_dict(tomllib.loads(text), str(path))
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"cannot read the plan {path}: {e}") from None
-        except tomllib.TOMLDecodeError as e:
+        except (tomllib.TOMLDecodeError, RecursionError) as e:
             raise UserError(f"{path} is no TOML: {e}") from None
 
     def __str__(self) -> str:

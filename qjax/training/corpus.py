@@ -1,6 +1,6 @@
 """From text to what a run reads: a token file to train on, windows to be judged by.
 
-    corpus = corpus_for(model, name, text, heldout, out, context, windows)      of a loaded model
+    corpus = corpus_for(model, name, texts_of(text, heldout), out, context, windows)      of a loaded model
     corpus = corpus_in(folder, tokenizer_in(folder, texts, vocab), ...)         of one that is still to be trained
     Windows(corpus.tokens, context, batch, seed).batch_at(step)        corpus.heldout  i32[n, context + 1]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,30 @@ class Corpus:
     heldout: np.ndarray
 
 
-def texts_of(text: Path | None, heldout: Path | None) -> tuple[list[str], str]:
+def texts_of(text: Path | None, heldout: Path | None, characters: int = 0) -> tuple[list[str], str]:
     """Documents to train on and the text that judges: of files, or the standard library's.
 
+    Args:
+      text: to train on.
+      heldout: to be judged by.
+      characters: read so many of either, for a run that is only to be seen working; 0: all.
+
     Raises:
-      UserError: one file without the other: a text cannot judge who was trained on it.
+      UserError: one file without the other: a text cannot judge who was trained on it; a negative number.
     """
     if (text is None) != (heldout is None):
         raise UserError("text and heldout: give both files, or neither")
+    if characters < 0:
+        raise UserError(f"characters: how many of each text are read, 0 for all, got {characters}")
     if text is None or heldout is None:
-        return stdlib_text.train_text(), stdlib_text.heldout_text()
-    return [read_text(text)], read_text(heldout)
+        documents, judge = stdlib_text.train_text(), stdlib_text.heldout_text()
+    else:
+        documents, judge = [read_text(text)], read_text(heldout)
+    if not characters:
+        return documents, judge
+    ends = itertools.accumulate(map(len, documents), initial=0)
+    cut = (d[: max(characters - before, 0)] for d, before in zip(documents, ends, strict=False))
+    return [d for d in cut if d], judge[:characters]
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -91,9 +105,9 @@ def corpus_in(
 
 
 def corpus_for(
-    model: Model, name: str, text: Path | None, heldout: Path | None, out: Path, context: int, windows: int
+    model: Model, name: str, texts: tuple[Sequence[str], str], out: Path, context: int, windows: int
 ) -> Corpus:
-    """`corpus_of` the texts that a config names, read by a loaded model's tokenizer.
+    """`corpus_of` the texts of `texts_of`, read by a loaded model's tokenizer.
 
     Raises:
       UserError: a model without a tokenizer, which the message calls `name`.
@@ -102,8 +116,8 @@ def corpus_for(
     if tokenizer is None:
         raise UserError(f"{name}: has no tokenizer to read the text with")
     return corpus_of(
-        lambda text: encode_long(tokenizer, text, bos=tokenizer.add_bos), model.config.vocab, *texts_of(text, heldout),
-        out, context, windows,
+        lambda text: encode_long(tokenizer, text, bos=tokenizer.add_bos), model.config.vocab, *texts, out, context,
+        windows,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ RUNS = {
 
 
 def stop(out, model, **options):
-    """Ctrl-C behind the last weight but one, or, where blocks are walked, behind the last: the block in front of it is kept."""
+    """Ctrl-C behind the last weight but one; where blocks are walked, behind the last: its block is kept by then."""
     seen = []
 
     def count(*step):
