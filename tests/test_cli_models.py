@@ -161,6 +161,7 @@ def test_eval_has_stable_keys_and_agrees_with_judge(folder, gguf, text, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generate_streams_and_seeds(gguf, capsys):
     def said(*options):
         capsys.readouterr()

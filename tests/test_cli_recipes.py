@@ -30,6 +30,7 @@ def test_recipes_as_json_and_as_a_table(capsys, tmp_path):
     assert all(name in shown for name in RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line, suffix", [
     pytest.param("imatrix", ".gguf", marks=pytest.mark.slow), ("imatrix", ""),
     ("nearest() >> ldlq()", ".gguf"), pytest.param("nearest() >> ldlq()", "", marks=pytest.mark.slow),

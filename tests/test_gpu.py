@@ -106,6 +106,7 @@ def test_sweeps_are_not_tuned(monkeypatch):
     assert jax.grad(lambda x: double(x, times=2))(x) == 2
 
 
+@pytest.mark.slow
 def test_on_device_in_its_dry_form(tmp_path):
     root, out = Path(__file__).parents[1], tmp_path / "report.json"
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -63,7 +63,14 @@ def test_docstring_examples(name):
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: str(p.relative_to(ROOT)))
+DEAR = ("lift", "reparam", "rounding", "thinking", "training")  # pages that compile for seconds
+DOCS = [
+    pytest.param(p, id=str(p.relative_to(ROOT)), marks=[pytest.mark.slow] if p.stem in DEAR else [])
+    for p in sorted((ROOT / "docs").rglob("*.md"))
+]
+
+
+@pytest.mark.parametrize("path", DOCS)
 def test_docs_examples(path):
     assert doctest.testfile(str(path), module_relative=False).failed == 0
 

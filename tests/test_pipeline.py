@@ -291,6 +291,7 @@ def test_not_over_itself_and_not_from_nowhere(model, tmp_path):
         quantize_file(tmp_path / "nothing", tmp_path / "q.gguf", "Q8_0")
 
 
+@pytest.mark.slow
 def test_a_mix_has_llama_cpps_types_and_no_larger_errors(model, tmp_path):
     llama_quantize(model, tmp_path / "theirs.gguf", 15)
     report = quantize_file(model, tmp_path / "ours.gguf", "Q4_K_M")

@@ -101,6 +101,7 @@ def test_pieces_give_what_quantize_gives(name):
     assert report.tensors[0].error == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1"])
 def test_importance_reaches_its_columns(name):
     """As good as `quantize` under the weighted error, and better than without importance."""

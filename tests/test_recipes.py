@@ -183,6 +183,7 @@ def problem(rng):
     return params, {f"{k}/kernel": Stats(H=H, count=jnp.float32(256)) for k in "abd"}
 
 
+@pytest.mark.slow
 def test_quantize_params_follows_the_rules(problem):
     """gptq where the rule says so, the caller's recipe where it does not, imatrix for the rest."""
     params, stats = problem

@@ -27,6 +27,7 @@ def stop(out, model, **options):
         quantized(model, out, progress=count, walked=count, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.cases(16)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_rerun_gives_the_same_bytes(model, tmp_path, name, cases):

@@ -41,6 +41,7 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.cases(8)
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_change_that_fails(tiny, model, tmp_path, name, cases):

@@ -51,6 +51,7 @@ def text():
     return "".join(chr(c) for c in np.random.default_rng(0).integers(32, 127, 200))
 
 
+@pytest.mark.slow
 def test_judging_against_a_baseline(model, packed, text):
     baseline = baseline_of(model, text, context=16)
     cached = judge(packed, baseline=baseline, name="Q8_0", encode_seconds=1.5)

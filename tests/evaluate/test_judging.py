@@ -97,6 +97,7 @@ def test_bad_windows_are_named(count, options, match):
         pp.cut_windows(range(count), **options)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("protocol", "first", "bos"), [("llama.cpp", 8, 2), ("gptq", 0, None)])
 def test_perplexity_is_the_definition(params, tokens, protocol, first, bos):
     windows = pp.cut_windows(tokens, protocol, 16, bos=bos)

@@ -125,6 +125,7 @@ def pixels(png):
     return pytest.importorskip("matplotlib.image").imread(io.BytesIO(png))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_pareto_plot_is_a_picture_of_the_rows(rows, metric):
     drawn = plots.pareto_plot(rows, metric)

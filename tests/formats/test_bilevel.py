@@ -20,6 +20,7 @@ def second(v, groups, bits):
     return codes.reshape(v.shape), (low + step * codes).reshape(v.shape)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_affine_in_two_levels(name, rng):
     fmt = parse(name)

@@ -57,7 +57,7 @@ def unpacked(fmt, leaves):
 # bitsandbytes as the judge
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("levels", LEVELS)
 def test_codes_absmax_and_values_are_those_of_bitsandbytes(bnb, w, levels, block):
@@ -85,6 +85,7 @@ def test_ties_go_where_bitsandbytes_sends_them(bnb):
         np.testing.assert_array_equal(np.asarray(qjax.dequantize(qjax.quantize(row, levels))), values)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", (96, 5, 1))
 @pytest.mark.parametrize("levels", LEVELS)
 def test_double_quantization_is_that_of_bitsandbytes(bnb, w, levels, rows):
@@ -149,6 +150,7 @@ def test_nf4_levels_are_the_normal_quantiles():
     np.testing.assert_allclose(LEVELS["NF4"], table, atol=5e-8)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fmt", SINGLE, ids=lambda f: f.name)
 def test_the_search_finds_what_an_even_grid_of_96_finds(fmt, rng):
     """With 41 candidates, compared and not looked up: a gather does not vectorize, and cost nine tenths of the time."""
@@ -222,6 +224,7 @@ def test_double_quantization_by_numpy(rng):
         np.testing.assert_array_equal(jitted[key], value)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_a_stack_of_matrices_is_each_matrix(fmt, rng):
     w = jnp.asarray(rng.standard_normal((3, 10, 256)), jnp.float32)

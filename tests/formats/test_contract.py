@@ -143,6 +143,7 @@ def test_every_format_has_a_floor():
     assert set(SQNR_FLOOR) == set(NAMES) > set(KINDS)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ALL)
 def test_format(name):
     fmt, q, found = walked(name)

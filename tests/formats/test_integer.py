@@ -145,7 +145,7 @@ def test_the_search_is_as_good_as_ten_thousand_scales(name, weighted, rng):
     assert (mine <= 1.3 * best).all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "fmt",
     [
@@ -216,6 +216,7 @@ def test_nested_scales_are_near_the_best_super_scale(rng):
     assert errors(w, fmt).sum() <= 1.03 * best.sum()
 
 
+@pytest.mark.slow
 def test_a_weight_guides_the_search(rng):
     w = rng.standard_normal((32, 256)).astype(np.float32)
     h = rng.lognormal(0, 2, w.shape).astype(np.float32)
@@ -309,7 +310,7 @@ def test_powers_of_two_go_through(fmt, rng):
     np.testing.assert_array_equal(w_hat[1], qjax.dequantize(qjax.quantize(stack[1:], fmt))[0])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ("int4_g128", "uint3_g64", "int2_g64_mid_mse", "uint3_g64_zf16", "int3_g16_u6x16"))
 def test_eager_is_compiled(name, rng):
     fmt = parse(name)
@@ -323,6 +324,7 @@ def test_eager_is_compiled(name, rng):
         np.testing.assert_array_equal(nested[key], apart[key])
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.search == "absmax"], ids=lambda f: f.name)
 def test_grid_points_stay(fmt, rng):
     w = rng.standard_normal((8, 256)).astype(np.float32)

@@ -80,6 +80,7 @@ def test_decodes_to_the_floats_of_ggml_and_gguf(name, ggml, rng):
             np.testing.assert_array_equal(np.asarray(decode(leaves)).view(np.uint32), want.view(np.uint32))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_pack_is_the_inverse_of_unpack_on_any_bytes(name, rng):
     fmt = qjax.format(name)
@@ -92,7 +93,7 @@ def test_pack_is_the_inverse_of_unpack_on_any_bytes(name, rng):
 AHEAD = {("Q3_K", True, "ramp"): 1.03, ("Q5_K", True, "ramp"): 1.0125}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
 @pytest.mark.parametrize("name", NAMES)
 def test_never_worse_than_ggml(name, weighted, ggml, rng):
@@ -117,7 +118,7 @@ RATIO = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_clearly_better_than_ggml_on_normal_weights(name, ggml, rng):
     w = rng.standard_normal((64, 1024)).astype(np.float32)
@@ -138,7 +139,7 @@ def test_never_worse_than_ggml_on_real_weights(name, ggml, shared_data):
             assert ours <= theirs
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_are_stored_as_fitted_and_codes_are_the_nearest(name, rng):
     fmt = qjax.format(name)
@@ -156,7 +157,7 @@ def test_scales_are_stored_as_fitted_and_codes_are_the_nearest(name, rng):
         assert (best <= other + 1e-5).all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_same_bytes_however_it_is_called(name, rng):
     """Blocks are independent of their neighbours, of the shape of the call, of jit and of vmap."""
@@ -169,6 +170,7 @@ def test_same_bytes_however_it_is_called(name, rng):
     np.testing.assert_array_equal(rows, whole)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_importance_of_any_size_gives_the_same_bytes(name, rng):
     w = jnp.asarray(rng.standard_normal((2, 512)), jnp.float32)

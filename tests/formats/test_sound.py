@@ -62,6 +62,7 @@ def test_float32_scales_take_what_float16_ones_refuse(w):
     assert float(jnp.linalg.norm(w_hat / 1e12 - w) / jnp.linalg.norm(w)) < 0.15
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS"])
 def test_tiny_blocks_are_no_worse_than_zeros(name, weighted, w):

@@ -34,6 +34,7 @@ def load(path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_metadata(model, tmp_path):
     qjax.save(model, tmp_path / "m.gguf")
     file = read_gguf(tmp_path / "m.gguf")
@@ -60,6 +61,7 @@ def test_header_bytes(model, tmp_path, rng):
     assert 0 < loaded < 150
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_json(model, tmp_path, rng, name):
     folder = tmp_path / "m"

@@ -81,6 +81,7 @@ def test_scaling_an_edge(name):
         np.testing.assert_array_equal(leaf, before[path])  # the input is not modified
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SCALABLE)
 def test_scaling_every_edge(name):
     config, params = model(name)
@@ -129,7 +130,7 @@ def test_folding_norms(name):
     assert moved(params, folded)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ROTATABLE)
 def test_rotating_the_residual(name):
     config, params = model(name)
@@ -287,6 +288,7 @@ def ids(reference):
     return jnp.array([reference.tokenizer.encode(stdlib_text.heldout_text()[:2000], bos=True)[:128]], jnp.int32)
 
 
+@pytest.mark.slow
 def test_the_reference_model(reference, turned, ids):
     by_hand, config = rotate_residual(reference.params, reference.config, orthogonal(reference.config.dim), untie=True)
     by_hand = rotate_values(by_hand, config, orthogonal(config.head_dim, 1))

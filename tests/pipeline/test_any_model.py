@@ -153,6 +153,7 @@ def test_every_leaf_is_accounted_for_once(made):
     assert report.nbytes == sum(x.nbytes for x in jax.tree.leaves(qparams))
 
 
+@pytest.mark.slow
 def test_every_weight_is_better_than_nearest_where_it_counts(made):
     _, params, _, stats, qparams, report, axes, _ = made
     for t in report.tensors:
@@ -173,6 +174,7 @@ def test_every_weight_is_better_than_nearest_where_it_counts(made):
         assert line.tokens == int(np.min(np.asarray(stats[t.name].count)))
 
 
+@pytest.mark.sampled(1)
 def test_packed_equals_dequantized(made):
     apply, params, batches, _, qparams, _, _, _ = made
     dense = jax.tree.map(lambda x: qjax.dequantize(x) if qjax.is_qtensor(x) else x, qparams, is_leaf=qjax.is_qtensor)

@@ -86,6 +86,7 @@ def test_windows_longer_than_the_context():
         quantize_model(tiny_model(), PLAN, "gptq", Calibration(np.zeros((2, 65), np.int32), 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_hardly_a_token_is_said_and_gives_finite_weights(context):
     """One token is an H of rank one: rounded all the same, and reported."""

@@ -108,6 +108,7 @@ def close(a, b):
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(np.asarray(b)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {}, pytest.param({"tied": True, "embed_scale": True, "logit_softcap": 5.0, "window": 7}, marks=pytest.mark.slow)
 ])  # fmt: skip
@@ -171,6 +172,7 @@ def walked():
     return model, calibration, out, report, steps
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_written_weights_in_their_curvature(walked):
     """Of the embedding in C, of the others in their token-weighted H behind everything else that was rounded."""
     model, calibration, out, report, _ = walked
@@ -248,6 +250,7 @@ def test_a_weight_that_saw_few_tokens_says_so():
 SLOW = ("gptq", "gptaq", "best_gguf")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in RECIPES])
 def test_every_recipe_walks(name):
     model, calibration = tiny_model(), tiny_calibration()

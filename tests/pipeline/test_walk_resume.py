@@ -95,7 +95,7 @@ def test_an_interrupted_walk_is_continued(model, whole, tmp_path, behind):
     assert without_time(again) == without_time(report)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["recipe", "tokens", "heldout", "seed", "plan"])
 def test_the_state_of_another_run_is_not_continued(model, tmp_path, change):
     out = tmp_path / "q.gguf"

@@ -56,6 +56,7 @@ def test_the_layer_is_unchanged(name):
     np.testing.assert_allclose(back, weight(), atol=1e-5 if name in EXACT else 5e-3)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", EXACT)
 def test_statistics_move_with_the_input(name):
     """H behind the change is the H of the changed inputs."""
@@ -88,6 +89,7 @@ CHAINS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda c: " >> ".join(r.name for r in c))
 def test_chains_are_exact_too(chain):
     s, applied, _ = changed(chain)
@@ -104,7 +106,7 @@ def rounded(reparams, format="uint4_g32", roundings=None, axis=-1, w=None):
     return round_leaf("w", jnp.swapaxes(w, -1, -2) if axis == -2 else w, axis, qjax.format(format), made, stats)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_packed_weight_runs_behind_it(name, axis):
@@ -175,6 +177,7 @@ EXTRA_BYTES = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", EXTRA_BYTES)
 def test_bits_are_counted(name, tmp_path):
     """Seeds, scales, indices: from the leaves, and from the bytes of a saved file."""
@@ -187,6 +190,7 @@ def test_bits_are_counted(name, tmp_path):
     assert 8 * sum(f.stat().st_size for f in tmp_path.iterdir()) / q.size == q.bits_per_weight
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("top", [None, 4.0], ids=["token", "tensor"])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_broken_input_stays_broken(kind, top):
@@ -284,6 +288,7 @@ def test_rotation_and_feedback_at_two_bits():
     assert turned.loss < fed.loss
 
 
+@pytest.mark.slow
 def test_best_of_seeds_is_the_best():
     losses = [rounded([hadamard(seed=s)], "uint3_g32")[1].loss for s in range(4)]
     q, report = rounded([hadamard(seed=0, best_of=4)], "uint3_g32")

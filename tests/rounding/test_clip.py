@@ -134,6 +134,7 @@ def test_requirements_and_errors():
             clip(**bad)
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_members_and_nothing_compiles_twice():
     pairs = [problem(ROWS, N, seed) for seed in range(3)]
     ws, Hs = jnp.stack([w for w, _ in pairs]), jnp.stack([H for _, H in pairs])

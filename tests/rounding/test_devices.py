@@ -15,6 +15,7 @@ from qjax.stats import Stats
 BEST = (nearest("h"), ldlq(), descend(), refit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(["int4_g128", "Q3_K", "NF4_dq", "NVFP4", "FP8_E4M3_tensor"], ["int4_g128"]))
 def test_rows_over_eight_devices(name):
     if len(jax.devices()) < 8:

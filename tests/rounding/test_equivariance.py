@@ -22,6 +22,7 @@ def rounded(w, H, name):
     return np.asarray(fmt.decode(r.scales, r.codes)), r
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(NAMES, ("Q4_K", "int4_g128")))
 @settings(max_examples=8, deadline=None)
 @given(power=st.integers(-4, 4))

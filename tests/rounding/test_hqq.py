@@ -84,7 +84,7 @@ def test_zeros_and_codes_are_the_best_of_the_published_path():
     np.testing.assert_allclose(norms(w, w_hat, 8, 0.7), error.min(axis=0), rtol=5e-3)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("scale", [1.0, 0.02])
 @pytest.mark.parametrize("name", OFFSETS)
 def test_no_group_is_worse_in_the_norm_and_all_is_storable(name, scale):

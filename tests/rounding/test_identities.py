@@ -59,6 +59,7 @@ GPTQ_CASES = list(zip(CODES, itertools.cycle(["natural", "act"]), strict=False))
 GPTQ_FAST = [("int4_g128", "natural"), ("Q4_K", "act"), ("NF4", "natural")]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name, order", marked(GPTQ_CASES, GPTQ_FAST))
 def test_gptq_is_ldlq(name, order, w_H):
     w, H = w_H
@@ -121,7 +122,7 @@ FLAT = {
 FLAT_CASES = [("int4_g128", "act"), ("NF4", "natural"), ("Q3_K", "group"), ("NF4", "descend")]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("h", DIAGONAL)
 @pytest.mark.parametrize("name, stage", FLAT_CASES)
 def test_a_diagonal_H_leaves_the_nearest_codes(name, stage, h, w_H):
@@ -131,6 +132,7 @@ def test_a_diagonal_H_leaves_the_nearest_codes(name, stage, h, w_H):
     np.testing.assert_array_equal(r.codes, fmt.nearest(r.scales, w))
 
 
+@pytest.mark.slow
 def test_a_diagonal_H_leaves_the_dynamic_fit(w_H):
     w, fmt = w_H[0], qjax.format("uint4_g64_mse")
     H = jnp.diag(jnp.asarray(DIAGONAL["diagonal"], jnp.float32))
@@ -146,6 +148,7 @@ def test_a_diagonal_H_leaves_the_dynamic_fit(w_H):
 FALL = [("Q3_K", descend(3)), ("uint4_g32", refit(3, 2)), ("NF4_dq", refit(1)), ("NF4_dq", descend(1))]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name, stage", FALL, ids=str)
 def test_descend_and_refit_never_raise_the_loss(name, stage, w_H):
     """Row by row, from a start as bad as plain nearest; all formats: test_rounding_contract."""
@@ -160,6 +163,7 @@ def test_descend_and_refit_never_raise_the_loss(name, stage, w_H):
     assert now.sum() < 0.8 * before.sum()
 
 
+@pytest.mark.slow
 def test_refit_moves_scales_under_one_of_the_row():
     """Units of columns do not cut the row's super-scale: it stays, and the groups' own scales move under it."""
     w, H = problem(4, 512)

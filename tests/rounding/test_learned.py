@@ -42,7 +42,7 @@ def assert_stored_exactly(fmt, state):
         np.testing.assert_array_equal(again_scales[key], value)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", GAINS)
 def test_it_beats_nearest(name):
     w, H = problem(ROWS, N)
@@ -63,6 +63,7 @@ def test_a_format_without_scales_is_refused(name, stage):
         check_chain((nearest(), stage), qjax.format(name), Stats(H=jnp.eye(N)), "lm_head")
 
 
+@pytest.mark.slow
 def test_clipping_helps_and_feedback_follows():
     w, H = problem(ROWS, N)
     fmt, stats = qjax.format("uint2_g64"), Stats(H=H)
@@ -199,6 +200,7 @@ def test_between_nearest_and_the_best_of_all_codes(levels):
     assert last.sum() - least.sum() < 0.6 * (first.sum() - least.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [learned(50), learned_clipping(50)], ids=["learned", "clipping"])
 def test_a_stack_is_its_members_and_nothing_compiles_twice(stage):
     pairs = [problem(ROWS, 256, seed) for seed in range(3)]
@@ -217,6 +219,7 @@ def test_a_stack_is_its_members_and_nothing_compiles_twice(stage):
         np.testing.assert_allclose(way(ws, Hs), alone, rtol=0.03)  # a sign that differs leads the path elsewhere
 
 
+@pytest.mark.slow
 def test_an_indefinite_H_is_told_and_zeros_stay_finite():
     fmt = qjax.format("uint4_g32")
     w, H = problem(ROWS, 256)

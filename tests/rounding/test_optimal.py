@@ -62,6 +62,7 @@ def test_the_toys_are_formats(fmt):
     assert isinstance(fmt, Format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", marked([TERNARY, QUATERNARY], [TERNARY]), ids=["ternary", "quaternary"])
 def test_brute_force_bounds_every_rounding_and_the_chain_comes_close(fmt, small):
     found = {name: rounded(small, fmt, chain) for name, chain in FIXED.items()}
@@ -105,6 +106,7 @@ TILES_ALL = [(tile, n, order) for tile, n in TILES for order in ("natural", "act
 TILES_FAST = [(2, 64, "natural"), (4, 320, "act"), (3, 48, "natural"), (24, 96, "act")]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tile, n, order", marked(TILES_ALL, TILES_FAST))
 def test_ldlq_on_tiles_is_the_block_algorithm(tile, n, order):
     w, H = problem(8, n)
@@ -137,6 +139,7 @@ class Cubic(Checkerboard):
 FALL = list(itertools.product([2, 4], [descend(1), descend(3), refit()]))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tile, stage", marked(FALL, [(4, descend(3)), (2, refit())]), ids=str)
 def test_descend_and_refit_on_tiles_never_raise_the_loss(tile, stage):
     w, H = problem(8, 64)

@@ -93,7 +93,7 @@ def assert_stored_exactly(pair, again, w_hat):
     assert np.isfinite(np.asarray(w_hat)).all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", marked(ALL, tuple(KINDS)))
 def test_every_stage(name, w_H):
     """Storable, and none that improves makes the damped loss of a row larger: all stages in one program."""
@@ -178,6 +178,7 @@ WAYS_ALL = [*WAYS_FAST, ("uint4_g64_zf16", "eagerly"), ("Q3_K", "mapped"), ("int
             ("NF4_dq", "vmapped"), ("FP8_E5M2_b128", "scanned")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, way", marked(WAYS_ALL, WAYS_FAST))
 def test_a_stack_is_its_members(name, way):
     fmt = qjax.format(name)

@@ -37,7 +37,7 @@ def w_hat_of(r, format="uint3_g16"):
     return np.asarray(w_hat if r.outliers is None else jnp.where(*r.outliers, w_hat))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["act", "natural"])
 @pytest.mark.parametrize("format", ["uint3_g16", "uint3_g16_mse_u3x8", "uint3_g16_bilevel3x8"])
 def test_without_outliers_it_is_gptq(order, format, spiky):
@@ -63,6 +63,7 @@ def published(w, H, threshold, levels_of):
     return w_hat, kept
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("threshold", [0.2, 1.0])
 def test_it_is_the_published_loop(threshold, spiky):
     w, H = spiky
@@ -121,6 +122,7 @@ def test_dead_columns_have_no_outliers(spiky):
     assert not mask[:, dead].any() and 0.002 < mask[:, ~dead].mean() < 0.2
 
 
+@pytest.mark.slow
 def test_a_stack_has_outliers_of_its_own(spiky):
     w, H = spiky
     stack = jnp.stack([w, 0.5 * w.at[:, :40].multiply(0.2)])

@@ -107,6 +107,7 @@ def test_mistakes_are_named():
 # --- the forward ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("format", [None, "NF4_dq"])
 def test_new_adapters_change_nothing(decoder, format):
     apply, params = decoder
@@ -248,6 +249,7 @@ def lora_delta(adapters):
     return m.scale * m.a @ m.b
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("format", ["NF4_dq", "Q4_K", "int2_g64_mid", "uint4_g32"])
 def test_fake_quantized_merge_is_the_training_forward_bit_for_bit(format):
     size = 256 if format == "Q4_K" else 64
@@ -296,6 +298,7 @@ def test_fake_quantized_merge_wants_a_format_for_each_weight():
 # --- a model -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_qlora_trains_a_decoder_on_an_nf4_base(decoder):
     apply, params = decoder
     adapters = init_adapters(params, rank=8, alpha=16.0, key=KEY)

@@ -39,6 +39,7 @@ def distance(params, model, tokens):
     return float(jnp.mean((Model(CONFIG, params).logits(tokens) - model.logits(tokens)) ** 2))
 
 
+@pytest.mark.slow
 def test_every_block_gets_better_and_all_run_one_program(model, tokens):
     quantizers = weights.quantizers_of(model.params, PLAN, scales="learned")
     blockwise._descend.clear_cache()
@@ -52,6 +53,7 @@ def test_every_block_gets_better_and_all_run_one_program(model, tokens):
     assert distance(params, model, tokens) < 0.6 * distance(rtn, model, tokens)
 
 
+@pytest.mark.slow
 def test_autoround_on_the_blocks_output(model, tokens):
     quantizers = weights.quantizers_of(model.params, PLAN, scales="frozen")
     _, report = tune_blocks(model, quantizers, tokens, BlockTuning(steps=100, batch=4, how="sign"))
@@ -76,6 +78,7 @@ def test_signed_steps_stay_within_half_a_level(model, tokens):
     np.testing.assert_array_equal(new["mlp"]["up"]["kernel"], layer["mlp"]["up"]["kernel"])
 
 
+@pytest.mark.slow
 def test_training_that_does_not_help_is_undone(model, tokens):
     quantizers = weights.quantizers_of(model.params, PLAN, scales="learned")
     params, report = tune_blocks(model, quantizers, tokens, BlockTuning(steps=3, batch=4, rate=10.0, scale_rate=10.0))

@@ -242,6 +242,7 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest(temperature, rng):
     np.testing.assert_allclose(np.exp(cached["tail"]), want[..., -1], rtol=1e-5)
 
 
+@pytest.mark.sampled(2)
 def test_top_k_loss_is_the_divergence_of_the_merged_outcomes(name, rng):
     """Right at each k, equal to the full loss where nothing is merged, and a lower bound elsewhere."""
     mask = jnp.arange(12) % 4 != 2

@@ -42,6 +42,7 @@ def test_export_parity_is_exact(name, dtype):
     assert g.dtype == dtype and float(jnp.abs(g.astype(jnp.float32)).max()) > 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["Q4_0", "int4_g32", "NF4", "MXFP4", "FP8_E4M3"])
 def test_parity_through_a_file_of_ggml_or_leaves(name):
     w = masters().T
@@ -74,6 +75,7 @@ def test_straight_through_is_the_identity_and_keeps_types():
     np.testing.assert_array_equal(np.asarray(g, np.float32), 3.0)
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_error_reaches_the_search():
     w, h = masters().T, jnp.asarray(np.random.default_rng(1).uniform(0.01, 4, N), jnp.float32)
     weighted = fake_quant(w, "int3_g128_mse", weight=h)
@@ -181,7 +183,7 @@ def relative_error(x, name, rule, per="group"):
     return (d**2).sum() / (x.astype(np.float64) ** 2).sum()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("scheme", ORACLE)
 def test_error_at_step_0(scheme, bits, draws):

@@ -96,6 +96,7 @@ def test_two_bits_on_gaussian_weights():
     assert five < 0.97 * one and one < 0.8 * none
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["q", "proj"])
 def test_two_bits_on_real_weights(attention, name):
     none, one, five = three_errors(attention[name], "int2_g64_mid_mse", 64)
@@ -110,6 +111,7 @@ def three_errors(w, format, rank):
     return [e / np.linalg.norm(f64(w)) for e in (none, *found)]
 
 
+@pytest.mark.slow
 def test_rows_jit_vmap_and_stacks_agree():
     w = normal(0, 3, 128, 64)
     alone = [loftq(one, "NF4_dq", rank=8, rounds=2) for one in w]
@@ -143,6 +145,7 @@ def test_any_rounding_may_be_the_quantizer():
     assert loss(*loftq(w, INT2, rank=4, rounds=2, quantizer=gptq)) < 0.9 * loss(*loftq(w, INT2, rank=4, rounds=2))
 
 
+@pytest.mark.slow
 def test_a_model_starts_nearer_to_its_float_self():
     config = DecoderConfig(vocab=64, dim=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=16)
     model = Decoder(config)

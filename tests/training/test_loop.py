@@ -147,6 +147,7 @@ def test_export_is_recomputed(tmp_path):
     assert heldout_loss(forward(tiny.CONFIG), restored, tiny.heldout()) == loss
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path):
     made = program(Arm("wild", rate=1e-3), tiny.CONFIG, 8, mixed=False)
 
@@ -208,6 +209,7 @@ def test_arms_are_checked(keys, message):
         arm.__post_init__()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_missing_is_named(tmp_path):
     def go(arm, **options):
         finetune(arm, tiny.model(), lambda s: {"tokens": tiny.windows().batch_at(s)}, Loop(4, 2, 4, 4), tmp_path,
@@ -229,6 +231,7 @@ def test_a_teacher_that_is_missing_is_named(tmp_path):
         heldout_loss(forward(tiny.CONFIG), tiny.model().params, tiny.heldout()[:0])
 
 
+@pytest.mark.slow
 def test_hidden_states_of_a_teacher_of_its_own(tmp_path):
     """The teacher's blocks are its own; one of another depth or width cannot teach them."""
     loss = tiny.run(tmp_path / "a", 2, arm=Arm("h", loss="ce + 0.1*hidden", rate=1e-3))[1][-1]
@@ -251,6 +254,7 @@ def test_hidden_states_see_rounded_inputs_and_cache():
     assert float(metrics["hidden"]) > 1e-3  # of a teacher that differs by its inputs and its cache alone
 
 
+@pytest.mark.slow
 def test_another_run_is_not_continued(tmp_path):
     tiny.run(tmp_path, 4, arm=tiny.FROZEN)
     with pytest.raises(UserError, match=r"arm\.rate was 0.003, now it is 0.1"):

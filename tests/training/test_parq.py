@@ -88,7 +88,7 @@ def test_map_at_its_ends_is_exact(rng):
     np.testing.assert_allclose(steep, w_hat, atol=1e-6)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "codes", "axis", "shape"),
     [

@@ -120,6 +120,7 @@ def test_a_drawn_run_resumes_with_the_same_bits(tmp_path):
     assert [row["step"] for row in names] == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.slow
 def test_importance_decides_frozen_scales_at_the_start_and_at_a_refresh():
     made = program(tiny.FROZEN, tiny.CONFIG, 4, mixed=False)
     path, params = "layers_0/attn/q/kernel", tiny.model().params

@@ -107,6 +107,7 @@ def test_merge_is_exact_where_the_zeros_are_storable():
     np.testing.assert_allclose(lift(linear)(merged.params, x), out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_merged_model_is_the_trained_one_bit_for_bit(format):
     params, adapters = site(format)

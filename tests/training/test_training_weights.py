@@ -68,6 +68,7 @@ def test_export_is_what_trained(params, tokens, scales):
     assert bool(by_scales) == (scales == "learned")
 
 
+@pytest.mark.slow
 def test_what_differs_is_found(params):
     quantizers = weights.quantizers_of(params, Plan.from_dict({"rules": {"layers_*": "Q4_0", "*": "keep"}}))
     packed = weights.packed_params(params, quantizers, {}, {})
@@ -77,6 +78,7 @@ def test_what_differs_is_found(params):
         weights.check_same_values(packed, fake)
 
 
+@pytest.mark.slow
 def test_importance_and_refresh(params):
     quantizers = weights.quantizers_of(
         params, Plan.from_dict({"rules": {"layers_*/attn/q/kernel": "int2_g64_mid_mse", "*": "keep"}}), scales="frozen"
@@ -97,6 +99,7 @@ def test_importance_and_refresh(params):
     weights.check_same_values(packed, values)
 
 
+@pytest.mark.slow
 def test_measures(params):
     quantizers = weights.quantizers_of(params, Plan.from_dict({"rules": {"layers_*": "Q4_0", "*": "keep"}}))
     out, codes = weights.measured(params, quantizers, {}, {})
