@@ -16,6 +16,7 @@ from qjax.recipes import Recipe, recipe
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
 from qjax.training.fake_quant import fake_quant
+from qjax.training.qat import qat
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "observe",
     "perplexity",
     "plan_named",
+    "qat",
     "quantize",
     "quantize_file",
     "quantize_model",

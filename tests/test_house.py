@@ -7,6 +7,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import qjax
@@ -59,8 +60,8 @@ def test_imports_run_downhill(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
-    results = doctest.testmod(importlib.import_module(name))
-    assert results.failed == 0
+    with jax.numpy_dtype_promotion("standard"):  # as readers run them, with optax, which promotes
+        assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 DEAR = ("lift", "reparam", "rounding", "thinking", "training")  # pages that compile for seconds
@@ -72,7 +73,8 @@ DOCS = [
 
 @pytest.mark.parametrize("path", DOCS)
 def test_docs_examples(path):
-    assert doctest.testfile(str(path), module_relative=False).failed == 0
+    with jax.numpy_dtype_promotion("standard"):
+        assert doctest.testfile(str(path), module_relative=False).failed == 0
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=str)

@@ -222,13 +222,7 @@ def start_state(
             raise UserError(
                 f"arm {arm.name!r}: refit scales would not keep a recipe's grid; take frozen or learned ones"
             )
-        stored = weights.leaves_by_path(begun)
-        moved = {
-            path: weights.start_weights(leaf, stored[path], quantizers[path])
-            for path, leaf in weights.leaves_by_path(params).items()
-            if path in quantizers and is_qtensor(stored[path])
-        }
-        params = weights.replaced(begun, moved)
+        params = weights.started(params, begun, quantizers)
     kept: dict[str, Any] = {"scales": kept_scales} | ({} if teacher is None else {"teacher": teacher})
     tree: dict[str, Any] = {"scales": trained} if trained else {}
     (tree if "weights" in arm.trains else kept)["weights"] = params

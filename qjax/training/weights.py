@@ -100,6 +100,33 @@ def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
     return jnp.moveaxis(x_hat + jnp.clip(x - x_hat, -reach, reach), -1, quantizer.axis)
 
 
+def started(params: Any, rounded: Any, quantizers: Quantizers) -> Any:
+    """The float weights from which a recipe's result for `params` starts to train, see `start_weights`.
+
+    Args:
+      params: the float weights.
+      rounded: the same tree with QTensors; its dense leaves are taken as they are.
+
+    Raises:
+      UserError: a weight packed there that stays float in training, or whose scales are refit at every step.
+    """
+    stored, moved = leaves_by_path(rounded), {}
+    for path, w in leaves_by_path(params).items():
+        q = stored[path]
+        if not is_qtensor(q):
+            continue
+        if path not in quantizers:
+            raise UserError(
+                f"{path}: the start has it in {q.format.name}, here it trains in float; use one plan for both"
+            )
+        if quantizers[path].scales == "refit":
+            raise UserError(
+                f"{path}: scales that are refit would not keep a recipe's grid; take frozen or learned ones"
+            )
+        moved[path] = start_weights(w, q, quantizers[path])
+    return replaced(rounded, moved)
+
+
 def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
     """The tree with every quantized weight at its stored value, f32; gradients reach weights and what trains."""
     return replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, kept))

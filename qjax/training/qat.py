@@ -1,0 +1,139 @@
+"""Quantization-aware training of any model, under the user's own loss, loop and optimizer.
+
+    start, fake, export = qat(apply, params, plan)
+    tree = start                                       {"weights": params, "scales": what trains beside them}
+    loss(tree) = ... apply(fake(tree), x) ...          the forward runs on the values that are stored
+    export(tree)                                       QTensors of exactly these values
+
+The model is a function of (params, *inputs): `lambda p, x: module.apply({"params": p}, x)` of a linen module, or plain
+arithmetic. The optimizer is any of optax; `optax.multi_transform` on the tree's two keys gives scales their own rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+
+from qjax.errors import UserError
+from qjax.pipeline.memory import contracted_axes
+from qjax.plan import Plan
+from qjax.plan.named import as_plan
+from qjax.tensor import is_qtensor
+from qjax.training import weights
+from qjax.training.estimators import Estimator
+from qjax.training.quantizer import Quantizer, ScaleKind
+from qjax.training.scale_rules import OWN, ScaleRule
+from qjax.typing import Array
+
+
+class QAT(NamedTuple):
+    """What `qat` returns.
+
+    Attributes:
+      start: the tree to train, {"weights": float params, "scales": {path: {name: array}}}; no scales train under
+        `scales="refit"` and "frozen", and the second is empty.
+      fake: tree -> params with every quantized weight at its stored value, f32, differentiable. It is a pytree of the
+        scales that stay: pass it to a jitted step as an argument where they are large.
+      export: tree -> params with every quantized weight as a QTensor.
+    """
+
+    start: dict[str, Any]
+    fake: Callable[[Any], Any]
+    export: Callable[[Any], Any]
+
+
+def qat(
+    apply: Callable[..., Any],
+    params: Any,
+    plan: str | Plan,
+    *inputs: Any,
+    scales: ScaleKind = "refit",
+    estimator: Estimator | None = None,
+    rule: ScaleRule = OWN,
+    rounded: Any = None,
+    importance: Mapping[str, Array] | None = None,
+) -> QAT:
+    """Three things that make a model train through its quantization.
+
+    Args:
+      apply: function of (params, *inputs).
+      params: where training starts, a tree of floats.
+      plan: a format's name, for all matrices, or patterns over the leaves' paths -> formats.
+      inputs: examples of the model's inputs, arrays or `jax.ShapeDtypeStruct`: `apply` is traced on them to find the
+        axis along which every weight is contracted. Without them a leaf called `embedding` has its blocks along its
+        last axis, and every other matrix along the last but one, as flax stores kernels.
+      scales: "refit" at every step, "frozen" at the start, "learned" (they train, at ten times the weights' rate to
+        begin with) or "decoupled".
+      estimator: what passes back through the rounding, see `qjax.training.estimators`; None: straight through, and for
+        learned scales straight through inside the grid.
+      rule: where scales come from, see `qjax.training.scale_rules`.
+      rounded: a recipe's result for `params`, what `qjax.quantize_params` returned: training starts on its grid and
+        its codes. Only for scales that are not refit.
+      importance: {path: f32[in]}, the mean squared input of each channel, for the first fit of scales that are not.
+
+    Returns: (start, fake, export); `fake` equals `qjax.dequantize` of `export`'s weights bit for bit, in jit and eager.
+
+    Raises:
+      UserError: what `Plan.assign` raises, each with the name of the rule or the weight; weights that are packed
+        already; a recipe's result in another format than the plan's or under scales that are refit.
+
+    >>> import jax, jax.numpy as jnp, optax, qjax
+    >>> apply = lambda p, x: jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> p = {k: {"kernel": jax.random.normal(keys[i], (64, 64)) / 8} for i, k in enumerate("ab")}
+    >>> start, fake, export = qjax.qat(apply, p, "int2_g64_mid_mse", scales="learned")
+    >>> x = jax.random.normal(keys[2], (32, 64))
+    >>> loss = jax.jit(lambda tree: jnp.mean((apply(fake(tree), x) - apply(p, x)) ** 2))
+    >>> optimizer = optax.adam(3e-3)
+    >>> tree, state, before = start, optimizer.init(start), loss(start)
+    >>> for _ in range(20):
+    ...     updates, state = optimizer.update(jax.grad(loss)(tree), state)
+    ...     tree = optax.apply_updates(tree, updates)
+    >>> packed = export(tree)
+    >>> bool(loss(tree) < 0.7 * before), packed["a"]["kernel"].format.name
+    (True, 'int2_g64_mid_mse')
+    >>> bool((qjax.dequantize(packed["b"]["kernel"]) == fake(tree)["b"]["kernel"]).all())
+    True
+    """
+    leaves = weights.leaves_by_path(params)
+    for path, leaf in leaves.items():
+        if is_qtensor(leaf):
+            raise UserError(f"{path}: is packed already; train its floats, and give the packed tree as `rounded`")
+    axes = contracted_axes(apply, params, *inputs) if inputs else None
+    quantizers = weights.quantizers_of(params, as_plan(plan), scales=scales, estimator=estimator, rule=rule, axes=axes)
+    masters = params if rounded is None else weights.started(params, rounded, quantizers)
+    trained, kept = weights.init(params if rounded is None else rounded, quantizers, importance)
+    how = tuple(quantizers.items())
+    return QAT(
+        {"weights": masters, "scales": trained},
+        jax.tree_util.Partial(_faker(how), kept),
+        partial(_exported, how, kept),
+    )
+
+
+Quantizers = tuple[tuple[str, Quantizer], ...]
+
+
+@lru_cache(maxsize=64)
+def _faker(quantizers: Quantizers) -> Callable[[Any, Any], Any]:
+    """The same function for the same quantizers, so that a step that takes it as an argument compiles once."""
+
+    def fake(kept: Any, tree: Any) -> Any:
+        return weights.fake_params(tree["weights"], dict(quantizers), tree["scales"], kept)
+
+    return fake
+
+
+@partial(jax.jit, static_argnums=0)
+def _packed(quantizers: Quantizers, kept: Any, tree: Any) -> Any:
+    return weights.packed_params(tree["weights"], dict(quantizers), tree["scales"], kept)
+
+
+def _exported(quantizers: Quantizers, kept: Any, tree: Any) -> Any:
+    """The packed tree, after a look whether it is what training ran on."""
+    packed = _packed(quantizers, kept, tree)
+    weights.check_same_values(packed, jax.jit(_faker(quantizers))(kept, tree))
+    return packed
