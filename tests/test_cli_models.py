@@ -183,6 +183,7 @@ def test_eval_reads_no_more_of_a_text_than_it_judges(folder, monkeypatch):
     assert len(windows) == 2 < len(whole) and (whole.tokens[:2] == windows.tokens).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
 @pytest.mark.parametrize("suffix", [".gguf", ""])
 def test_a_quantized_model_unpacks_into_floats(gguf, tmp_path, kind, suffix):

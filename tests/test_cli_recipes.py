@@ -57,6 +57,7 @@ def test_quantize_reports_every_weight(folder, text, tmp_path, capsys, line, suf
     assert [p.name for p in tmp_path.iterdir() if p.name != "text.txt"] == [out.name]
 
 
+@pytest.mark.slow
 def test_the_tables_show_losses_by_type_and_if_asked_by_tensor(folder, text, tmp_path, capsys):  # noqa: F811
     argv = ["quantize", str(folder), "--type", "Q4_0", "--recipe", "nearest() >> ldlq()", "--calib", str(text)]
     argv += ["--calib-windows", "8", "--calib-ctx", "32", "--verbose", "-o", str(tmp_path / "q.gguf")]

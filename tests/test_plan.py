@@ -205,7 +205,7 @@ def ours(c, *args, **options):
     return tensor_types(args[0], shapes, layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, **options)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_decision_is_llama_quantizes(llama_types, tmp_path, name):
     c = CONFIGS[name]

@@ -80,6 +80,7 @@ def test_a_change_that_fails(tiny, model, tmp_path, name, cases):
     assert outcomes["refused"]
 
 
+@pytest.mark.slow
 @pytest.mark.cases(4)
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_file_that_may_not_grow(tiny, model, tmp_path, name, cases):

@@ -67,6 +67,7 @@ def test_judging_against_a_baseline(model, packed, text):
     assert judge(model, baseline=baseline).divergence.kl_max == 0.0
 
 
+@pytest.mark.slow
 def test_packed_weights_are_judged_at_their_decoded_values(packed, text):
     plain = dataclasses.replace(packed, params=packed.dense)
     assert judge(plain, text, context=16).perplexity == judge(packed, text, context=16).perplexity

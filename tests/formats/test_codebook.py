@@ -57,7 +57,7 @@ def unpacked(fmt, leaves):
 # bitsandbytes as the judge
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("levels", LEVELS)
 def test_codes_absmax_and_values_are_those_of_bitsandbytes(bnb, w, levels, block):

@@ -47,6 +47,7 @@ def test_metadata(model, tmp_path):
     assert sum(loaded) < 0.4 * len(loaded)
 
 
+@pytest.mark.slow
 def test_header_bytes(model, tmp_path, rng):
     path = tmp_path / "m.gguf"
     qjax.save(model, path)

@@ -286,7 +286,7 @@ def test_llama2c(shared_data, tmp_path):
             qjax.load(tmp_path / "s.bin")
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_transformers_reads_our_folder(model, tmp_path, varied_text):
     """transformers is the judge of the folder: the same ids and, within 1e-4, the same logits."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

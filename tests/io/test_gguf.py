@@ -258,6 +258,7 @@ def mutations(raw: bytes, rng, count: int):
         yield bytes(out)
 
 
+@pytest.mark.slow
 def test_mutated_files_parse_or_raise_user_error(tmp_path):
     path = tmp_path / "a.gguf"
     small_file(path)

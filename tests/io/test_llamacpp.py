@@ -44,6 +44,7 @@ def test_float_logits_equal(small_model, llama_cpp, tmp_path):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
+@pytest.mark.sampled(1)
 def test_packed_file_loads_in_both(small_model, llama_cpp, tmp_path):
     """llama.cpp rounds the activations of packed matmuls to bytes, hence the tolerance; ours are exact."""
     q = quantized(small_model, "Q8_0")

@@ -23,7 +23,7 @@ def test_decoder_runs_packed(format, tied):
     assert_close(jax.jit(lift(apply))(q, TOKENS), jax.jit(apply)(dense_params(q), TOKENS))
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["Q4_0", "Q8_0"])
 def test_decoder_runs_packed_in_bf16(format):
     apply, params = decoder(jnp.bfloat16)

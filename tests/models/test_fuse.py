@@ -300,6 +300,7 @@ def test_the_reference_model(reference, turned, ids):
     assert np.abs(after - before).max() > 0.1 * np.abs(before).max()
 
 
+@pytest.mark.slow
 def test_seeds_and_values_of_hadamard_coordinates(reference, turned):
     assert turned.tokenizer is reference.tokenizer and not turned.config.tied and reference.config.tied
     attn = turned.params["layers_0"]["attn"]
@@ -315,6 +316,7 @@ def test_seeds_and_values_of_hadamard_coordinates(reference, turned):
         rotated(reference, seed=3)
 
 
+@pytest.mark.slow
 def test_an_outlier_channel_is_spread(reference, ids):
     """One channel of the stream is made 30 times as large; behind the rotation nothing of it stands out."""
     params = jax.tree.map(lambda x: x, reference.dense)

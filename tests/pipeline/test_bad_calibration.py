@@ -137,6 +137,7 @@ def test_a_broken_kept_leaf_of_any_tree_is_named():
         quantize_params(params, plan_of(("w/kernel", "Q4_0"), ("*", "keep")))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("path, named", [
     ("layers_0/attn_norm/scale", "layers_0/attn/q/kernel: its input has NaN or Inf"),
     ("layers_1/mlp_norm/scale", "layers_1/mlp/gate/kernel: its input has NaN or Inf"),

@@ -266,6 +266,7 @@ def test_every_recipe_walks(name):
     assert ((now - was) ** 2).mean() < 0.05 * (was**2).mean()
 
 
+@pytest.mark.slow
 def test_the_report_says_that_an_embedding_is_not_rotated():
     """A looked-up weight has no input to change: its recipe's reparametrization is left out, and a note says so."""
     model, plan = tiny_model(), plan_of(("*", "Q8_0"))

@@ -145,6 +145,7 @@ def test_a_state_with_a_part_lost_is_made_good(model, whole, tmp_path, lost):
     assert os.listdir(tmp_path) == ["q.gguf"]
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_of_the_stream_is_seen(model, whole, tmp_path):
     """Nothing else would show it."""
     out = tmp_path / "q.gguf"

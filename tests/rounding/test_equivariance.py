@@ -34,6 +34,7 @@ def test_a_power_of_two_in_the_weights_is_one_in_the_result(name, power):
     assert float(r.loss) == pytest.approx(float(s.loss), rel=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", marked(NAMES, ("Q4_K", "int4_g128")))
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 1000))

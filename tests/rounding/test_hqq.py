@@ -144,6 +144,7 @@ def test_bad_parameters_are_told(bad):
         hqq(**bad)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("w", [np.zeros((ROWS, N)), np.full((ROWS, N), 3.0), 1e-30 * np.eye(ROWS, N)], ids=range(3))
 @pytest.mark.parametrize("name", ["uint4_g64_zf16", "Q4_1", "Q4_K"])
 def test_degenerate_groups_stay_finite(name, w):

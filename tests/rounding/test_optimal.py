@@ -76,6 +76,7 @@ def test_brute_force_bounds_every_rounding_and_the_chain_comes_close(fmt, small)
     assert median["ldlq descend"] <= median["ldlq act"] <= median["nearest"]
 
 
+@pytest.mark.slow
 def test_refit_goes_below_the_optimum_of_the_scales_it_was_given(small):
     found = rounded(small, TERNARY, BEST)
     loss = loss_of(small, TERNARY, found)

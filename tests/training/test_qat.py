@@ -52,7 +52,7 @@ def trained(tree, loss, steps=30, rate=3e-3):
     return tree
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "scales, format", [("refit", "Q4_0"), ("frozen", "NF4"), ("learned", "int2_g64_mid_mse"), ("learned", "uint3_g32")]
 )
@@ -107,6 +107,7 @@ def test_it_goes_on_from_any_recipe(rng):
     assert export(start)["a"].format.name == "int2_g64_mid_mse"
 
 
+@pytest.mark.slow
 def test_importance_and_estimator_reach_the_weights(rng):
     apply, params, x = plain(rng)
     weight = {p: jnp.asarray(rng.uniform(0.01, 1, D) ** 4, jnp.float32) for p in params}
