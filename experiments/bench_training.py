@@ -23,9 +23,9 @@ from rich.table import Table
 
 from qjax import rundir
 from qjax.io.checkpoint import load
-from qjax.training.arm import Arm
-from qjax.training.objectives import parse_terms
-from qjax.training.program import program, start_state
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.program import program, start_state
+from qjax.training.losses.objectives import parse_terms
 
 
 @dataclasses.dataclass(frozen=True)

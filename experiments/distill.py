@@ -20,14 +20,14 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.io.checkpoint import load, save
 from qjax.terminal import bar
-from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_for, texts_of
-from qjax.training.data import Windows
-from qjax.training.export import read_back
-from qjax.training.finetune import finetune, heldout_loss
-from qjax.training.loop import Loop
-from qjax.training.program import forward
-from qjax.training.topk import read_top_k, rows, top_k, write_top_k
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.export import read_back
+from qjax.training.decoder.finetune import finetune, heldout_loss
+from qjax.training.decoder.program import forward
+from qjax.training.losses.topk import read_top_k, rows, top_k, write_top_k
+from qjax.training.run.corpus import corpus_for, texts_of
+from qjax.training.run.data import Windows
+from qjax.training.run.loop import Loop
 
 STUDENT = Arm("student", format="int2_g64_mid_mse", scales="learned", loss="fkl", rate=3e-4)
 

@@ -16,14 +16,14 @@ import jax
 
 from qjax.io.checkpoint import save
 from qjax.io.tokenizer_hf import read_tokenizer
-from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_in, texts_of, tokenizer_in
-from qjax.training.data import Windows
-from qjax.training.devices import ONE_DEVICE, Devices, spread
-from qjax.training.finetune import finetune
-from qjax.training.fresh import fresh_model
-from qjax.training.loop import Loop, tensorboard
-from qjax.training.processes import by_chief, chief_first
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.finetune import finetune
+from qjax.training.decoder.fresh import fresh_model
+from qjax.training.run.corpus import corpus_in, texts_of, tokenizer_in
+from qjax.training.run.data import Windows
+from qjax.training.run.devices import ONE_DEVICE, Devices, spread
+from qjax.training.run.loop import Loop, tensorboard
+from qjax.training.run.processes import by_chief, chief_first
 
 SEVERAL_PROCESSES = True  # `qjax run --join`
 

@@ -24,16 +24,16 @@ from qjax.models.model import Model
 from qjax.pipeline.calibrated import calibration_of, quantize_model
 from qjax.plan import decoder_weights
 from qjax.tensor import is_qtensor
-from qjax.training.arm import Arm
-from qjax.training.corpus import corpus_for, texts_of
-from qjax.training.data import Windows
-from qjax.training.devices import ONE_DEVICE, Devices, spread
-from qjax.training.distill import teacher_confidence
-from qjax.training.export import read_back
-from qjax.training.finetune import finetune, heldout_loss
-from qjax.training.loop import Loop, tensorboard
-from qjax.training.processes import by_chief, chief_first
-from qjax.training.program import forward
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.export import read_back
+from qjax.training.decoder.finetune import finetune, heldout_loss
+from qjax.training.decoder.program import forward
+from qjax.training.losses.distill import teacher_confidence
+from qjax.training.run.corpus import corpus_for, texts_of
+from qjax.training.run.data import Windows
+from qjax.training.run.devices import ONE_DEVICE, Devices, spread
+from qjax.training.run.loop import Loop, tensorboard
+from qjax.training.run.processes import by_chief, chief_first
 
 TWO_BITS = Arm("qat", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=3e-4)
 SEVERAL_PROCESSES = True  # `qjax run --join`

@@ -22,13 +22,13 @@ from qjax import rundir
 from qjax.errors import UserError
 from qjax.evaluate.intervals import half_interval
 from qjax.pipeline.memory import quantize_params
-from qjax.training.arm import Arm
-from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
-from qjax.training.data import Windows
-from qjax.training.export import export, exported_loss, read_back
-from qjax.training.finetune import finetune
-from qjax.training.fresh import fresh_model
-from qjax.training.loop import Loop
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.export import export, exported_loss, read_back
+from qjax.training.decoder.finetune import finetune
+from qjax.training.decoder.fresh import fresh_model
+from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
+from qjax.training.run.data import Windows
+from qjax.training.run.loop import Loop
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,21 +34,21 @@ from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.pipeline.memory import quantize_params
 from qjax.plan import Plan
-from qjax.training.adapters import apply_adapted, init_adapters, lora_weight, map_adapted
-from qjax.training.corpus import corpus_for, texts_of
-from qjax.training.data import Windows
-from qjax.training.export import exported_loss
-from qjax.training.fake_quant import fake_quant
-from qjax.training.finetune import heldout_loss, mean_loss
-from qjax.training.loftq import loftq_params
-from qjax.training.loop import Loop, train
-from qjax.training.merging import merge_fake_quantized, merge_requantized
-from qjax.training.objectives import cross_entropy
-from qjax.training.optim import Group, labels, partitioned, rates
-from qjax.training.program import forward
-from qjax.training.qalora import apply_pooled, init_pooled, merge_zeros
-from qjax.training.schedules import warmup_cosine
-from qjax.training.state import init_state, make_step
+from qjax.training.adapters.loftq import loftq_params
+from qjax.training.adapters.lora import apply_adapted, init_adapters, lora_weight, map_adapted
+from qjax.training.adapters.merging import merge_fake_quantized, merge_requantized
+from qjax.training.adapters.qalora import apply_pooled, init_pooled, merge_zeros
+from qjax.training.decoder.export import exported_loss
+from qjax.training.decoder.finetune import heldout_loss, mean_loss
+from qjax.training.decoder.program import forward
+from qjax.training.grid.fake_quant import fake_quant
+from qjax.training.losses.objectives import cross_entropy
+from qjax.training.optim.groups import Group, labels, partitioned, rates
+from qjax.training.optim.schedules import warmup_cosine
+from qjax.training.run.corpus import corpus_for, texts_of
+from qjax.training.run.data import Windows
+from qjax.training.run.loop import Loop, train
+from qjax.training.run.state import init_state, make_step
 
 Method = Literal["lora", "qlora", "loftq", "qalora", "loraqat"]
 

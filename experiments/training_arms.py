@@ -38,16 +38,16 @@ from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
 from qjax.plan import Plan
-from qjax.training.arm import Arm, quantizers_of_arm
-from qjax.training.blockwise import BlockTuning, tune_blocks
-from qjax.training.corpus import Corpus, corpus_in, texts_of, tokenizer_in
-from qjax.training.data import Windows
-from qjax.training.distill import teacher_confidence
-from qjax.training.export import export, exported_loss, read_back
-from qjax.training.finetune import finetune, heldout_loss
-from qjax.training.fresh import fresh_model
-from qjax.training.loop import Loop
-from qjax.training.program import forward
+from qjax.training.decoder.arm import Arm, quantizers_of_arm
+from qjax.training.decoder.blockwise import BlockTuning, tune_blocks
+from qjax.training.decoder.export import export, exported_loss, read_back
+from qjax.training.decoder.finetune import finetune, heldout_loss
+from qjax.training.decoder.fresh import fresh_model
+from qjax.training.decoder.program import forward
+from qjax.training.losses.distill import teacher_confidence
+from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
+from qjax.training.run.data import Windows
+from qjax.training.run.loop import Loop
 
 ROUNDED = ("ptq ", "block ")  # how the names of rounded controls begin
 

@@ -15,8 +15,8 @@ from qjax.plan.named import plan_named
 from qjax.recipes import Recipe, recipe
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes
-from qjax.training.fake_quant import fake_quant
-from qjax.training.qat import qat
+from qjax.training.grid.fake_quant import fake_quant
+from qjax.training.grid.qat import qat
 
 __version__ = "0.1.0"
 

@@ -149,7 +149,7 @@ MUTANTS = (
     Mutant("codebooks-not-searched", "formats/codebook.py", "better = error(searched) <",
            "better = -error(searched) >",
            "formats/test_codebook.py::test_a_weight_never_raises_the_weighted_error"),
-    Mutant("clipped-passes-all", "training/estimators.py", "jnp.where(place.inside(self.reach), g, 0.0)", "g",
+    Mutant("clipped-passes-all", "training/grid/estimators.py", "jnp.where(place.inside(self.reach), g, 0.0)", "g",
            "training/test_fake_quant.py::test_clipped_stops_what_lies_outside"),
     Mutant("KL-the-other-way-round", "evaluate/divergence.py", "d = z - z_base", "d = z_base - z",
            "evaluate/test_judging.py::test_kl_keeps_its_digits_where_it_is_tiny"),

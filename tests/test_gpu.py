@@ -17,7 +17,7 @@ import qjax
 from qjax.compiled import UNTUNED, untuned
 from qjax.formats.storage import fp16_bits, quotient, round_fp16
 from qjax.rounding import round_weight
-from qjax.training.fake_quant import fake_quant
+from qjax.training.grid.fake_quant import fake_quant
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from qjax.models.decoder import Decoder
 from qjax.recipes import recipe
 from qjax.rounding.protocol import round_weight
 from qjax.stats import Stats
-from qjax.training import blockwise, chunked, finetune
+from qjax.training.decoder import blockwise, finetune
+from qjax.training.losses import chunked
 
 CONFIG = DecoderConfig(vocab=32, dim=32, hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, context=16)
 N = 256

@@ -11,7 +11,7 @@ import qjax
 from qjax.cli.run import load_script
 from qjax.config import read
 from qjax.models import stdlib_text
-from qjax.training.data import Windows
+from qjax.training.run.data import Windows
 
 pretrain, _ = load_script(read(Path(__file__).parents[1] / "configs" / "pretrain_reference.toml"))
 

@@ -65,7 +65,7 @@ class Run:
         script_of(source, folder)
         line = _option(args, "--join")
         if line and not {"-h", "--help"} & set(args):  # before anything else asks JAX for its devices
-            from qjax.training.processes import join
+            from qjax.training.run.processes import join
 
             join(line)
         module, script = load_script(source, folder)
@@ -147,7 +147,7 @@ def _option(args: list[str], name: str) -> str | None:
 
 
 def _writes() -> bool:
-    from qjax.training.processes import chief
+    from qjax.training.run.processes import chief
 
     return chief()
 

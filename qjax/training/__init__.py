@@ -1,1 +1,4 @@
-"""Training: the loops and what they are made of."""
+"""Training through quantization, in rooms; each may import itself and those before it.
+
+grid  ->  optim  ->  losses  ->  adapters  ->  run  ->  decoder
+"""

@@ -9,9 +9,9 @@ import pytest
 from mutations import campaign
 
 from qjax import rundir
-from qjax.training.data import open_tokens, verify, write_tokens
-from qjax.training.loop import Loop, train
-from qjax.training.state import init_state, make_step
+from qjax.training.run.data import open_tokens, verify, write_tokens
+from qjax.training.run.loop import Loop, train
+from qjax.training.run.state import init_state, make_step
 
 OPTIMIZER = optax.sgd(0.1)
 STEP = make_step(lambda params, kept, batch, key: (jnp.mean((params["w"] * batch) ** 2), {}), OPTIMIZER, donate=False)

@@ -7,8 +7,8 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
-from qjax.training.fake_quant import fake_quant
-from qjax.training.quantizer import Quantizer
+from qjax.training.grid.fake_quant import fake_quant
+from qjax.training.grid.quantizer import Quantizer
 
 N = 256
 # One of each way that scales are found and stored.

@@ -8,8 +8,8 @@ from qjax.models import stdlib_text
 from qjax.models.fuse import rotated
 from qjax.pipeline.calibrated import calibration_of, quantize_model
 from qjax.plan import Plan
-from qjax.training.finetune import heldout_loss
-from qjax.training.program import forward
+from qjax.training.decoder.finetune import heldout_loss
+from qjax.training.decoder.program import forward
 
 LINE = "act('int4') >> int4_g128 >> nearest() >> ldlq()"  # weights and inputs of 4 bits, GPTQ
 

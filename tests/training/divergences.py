@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.training.distill import divergence
+from qjax.training.losses.distill import divergence
 
 FOUR = ["fkl", "rkl", "jsd", "cakld"]
 

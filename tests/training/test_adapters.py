@@ -14,8 +14,8 @@ from qjax.errors import UserError
 from qjax.lifting import lift, report
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
-from qjax.training.adapters import Adapter, apply_adapted, init_adapters, lora_weight, map_adapted
-from qjax.training.merging import merge_fake_quantized, merge_requantized
+from qjax.training.adapters.lora import Adapter, apply_adapted, init_adapters, lora_weight, map_adapted
+from qjax.training.adapters.merging import merge_fake_quantized, merge_requantized
 
 CONFIG = DecoderConfig(vocab=48, dim=64, hidden=128, layers=1, heads=4, kv_heads=2, head_dim=16)
 KEY = jax.random.key(7)

@@ -11,11 +11,12 @@ from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.plan import Plan
-from qjax.training import blockwise, weights
-from qjax.training.arm import Arm
-from qjax.training.blockwise import BlockTuning, tune_blocks
-from qjax.training.finetune import finetune
-from qjax.training.loop import Loop
+from qjax.training.decoder import blockwise
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.blockwise import BlockTuning, tune_blocks
+from qjax.training.decoder.finetune import finetune
+from qjax.training.grid import weights
+from qjax.training.run.loop import Loop
 
 CONFIG = DecoderConfig(
     vocab=64, dim=64, hidden=64, layers=3, heads=2, kv_heads=2, head_dim=32, context=64, tied=True

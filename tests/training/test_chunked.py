@@ -10,8 +10,8 @@ import pytest
 from divergences import FOUR, NAMED, REFERENCES, differences, probabilities
 
 from qjax.errors import UserError
-from qjax.training.chunked import chunked_cross_entropy, chunked_loss
-from qjax.training.distill import distill_loss
+from qjax.training.losses.chunked import chunked_cross_entropy, chunked_loss
+from qjax.training.losses.distill import distill_loss
 
 
 @pytest.fixture(params=FOUR)

@@ -8,8 +8,8 @@ import pytest
 
 from qjax.errors import UserError
 from qjax.evaluate.intervals import half_interval
-from qjax.training.corpus import corpus_in, corpus_of, texts_of, tokenizer_in
-from qjax.training.fresh import fresh_model
+from qjax.training.decoder.fresh import fresh_model
+from qjax.training.run.corpus import corpus_in, corpus_of, texts_of, tokenizer_in
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "class A:\n    pass\n" * 20]
 

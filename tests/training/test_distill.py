@@ -10,9 +10,9 @@ import pytest
 from divergences import FOUR, NAMED, REFERENCES, differences, pair, probabilities, reference
 
 from qjax.errors import UserError
-from qjax.training import distill, topk
-from qjax.training.distill import distill_loss, divergence, relative_mse, teacher_confidence
-from qjax.training.topk import read_top_k, rows, top_k, top_k_loss, write_top_k
+from qjax.training.losses import distill, topk
+from qjax.training.losses.distill import distill_loss, divergence, relative_mse, teacher_confidence
+from qjax.training.losses.topk import read_top_k, rows, top_k, top_k_loss, write_top_k
 
 
 @pytest.fixture(params=FOUR)

@@ -8,10 +8,10 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
-from qjax.training.estimators import clipped, estimator, ewgs, soft_round, ste, trust
-from qjax.training.fake_quant import fake_quant
-from qjax.training.quantizer import Quantizer
-from qjax.training.scale_rules import ScaleRule
+from qjax.training.grid.estimators import clipped, estimator, ewgs, soft_round, ste, trust
+from qjax.training.grid.fake_quant import fake_quant
+from qjax.training.grid.quantizer import Quantizer
+from qjax.training.grid.scale_rules import ScaleRule
 
 pytestmark = pytest.mark.optimized  # what trains is what is exported, bit for bit
 

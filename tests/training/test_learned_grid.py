@@ -7,10 +7,10 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
-from qjax.training.estimators import clipped
-from qjax.training.learned_grid import learned_quant, start
-from qjax.training.quantizer import SCALES, Quantizer
-from qjax.training.scale_rules import ScaleRule
+from qjax.training.grid.estimators import clipped
+from qjax.training.grid.learned_grid import learned_quant, start
+from qjax.training.grid.quantizer import SCALES, Quantizer
+from qjax.training.grid.scale_rules import ScaleRule
 
 pytestmark = pytest.mark.optimized  # what trains is what is exported, bit for bit
 

@@ -17,8 +17,8 @@ from qjax.plan import Plan, Rule
 from qjax.rounding import ldlq, nearest, round_weight
 from qjax.stats import Stats
 from qjax.tensor import QTensor
-from qjax.training.adapters import apply_adapted
-from qjax.training.loftq import loftq, loftq_params
+from qjax.training.adapters.loftq import loftq, loftq_params
+from qjax.training.adapters.lora import apply_adapted
 
 INT2 = affine(2, 64, symmetric=True, levels="mid-rise")
 

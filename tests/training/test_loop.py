@@ -18,13 +18,14 @@ import qjax
 from qjax.errors import UserError
 from qjax.models.model import Model
 from qjax.models.stages import stages_of
-from qjax.training import devices, weights
-from qjax.training.arm import Arm
-from qjax.training.finetune import finetune, heldout_loss
-from qjax.training.loop import Loop, train
-from qjax.training.optim import Group, partitioned
-from qjax.training.program import forward, hidden_states, program, start_state
-from qjax.training.state import init_state, make_step
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.finetune import finetune, heldout_loss
+from qjax.training.decoder.program import forward, hidden_states, program, start_state
+from qjax.training.grid import weights
+from qjax.training.optim.groups import Group, partitioned
+from qjax.training.run import devices
+from qjax.training.run.loop import Loop, train
+from qjax.training.run.state import init_state, make_step
 
 pytestmark = pytest.mark.optimized  # the same bits as in a process of its own
 

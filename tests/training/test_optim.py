@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from qjax.errors import UserError
-from qjax.training.optim import Group, ema_update, grad_norms, labels, partitioned, rates
-from qjax.training.schedules import warmup_constant_cooldown, warmup_cosine
+from qjax.training.optim.groups import Group, ema_update, grad_norms, labels, partitioned, rates
+from qjax.training.optim.schedules import warmup_constant_cooldown, warmup_cosine
 
 RATE, DECAY = 0.02, 0.3
 

@@ -10,8 +10,8 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
-from qjax.training.optim import Group, partitioned
-from qjax.training.parq import drawn, inverse_slope, latent, parq, piecewise_affine, relaxed
+from qjax.training.optim.groups import Group, partitioned
+from qjax.training.optim.parq import drawn, inverse_slope, latent, parq, piecewise_affine, relaxed
 
 LEVELS = np.array([-1.5, -0.4, 0.3, 1.0, 2.2])
 RHOS = [0.9, 0.5, 0.1]

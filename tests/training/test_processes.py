@@ -13,8 +13,8 @@ from several_processes import free_port, run_together
 import qjax
 from qjax.cli.run import Run
 from qjax.errors import UserError
-from qjax.training import processes
-from qjax.training.processes import by_chief, chief_first, join, whole
+from qjax.training.run import processes
+from qjax.training.run.processes import by_chief, chief_first, join, whole
 
 CONFIG = """
 script = "{script}"

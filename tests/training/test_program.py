@@ -11,12 +11,12 @@ import train_tiny as tiny
 
 import qjax
 from qjax.errors import UserError
-from qjax.training import weights
-from qjax.training.arm import Arm
-from qjax.training.finetune import heldout_loss
-from qjax.training.objectives import language_loss, parse_terms
-from qjax.training.parq import latent
-from qjax.training.program import forward, packed, program, refreshed, schedule_of, start_state
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.finetune import heldout_loss
+from qjax.training.decoder.program import forward, packed, program, refreshed, schedule_of, start_state
+from qjax.training.grid import weights
+from qjax.training.losses.objectives import language_loss, parse_terms
+from qjax.training.optim.parq import latent
 
 PARQ = Arm("drawn", format="int3_g32", rate=3e-3, weight_decay=0.1, prox="parq", prox_span=(0.1, 0.8))
 

@@ -13,11 +13,11 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.pipeline import Calibration
 from qjax.plan import Plan
-from qjax.training.arm import Arm
-from qjax.training.data import Tokens, Windows
-from qjax.training.finetune import finetune, heldout_loss
-from qjax.training.loop import Loop
-from qjax.training.program import forward
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.finetune import finetune, heldout_loss
+from qjax.training.decoder.program import forward
+from qjax.training.run.data import Tokens, Windows
+from qjax.training.run.loop import Loop
 
 pytestmark = pytest.mark.optimized  # it trains for longer than it compiles
 

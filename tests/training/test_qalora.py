@@ -15,8 +15,8 @@ from qjax.formats.integer import affine
 from qjax.lifting import lift
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
-from qjax.training.adapters import Adapter, apply_adapted, init_adapters
-from qjax.training.qalora import apply_pooled, init_pooled, merge_zeros, pooled_weight
+from qjax.training.adapters.lora import Adapter, apply_adapted, init_adapters
+from qjax.training.adapters.qalora import apply_pooled, init_pooled, merge_zeros, pooled_weight
 
 KEY = jax.random.key(7)
 PATH = "layers_0/kernel"

@@ -9,7 +9,7 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
-from qjax.training.estimators import clipped
+from qjax.training.grid.estimators import clipped
 
 D = 64
 

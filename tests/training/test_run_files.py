@@ -9,8 +9,8 @@ import pytest
 from qjax import terminal
 from qjax.errors import UserError
 from qjax.io.lock import locked
-from qjax.training.loop import Loop, train
-from qjax.training.state import init_state, make_step
+from qjax.training.run.loop import Loop, train
+from qjax.training.run.state import init_state, make_step
 
 OPTIMIZER = optax.sgd(0.1)
 STEP = make_step(lambda params, kept, batch, key: (jnp.mean((params["w"] * batch) ** 2), {}), OPTIMIZER, donate=False)

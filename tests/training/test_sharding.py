@@ -16,11 +16,11 @@ from several_processes import free_port, run_together
 
 import qjax
 from qjax.errors import UserError
-from qjax.training.data import Tokens, Windows, write_tokens
-from qjax.training.optim import Group, partitioned
-from qjax.training.processes import start_processes
-from qjax.training.sharding import DECODER, global_batch, mesh, place, shardings
-from qjax.training.state import init_state, make_step
+from qjax.training.optim.groups import Group, partitioned
+from qjax.training.run.data import Tokens, Windows, write_tokens
+from qjax.training.run.processes import start_processes
+from qjax.training.run.sharding import DECODER, global_batch, mesh, place, shardings
+from qjax.training.run.state import init_state, make_step
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 

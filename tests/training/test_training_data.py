@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from qjax.errors import UserError
-from qjax.training import data
-from qjax.training.data import Tokens, Windows, description_of, open_tokens, verify, write_tokens
+from qjax.training.run import data
+from qjax.training.run.data import Tokens, Windows, description_of, open_tokens, verify, write_tokens
 
 
 def documents(rng, vocab, count=20):
@@ -81,7 +81,7 @@ def test_what_cannot_be_written(tmp_path):
 def test_new_tokens_never_stand_beside_an_old_description(tmp_path, monkeypatch):
     """A kill between the two renames: same size, other bytes; it must not pass for the old text."""
     write_tokens(tmp_path / "t.bin", [[1, 2, 3]], 10)
-    monkeypatch.setattr("qjax.training.data.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("qjax.training.run.data.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         write_tokens(tmp_path / "t.bin", [[4, 5, 6]], 10)
     with pytest.raises(UserError, match="no description"):

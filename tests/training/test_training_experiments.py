@@ -16,8 +16,8 @@ from qjax.cli import main
 from qjax.cli.run import load_script
 from qjax.config import read
 from qjax.errors import UserError
-from qjax.training.arm import Arm
-from qjax.training.corpus import Corpus
+from qjax.training.decoder.arm import Arm
+from qjax.training.run.corpus import Corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "training"
 

@@ -11,9 +11,9 @@ from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder, empty_cache
 from qjax.plan import Plan
 from qjax.reparam.hadamard import randomized
-from qjax.training import weights
-from qjax.training.activations import quantized_cache, quantized_inputs, token_quant
-from qjax.training.quantizer import Quantizer
+from qjax.training.grid import weights
+from qjax.training.grid.activations import quantized_cache, quantized_inputs, token_quant
+from qjax.training.grid.quantizer import Quantizer
 
 CONFIG = DecoderConfig(
     vocab=64, dim=64, hidden=96, layers=3, heads=2, kv_heads=1, head_dim=32, context=64, tied=True

@@ -12,10 +12,10 @@ import numpy as np
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
-from qjax.training.arm import Arm
-from qjax.training.data import Tokens, Windows
-from qjax.training.finetune import finetune
-from qjax.training.loop import Loop
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.finetune import finetune
+from qjax.training.run.data import Tokens, Windows
+from qjax.training.run.loop import Loop
 
 CONFIG = DecoderConfig(
     vocab=64, dim=32, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=16, context=16, tied=True

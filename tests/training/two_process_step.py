@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
-from qjax.training import processes, sharding
-from qjax.training.data import Windows, open_tokens
+from qjax.training.run import processes, sharding
+from qjax.training.run.data import Windows, open_tokens
 
 CONFIG = DecoderConfig(vocab=64, dim=32, hidden=64, layers=2, heads=4, kv_heads=4, head_dim=8, context=16)
 MODEL = Decoder(CONFIG)

@@ -25,7 +25,7 @@ from qjax.plan.rules import fits
 from qjax.recipes import reparam
 from qjax.reparam.inputs import Kind, RoundedInput
 from qjax.reparam.rotate import Rotate, Rotated
-from qjax.training.fake_quant import fake_quant
+from qjax.training.grid.fake_quant import fake_quant
 from qjax.typing import Array, Float
 
 Apply = Callable[..., Any]

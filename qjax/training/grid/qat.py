@@ -22,10 +22,10 @@ from qjax.pipeline.memory import contracted_axes
 from qjax.plan import Plan
 from qjax.plan.named import as_plan
 from qjax.tensor import is_qtensor
-from qjax.training import weights
-from qjax.training.estimators import Estimator
-from qjax.training.quantizer import Quantizer, ScaleKind
-from qjax.training.scale_rules import OWN, ScaleRule
+from qjax.training.grid import weights
+from qjax.training.grid.estimators import Estimator
+from qjax.training.grid.quantizer import Quantizer, ScaleKind
+from qjax.training.grid.scale_rules import OWN, ScaleRule
 from qjax.typing import Array
 
 
@@ -67,9 +67,9 @@ def qat(
         last axis, and every other matrix along the last but one, as flax stores kernels.
       scales: "refit" at every step, "frozen" at the start, "learned" (they train, at ten times the weights' rate to
         begin with) or "decoupled".
-      estimator: what passes back through the rounding, see `qjax.training.estimators`; None: straight through, and for
-        learned scales straight through inside the grid.
-      rule: where scales come from, see `qjax.training.scale_rules`.
+      estimator: what passes back through the rounding, see `qjax.training.grid.estimators`; None: straight through,
+        and for learned scales straight through inside the grid.
+      rule: where scales come from, see `qjax.training.grid.scale_rules`.
       rounded: a recipe's result for `params`, what `qjax.quantize_params` returned: training starts on its grid and
         its codes. Only for scales that are not refit.
       importance: {path: f32[in]}, the mean squared input of each channel, for the first fit of scales that are not.

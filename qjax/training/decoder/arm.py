@@ -25,12 +25,12 @@ from qjax.plan import FILE_TYPES, Plan, Rule
 from qjax.plan.named import plan_named
 from qjax.recipes import recipe
 from qjax.reparam.inputs import Kind
-from qjax.training import weights
-from qjax.training.activations import quantized_cache
-from qjax.training.estimators import estimator
-from qjax.training.objectives import parse_terms
-from qjax.training.quantizer import SCALES, Quantizer, ScaleKind, check_scales
-from qjax.training.scale_rules import KINDS, Per, ScaleRule
+from qjax.training.grid import weights
+from qjax.training.grid.activations import quantized_cache
+from qjax.training.grid.estimators import estimator
+from qjax.training.grid.quantizer import SCALES, Quantizer, ScaleKind, check_scales
+from qjax.training.grid.scale_rules import KINDS, Per, ScaleRule
+from qjax.training.losses.objectives import parse_terms
 
 Shape = Literal["cosine", "constant", "cooldown"]
 Prox = Literal["", "parq", "relax"]

@@ -20,9 +20,9 @@ from qjax.errors import UserError
 from qjax.pipeline.memory import contracted_axis, named_weight
 from qjax.plan import Plan
 from qjax.tensor import dequantize, is_qtensor
-from qjax.training.estimators import Estimator, place_of
-from qjax.training.quantizer import Quantizer, ScaleKind
-from qjax.training.scale_rules import OWN, ScaleRule
+from qjax.training.grid.estimators import Estimator, place_of
+from qjax.training.grid.quantizer import Quantizer, ScaleKind
+from qjax.training.grid.scale_rules import OWN, ScaleRule
 from qjax.typing import Array, Float
 
 Quantizers = Mapping[str, Quantizer]

@@ -26,7 +26,7 @@ from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
-from qjax.training.adapters import Adapter, Adapters, lora_weight, map_adapted
+from qjax.training.adapters.lora import Adapter, Adapters, lora_weight, map_adapted
 from qjax.typing import Array
 
 Semantics = Literal["requantized", "exact-zeros", "fake-quantized"]

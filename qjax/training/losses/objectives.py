@@ -19,13 +19,14 @@ import optax
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.training.chunked import chunked_cross_entropy, chunked_loss
-from qjax.training.distill import Divergence, distill_loss, divergence, relative_mse
-from qjax.training.state import Loss
-from qjax.training.topk import top_k_loss
-from qjax.training.weights import Quantizers, fake_params
+from qjax.training.grid.weights import Quantizers, fake_params
+from qjax.training.losses.chunked import chunked_cross_entropy, chunked_loss
+from qjax.training.losses.distill import Divergence, distill_loss, divergence, relative_mse
+from qjax.training.losses.topk import top_k_loss
 from qjax.typing import Array, Float, Int
 
+# (params, kept, batch, key) -> (loss, {name: scalar})
+Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
 Apply = Callable[[Any, Array], Array]  # (params, tokens i32[b, t]) -> logits f32[b, t, vocab]
 Hidden = Callable[[Any, Array], Sequence[Array]]  # -> what leaves each block, [b, t, dim]
 

@@ -22,7 +22,7 @@ from qjax.formats import format as get_format
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import check_length, importance_rows
-from qjax.training.estimators import Estimator, place_of, ste
+from qjax.training.grid.estimators import Estimator, place_of, ste
 from qjax.typing import Array, Float
 
 

@@ -27,8 +27,8 @@ from qjax.errors import UserError
 from qjax.io.atomic import write_text
 from qjax.io.lock import locked
 from qjax.terminal import bar, say
-from qjax.training.processes import chief
-from qjax.training.state import Step, TrainState
+from qjax.training.run.processes import chief
+from qjax.training.run.state import Step, TrainState
 
 Row = dict[str, Any]
 LOCK = ".training.lock"  # held while a process trains there

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from qjax.training.data import Windows
-from qjax.training.sharding import DECODER, Table, global_batch, mesh, place, shardings
+from qjax.training.run.data import Windows
+from qjax.training.run.sharding import DECODER, Table, global_batch, mesh, place, shardings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from qjax.formats import BlockFormat
 from qjax.io.checkpoint import load, save
 from qjax.models.model import Model
 from qjax.tensor import is_qtensor
-from qjax.training.finetune import heldout_loss
-from qjax.training.program import forward
+from qjax.training.decoder.finetune import heldout_loss
+from qjax.training.decoder.program import forward
 from qjax.typing import Int
 
 

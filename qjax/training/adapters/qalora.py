@@ -26,7 +26,7 @@ from qjax.formats.integer_grid import IntegerFormat
 from qjax.formats.storage import FLOATS, quotient, stored
 from qjax.lifting import lift
 from qjax.tensor import QTensor, dequantize
-from qjax.training.adapters import (
+from qjax.training.adapters.lora import (
     LAYERS,
     Adapter,
     Adapters,
@@ -37,7 +37,7 @@ from qjax.training.adapters import (
     product,
     sides,
 )
-from qjax.training.merging import Merged, check_bare, measured
+from qjax.training.adapters.merging import Merged, check_bare, measured
 from qjax.typing import Array, Float
 
 

@@ -24,7 +24,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.models.decoder import softcapped
-from qjax.training.distill import FLOOR, Divergence, check_alike, token_mean
+from qjax.training.losses.distill import FLOOR, Divergence, check_alike, token_mean
 from qjax.typing import Array, Float, Int, Shaped
 
 _remat = partial(jax.checkpoint, prevent_cse=False)

@@ -25,7 +25,7 @@ from qjax.errors import UserError
 from qjax.lifting import adapt
 from qjax.plan.rules import fits
 from qjax.tensor import QTensor, dequantize, is_qtensor
-from qjax.training.weights import leaves_by_path
+from qjax.training.grid.weights import leaves_by_path
 from qjax.typing import Array, Float
 
 LAYERS = ("layers_*/kernel",)

@@ -22,10 +22,10 @@ from qjax.errors import UserError
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import QTensor, importance_rows
-from qjax.training.estimators import Estimator, clipped, place_of, ste
-from qjax.training.fake_quant import decoded, encoded, rounded, straight_through
-from qjax.training.learned_grid import encode_on, learned_quant, moved, start
-from qjax.training.scale_rules import OWN, ScaleRule
+from qjax.training.grid.estimators import Estimator, clipped, place_of, ste
+from qjax.training.grid.fake_quant import decoded, encoded, rounded, straight_through
+from qjax.training.grid.learned_grid import encode_on, learned_quant, moved, start
+from qjax.training.grid.scale_rules import OWN, ScaleRule
 from qjax.typing import Array, Float
 
 ScaleKind = Literal["refit", "frozen", "learned", "decoupled"]

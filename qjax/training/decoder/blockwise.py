@@ -31,10 +31,10 @@ from qjax.errors import UserError
 from qjax.models.model import Model
 from qjax.models.stages import stages_of
 from qjax.rounding.ranges import spread
-from qjax.training import weights
-from qjax.training.distill import relative_mse
-from qjax.training.quantizer import Quantizer
-from qjax.training.schedules import warmup_cosine
+from qjax.training.grid import weights
+from qjax.training.grid.quantizer import Quantizer
+from qjax.training.losses.distill import relative_mse
+from qjax.training.optim.schedules import warmup_cosine
 from qjax.typing import Array, Float, Int
 
 Block = Callable[[Any, Array], Array]

@@ -28,8 +28,8 @@ from jax import lax
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.ranges import over
-from qjax.training.estimators import Clipped, Estimator, Place, Reach, over_groups, place_of
-from qjax.training.fake_quant import decoded, rounded
+from qjax.training.grid.estimators import Clipped, Estimator, Place, Reach, over_groups, place_of
+from qjax.training.grid.fake_quant import decoded, rounded
 from qjax.typing import Array, Float
 
 Grid = dict[str, Array]  # "s", and where the format has one "m", and where it is its own "p": f32[*b, G] each

@@ -26,7 +26,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
-from qjax.training.distill import FLOOR, Divergence, log_probabilities, token_mean
+from qjax.training.losses.distill import FLOOR, Divergence, log_probabilities, token_mean
 from qjax.typing import Array, Float, Int, Shaped
 
 _KEYS = ("indices", "logp", "tail")

@@ -26,7 +26,7 @@ from qjax.io.tokenizer_cut import encode_long
 from qjax.models import stdlib_text
 from qjax.models.model import Model
 from qjax.terminal import say
-from qjax.training.data import Tokens, open_tokens, verify, write_tokens
+from qjax.training.run.data import Tokens, open_tokens, verify, write_tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,10 @@ import optax
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.training.optim import ema_update, grad_norms
+from qjax.training.losses.objectives import Loss
+from qjax.training.optim.groups import ema_update, grad_norms
 from qjax.typing import Array
 
-# (params, kept, batch, key) -> (loss, {name: scalar})
-Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
 Step = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
 
 

@@ -25,8 +25,8 @@ from qjax.formats.protocol import Format
 from qjax.pipeline.memory import contracted_axis
 from qjax.plan.rules import Plan, Weight
 from qjax.tensor import QTensor, check_length, dequantize, is_qtensor, quantize
-from qjax.training.adapters import LAYERS, Adapter, check_rank, matching
-from qjax.training.weights import leaves_by_path
+from qjax.training.adapters.lora import LAYERS, Adapter, check_rank, matching
+from qjax.training.grid.weights import leaves_by_path
 from qjax.typing import Array, Float
 
 Quantizer = Callable[[Array], QTensor]

@@ -20,14 +20,14 @@ import numpy as np
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.models.model import Model, dense_params, running
-from qjax.training import weights
-from qjax.training.arm import Arm
-from qjax.training.loop import Loop, Row, train
-from qjax.training.objectives import Apply, cross_entropy, parse_terms
-from qjax.training.optim import rates
-from qjax.training.processes import whole
-from qjax.training.program import faked, forward, measured, packed, program, refreshed, start_state, stored
-from qjax.training.state import TrainState
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.program import faked, forward, measured, packed, program, refreshed, start_state, stored
+from qjax.training.grid import weights
+from qjax.training.losses.objectives import Apply, cross_entropy, parse_terms
+from qjax.training.optim.groups import rates
+from qjax.training.run.loop import Loop, Row, train
+from qjax.training.run.processes import whole
+from qjax.training.run.state import TrainState
 from qjax.typing import Array, Int
 
 BatchAt = Callable[[int], Any]

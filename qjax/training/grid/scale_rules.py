@@ -30,7 +30,7 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.ranges import ends
-from qjax.training.learned_grid import Grid
+from qjax.training.grid.learned_grid import Grid
 from qjax.typing import Array, Float
 
 Kind = Literal["own", "absmax", "seq", "lsq", "absmean", "rms", "twn"]

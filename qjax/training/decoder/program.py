@@ -26,16 +26,16 @@ from qjax.formats.protocol import Format
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Decoder
 from qjax.tensor import is_qtensor
-from qjax.training import weights
-from qjax.training.activations import quantized_cache, quantized_inputs
-from qjax.training.arm import Arm, quantizers_of_arm
-from qjax.training.fake_quant import fake_quant
-from qjax.training.objectives import Apply, Hidden, Readout, language_loss, parse_terms, student
-from qjax.training.optim import Group, labels, partitioned
-from qjax.training.parq import inverse_slope, latent, parq, piecewise_affine, relaxed
-from qjax.training.precision import mixed_dot_general
-from qjax.training.schedules import warmup_constant_cooldown, warmup_cosine
-from qjax.training.state import TrainState, init_state, make_step
+from qjax.training.decoder.arm import Arm, quantizers_of_arm
+from qjax.training.decoder.precision import mixed_dot_general
+from qjax.training.grid import weights
+from qjax.training.grid.activations import quantized_cache, quantized_inputs
+from qjax.training.grid.fake_quant import fake_quant
+from qjax.training.losses.objectives import Apply, Hidden, Readout, language_loss, parse_terms, student
+from qjax.training.optim.groups import Group, labels, partitioned
+from qjax.training.optim.parq import inverse_slope, latent, parq, piecewise_affine, relaxed
+from qjax.training.optim.schedules import warmup_constant_cooldown, warmup_cosine
+from qjax.training.run.state import TrainState, init_state, make_step
 from qjax.typing import Array
 
 

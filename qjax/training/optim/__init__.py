@@ -1,0 +1,1 @@
+"""How parameters move: groups with their own rates, schedules, proximal maps onto a grid."""
