@@ -101,7 +101,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def cache_teacher(config: Config, teacher: Any, windows: Windows, folder: Path) -> None:
     """Write the teacher's top k for the sequences of all steps, in their order."""
     apply = forward(teacher.config)
-    seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k))
+    seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k, config.arm.temperature))
     with bar("teacher", total=config.steps) as show:
 
         def batches() -> Any:

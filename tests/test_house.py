@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +59,21 @@ def test_imports_run_downhill(name):
         assert LEVEL[other] <= LEVEL[part], f"{name} imports qjax.{other}, which lies above it"
 
 
+ROOMS = ["grid", "optim", "losses", "adapters", "run", "decoder"]  # of qjax.training, downhill
+
+
+def test_rooms_of_training_run_downhill():
+    folder = ROOT / "qjax" / "training"
+    assert sorted(p.name for p in folder.iterdir() if (p / "__init__.py").is_file()) == sorted(ROOMS)
+    assert [p.name for p in folder.glob("*.py")] == ["__init__.py"]
+    for level, room in enumerate(ROOMS):
+        files = [p for p in (folder / room).glob("*.py") if p.name != "__init__.py"]
+        assert len(files) <= 8, f"{room}: a room of {len(files)} files wants another room"
+        for path in files:
+            for other in re.findall(r"^\s*(?:from|import) qjax\.training\.(\w+)", path.read_text(), re.M):
+                assert ROOMS.index(other) <= level, f"{room}/{path.name} imports {other}, which lies above it"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     with jax.numpy_dtype_promotion("standard"):  # as readers run them, with optax, which promotes
@@ -79,8 +95,6 @@ def test_docs_examples(path):
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=str)
 def test_docs_link_to_files_that_exist(path):
-    import re
-
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
 

@@ -51,6 +51,7 @@ class Arm:
       refresh_every: of frozen scales, in steps; 0: never.
       init: a recipe that makes the start ("gptq", "best_gguf"); "": the weights as they are.
       loss: see `objectives.parse_terms`.
+      temperature: T of its divergences, of a cached teacher's too.
       trains: parts that train: "weights", "scales"; of learned scales with frozen weights codes may move.
       inputs: "" or int8, int4, e4m3, e5m2: the inputs of every block's linear layers.
       cache: "" or the format of keys and values in the cache, behind a rotation if need be: "hadamard() >> Q4_0".
@@ -76,6 +77,7 @@ class Arm:
     refresh_every: int = 0
     init: str = ""
     loss: str = "ce"
+    temperature: float = 1.0
     trains: tuple[str, ...] = ("weights", "scales")
     inputs: str = ""
     cache: str = ""
@@ -111,6 +113,7 @@ class Arm:
             known("each of trains", part, ("weights", "scales"))
         check(self.rate > 0, f"rate must be positive, got {self.rate}")
         check(self.clip > 0, f"clip must be positive, got {self.clip}")
+        check(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         for key in ("scale_rate", "weight_decay", "refresh_every", "vocab_chunk"):
             check(getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")
         check(0 <= self.warmup < 1, f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")

@@ -134,7 +134,7 @@ def _program(
         read(config, arm.inputs, arm.cache), terms, {} if arm.prox else quantizers,
         teacher=None if teacher is None else read(teacher),
         hidden=_hidden(arm, config, teacher, mixed) if any(t.name == "hidden" for t in terms) else None,
-        confidence=confidence,
+        confidence=confidence, temperature=arm.temperature,
     )  # fmt: skip
     step = make_step(
         loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)

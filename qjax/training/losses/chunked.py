@@ -36,6 +36,7 @@ def chunked_cross_entropy(
     targets: Int[Array, "n"],
     chunk: int,
     softcap: float | None = None,
+    mask: Shaped[Array, "n"] | None = None,
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood, nats per token, of the logits x . head.
 
@@ -45,6 +46,7 @@ def chunked_cross_entropy(
       targets: ints [n], the next tokens.
       chunk: tokens of the vocabulary at a time; v need not be a multiple.
       softcap: c of logits c tanh(z / c); None: z.
+      mask: as in `distill_loss`.
 
     Raises:
       UserError: a chunk below 1.
@@ -54,7 +56,7 @@ def chunked_cross_entropy(
     top, log_mass = _normalizers([read], (read.columns(head),))[0]
     own = head.astype(x.dtype)[:, targets]  # [d, n]
     z = jnp.sum(x.astype(jnp.float32) * own.T.astype(jnp.float32), axis=1, keepdims=True)
-    return jnp.mean(top + log_mass - softcapped(z, softcap))
+    return token_mean((top + log_mass - softcapped(z, softcap))[:, 0], mask)
 
 
 def chunked_loss(

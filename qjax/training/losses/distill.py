@@ -154,14 +154,21 @@ def teacher_confidence(teacher: Callable[[Any], Array], batches: Iterable[tuple[
     return total / count
 
 
-def relative_mse(teacher_h: Float[Array, "*b d"], student_h: Float[Array, "*b d"]) -> Float[Array, ""]:
-    """Mean squared difference of hidden states over the teacher's variance, both over the whole tensor: f32 scalar.
+def relative_mse(
+    teacher_h: Float[Array, "*b d"], student_h: Float[Array, "*b d"], mask: Shaped[Array, "*b"] | None = None
+) -> Float[Array, ""]:
+    """Mean squared difference of hidden states over the teacher's variance, both over what counts: f32 scalar.
 
     1 is as good as the teacher's mean everywhere; the scale does not depend on the layer.
     """
     teacher = lax.stop_gradient(teacher_h).astype(jnp.float32)
-    error = jnp.mean(jnp.square(student_h.astype(jnp.float32) - teacher))
-    return error / jnp.maximum(jnp.var(teacher), jnp.finfo(jnp.float32).tiny)
+
+    def mean(x: Array) -> Array:
+        return jnp.mean(x) if mask is None else token_mean(x.mean(axis=-1), mask)
+
+    error = mean(jnp.square(student_h.astype(jnp.float32) - teacher))
+    variance = mean(jnp.square(teacher - mean(teacher)))
+    return error / jnp.maximum(variance, jnp.finfo(jnp.float32).tiny)
 
 
 def log_probabilities(logits: Float[Array, "*b v"], temperature: float = 1.0) -> Float[Array, "*b v"]:

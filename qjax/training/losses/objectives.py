@@ -21,9 +21,9 @@ from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.training.grid.weights import Quantizers, fake_params
 from qjax.training.losses.chunked import chunked_cross_entropy, chunked_loss
-from qjax.training.losses.distill import Divergence, distill_loss, divergence, relative_mse
+from qjax.training.losses.distill import Divergence, distill_loss, divergence, relative_mse, token_mean
 from qjax.training.losses.topk import top_k_loss
-from qjax.typing import Array, Float, Int
+from qjax.typing import Array, Float, Int, Shaped
 
 # (params, kept, batch, key) -> (loss, {name: scalar})
 Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
@@ -93,25 +93,35 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Float[Array, ""]:
-    """Mean negative log-likelihood, nats per token."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets).mean()
+Mask = Shaped[Array, "b t"]  # True, or a positive weight, where a target counts
 
 
-def likelihood(out: Array | Unread, targets: Int[Array, "b t"]) -> Float[Array, ""]:
+def cross_entropy(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], mask: Mask | None = None
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood, nats per token that counts."""
+    return token_mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets), mask)
+
+
+def likelihood(out: Array | Unread, targets: Int[Array, "b t"], mask: Mask | None = None) -> Float[Array, ""]:
     """`cross_entropy`, of logits or of what would become logits."""
     if isinstance(out, Unread):
-        return chunked_cross_entropy(out.x, out.head, targets.reshape(-1), out.chunk, out.softcap)
-    return cross_entropy(out, targets)
+        counts = None if mask is None else mask.reshape(-1)
+        return chunked_cross_entropy(out.x, out.head, targets.reshape(-1), out.chunk, out.softcap, counts)
+    return cross_entropy(out, targets, mask)
 
 
-def away(measure: Divergence, teacher: Array | Unread, student: Array | Unread) -> Float[Array, ""]:
+def away(
+    measure: Divergence, teacher: Array | Unread, student: Array | Unread, mask: Mask | None, temperature: float
+) -> Float[Array, ""]:
     """How far a student is from its teacher, of logits or of what would become logits."""
     if isinstance(teacher, Unread) and isinstance(student, Unread):
-        caps = (teacher.softcap, student.softcap)
-        return chunked_loss(measure, teacher.x, teacher.head, student.x, student.head, student.chunk, softcaps=caps)
+        return chunked_loss(
+            measure, teacher.x, teacher.head, student.x, student.head, student.chunk,
+            None if mask is None else mask.reshape(-1), temperature, (teacher.softcap, student.softcap),
+        )  # fmt: skip
     assert not isinstance(teacher, Unread) and not isinstance(student, Unread), "both in chunks or none"
-    return distill_loss(teacher, student, measure)
+    return distill_loss(teacher, student, measure, mask, temperature)
 
 
 def student(params: Any, kept: Any, quantizers: Quantizers) -> Any:
@@ -130,8 +140,14 @@ def language_loss(
     teacher: Apply | Readout | None = None,
     hidden: tuple[Hidden, Hidden] | None = None,
     confidence: float | None = None,
+    temperature: float = 1.0,
 ) -> Loss:
-    """The loss of a decoder's state on a batch {"tokens": i32[b, t + 1]} and, of a cached teacher, {"cached": top k}.
+    """The loss of a decoder's state on a batch.
+
+        {"tokens": i32[b, t + 1]}      windows; each token but the first is a target
+        {"mask": [b, t + 1]}           if some targets do not count (prompts, padding): True or a weight where they do;
+                                       parts of an accumulated batch count alike, however many targets they have
+        {"cached": top k}              of a cached teacher
 
     Args:
       apply: the student's forward, or its readout in chunks; the teacher's is alike.
@@ -140,6 +156,7 @@ def language_loss(
       teacher: its forward, run on kept["teacher"] in the same step; None: the batch brings its top k.
       hidden: what leaves the blocks of the teacher and of the student (`program.hidden_states`); for the term "hidden".
       confidence: b of "cakld" (`teacher_confidence`).
+      temperature: T of the divergences, which then count T^2; a cached top k has to be one of the same T.
 
     Raises:
       UserError: a term whose teacher or hidden states are missing; chunks of a vocabulary whose top k is cached.
@@ -156,9 +173,10 @@ def language_loss(
     def loss(params: Any, kept: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         del key
         tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        mask = batch["mask"][:, 1:] if "mask" in batch else None
         w = student(params, kept, quantizers)
         out = apply(w, tokens)
-        ce = likelihood(out, targets)
+        ce = likelihood(out, targets, mask)
         total, report = jnp.float32(0.0), {"ce": ce}
         seen = teacher(kept["teacher"], tokens) if measures and teacher is not None else None
         for term in terms:
@@ -167,12 +185,12 @@ def language_loss(
             elif term.name == "hidden":
                 assert hidden is not None
                 pairs = zip(hidden[0](kept["teacher"], tokens), hidden[1](w, tokens), strict=True)
-                value = jnp.stack([relative_mse(t, s) for t, s in pairs]).mean()
+                value = jnp.stack([relative_mse(t, s, mask) for t, s in pairs]).mean()
             elif seen is not None:
-                value = away(measures[term.name], seen, out)
+                value = away(measures[term.name], seen, out, mask, temperature)
             else:
                 assert not isinstance(out, Unread)
-                value = top_k_loss(measures[term.name], batch["cached"], out)
+                value = top_k_loss(measures[term.name], batch["cached"], out, mask, temperature)
             report[term.name] = value
             total += jnp.float32(term.factor) * value
         return total, report
