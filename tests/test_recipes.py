@@ -15,7 +15,8 @@ from qjax.errors import UserError
 from qjax.pipeline import quantize_params
 from qjax.plan import Plan, Rule
 from qjax.recipes import RECIPES, Recipe
-from qjax.rounding import descend, ldlq, nearest, refit
+from qjax.reparam import hadamard, permute, smooth
+from qjax.rounding import descend, ldlq, nearest, refit, spqr
 from qjax.stats import Stats
 
 LINES = [
@@ -61,6 +62,53 @@ def test_stages_are_appended_by_arrows():
     assert made.name == "" and made.format.name == "Q4_K"
 
 
+def test_anything_composes_with_anything_and_lines_say_the_same():
+    Q4_K, rotate = qjax.format("Q4_K"), hadamard(seed=3)
+    same = {
+        "hadamard(seed=3) >> gptq": rotate >> recipe("gptq"),
+        "hadamard(seed=3) >> gptq(3, group=64)": rotate >> recipes.gptq(3, group=64),
+        "hadamard(seed=3) >> best_gguf:Q4_K": rotate >> recipes.best_gguf("Q4_K"),
+        "smooth(0.8) >> hadamard(seed=3) >> Q4_K >> nearest >> ldlq": smooth(0.8)
+        >> (rotate >> Q4_K >> nearest() >> ldlq()),
+        "Q4_K >> nearest >> ldlq": Q4_K >> nearest() >> ldlq(),
+        "nearest('h') >> ldlq >> descend(2)": nearest("h") >> ldlq() >> descend(2),
+        "Q4_K >> gptq >> descend(2)": Q4_K >> recipe("gptq") >> descend(2),
+        "smooth(0.8) >> quip": smooth(0.8) >> recipe("quip"),
+        "rtn:Q4_K >> ldlq >> options(damping=0.1)": recipes.rtn("Q4_K") >> recipe("ldlq >> options(damping=0.1)"),
+        "gptq(bits=3):Q4_K": recipes.gptq(bits=3).on("Q4_K"),
+        "permute >> spqr(0.3)": permute() >> spqr(0.3),  # the rounding, and the recipe:
+        "permute >> spqr:int3_g16": permute() >> recipes.spqr(format="int3_g16"),
+    }
+    for line, chain in same.items():
+        made = recipe(line)
+        assert made == recipe(chain), line
+        assert recipe(str(made)) == made, line
+    assert recipe("rtn:Q4_K >> ldlq >> options(damping=0.1)").damping == 0.1
+    assert recipe("hadamard() >> best_gguf").sensitive  # a recipe's options come along
+    assert recipe("spqr").roundings == (spqr(0.2),) and recipe("spqr()").format is None
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
+    tree, plan = {"w": {"kernel": w}}, "int4_g32"
+    ours, lines = (
+        quantize_params(tree, plan, recipe=r)[0] for r in (rotate >> nearest(), "hadamard(seed=3) >> nearest()")
+    )
+    np.testing.assert_array_equal(qjax.dequantize(ours["w"]["kernel"]), qjax.dequantize(lines["w"]["kernel"]))
+
+
+@pytest.mark.parametrize("parts, message", [
+    (lambda: qjax.format("Q4_K") >> hadamard() >> nearest(), "hadamard is a reparametrization and belongs in front"),
+    (lambda: recipes.gptq() >> hadamard(), "hadamard is a reparametrization and belongs in front"),
+    (lambda: recipes.rtn("Q4_K") >> qjax.format("Q4_0"), "two formats, Q4_K and Q4_0"),
+    (lambda: nearest() >> qjax.format("Q4_0"), "the format Q4_0 belongs in front of the roundings"),
+    (lambda: recipe("rtn") >> nearest("h"), r"nearest\(weight='h'\) fits the scales, which only the first"),
+    (lambda: hadamard() >> qjax.format("Q4_0"), "needs at least one rounding"),
+    (lambda: recipe("rtn >> options(damping=0.1)") >> recipe("ldlq >> options(damping=0.2)"), "damping is 0.1 and 0.2"),
+    (lambda: recipe("rtn") >> "Q4_0", "is no format, reparametrization, rounding or recipe"),
+])  # fmt: skip
+def test_orders_that_mean_nothing(parts, message, without_type_checks):
+    with pytest.raises(UserError, match=message):
+        recipe(parts())
+
+
 @pytest.mark.parametrize("line, needs", [
     ("rtn", ""), ("imatrix", "h"), ("gptq", "H"), ("gptaq", "H cross"), ("best_gguf", "H cross h"),
     ("nearest >> descend", "H"), ("nearest >> refit", "H"),
@@ -76,7 +124,7 @@ MISTAKES = [
     ("gptq:", "unknown format ''"),
     ("Q4_9 >> nearest()", "unknown format 'Q4_9'"),
     ("nearest() >> ldlk()", "unknown stage 'ldlk'; there are nearest, ldlq"),
-    ("nearest() >> gptq", "unknown stage 'gptq'"),
+    ("nearest() >> gptq", "fits the scales, which only the first rounding may do"),
     ("nearest() >> ldlq(order='random')", "order"),
     ("nearest() >> ldlq(speed=3)", "unexpected keyword argument 'speed'"),
     ("nearest() >> descend(1, 2)", "descend(1, 2)"),

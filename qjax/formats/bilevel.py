@@ -25,6 +25,7 @@ import re
 
 import jax.numpy as jnp
 
+from qjax.chain import Link
 from qjax.errors import UserError
 from qjax.formats.bits import pack_bits, unpack_bits
 from qjax.formats.protocol import Leaves, Scales
@@ -33,7 +34,7 @@ from qjax.typing import Array, Float, Integer
 
 
 @dataclasses.dataclass(frozen=True)
-class Bilevel:
+class Bilevel(Link):
     """A frozen record of the format's parameters.
 
     Attributes:

@@ -29,6 +29,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.chain import Link
 from qjax.errors import UserError
 from qjax.formats.codebook_search import nearest_level, search_absmax
 from qjax.formats.dynamic_map import NESTED, from_dynamic, to_dynamic
@@ -50,7 +51,7 @@ LEVELS = {"NF4": np.array(_NF4, np.float32), "FP4": np.concatenate([_FP4, 0 - _F
 
 
 @dataclasses.dataclass(frozen=True)
-class Codebook:
+class Codebook(Link):
     """NF4 or FP4; see the module's docstring.
 
     Attributes:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from qjax.chain import Link
 from qjax.errors import UserError
 from qjax.formats.protocol import Leaves, Scales
 from qjax.formats.storage import quotient
@@ -42,7 +43,7 @@ _KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Float8:
+class Float8(Link):
     """8-bit floats; see the module's docstring.
 
     Attributes:

@@ -15,12 +15,13 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from qjax.chain import Link
 from qjax.formats.protocol import Leaves, Scales
 from qjax.formats.storage import fp16_bits
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(Link):
     """w stored as a float of 8 block_bytes bits. `weight` has nothing to weigh."""
 
     name: str

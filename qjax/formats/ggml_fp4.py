@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from qjax.chain import Link
 from qjax.formats import exact
 from qjax.formats.blocks import block_shape, merge, pack_planes, split, unpack_planes
 from qjax.formats.protocol import Leaves, Scales
@@ -33,7 +34,7 @@ _NAN = 0xFF  # the scale byte that is no number
 
 
 @dataclasses.dataclass(frozen=True)
-class MXFP4:
+class MXFP4(Link):
     """w = 2^(e - 128) T[q] on blocks of 32.
 
     Scales: {"d": f32[*b, n/32]}, d = 2^(e - 128); the two smallest are float32 denormals, which XLA's arithmetic
@@ -107,7 +108,7 @@ class MXFP4:
 
 
 @dataclasses.dataclass(frozen=True)
-class NVFP4:
+class NVFP4(Link):
     """w = ue4m3(s) / 2 T[q] on groups of 16, four to a block.
 
     Scales: {"d": f32[*b, n/16]}, d = ue4m3(s) / 2. Codes: q, uint8[*b, n].

@@ -21,6 +21,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from qjax.chain import Link
 from qjax.formats import exact
 from qjax.formats.bits import pack_bits, unpack_bits
 from qjax.formats.blocks import (
@@ -40,7 +41,7 @@ _EVEN, _AWAY = lax.RoundingMethod.TO_NEAREST_EVEN, lax.RoundingMethod.AWAY_FROM_
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledBlock:
+class ScaledBlock(Link):
     """w = d l with signed levels l in [-2^(bits-1), 2^(bits-1)): the weight of largest magnitude becomes the lowest.
 
     Scales: {"d": f32[*b, n/32]}. Codes: l, int8[*b, n].
@@ -121,7 +122,7 @@ class ScaledBlock:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledMinBlock:
+class ScaledMinBlock(Link):
     """w = d q + m with q in [0, 2^bits): the block's range, cut evenly.
 
     Scales: {"d": f32[*b, n/32], "m": f32[*b, n/32]}. Codes: q, uint8[*b, n].
@@ -206,7 +207,7 @@ class ScaledMinBlock:
 
 
 @dataclasses.dataclass(frozen=True)
-class Q8_0:
+class Q8_0(Link):
     """w = d q with q in [-127, 127] and d = absmax / 127.
 
     Scales: {"d": f32[*b, n/32]}. Codes: q, int8[*b, n].

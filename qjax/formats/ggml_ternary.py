@@ -21,6 +21,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from qjax.chain import Link
 from qjax.formats import exact
 from qjax.formats.blocks import (
     block_shape,
@@ -39,7 +40,7 @@ _GROUPS = ((32, 5), (16, 5), (4, 4))  # bytes, trits a byte
 
 
 @dataclasses.dataclass(frozen=True)
-class Ternary:
+class Ternary(Link):
     """w = d t on blocks of 256.
 
     Scales: {"d": f32[*b, n/256]}. Codes: t, int8[*b, n] (TQ2_0's unused pattern 3 reads as 2).

@@ -20,6 +20,7 @@ import re
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.chain import Link
 from qjax.errors import UserError
 from qjax.formats import integer_search as search
 from qjax.formats.bits import pack_bits, unpack_bits
@@ -31,7 +32,7 @@ _POLISH = 3  # rounds of (nearest codes, least-squares scale) after the search; 
 
 
 @dataclasses.dataclass(frozen=True)
-class IntegerFormat:
+class IntegerFormat(Link):
     """A frozen record of the format's parameters; `qjax.formats.integer.affine` documents them and has the defaults."""
 
     bits: int

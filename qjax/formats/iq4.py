@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qjax.chain import Link
 from qjax.formats.bits import pack_bits, unpack_bits
 from qjax.formats.blocks import (
     block_shape,
@@ -62,7 +63,7 @@ _POLISH = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class IQ4NL:
+class IQ4NL(Link):
     """w = d T[q]. Scales: d f32[*b, n/32] (fp16 numbers); codes u8[*b, n]."""
 
     name: str = "IQ4_NL"
@@ -117,7 +118,7 @@ class IQ4NL:
 
 
 @dataclasses.dataclass(frozen=True)
-class IQ4XS:
+class IQ4XS(Link):
     """w = d sc T[q]. Scales: d f32[*b, n/256] (fp16 numbers), sc i8[*b, n/256, 8]; codes u8[*b, n]."""
 
     name: str = "IQ4_XS"

@@ -27,6 +27,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
+from qjax.chain import Link
 from qjax.formats.affine_search import NEAR, WIDE, WIDEST, Affine, search_affine
 from qjax.formats.blocks import (
     block_shape,
@@ -49,7 +50,7 @@ SEARCH = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AffineKQuant:
+class AffineKQuant(Link):
     """w = d sc q - dmin mn.
 
     Scales: d, dmin f32[*b, n/256] (fp16 numbers), sc, mn u8[*b, n/256, sub-blocks]; codes u8[*b, n].

@@ -23,6 +23,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from qjax.chain import Link
 from qjax.formats.blocks import (
     block_shape,
     from_fp16_bytes,
@@ -53,7 +54,7 @@ SEARCH = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SymmetricKQuant:
+class SymmetricKQuant(Link):
     """w = d sc q.
 
     Scales: d f32[*b, n/256] (fp16 numbers), sc i8[*b, n/256, 16]; codes i8[*b, n].

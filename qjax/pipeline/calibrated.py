@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.chain import Chain
 from qjax.errors import UserError
 from qjax.io.atomic import write_errors, write_text
 from qjax.io.rope_rows import to_halves
@@ -107,7 +108,7 @@ def calibration_text(model: Model, text: str, **options: Any) -> Calibration:
 def quantize_model(
     model: Model,
     plan: str | Plan,
-    recipe: str | Recipe,
+    recipe: str | Recipe | Chain,
     calibration: Calibration,
     *,
     seen: Survey | None = None,

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from qjax.calibrate import check_stats
+from qjax.chain import Chain
 from qjax.errors import UserError
 from qjax.formats import BlockFormat
 from qjax.lifting import report
@@ -40,7 +41,7 @@ def quantize_params(
     stats: Mapping[str, Stats | Array] | None = None,
     key: Array | None = None,
     *,
-    recipe: str | Recipe = "rtn",
+    recipe: str | Recipe | Chain = "rtn",
     axes: Mapping[str, int] | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[Any, Report]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.chain import Chain
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.formats import format as get_format
@@ -68,7 +69,7 @@ def quantize_file(
     out: str | Path,
     plan: str | Plan,
     *,
-    recipe: str | Recipe = "rtn",
+    recipe: str | Recipe | Chain = "rtn",
     calibration: Calibration | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
     pure: bool = False,

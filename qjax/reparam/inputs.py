@@ -22,7 +22,7 @@ from qjax.formats.float8 import nearest_float
 from qjax.formats.integer_grid import IntegerFormat
 from qjax.formats.protocol import Format, Scales
 from qjax.formats.storage import quotient
-from qjax.reparam.protocol import Applied, Site, statistic
+from qjax.reparam.protocol import Applied, Reparam, Site, statistic
 from qjax.typing import Array, Float
 
 Kind = Literal["int8", "int4", "e4m3", "e5m2"]
@@ -88,7 +88,7 @@ class RoundedInput(Applied):
 
 
 @dataclasses.dataclass(frozen=True)
-class Act:
+class Act(Reparam):
     """See `act`."""
 
     kind: Kind = "int8"

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.reparam.protocol import Applied, Site, statistic
+from qjax.reparam.protocol import Applied, Reparam, Site, statistic
 from qjax.typing import Array, Float
 
 
@@ -34,7 +34,7 @@ class Permuted(Applied):
 
 
 @dataclasses.dataclass(frozen=True)
-class Permute:
+class Permute(Reparam):
     """See `permute`."""
 
     by: Literal["h", "norm"] = "h"

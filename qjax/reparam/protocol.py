@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from qjax.chain import Link
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.stats import KINDS, Stats
@@ -73,20 +74,22 @@ class Applied:
         return self
 
 
-@runtime_checkable
-class Reparam(Protocol):
+class Reparam(Link):
     """A frozen, hashable record of a change of variables."""
 
     @property
     def name(self) -> str:
         """The function that makes it, as recipes write it."""
+        raise NotImplementedError
 
     @property
     def requires(self) -> frozenset[str]:
         """The statistics it cannot do without: names of `Stats` fields."""
+        return frozenset()
 
     def __call__(self, site: Site) -> tuple[Site, Applied]:
         """The site in the new variables, and what was done."""
+        raise NotImplementedError
 
 
 def reparametrize(

@@ -27,7 +27,7 @@ from qjax.reparam.hadamard import randomized
 from qjax.reparam.orthogonal import dense, turned
 from qjax.reparam.orthogonal import kronecker as kronecker_product
 from qjax.reparam.orthogonal import orthogonal as dense_matrix
-from qjax.reparam.protocol import Applied, Site
+from qjax.reparam.protocol import Applied, Reparam, Site
 from qjax.typing import Array, Float
 
 Kind = Literal["hadamard", "kronecker", "orthogonal"]
@@ -86,7 +86,7 @@ class Rotated(Applied):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotate:
+class Rotate(Reparam):
     """See `hadamard`, `kronecker`, `orthogonal`."""
 
     kind: Kind = "hadamard"

@@ -22,7 +22,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
-from qjax.reparam.protocol import Applied, Site, statistic
+from qjax.reparam.protocol import Applied, Reparam, Site, statistic
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -63,7 +63,7 @@ def floored(s: Float[Array, "n"]) -> Float[Array, "n"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Smooth:
+class Smooth(Reparam):
     """See `smooth`."""
 
     alpha: float = 0.5
@@ -99,7 +99,7 @@ def smooth(alpha: float = 0.5) -> Smooth:
 
 
 @dataclasses.dataclass(frozen=True)
-class AWQ:
+class AWQ(Reparam):
     """See `awq_scale`."""
 
     grid: int = 20
@@ -160,7 +160,7 @@ def searched(
 
 
 @dataclasses.dataclass(frozen=True)
-class Rescale:
+class Rescale(Reparam):
     """See `rescale`."""
 
     @property

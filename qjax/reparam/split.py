@@ -21,7 +21,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.storage import fp16
-from qjax.reparam.protocol import Applied, Site, statistic
+from qjax.reparam.protocol import Applied, Reparam, Site, statistic
 from qjax.stats import Stats
 from qjax.typing import Array, Float, Int
 
@@ -48,7 +48,7 @@ class Columns(Applied):
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitColumns:
+class SplitColumns(Reparam):
     """See `columns`."""
 
     share: float | None = None
@@ -140,7 +140,7 @@ def sparse_of(w: Float[Array, "out n"], mask: np.ndarray, w_hat: Float[Array, "o
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitSparse:
+class SplitSparse(Reparam):
     """See `sparse`."""
 
     share: float = 0.005
@@ -203,7 +203,7 @@ class LowRank(Applied):
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitLowRank:
+class SplitLowRank(Reparam):
     """See `low_rank`."""
 
     rank: int = 16

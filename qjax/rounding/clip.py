@@ -24,7 +24,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.protocol import State, errors_of, metric
+from qjax.rounding.protocol import Rounding, State, errors_of, metric
 from qjax.rounding.ranges import between, grouped, span
 from qjax.stats import Stats
 from qjax.typing import Array, Float
@@ -33,7 +33,7 @@ Metric = Literal["H", "h", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class Clip(Rounding):
     """See `clip`."""
 
     grid: int = 20

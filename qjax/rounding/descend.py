@@ -16,14 +16,14 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.curvature import descent, order_of, proxy
-from qjax.rounding.protocol import State, errors_of, metric
+from qjax.rounding.protocol import Rounding, State, errors_of, metric
 from qjax.rounding.sweep import fixed_grid, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
-class Descend:
+class Descend(Rounding):
     """See `descend`."""
 
     sweeps: int = 3

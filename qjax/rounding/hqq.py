@@ -29,14 +29,14 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.protocol import State
+from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.ranges import grouped, units
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
-class HQQ:
+class HQQ(Rounding):
     """See `hqq`."""
 
     iterations: int = 20

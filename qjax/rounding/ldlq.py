@@ -23,14 +23,14 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.curvature import Order, cholesky, feedback, order_of
-from qjax.rounding.protocol import State
+from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.sweep import Columns, fixed_grid, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class LDLQ:
+class LDLQ(Rounding):
     """See `ldlq`."""
 
     order: Order = "act"

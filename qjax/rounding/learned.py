@@ -30,7 +30,7 @@ from qjax.errors import UserError
 from qjax.formats.ggml_dense import Dense
 from qjax.formats.protocol import Format
 from qjax.rounding.gradient import Parameters, shrunk, trained
-from qjax.rounding.protocol import State, errors_of, metric
+from qjax.rounding.protocol import Rounding, State, errors_of, metric
 from qjax.rounding.ranges import ends, gap, grid_of_state, grouped, units
 from qjax.stats import Stats
 from qjax.typing import Array
@@ -39,7 +39,7 @@ _START = 4.0  # sigmoid(4) = 0.98
 _NEARLY = 0.499  # of a gap: as far from its level as a weight may lie and still be rounded to it
 
 
-class _Learned:
+class _Learned(Rounding):
     """What the two have in common."""
 
     steps: int
@@ -100,6 +100,11 @@ class LearnedClipping(_Learned):
 
     def __post_init__(self) -> None:
         _check_schedule("learned_clipping", self.steps, self.lr)
+
+    @property
+    def name(self) -> str:
+        """See `Rounding`."""
+        return "learned_clipping"
 
     @property
     def nearest_codes(self) -> bool:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats import sound
 from qjax.formats.protocol import Format
-from qjax.rounding.protocol import State
+from qjax.rounding.protocol import Rounding, State
 from qjax.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)
-class Nearest:
+class Nearest(Rounding):
     """See `nearest`."""
 
     weight: Literal["none", "h"] = "none"

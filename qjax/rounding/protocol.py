@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qjax.chain import Link
 from qjax.compiled import untuned
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
@@ -49,16 +50,55 @@ class State:
     outliers: Outliers | None = None
 
 
-@runtime_checkable
-class Rounding(Protocol):
-    """A frozen, hashable record of a stage's parameters."""
+class Rounding(Link):
+    """A stage: a frozen, hashable record of its parameters. What it does not say of itself is as it stands here."""
+
+    @property
+    def name(self) -> str:
+        """The function that makes it, as recipes write it."""
+        return type(self).__name__.lower()
 
     @property
     def requires(self) -> frozenset[str]:
         """The statistics it cannot do without: names of `Stats` fields."""
+        return frozenset()
+
+    @property
+    def fits(self) -> bool:
+        """It finds the scales, as the first stage must and no other may."""
+        return False
+
+    @property
+    def nearest_codes(self) -> bool:
+        """Its codes are the nearest to the target on its scales: nothing is lost where they are chosen again."""
+        return False
+
+    @property
+    def ranges_only(self) -> bool:
+        """It looks at each group alone and stands right behind the fit."""
+        return False
+
+    @property
+    def starts_over(self) -> bool:
+        """It keeps the scales that it finds and not the codes."""
+        return False
+
+    @property
+    def factors(self) -> bool:
+        """It factors H, and so finds a damping under which that can be done."""
+        return False
+
+    @property
+    def whole(self) -> bool:
+        """It needs all rows of a weight at once."""
+        return False
+
+    def check(self, format: Format) -> None:
+        """Raise UserError where it cannot run on a format."""
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         """Choose or improve scales and codes. Pure and jittable."""
+        raise NotImplementedError
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +157,7 @@ def check_chain(roundings: Sequence[Rounding], format: Format, stats: Stats, nam
     """Raise UserError where a chain cannot run on a weight: no stage, a missing statistic, one of another size."""
     if not roundings:
         raise UserError("a recipe needs at least one rounding, as in nearest()")
-    if not getattr(roundings[0], "fits", False):
+    if not roundings[0].fits:
         raise UserError(f"{name}: the first rounding must fit the scales, as nearest() does; {roundings[0]} has none")
     for needed in sorted(requires(roundings)):
         if (stats.importance if needed == "h" else getattr(stats, needed)) is None:
@@ -128,22 +168,20 @@ def check_chain(roundings: Sequence[Rounding], format: Format, stats: Stats, nam
 def check_grid(roundings: Sequence[Rounding], format: Format, name: str = "the weight") -> None:
     """Raise UserError where stages stand in an order that undoes their work, or cannot run on the format."""
     for i, (before, r) in enumerate(zip((None, *roundings), roundings, strict=False)):
-        if before is not None and getattr(r, "fits", False):
+        if before is not None and r.fits:
             raise UserError(f"{name}: {r} fits the scales, which only the first stage may do")
-        if getattr(r, "ranges_only", False) and not getattr(before, "fits", False):
+        if r.ranges_only and not (before is not None and before.fits):
             raise UserError(
                 f"{name}: {r} looks at each group alone and would undo error feedback; put it behind nearest()"
             )
-        if getattr(r, "starts_over", False):
-            lost = [b for b in roundings[:i] if not (getattr(b, "fits", False) or getattr(b, "nearest_codes", False))]
+        if r.starts_over:
+            lost = [b for b in roundings[:i] if not (b.fits or b.nearest_codes)]
             if lost:
                 raise UserError(f"{name}: {r} begins with the weight and would throw away the codes of {lost[-1]}")
-        check = getattr(r, "check", None)
-        if check is not None:
-            try:
-                check(format)
-            except UserError as e:
-                raise UserError(f"{name}: {e}") from None
+        try:
+            r.check(format)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
 
 
 @partial(untuned, static_argnames=("format", "roundings", "damping"))
@@ -169,7 +207,7 @@ def round_weight(
     """
     w = w.astype(jnp.float32)
     lam = jnp.float32(damping)
-    if stats.H is not None and "H" in requires(roundings) and not any(getattr(r, "factors", False) for r in roundings):
+    if stats.H is not None and "H" in requires(roundings) and not any(r.factors for r in roundings):
         _, lam = factor(stats.H, lam)  # descent alone would not notice an indefinite H
     state = State(None, None, w, lam)
     first = None

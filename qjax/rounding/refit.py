@@ -26,7 +26,7 @@ from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.curvature import descent, over_tiles
 from qjax.rounding.descend import Descend, keep_better, losses
-from qjax.rounding.protocol import State, errors_of, metric
+from qjax.rounding.protocol import Rounding, State, errors_of, metric
 from qjax.rounding.sweep import OUTER, fixed_grid, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
@@ -35,7 +35,7 @@ _RIDGE = 1e-4  # a group whose levels are all equal has no slope of its own
 
 
 @dataclasses.dataclass(frozen=True)
-class Refit:
+class Refit(Rounding):
     """See `refit`."""
 
     rounds: int = 3

@@ -21,14 +21,14 @@ from qjax.formats.bilevel import Bilevel
 from qjax.formats.integer_grid import IntegerFormat
 from qjax.formats.protocol import Format
 from qjax.rounding.curvature import Order, cholesky, feedback, order_of
-from qjax.rounding.protocol import State
+from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.sweep import fixed_grid, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
-class SpQR:
+class SpQR(Rounding):
     """See `spqr`."""
 
     threshold: float = 0.2

@@ -1,0 +1,27 @@
+"""Recipes: the named methods (`methods`), `>>` (`composed`), and lines of text (`lines`)."""
+
+from qjax.recipes.composed import Recipe, joined
+from qjax.recipes.lines import REPARAMS, STAGES, recipe, reparam
+from qjax.recipes.methods import (
+    RECIPES,
+    autoround,
+    awq,
+    best_gguf,
+    gptaq,
+    gptq,
+    hqq,
+    imatrix,
+    llm_int8,
+    omniquant,
+    quarot,
+    quip,
+    rtn,
+    smoothquant,
+    spqr,
+    w8a8,
+)  # fmt: skip
+
+__all__ = [
+    "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "hqq", "imatrix",
+    "joined", "llm_int8", "omniquant", "quarot", "quip", "recipe", "reparam", "rtn", "smoothquant", "spqr", "w8a8",
+]  # fmt: skip

@@ -1,0 +1,128 @@
+"""The named methods, each a few lines over the algebra: reparametrizations, a format, then roundings.
+
+    rtn        nearest()
+    imatrix    nearest(weight="h")                                                    llama.cpp's importance matrix
+    gptq       nearest() >> ldlq(order="act")                                         arXiv:2210.17323
+    gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
+    best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)     ours
+    awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
+    spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
+    quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
+
+and smoothquant, llm_int8, w8a8, quarot, hqq, autoround, omniquant below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qjax.formats import Format
+from qjax.formats import format as get_format
+from qjax.formats.integer import affine
+from qjax.recipes.composed import Recipe
+from qjax.reparam import act, awq_scale, hadamard, kronecker, rescale, smooth
+from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit
+from qjax.rounding import hqq as hqq_stage
+from qjax.rounding import spqr as spqr_stage
+
+
+def rtn(format: str | Format | None = None) -> Recipe:
+    """Round to nearest, scales of least squared error."""
+    return _recipe("rtn", format, nearest())
+
+
+def imatrix(format: str | Format | None = None) -> Recipe:
+    """Nearest, scales of least error weighted by E[x^2] of the float model: what llama.cpp does with an imatrix."""
+    return _recipe("imatrix", format, nearest("h"), sequential=False)
+
+
+def gptq(bits: int = 4, group: int = 128, format: str | Format | None = None) -> Recipe:
+    """GPTQ (arXiv:2210.17323): plain fit, error feedback in act-order with static groups, sequential statistics.
+
+    >>> str(gptq(3, group=64))
+    "uint3_g64 >> nearest(weight='none') >> ldlq(order='act', grid='static', cross=0.0)"
+    """
+    return _recipe("gptq", affine(bits, group) if format is None else format, nearest(), ldlq("act"))
+
+
+def gptaq(bits: int = 4, group: int = 128, format: str | Format | None = None, alpha: float = 1.0) -> Recipe:
+    """GPTQ with the cross term (GPTAQ, arXiv:2504.02692): targets make up for what the predecessors changed."""
+    return _recipe("gptaq", affine(bits, group) if format is None else format, nearest(), ldlq("act", cross=alpha))
+
+
+def best_gguf(format: str | Format | None = None) -> Recipe:
+    """The best file of a GGUF type: importance-weighted fit, act-order feedback, then scales and codes in turn."""
+    return _recipe("best_gguf", format, nearest("h"), ldlq("act", cross=1.0), refit(2, 2), sensitive=True)
+
+
+def awq(bits: int = 4, group: int = 128, format: str | Format | None = None) -> Recipe:
+    """AWQ (arXiv:2306.00978): salient channels scaled up, ranges clipped, nearest."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("awq", made, nearest(), clip(), reparams=(awq_scale(),))
+
+
+def smoothquant(alpha: float = 0.5, format: str | Format | None = None) -> Recipe:
+    """SmoothQuant (arXiv:2211.10438): outliers move from inputs to weights; both int8, per token and per row."""
+    made = "int8_row" if format is None else format
+    return _recipe("smoothquant", made, nearest(), reparams=(smooth(alpha), act("int8")))
+
+
+def llm_int8(threshold: float = 6.0, format: str | Format | None = None) -> Recipe:
+    """LLM.int8() (arXiv:2208.07339): inputs and weights int8, channels with an |x| >= 6 in floating point."""
+    made = "int8_row" if format is None else format
+    return _recipe("llm_int8", made, nearest(), reparams=(act("int8", threshold=threshold),))
+
+
+def w8a8(format: str | Format | None = None) -> Recipe:
+    """Weights per row and inputs per token in int8, accumulated in int32."""
+    return _recipe("w8a8", "int8_row" if format is None else format, nearest(), reparams=(act("int8"),))
+
+
+def spqr(threshold: float = 0.2, format: str | Format | None = None) -> Recipe:
+    """SpQR (arXiv:2306.03078): error feedback with outliers in CSR, groups of 16 with 3-bit scales and zeros."""
+    made = "uint3_g16_bilevel3x16" if format is None else format
+    return _recipe("spqr", made, spqr_stage(threshold))
+
+
+def quip(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | None = None) -> Recipe:
+    """QuIP (arXiv:2307.13304): incoherence by rescaling and two Kronecker rotations, LDLQ, greedy descent."""
+    made = f"int{bits}_row_mid_mse" if format is None else format
+    reparams = (rescale(), kronecker(seed=seed, best_of=best_of))
+    return _recipe("quip", made, nearest(), ldlq("act"), descend(9), reparams=reparams)
+
+
+def quarot(bits: int = 4, group: int = 128, seed: int = 0, format: str | Format | None = None) -> Recipe:
+    """Rotated inputs, then GPTQ: QuaRot's (arXiv:2404.00456) at run time; `qjax.models.fuse.rotated` folds it away."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("quarot", made, nearest(), ldlq("act"), reparams=(hadamard("in", seed=seed),))
+
+
+def hqq(bits: int = 4, group: int = 64, format: str | Format | None = None) -> Recipe:
+    """HQQ: data-free, a zero point that is robust to outliers."""
+    return _recipe("hqq", affine(bits, group, zero="f16") if format is None else format, hqq_stage())
+
+
+def autoround(bits: int = 4, group: int = 128, steps: int = 200, format: str | Format | None = None) -> Recipe:
+    """AutoRound (arXiv:2309.05516): rounding offsets and ranges by signed gradients, on each layer's output."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("autoround", made, nearest(), learned(steps))
+
+
+def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | Format | None = None) -> Recipe:
+    """OmniQuant's learned clipping (arXiv:2308.13137), on each layer's output."""
+    made = affine(bits, group) if format is None else format
+    return _recipe("omniquant", made, nearest(), learned_clipping(steps))
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    f.__name__: f
+    for f in (
+        rtn, imatrix, gptq, gptaq, best_gguf, awq, smoothquant, llm_int8, w8a8, spqr, quip, quarot, hqq, autoround,
+        omniquant,
+    )
+}  # fmt: skip
+
+
+def _recipe(name: str, format: str | Format | None, *roundings: Rounding, **options: Any) -> Recipe:
+    return Recipe(roundings, None if format is None else get_format(format), name=name, **options)
