@@ -62,7 +62,6 @@ def recipe(text: str | Recipe | Chain | Link) -> Recipe:
     'Q3_K'
     >>> recipe("gptq(bits=3)").format.name, recipe("gptq").format
     ('uint3_g128', None)
-    True
     >>> str(recipe("hadamard() >> gptq >> descend(2)"))
     "hadamard() >> nearest(weight='none') >> ldlq(order='act', grid='static', cross=0.0) >> descend(sweeps=2)"
 
