@@ -15,6 +15,11 @@ from typing import Any
 class Link:
     """What may stand in a chain."""
 
+    @property
+    def about(self) -> str:
+        """One line on it, for lists."""
+        return ""
+
     def __rshift__(self, other: Any) -> Any:
         return Chain((self,)) >> other
 

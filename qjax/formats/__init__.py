@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
 from types import ModuleType
 
 from qjax.errors import UserError
-from qjax.formats import (
-    bilevel,
-    codebook,
-    float8,
-    ggml_dense,
-    ggml_fp4,
-    ggml_simple,
-    ggml_ternary,
-    integer,
-    iq4,
-    kquant_affine,
-    kquant_symmetric,
-)
 from qjax.formats.protocol import BlockFormat, Format
 
-FAMILIES: tuple[ModuleType, ...] = (
-    *(ggml_dense, ggml_simple, kquant_affine, kquant_symmetric, iq4, ggml_ternary, ggml_fp4),
-    *(integer, bilevel, codebook, float8),
+FAMILIES: tuple[ModuleType, ...] = tuple(
+    import_module(f"qjax.formats.{name}")
+    for name in (
+        *("ggml_dense", "ggml_simple", "kquant_affine", "kquant_symmetric", "iq4", "ggml_ternary", "ggml_fp4"),
+        *("integer", "bilevel", "codebook", "float8"),
+    )
 )
 
 _BY_NAME: dict[str, Format] = {fmt.name: fmt for family in FAMILIES for fmt in family.FORMATS}

@@ -76,6 +76,11 @@ class Bilevel(Link):
         return True
 
     @property
+    def about(self) -> str:
+        per = f"a scale and a zero of {self.second} bits per {self.group}, ranges of these per {self.groups} groups"
+        return f"SpQR: {self.bits}-bit integers, {per}"
+
+    @property
     def bits_per_weight(self) -> float:
         return self.bits + 2 * self.second / self.group + 64 / self.block
 

@@ -85,6 +85,11 @@ class Codebook(Link):
         return not self.double
 
     @property
+    def about(self) -> str:
+        levels = "16 quantiles of a normal (QLoRA)" if self.levels == "NF4" else "16 four-bit floats"
+        return f"bitsandbytes: {levels}, {'8-bit' if self.double else 'f32'} absmax per {self.block}"
+
+    @property
     def bits_per_weight(self) -> float:
         return 4 + ((8 + 32 / NESTED) if self.double else 32) / self.block
 

@@ -79,6 +79,11 @@ class Float8(Link):
         return self.scope != "tensor"
 
     @property
+    def about(self) -> str:
+        per = {"channel": "row", "tensor": "matrix", "block": f"{self.block}"}[self.scope]
+        return f"8-bit floats {self.kind}, an f32 scale per {per}"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 + (32 / self.block if self.block else 0.0)
 

@@ -32,6 +32,10 @@ class Dense(Link):
     row_wise: bool = True
 
     @property
+    def about(self) -> str:
+        return {"F32": "32-bit floats", "F16": "16-bit floats", "BF16": "bfloat16"}[self.name]
+
+    @property
     def bits_per_weight(self) -> float:
         return 8.0 * self.block_bytes
 

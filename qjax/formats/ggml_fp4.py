@@ -49,6 +49,10 @@ class MXFP4(Link):
     block_bytes: int = 17
 
     @property
+    def about(self) -> str:
+        return "OCP microscaling: 4-bit floats (E2M1), a power of two per block"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block
 
@@ -121,6 +125,10 @@ class NVFP4(Link):
     row_wise: bool = True
     block_bytes: int = 36
     group: int = 16
+
+    @property
+    def about(self) -> str:
+        return "4-bit floats (E2M1), an 8-bit float scale per 16"
 
     @property
     def bits_per_weight(self) -> float:

@@ -56,6 +56,10 @@ class ScaledBlock(Link):
     row_wise: bool = True
 
     @property
+    def about(self) -> str:
+        return f"GGUF: {2**self.bits} signed levels, one fp16 scale"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block
 
@@ -135,6 +139,10 @@ class ScaledMinBlock(Link):
     block: int = 32
     tile: int = 1
     row_wise: bool = True
+
+    @property
+    def about(self) -> str:
+        return f"GGUF: {2**self.bits} levels between the block's minimum and maximum"
 
     @property
     def bits_per_weight(self) -> float:
@@ -219,6 +227,10 @@ class Q8_0(Link):
     tile: int = 1
     row_wise: bool = True
     block_bytes: int = 34
+
+    @property
+    def about(self) -> str:
+        return "GGUF: signed bytes, one fp16 scale"
 
     @property
     def bits_per_weight(self) -> float:

@@ -54,6 +54,10 @@ class Ternary(Link):
     row_wise: bool = True
 
     @property
+    def about(self) -> str:
+        return f"GGUF: ternary, {'five' if self.name == 'TQ1_0' else 'four'} weights in a byte"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block
 

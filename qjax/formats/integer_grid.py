@@ -96,6 +96,18 @@ class IntegerFormat(Link):
         return True
 
     @property
+    def about(self) -> str:
+        scale = f"a {self.scale} scale" if self.scale[0] != "u" else f"nested scales ({self.scale})"
+        words = [
+            f"{self.bits}-bit {'symmetric' if self.symmetric else 'affine'} integers",
+            f"{scale} per {self.group or 'row'}",
+            "" if self.zero in ("none", "int") else f"{self.zero} zeros",
+            "half-integer levels" if self.levels == "mid-rise" else "",
+            "searched for least squared error" if self.search == "mse" else "",
+        ]
+        return ", ".join(filter(None, words))
+
+    @property
     def bits_per_weight(self) -> float:
         if not self.group:
             return float(self.bits)

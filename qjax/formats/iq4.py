@@ -74,6 +74,10 @@ class IQ4NL(Link):
     block_bytes: int = 18
 
     @property
+    def about(self) -> str:
+        return "GGUF: 16 levels spaced for bell-shaped weights, one fp16 scale"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block
 
@@ -127,6 +131,10 @@ class IQ4XS(Link):
     tile: int = 1
     row_wise: bool = True
     block_bytes: int = 136
+
+    @property
+    def about(self) -> str:
+        return "GGUF: IQ4_NL's levels, 8 groups with 6-bit scales"
 
     @property
     def bits_per_weight(self) -> float:

@@ -70,6 +70,13 @@ class AffineKQuant(Link):
     row_wise: bool = True
 
     @property
+    def about(self) -> str:
+        scale_bits = 4 if self.bits == 2 else 6
+        return (
+            f"GGUF K-quant: {self.bits} bits, {self.block // self.sub} groups with {scale_bits}-bit scales and minima"
+        )
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block
 

@@ -73,6 +73,11 @@ class SymmetricKQuant(Link):
     row_wise: bool = True
 
     @property
+    def about(self) -> str:
+        scale_bits = 6 if self.bits == 3 else 8
+        return f"GGUF K-quant: {self.bits} bits signed, {self.block // self.sub} groups with {scale_bits}-bit scales"
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block
 
