@@ -82,8 +82,8 @@ def resumable_file(
             raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file")
         log = _locked(journal, path)
         try:
-            lines = _lines(log, journal)
             try:
+                lines = _lines(log, journal)
                 fd = _open(partial, None if lines else f"{journal.name} does not say how far it is")
             except (UserError, OSError):
                 if not os.fstat(log).st_size:

@@ -5,7 +5,9 @@
 
 (t - q)^2 D_j is what a miss costs once the columns behind it have made up for what they can: GPTQ's (t - q)^2 / U_jj^2.
 Before the feedback begins, a weight that its group would miss by so much with a range made of the others is replaced by
-their mean, so that it does not spoil the group's range. Outliers go into a CSR part of 32 bits each (reparam/split.py).
+their mean, so that it does not spoil the group's range. The range is that of the format's unit levels: from the lowest
+to the highest of the others where levels have an offset, else so wide that both ends reach. Outliers go into a CSR part
+of 32 bits each (reparam/split.py).
 
 Source: SpQR, arXiv:2306.03078, section 4.1 and algorithm 1; here with static groups, so that columns keep their places.
 """
@@ -13,12 +15,12 @@ Source: SpQR, arXiv:2306.03078, section 4.1 and algorithm 1; here with static gr
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.formats.bilevel import Bilevel
-from qjax.formats.integer_grid import IntegerFormat
 from qjax.formats.protocol import Format
 from qjax.rounding.curvature import Order, cholesky, feedback, order_of
 from qjax.rounding.protocol import Rounding, State
@@ -60,28 +62,23 @@ class SpQR(Rounding):
         """It climbs the damping's ladder itself."""
         return True
 
-    def check(self, format: Format) -> None:
-        """Raise UserError where the format has no groups of evenly spaced levels."""
-        if not isinstance(format, Bilevel | IntegerFormat) or not format.group:
-            raise UserError(f"spqr rounds onto integers in groups, such as uint3_g16_bilevel3x16; got {format.name}")
-
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H, w = stats.H, state.target
-        assert H is not None and isinstance(format, Bilevel | IntegerFormat)
-        group = format.group
-        order = order_of(jnp.diagonal(H), self.order, 1, group)
+        assert H is not None
+        tile, group = format.tile, w.shape[1] // _grid_of(format, w)[0].shape[-1]
+        order = order_of(jnp.diagonal(H), self.order, tile, group)
         c, damping = cholesky(H[order][:, order], state.damping)
         D = jnp.square(jnp.diagonal(c))
         in_place = jnp.zeros_like(D).at[order].set(D)
         live = jnp.diagonal(H) > 0  # a miss costs nothing in the other columns
         tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place, where=live)
         reach = jnp.where(live, jnp.sqrt(tau / jnp.where(in_place > 0, in_place, 1.0)), jnp.inf)
-        scales = format.fit(without_outliers(w, reach, group, format.bits) if self.loo else w)
+        scales = format.fit(without_outliers(w, reach, group, format) if self.loo and group > 1 else w)
         s, m = format.grid(scales, w.shape)
-        grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(1))
+        grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(tile))
         rows = w.T[order]
         e, _ = sweep(
-            rows, jnp.zeros_like(rows), feedback(c), grid_of, format.level, 1, outer_of(1), lower=True,
+            rows, jnp.zeros_like(rows), feedback(c, tile), grid_of, format.level, tile, outer_of(tile), lower=True,
             reach=reach[order][:, None],
         )  # fmt: skip
         w_hat = jnp.zeros_like(rows).at[order].set(rows - e).T
@@ -103,18 +100,34 @@ def spqr(threshold: float = 0.2, order: Order = "act", loo: bool = True) -> SpQR
 
 
 def without_outliers(
-    w: Float[Array, "rows n"], reach: Float[Array, "n"], group: int, bits: int
+    w: Float[Array, "rows n"], reach: Float[Array, "n"], group: int, format: Format
 ) -> Float[Array, "rows n"]:
     """w with each weight that the range of its group's others would miss by more than `reach` at the others' mean."""
     x = w.reshape(w.shape[0], -1, group)
     high, low = (_but_one(x, sign) for sign in (1.0, -1.0))
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    s = (high - low) / (2**bits - 1)
-    q = low + s * jnp.clip(jnp.round((x - low) / jnp.where(s > 0, s, 1.0)), 0, 2**bits - 1)
+    ends = format.level(jnp.full((2, max(format.tile, 1)), _FAR) * jnp.array([[-1.0], [1.0]]))
+    least, most = jnp.min(ends), jnp.max(ends)  # of the unit levels
+    if _grid_of(format, w)[1] is None:
+        s = jnp.maximum(high / most, jnp.where(least < 0, low / jnp.minimum(least, -1e-30), 0.0))
+        m = jnp.zeros_like(s)
+    else:
+        s = (high - low) / (most - least)
+        m = low - s * least
+    u = (x - m) / jnp.where(s > 0, s, 1.0)
+    q = m + s * format.level(u.reshape(-1, format.tile)).reshape(x.shape)
     outlier = jnp.abs(x - q) > reach.reshape(1, -1, group)
     rest = jnp.sum(jnp.where(outlier, 0.0, x), axis=-1, keepdims=True)
     mean = rest / jnp.maximum(jnp.sum(~outlier, axis=-1, keepdims=True), 1).astype(x.dtype)
     return jnp.where(outlier, mean, x).reshape(w.shape)
+
+
+_FAR = 1e30  # farther out than any level but those of floats, which have no end
+
+
+def _grid_of(format: Format, w: Array) -> tuple[Any, Any]:
+    """The shapes of the format's grid for w."""
+    return jax.eval_shape(lambda w: format.grid(format.fit(w), w.shape), w)
 
 
 def _but_one(x: Array, sign: float) -> Array:

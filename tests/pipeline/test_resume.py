@@ -137,3 +137,13 @@ def test_a_full_disk_shows_at_once_and_leaves_nothing(out, tmp_path, monkeypatch
     with pytest.raises(UserError, match="the disk is full"):
         write(out)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_journal_that_cannot_be_begun_is_not_left(out, tmp_path, monkeypatch):
+    def fails(fd, size):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "ftruncate", fails)
+    with pytest.raises(UserError, match="Input/output error"):
+        write(out)
+    assert os.listdir(tmp_path) == []
