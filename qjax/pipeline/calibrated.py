@@ -264,12 +264,15 @@ def walk_folder(out: Path, key: str, notify: Callable[[str], None] = lambda mess
             if any(folder.iterdir()):
                 notify(f"{folder / 'key'}: of another run, or damaged; starting over")
             shutil.rmtree(folder)
-        folder.mkdir(exist_ok=True)
-        write_text(folder / "key", key)
         try:
+            folder.mkdir(exist_ok=True)
+            if not _has_key(folder, key):
+                write_text(folder / "key", key)
             yield folder
-        except (UserError, OSError):
+        except (UserError, OSError) as e:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(e.__cause__, OSError) and str(folder) in str(e):
+                raise e.__cause__ from None  # it speaks of a file in a folder that is gone: say the output's name
             raise
         shutil.rmtree(folder)
 
