@@ -95,7 +95,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     trained, rows, loss = finetune(
         config.arm, model, batch_at,
         Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every), out,
-        heldout=corpus.heldout, begun=rounded.params if config.arm.init else None, teacher=teacher, place=place,
+        heldout=corpus.heldout, rounded=rounded.params if config.arm.init else None, teacher=teacher, place=place,
         confidence=confidence,
         identity={**windows.identity, "model": config.model, "teacher": config.teacher},
         accumulate=config.accumulate, seed=config.seed, mixed=config.mixed,

@@ -216,7 +216,7 @@ def train_arm(
     at_the_end = config.log_every * steps  # the last step alone is evaluated and saved
     result, log, loss = finetune(
         arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(steps, config.log_every, at_the_end, at_the_end),
-        folder, heldout=corpus.heldout, begun=begun_by(config, arm, model, tokens) if arm.init else None,
+        folder, heldout=corpus.heldout, rounded=rounded_by(config, arm, model, tokens) if arm.init else None,
         teacher=teacher, confidence=confidence, identity=tokens.identity,
     )  # fmt: skip
     shutil.rmtree(folder / "checkpoints")
@@ -256,7 +256,7 @@ def calibration(config: Config, model: Model, tokens: Windows) -> Calibration:
     return calibration_of(model.config.context, rows.reshape(-1), context=rows.shape[1])
 
 
-def begun_by(config: Config, arm: Arm, model: Model, tokens: Windows) -> Any:
+def rounded_by(config: Config, arm: Arm, model: Model, tokens: Windows) -> Any:
     """The result of the arm's recipe for the model it starts from."""
     recipe = recipes.recipe(arm.init)
     return quantize_model(model, arm.plan(model.config), recipe, calibration(config, model, tokens))[0].params

@@ -132,6 +132,7 @@ def test_unreadable_files_are_user_errors(tmp_path):
 plain = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.builds(

@@ -80,10 +80,10 @@ def test_docstring_examples(name):
         assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-DEAR = ("lift", "reparam", "rounding", "thinking", "training")  # pages that compile for seconds
+DEAR = ("README", "lift", "reparam", "rounding", "thinking", "training")  # pages that compile for seconds
 DOCS = [
     pytest.param(p, id=str(p.relative_to(ROOT)), marks=[pytest.mark.slow] if p.stem in DEAR else [])
-    for p in sorted((ROOT / "docs").rglob("*.md"))
+    for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ]
 
 

@@ -107,19 +107,27 @@ def contracted_axis(path: str, ndim: int) -> int:
     return -1 if ndim < 2 or path.rsplit("/", 1)[-1] == "embedding" else -2
 
 
-def contracted_axes(apply_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, int]:
+def contracted_axes(
+    apply_fn: Callable[..., Any], params: Any, *args: Any, plan: str | Plan | None = None
+) -> dict[str, int]:
     """{path: axis} of every weight that a function contracts or looks up, for `quantize_params`.
+
+    Args:
+      apply_fn: function of (params, *args), which is traced.
+      plan: weights that it keeps may be contracted in any way, and are left out.
 
     Raises:
       UserError: a weight that is contracted along two different axes, or along one that is not among its last two.
     """
+    plan = None if plan is None else as_plan(plan)
     found: dict[str, int] = {}
     for use in report(apply_fn, params, *args):
-        if use.kind == "other" or use.axis is None:
+        if use.kind == "other" or use.axis is None or (plan is not None and plan.keeps(use.path)):
             continue
         if len(use.axes) != 1 or use.axis < -2 or found.get(use.path, use.axis) != use.axis:
             raise UserError(
-                f"{use.path}: contracted along {use.axes}, earlier {found.get(use.path)}; keep it in the plan"
+                f"{use.path}: contracted along {use.axes}, earlier {found.get(use.path)}; keep it in the plan, and "
+                "let contracted_axes know by plan=..."
             )
         found[use.path] = use.axis
     return found

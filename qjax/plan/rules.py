@@ -149,6 +149,10 @@ class Plan:
                 first.setdefault(w.path, rule)
         return tuple(self._assignment(w, first.get(w.path), known) for w in weights)
 
+    def keeps(self, path: str) -> bool:
+        """Whether the first rule that fits a weight's path leaves it as it is."""
+        return next((rule.format_name for rule in self.rules if rule.matches(path)), "") == KEEP
+
     def _assignment(
         self, w: Weight, rule: Rule | None, known: Mapping[str, tuple[Format | None, Recipe | None]]
     ) -> Assignment:

@@ -89,10 +89,10 @@ def reparam(text: str) -> Reparam:
     Raises:
       UserError: no such reparametrization, or a wrong argument.
     """
-    made = recipe(f"{text} >> nearest()")
-    if len(made.reparams) != 1 or made.format is not None or len(made.roundings) != 1:
+    made = _part(text.strip(), text) if ">>" not in text else None
+    if not isinstance(made, Reparam):
         raise UserError(f"{text!r} is not one reparametrization; there are {', '.join(REPARAMS)}")
-    return made.reparams[0]
+    return made
 
 
 def _named(part: str, line: str) -> Recipe:

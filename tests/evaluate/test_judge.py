@@ -73,6 +73,7 @@ def test_packed_weights_are_judged_at_their_decoded_values(packed, text):
     assert judge(plain, text, context=16).perplexity == judge(packed, text, context=16).perplexity
 
 
+@pytest.mark.slow
 def test_formats_share_one_program(model, packed, text):
     baseline = baseline_of(model, text, context=16)
     judge(model, baseline=baseline)

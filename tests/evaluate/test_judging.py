@@ -123,6 +123,7 @@ def percentile(values, fraction):
     return (1 - (p - i)) * values[i] + (p - i) * values[min(i + 1, len(values) - 1)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("size", [1e-3, 0.1, 1.0])
 def test_divergence_is_the_definition(params, tokens, size):
     other = nudged(params, size)
@@ -195,6 +196,7 @@ def test_the_cut_decoder_is_the_decoder(tokens, tied):
     np.testing.assert_allclose(cut, whole.reshape(32, -1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("cached", [True, False])
 def test_batches_and_chunks_do_not_change_the_result(params, tokens, cached, monkeypatch):
     other = nudged(params, 0.3)

@@ -20,7 +20,7 @@ def second(v, groups, bits):
     return codes.reshape(v.shape), (low + step * codes).reshape(v.shape)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_affine_in_two_levels(name, rng):
     fmt = parse(name)
@@ -46,6 +46,7 @@ def test_bits(name, bits, rng):
     assert qjax.format(name) == parse(name) and parse(name).name == name
 
 
+@pytest.mark.slow
 def test_more_bits_above_lose_less(rng):
     """With more bits of scales and zeros the error falls to that of groups with f16 scales and zeros."""
     w = jnp.asarray(rng.standard_normal((64, 1024)), jnp.float32)

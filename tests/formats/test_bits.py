@@ -8,6 +8,7 @@ from qjax.errors import UserError
 from qjax.formats.bits import pack_bits, unpack_bits
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_equals_the_little_endian_bit_stream(bits, rng):
     codes = rng.integers(0, 2**bits, (3, 40)).astype(np.uint8)

@@ -75,6 +75,7 @@ def test_codes_absmax_and_values_are_those_of_bitsandbytes(bnb, w, levels, block
     np.testing.assert_array_equal(np.asarray(qjax.dequantize(read)), values)
 
 
+@pytest.mark.slow
 def test_ties_go_where_bitsandbytes_sends_them(bnb):
     for levels, table in LEVELS.items():
         table = np.sort(table)
@@ -85,7 +86,7 @@ def test_ties_go_where_bitsandbytes_sends_them(bnb):
         np.testing.assert_array_equal(np.asarray(qjax.dequantize(qjax.quantize(row, levels))), values)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("rows", (96, 5, 1))
 @pytest.mark.parametrize("levels", LEVELS)
 def test_double_quantization_is_that_of_bitsandbytes(bnb, w, levels, rows):

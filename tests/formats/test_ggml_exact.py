@@ -60,7 +60,7 @@ def inputs(rng):
     return np.concatenate(list(cases.values())).astype(np.float32), labels
 
 
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_is_bit_equal(name, ggml, rng):
     fmt = FORMATS[name]
@@ -111,7 +111,7 @@ def test_encode_gives_ggmls_bytes_on_millions(name, ggml):
         np.testing.assert_array_equal(encoded(name, w), np.frombuffer(ggml.quantize(name, w), np.uint8))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "NVFP4"])
 def test_encode_gives_gguf_pys_bytes(name, rng):
     w = rng.standard_normal((ROWS, N)).astype(np.float32)
@@ -183,7 +183,7 @@ def test_blocks_commute(name, weighted, rng):
     np.testing.assert_array_equal(permuted, blocks(w, im)[:, order])
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_nearest_is_the_nearest_level(name, rng):
     fmt = FORMATS[name]
@@ -197,7 +197,7 @@ def test_nearest_is_the_nearest_level(name, rng):
         assert np.all(chosen <= other * (1 + 1e-6) + 1e-7)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0, 1, 3])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_importance_is_never_worse_than_plain_or_ggml(name, spread, ggml, rng):
@@ -232,7 +232,7 @@ def test_importance_is_never_worse_than_plain_or_ggml(name, spread, ggml, rng):
             assert error(ours, at) < 0.99 * bound
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "TQ2_0", "MXFP4"])
 def test_only_ratios_of_importance_matter(name, rng):
     w = jnp.asarray(rng.standard_normal((4, 512)), jnp.float32)

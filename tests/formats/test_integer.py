@@ -145,7 +145,7 @@ def test_the_search_is_as_good_as_ten_thousand_scales(name, weighted, rng):
     assert (mine <= 1.3 * best).all()
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fmt",
     [
@@ -233,6 +233,7 @@ def test_a_weight_guides_the_search(rng):
 # the Gaussian oracles (N(0, 1), mean squared error)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("bits", "oracle"), [(2, 0.1197), (3, 0.0379), (4, 0.0117)])
 def test_mid_rise_approaches_the_best_uniform_quantizer(bits, oracle, rng):
     """From below: a scale for each group fits its sample. 8192 weights a group leave next to nothing to fit."""
@@ -263,7 +264,7 @@ def test_two_bits_in_blocks_of_32(rng):
 # storage
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("bits", "group", "scale", "kind"),
     [
@@ -324,7 +325,7 @@ def test_eager_is_compiled(name, rng):
         np.testing.assert_array_equal(nested[key], apart[key])
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.search == "absmax"], ids=lambda f: f.name)
 def test_grid_points_stay(fmt, rng):
     w = rng.standard_normal((8, 256)).astype(np.float32)

@@ -81,7 +81,7 @@ def pack(model, name="Q8_0"):
     return Model(model.config, jax.tree_util.tree_map_with_path(leaf, model.params), model.tokenizer)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 def test_packed_weights_keep_their_bytes(model, tmp_path):
     q = pack(model)
     qjax.save(q, tmp_path / "q.gguf")

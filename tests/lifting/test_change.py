@@ -112,6 +112,7 @@ def adapter(seed, n, r, *out, lead=(), scale=0.5):
     return Adapter(normal(seed, *lead, n, r), normal(seed + 1, *lead, r, *out), scale)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("packed", [False, True])
 def test_adapter_equals_merged_weight(packed):
     def fn(p, x):

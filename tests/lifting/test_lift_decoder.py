@@ -32,6 +32,7 @@ def test_decoder_runs_packed_in_bf16(format):
     assert_close(got, want, rtol=2e-2)  # bf16's step is 0.8 %; XLA keeps different products in f32
 
 
+@pytest.mark.slow
 def test_decoder_decodes_with_a_cache():
     """The cache, its traced length and a dynamic `at` go through as they are."""
     apply, params = decoder()

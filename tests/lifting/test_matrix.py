@@ -938,7 +938,7 @@ def random_keys_pass():
     return plain_and_packed(fn, affine_params(), normal(1, 5, 64), jax.random.key(3))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("run", TRIALS)
 def test_trial(run, request):
     arguments = {"tmp_path": request.getfixturevalue("tmp_path")} if "orbax" in run.__name__ else {}

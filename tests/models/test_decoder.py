@@ -78,7 +78,7 @@ def test_options_change_the_logits(name):
             assert moved > 1e-3, field
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_cached_equals_uncached(name):
     """A prompt, then single tokens, then a few at once, through the cache."""

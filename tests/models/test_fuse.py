@@ -150,6 +150,7 @@ def test_rotating_the_residual(name):
         np.testing.assert_allclose(y, rotate(x), atol=1e-5 * float(jnp.abs(x).max()))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [*ROTATABLE, "gemma2"])
 def test_rotating_values(name):
     config, params = model(name)

@@ -174,7 +174,7 @@ def test_every_weight_is_better_than_nearest_where_it_counts(made):
         assert line.tokens == int(np.min(np.asarray(stats[t.name].count)))
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_packed_equals_dequantized(made):
     apply, params, batches, _, qparams, _, _, _ = made
     dense = jax.tree.map(lambda x: qjax.dequantize(x) if qjax.is_qtensor(x) else x, qparams, is_leaf=qjax.is_qtensor)

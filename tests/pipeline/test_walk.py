@@ -247,7 +247,7 @@ def test_a_weight_that_saw_few_tokens_says_so():
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
-SLOW = ("gptq", "gptaq", "best_gguf")
+SLOW = ("gptq", "gptaq", "best_gguf", "spqr")
 
 
 @pytest.mark.sampled(2)

@@ -106,7 +106,7 @@ def rounded(reparams, format="uint4_g32", roundings=None, axis=-1, w=None):
     return round_leaf("w", jnp.swapaxes(w, -1, -2) if axis == -2 else w, axis, qjax.format(format), made, stats)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_packed_weight_runs_behind_it(name, axis):
@@ -139,7 +139,7 @@ def test_through_lift(name):
         np.testing.assert_allclose(run({"kernel": q}, x), expected, atol=1e-3)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_stack_is_its_members(name):
     """Stacked weights under vmap and scan, and decoded at once."""
@@ -177,7 +177,7 @@ EXTRA_BYTES = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EXTRA_BYTES)
 def test_bits_are_counted(name, tmp_path):
     """Seeds, scales, indices: from the leaves, and from the bytes of a saved file."""
@@ -190,7 +190,7 @@ def test_bits_are_counted(name, tmp_path):
     assert 8 * sum(f.stat().st_size for f in tmp_path.iterdir()) / q.size == q.bits_per_weight
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("top", [None, 4.0], ids=["token", "tensor"])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_broken_input_stays_broken(kind, top):
@@ -235,6 +235,7 @@ def test_low_rank_looks_at_h():
     assert by_h.loss < 0.8 * plain.loss
 
 
+@pytest.mark.slow
 def test_an_embedding_is_rounded_as_it_is():
     """Looked up, not multiplied: no change of variables, so the model runs."""
     model = qjax.load("reference")

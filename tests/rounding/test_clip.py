@@ -113,6 +113,7 @@ def test_groups_that_gain_nothing_keep_codes_and_scales():
     assert (same | (last < first)).all() and kept.shape == same.shape
 
 
+@pytest.mark.slow
 def test_clipping_helps_feedback():
     w, H = problem(ROWS, N)
     fmt, stats = qjax.format("uint2_g64"), Stats(H=H)

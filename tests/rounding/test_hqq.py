@@ -84,7 +84,7 @@ def test_zeros_and_codes_are_the_best_of_the_published_path():
     np.testing.assert_allclose(norms(w, w_hat, 8, 0.7), error.min(axis=0), rtol=5e-3)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.02])
 @pytest.mark.parametrize("name", OFFSETS)
 def test_no_group_is_worse_in_the_norm_and_all_is_storable(name, scale):
@@ -144,7 +144,7 @@ def test_bad_parameters_are_told(bad):
         hqq(**bad)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("w", [np.zeros((ROWS, N)), np.full((ROWS, N), 3.0), 1e-30 * np.eye(ROWS, N)], ids=range(3))
 @pytest.mark.parametrize("name", ["uint4_g64_zf16", "Q4_1", "Q4_K"])
 def test_degenerate_groups_stay_finite(name, w):
@@ -153,6 +153,7 @@ def test_degenerate_groups_stay_finite(name, w):
     assert np.isfinite(w_hat).all() and np.abs(w_hat - w).max() <= 1e-2 * np.abs(w).max() + 1e-6
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_members_and_nothing_compiles_twice():
     stack, fmt = jnp.stack([weights(seed) for seed in range(3)]), qjax.format("uint4_g64_zf16")
 

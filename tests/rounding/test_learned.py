@@ -42,7 +42,7 @@ def assert_stored_exactly(fmt, state):
         np.testing.assert_array_equal(again_scales[key], value)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GAINS)
 def test_it_beats_nearest(name):
     w, H = problem(ROWS, N)
@@ -78,6 +78,7 @@ def test_clipping_helps_and_feedback_follows():
 # the estimator
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["uint3_g64", "int3_g64_mid_mse", "NF4", "NVFP4", "IQ4_NL"])
 def test_the_gradient_is_one_in_the_cells_and_zero_outside(name):
     fmt = qjax.format(name)
@@ -149,6 +150,7 @@ def test_the_loss_is_that_of_the_published_loop():
     np.testing.assert_allclose(found.sum(), expected.sum(), rtol=0.03)
 
 
+@pytest.mark.slow
 def test_one_step_is_the_sign_of_the_gradient():
     """Two steps: the second is judged behind one update of the first's size, which flips what lies that near a tie."""
     fmt, w, H = Few(tuple(float(i) for i in range(-4, 5))), jnp.full((1, 8), 0.0), np.eye(8, dtype=np.float32)
@@ -184,6 +186,7 @@ def test_adam_is_optax():
 # bounds and transformations
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("levels", [(-1.0, 0.0, 1.0), (-1.5, -0.5, 0.5, 1.5), (-1.0, -0.3, 0.1, 1.2)])
 def test_between_nearest_and_the_best_of_all_codes(levels):
     fmt, n, rows = Few(levels), 8, 16

@@ -95,6 +95,7 @@ def test_the_lattice_decoder_finds_the_nearest_point(tile):
     np.testing.assert_allclose(((ours - u) ** 2).sum(1), ((theirs - u) ** 2).sum(1), rtol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tile", [2, 4, 8])
 def test_the_block_factor_is_that_of_float64(tile):
     H = second_moment(64)

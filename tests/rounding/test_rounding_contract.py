@@ -93,7 +93,7 @@ def assert_stored_exactly(pair, again, w_hat):
     assert np.isfinite(np.asarray(w_hat)).all()
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(ALL, tuple(KINDS)))
 def test_every_stage(name, w_H):
     """Storable, and none that improves makes the damped loss of a row larger: all stages in one program."""
@@ -133,7 +133,7 @@ ORDERS_ALL = [*ORDERS_FAST, *((name, "dynamic") for name in KINDS if name not in
 ORDERS_ALL += [("Q3_K", "group"), ("int8_row", "group"), ("FP8_E5M2_b128", "natural")]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", marked(ORDERS_ALL, ORDERS_FAST))
 def test_every_order(name, kind, w_H):
     w, H = w_H

@@ -93,17 +93,17 @@ def test_training_that_does_not_help_is_undone(model, tokens):
 @pytest.mark.slow
 def test_from_a_recipe_then_end_to_end_scales(model, tokens, tmp_path):
     """GPTQ's codes start Block-AP; then integers stay frozen and the scales train on the loss."""
-    begun = qjax.quantize_model(model, PLAN, "gptq", qjax.pipeline.Calibration(tokens))[0].params
+    rounded = qjax.quantize_model(model, PLAN, "gptq", qjax.pipeline.Calibration(tokens))[0].params
     quantizers = weights.quantizers_of(model.params, PLAN, scales="learned")
     first = tune_blocks(
-        model, quantizers, tokens, BlockTuning(steps=1, batch=4, rate=1e-12, scale_rate=1e-12), begun=begun
+        model, quantizers, tokens, BlockTuning(steps=1, batch=4, rate=1e-12, scale_rate=1e-12), rounded=rounded
     )
-    codes, stored = (weights.leaves_by_path(t) for t in (first[0], begun))
+    codes, stored = (weights.leaves_by_path(t) for t in (first[0], rounded))
     same = [np.mean(np.asarray(codes[p].leaves["codes"]) == np.asarray(stored[p].leaves["codes"])) for p in quantizers
             if p.startswith("layers_")]  # fmt: skip
     assert min(same) == 1.0  # the recipe's codes, which are not the nearest, are where it starts
 
-    tuned, _ = tune_blocks(model, quantizers, tokens, TUNING, begun=begun)
+    tuned, _ = tune_blocks(model, quantizers, tokens, TUNING, rounded=rounded)
     arm = Arm("e2e", format="int2_g64_mid_mse", scales="decoupled", trains=("scales",), rate=1e-3, warmup=0.0)
     rows = np.concatenate([tokens, tokens[:, :1]], 1)
     done, log, _ = finetune(
@@ -113,7 +113,7 @@ def test_from_a_recipe_then_end_to_end_scales(model, tokens, tmp_path):
         Loop(12, 4, 12, 12),
         tmp_path,
         heldout=rows[:8],
-        begun=tuned,
+        rounded=tuned,
         mixed=False,
     )
     after, before = weights.leaves_by_path(done.params), weights.leaves_by_path(tuned)

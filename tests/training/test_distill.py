@@ -37,6 +37,7 @@ keep = jax.jit(top_k, static_argnums=(1, 2))
 # --- the divergences -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("name", list(NAMED))
 def test_values_and_gradients(name, temperature, rng):
@@ -124,6 +125,7 @@ def test_masks_and_weights(rng):
     assert loss == 0 and not np.any(grad)
 
 
+@pytest.mark.sampled(2)
 def test_impossible_tokens_and_huge_spreads(name, rng):
     t, s = pair(rng, 4, 20)
     f, late = NAMED[name], (jnp.arange(20) >= 16)[None]
@@ -242,7 +244,7 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest(temperature, rng):
     np.testing.assert_allclose(np.exp(cached["tail"]), want[..., -1], rtol=1e-5)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_top_k_loss_is_the_divergence_of_the_merged_outcomes(name, rng):
     """Right at each k, equal to the full loss where nothing is merged, and a lower bound elsewhere."""
     mask = jnp.arange(12) % 4 != 2

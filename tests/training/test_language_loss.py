@@ -47,6 +47,7 @@ def value(loss, batch):
     return (float(total), {name: float(v) for name, v in report.items()}), gradient
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("chunk", [0, 7])
 def test_only_targets_of_the_mask_count(batch, rng, chunk):
     def read(apply):

@@ -66,6 +66,7 @@ def test_offsets_move_what_is_clipped(w, g):
     np.testing.assert_allclose(back["m"], (np.asarray(g) * outside).reshape(ROWS, -1, 64).sum(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_threshold_of_its_own(w, g):
     """Both scales by finite differences of the soft part: w_hat = s T is linear in s; p acts as -u s / p inside."""
     fmt = qjax.format("TQ2_0")
@@ -137,6 +138,7 @@ def test_frozen_scales_are_idempotent(w):
     np.testing.assert_array_equal(q.fake(once, {}, kept), once)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scales", SCALES)
 def test_training_goes_on_from_any_recipes_result(scales, w):
     """The start is the QTensor that came in: same codes' grid, same values for weights that lie on it."""

@@ -89,6 +89,7 @@ def test_the_best_round_comes_back():
     assert all(b <= a * (1 + 1e-6) for a, b in pairwise(found))
 
 
+@pytest.mark.slow
 def test_two_bits_on_gaussian_weights():
     w = normal(0, 256, 256)
     none, one, five = three_errors(w, "int2_g64_mid_mse", 64)
@@ -96,7 +97,7 @@ def test_two_bits_on_gaussian_weights():
     assert five < 0.97 * one and one < 0.8 * none
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q", "proj"])
 def test_two_bits_on_real_weights(attention, name):
     none, one, five = three_errors(attention[name], "int2_g64_mid_mse", 64)

@@ -162,6 +162,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path):
     assert checkpoint(tmp_path)[0] == 4
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_no_number_is_not_saved(tmp_path):
     """The loss of a step may be fine while its gradient spoils the state: that state never becomes a checkpoint."""
     made = program(Arm("wild", rate=1e-3), tiny.CONFIG, 8, mixed=False)
@@ -223,11 +224,11 @@ def test_a_teacher_that_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="no recipe's result"):
         go(Arm("init", format="int4_g32", scales="learned", init="gptq"))
     plan = Arm("x", format="int4_g32").plan(tiny.CONFIG)
-    begun = qjax.quantize_params(tiny.model().params, plan)[0]
+    rounded = qjax.quantize_params(tiny.model().params, plan)[0]
     with pytest.raises(UserError, match="refit scales would not keep"):
-        go(Arm("init", format="int4_g32"), begun=begun)
+        go(Arm("init", format="int4_g32"), rounded=rounded)
     with pytest.raises(UserError, match="embed/embedding: the start has it in Q8_0, and arm 'keeps' trains it in fl"):
-        go(Arm("keeps", format="int4_g32", outside="keep", scales="frozen"), begun=begun)
+        go(Arm("keeps", format="int4_g32", outside="keep", scales="frozen"), rounded=rounded)
     with pytest.raises(UserError, match="no held-out window"):
         heldout_loss(forward(tiny.CONFIG), tiny.model().params, tiny.heldout()[:0])
 

@@ -91,6 +91,23 @@ def test_axes_are_those_of_the_function(rng):
     assert export(start)["a"].axis == -2
 
 
+def test_a_kernel_of_three_axes_may_be_kept(rng):
+    """Its contracted axis is neither of the last two, which no format of a file has."""
+    w = {"heads": jnp.asarray(rng.normal(size=(D, 2, 8)), jnp.float32), "out": {}}
+    x = jnp.asarray(rng.normal(size=(4, D)), jnp.float32)
+    w["out"]["kernel"] = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+
+    def apply(p, x):
+        return jnp.tile(jnp.tensordot(x, p["heads"], 1).reshape(4, -1), (1, 4)) @ p["out"]["kernel"]
+
+    with pytest.raises(UserError, match=r"heads: contracted along .*; keep it in the plan"):
+        qjax.qat(apply, w, "int4_g32", x)
+    plan = qjax.Plan((qjax.Rule("heads", "keep"), qjax.Rule("*", "int4_g32")))
+    start, fake, export = qjax.qat(apply, w, plan, x)
+    assert fake(start)["heads"] is start["weights"]["heads"]
+    assert qjax.is_qtensor(export(start)["out"]["kernel"])
+
+
 def test_it_goes_on_from_any_recipe(rng):
     apply, params, x = plain(rng)
     axes = qjax.contracted_axes(apply, params, x)

@@ -113,6 +113,7 @@ def test_measures(params):
     assert 0.5 < weights.flip_rate(codes, other) <= 1
 
 
+@pytest.mark.slow
 def test_plans_that_do_nothing_are_errors(params):
     with pytest.raises(UserError, match="matches no weight"):
         weights.quantizers_of(params, Plan.from_dict({"rules": {"blocks_*": "Q4_0", "*": "keep"}}))

@@ -10,7 +10,7 @@ from 1 / steps levels to 0, so that |V| ends at one half at most. Blocks that do
 run one compiled program; a block keeps its start where training did not lower its loss.
 
 End-to-end training of the scales alone (E2E-QP, section 3.3) goes on from here: `finetune` of an arm with
-scales = "decoupled", trains = ("scales",) and this result as `begun`.
+scales = "decoupled", trains = ("scales",) and this result as `rounded`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def tune_blocks(
     tokens: Int[np.ndarray, "n t"],
     tuning: BlockTuning | None = None,
     *,
-    begun: Any = None,
+    rounded: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Train every block of a decoder on its own output.
@@ -82,7 +82,7 @@ def tune_blocks(
       quantizers: of the weights; those outside of the blocks are rounded as they are.
       tokens: sequences.
       tuning: see `BlockTuning`.
-      begun: a recipe's result for the same weights, a tree with QTensors in the same formats.
+      rounded: a recipe's result for the same weights, a tree with QTensors in the same formats.
       progress: (blocks done, blocks).
 
     Returns: the params with QTensors, and for each block {"block", "loss_before", "loss", "kept_start"}.
@@ -100,7 +100,7 @@ def tune_blocks(
         own = {p.removeprefix(name + "/"): q for p, q in quantizers.items() if p.startswith(name + "/")}
         y = _outputs(block, model.params[name], x)
         if own:
-            start = None if begun is None else begun[name]
+            start = None if rounded is None else rounded[name]
             key = jax.random.fold_in(jax.random.key(tuning.seed), layer)
             params, trained, kept, before, after = _tuned(block, own, tuning, model.params[name], start, z, y, key)
             out[name] = _packed(_Static(tuple(own.items())), params, trained, kept)
@@ -112,10 +112,10 @@ def tune_blocks(
         if progress:
             progress(layer + 1, len(stages.blocks))
     outside = {p: q for p, q in quantizers.items() if p.split("/")[0] not in stages.names}
-    if outside and begun is None:
+    if outside and rounded is None:
         out = weights.packed_params(out, outside, *weights.init(out, outside))
     elif outside:
-        stored = weights.leaves_by_path(begun)
+        stored = weights.leaves_by_path(rounded)
         out = weights.replaced(out, {p: stored[p] for p in outside})
     return out, report
 
@@ -136,16 +136,16 @@ def _tuned(
     own: Mapping[str, Quantizer],
     tuning: BlockTuning,
     params: Any,
-    begun: Any,
+    rounded: Any,
     z: Array,
     y: Array,
     key: Any,
 ) -> tuple[Any, Any, Any, float, float]:
     """The trained block, what trains and what is kept beside it, its loss before and after."""
-    trained, kept = weights.init(params if begun is None else begun, own)
-    if begun is not None:
-        stored, leaves = weights.leaves_by_path(begun), weights.leaves_by_path(params)
-        params = weights.replaced(begun, {p: weights.start_weights(leaves[p], stored[p], q) for p, q in own.items()})
+    trained, kept = weights.init(params if rounded is None else rounded, own)
+    if rounded is not None:
+        stored, leaves = weights.leaves_by_path(rounded), weights.leaves_by_path(params)
+        params = weights.replaced(rounded, {p: weights.start_weights(leaves[p], stored[p], q) for p, q in own.items()})
     static = _Static(tuple(own.items()))
     before = float(_loss(block, static, params, trained, kept, z, y))
     new, moved = _descend(block, static, tuning, params, trained, kept, z, y, key)

@@ -71,7 +71,7 @@ def finetune(
     out: Path,
     *,
     heldout: np.ndarray,
-    begun: Any = None,
+    rounded: Any = None,
     importance: Mapping[str, Array] | None = None,
     teacher: Model | None = None,
     confidence: float | None = None,
@@ -91,7 +91,7 @@ def finetune(
       loop: steps and intervals.
       out: the run's directory.
       heldout: windows [n, t + 1] that judge it.
-      begun: a recipe's result for the model's weights, a tree with QTensors.
+      rounded: a recipe's result for the model's weights, a tree with QTensors.
       importance: {path: f32[in]}, the mean squared input of each channel, for frozen scales: at the start and at every
         refresh; and for the start of learned ones.
       teacher: a model that runs in the same step; None with a distillation loss: the batch brings its top k.
@@ -113,14 +113,14 @@ def finetune(
         raise UserError(f"arm {arm.name!r}: the loss {arm.loss!r} needs a teacher, or batches with its cached top k")
     if "cakld" in arm.loss and confidence is None:
         raise UserError(f"arm {arm.name!r}: cakld needs the teacher's confidence (`teacher_confidence`)")
-    if arm.init and begun is None:
+    if arm.init and rounded is None:
         raise UserError(f"arm {arm.name!r}: init is {arm.init!r}, but no recipe's result was given to start from")
     live = teacher if needs else None
     made = program(
         arm, model.config, loop.steps, None if live is None else live.config, confidence, accumulate, mixed, seed
     )
     state = start_state(
-        made, model.params, begun=begun, teacher=None if live is None else live.dense, importance=importance
+        made, model.params, rounded=rounded, teacher=None if live is None else live.dense, importance=importance
     )  # fmt: skip
     judge = forward(model.config, arm.inputs, arm.cache)
 

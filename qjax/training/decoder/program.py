@@ -194,13 +194,18 @@ def _hidden(arm: Arm, config: DecoderConfig, teacher: DecoderConfig | None, mixe
 
 
 def start_state(
-    made: Program, params: Any, *, begun: Any = None, teacher: Any = None, importance: Mapping[str, Array] | None = None
+    made: Program,
+    params: Any,
+    *,
+    rounded: Any = None,
+    teacher: Any = None,
+    importance: Mapping[str, Array] | None = None,
 ) -> TrainState:
     """Where an arm starts.
 
     Args:
       params: the float weights.
-      begun: a recipe's result for the same weights, a tree with QTensors: its grids, its codes and its dense leaves are
+      rounded: a recipe's result for the same weights, a tree with QTensors: its grids, codes and dense leaves are
         the start.
       teacher: the weights of a teacher that runs in the same step.
       importance: see `weights.init`.
@@ -209,20 +214,20 @@ def start_state(
       UserError: a recipe's result under scales that are refit at every step, or with a weight packed that stays float.
     """
     arm, quantizers = made.arm, made.quantizers
-    if begun is not None:
-        for path, leaf in weights.leaves_by_path(begun).items():
+    if rounded is not None:
+        for path, leaf in weights.leaves_by_path(rounded).items():
             if is_qtensor(leaf) and path not in quantizers:
                 raise UserError(
                     f"{path}: the start has it in {leaf.format.name}, and arm {arm.name!r} trains it in float; round "
                     "the start by the arm's own plan (`arm.plan(config)`), or give the arm a format for it"
                 )
-    trained, kept_scales = weights.init(params if begun is None else begun, quantizers, importance)
-    if begun is not None:
+    trained, kept_scales = weights.init(params if rounded is None else rounded, quantizers, importance)
+    if rounded is not None:
         if arm.scales == "refit":
             raise UserError(
                 f"arm {arm.name!r}: refit scales would not keep a recipe's grid; take frozen or learned ones"
             )
-        params = weights.started(params, begun, quantizers)
+        params = weights.started(params, rounded, quantizers)
     kept: dict[str, Any] = {"scales": kept_scales} | ({} if teacher is None else {"teacher": teacher})
     tree: dict[str, Any] = {"scales": trained} if trained else {}
     (tree if "weights" in arm.trains else kept)["weights"] = params

@@ -102,8 +102,9 @@ def qat(
     for path, leaf in leaves.items():
         if is_qtensor(leaf):
             raise UserError(f"{path}: is packed already; train its floats, and give the packed tree as `rounded`")
-    axes = contracted_axes(apply, params, *inputs) if inputs else None
-    quantizers = weights.quantizers_of(params, as_plan(plan), scales=scales, estimator=estimator, rule=rule, axes=axes)
+    plan = as_plan(plan)
+    axes = contracted_axes(apply, params, *inputs, plan=plan) if inputs else None
+    quantizers = weights.quantizers_of(params, plan, scales=scales, estimator=estimator, rule=rule, axes=axes)
     masters = params if rounded is None else weights.started(params, rounded, quantizers)
     trained, kept = weights.init(params if rounded is None else rounded, quantizers, importance)
     how = tuple(quantizers.items())
