@@ -37,8 +37,9 @@ class Source:
 
     Attributes:
       name: the file's name without suffix.
-      values: the merged table, without `extends`, `script` and `smoke`.
+      values: the merged table, without `extends`, `script`, `smoke` and `sweep`.
       smoke: the nearest `[smoke]` table.
+      sweep: the file's own `[sweep]` table, see `qjax.sweep`; a base's is not inherited.
       origin: which file each key came from; smoke keys sit under ("smoke", ...).
       script: the experiment, or None.
       files: every file read, base first.
@@ -50,6 +51,7 @@ class Source:
     origin: dict[KeyPath, Path]
     script: Path | None
     files: tuple[Path, ...]
+    sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read(path: str | Path) -> Source:
@@ -76,11 +78,15 @@ def read(path: str | Path) -> Source:
 
     values: dict[str, Any] = {}
     smoke: dict[str, Any] = {}
+    sweep: Any = {}
     origin: dict[KeyPath, Path] = {}
     script: Path | None = None
     for file, table in reversed(tables):
         said = table.pop("script", None)
         small = table.pop("smoke", None)
+        sweep = table.pop("sweep", {})
+        if not isinstance(sweep, dict):
+            raise UserError(f"{file}:sweep must be a table, of grid, zip or list, got {sweep!r}")
         if not isinstance(small, dict | None):
             raise UserError(f"{file}:smoke must be a table of the keys `--smoke` changes, got {small!r}")
         if said is not None:
@@ -94,7 +100,7 @@ def read(path: str | Path) -> Source:
         if small is not None:  # the base's would name what this file replaced
             smoke = {}
             _merge(smoke, small, file, origin, ("smoke",))
-    return Source(path.stem, values, smoke, origin, script, tuple(file for file, _ in reversed(tables)))
+    return Source(path.stem, values, smoke, origin, script, tuple(file for file, _ in reversed(tables)), sweep)
 
 
 def _parse(path: Path, said_by: Path | None) -> dict[str, Any]:

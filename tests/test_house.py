@@ -31,7 +31,7 @@ LAYERS = [
     {"plan"},
     {"pipeline"},
     {"training"},
-    {"config", "rundir"},
+    {"config", "rundir", "runs", "sweep"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -76,7 +76,7 @@ def test_rooms_of_training_run_downhill():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
-    with jax.numpy_dtype_promotion("standard"):  # as readers run them, with optax, which promotes
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as readers, and optax, have it
         assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
@@ -89,7 +89,7 @@ DOCS = [
 
 @pytest.mark.parametrize("path", DOCS)
 def test_docs_examples(path):
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert doctest.testfile(str(path), module_relative=False).failed == 0
 
 

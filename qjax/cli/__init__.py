@@ -22,6 +22,8 @@ from qjax.terminal import say
 # name: (module, class, what it does). A command's module is imported only when it is called.
 COMMANDS = {
     "run": ("qjax.cli.run", "Run", "run an experiment's config: table, metrics, report in a run directory"),
+    "sweep": ("qjax.cli.sweep", "Sweep", "run an experiment over values of its config's keys, several at once"),
+    "runs": ("qjax.cli.runs", "Runs", "list finished and unfinished runs, or what two of them differ in"),
     "quantize": ("qjax.cli.quantize", "Quantize", "quantize a model and write it as GGUF or HF directory"),
     "fuse": ("qjax.cli.fuse", "Fuse", "fold a rotation or channel scales into a model's weights"),
     "eval": ("qjax.cli.evaluate", "Evaluate", "perplexity, and KL divergence to a baseline model, on a text"),

@@ -61,6 +61,8 @@ class Run:
                 raise SystemExit(0)
             raise UserError("run needs a config file, as in: qjax run configs/quickstart.toml")
         source = configs.read(path)
+        if source.sweep:
+            raise UserError(f"{path}: has a [sweep] table, so it is many runs: say qjax sweep {path}")
         folder = Path(_option(args, "--scripts") or EXPERIMENTS)
         script_of(source, folder)
         line = _option(args, "--join")
