@@ -30,8 +30,45 @@ def tiny(tmp_path_factory):
     return ["--model", str(make_folder(folder / "model")), "--text", str(text), "--heldout", str(text)]
 
 
+def extended(name, folder, smoke):
+    """A config with a small version of the test's own."""
+    path = folder / f"{name}.toml"
+    path.write_text(f'extends = "{CONFIGS / name}.toml"\n[smoke]\nsteps = 2\nlog_every = 1\n{smoke}')
+    return str(path)
+
+
+QLORA = """context = 16
+batch = 2
+eval_windows = 2
+entries = [
+  { method = "qlora", format = "int4_g32", rank = 4 },
+  { method = "qalora", format = "uint4_g32_zf16", rank = 1 },
+  { method = "loraqat", format = "int4_g32", rank = 4 },
+]
+"""
+ARMS = """seeds = [1]
+calibration_windows = 4
+heldout_windows = 4
+base = { vocab = 300, dim = 64, hidden = 128, layers = 1, heads = 2, kv_heads = 1, context = 32, steps = 2, batch = 4 }
+ptq = { "2 bits: rtn" = "rtn:int2_g64_mid_mse", "2 bits: gptq" = "gptq:int2_g64_mid_mse" }
+block_tuned = { "int2_g64_mid_mse Block-AP" = { how = "adam", steps = 2 } }
+[[smoke.arms]]
+arm = { name = "continued", rate = 5e-3 }
+[[smoke.arms]]
+teacher = "continued"
+group = "2 bits"
+[smoke.arms.arm]
+name = "2 bits, qat + kd"
+format = "int2_g64_mid_mse"
+scales = "learned"
+init = "nearest('h') >> ldlq() >> refit(2, 2)"
+loss = "0.5*ce + 0.5*fkl"
+"""
+
+
 def run(name, out, *options):
-    assert main(["run", str(CONFIGS / f"{name}.toml"), "--smoke", "--out", str(out), *map(str, options)]) == 0
+    path = name if name.endswith(".toml") else str(CONFIGS / f"{name}.toml")
+    assert main(["run", path, "--smoke", "--out", str(out), *map(str, options)]) == 0
     return json.loads((out / "results.json").read_text())
 
 
@@ -118,7 +155,8 @@ def test_distill(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_qlora(tiny, tmp_path):
-    results = run("qlora", tmp_path, *tiny)
+    """Methods that the config's own small version leaves out, too."""
+    results = run(extended("qlora", tmp_path, QLORA), tmp_path / "out", *tiny)
     by = {r["method"]: r for r in results["runs"]}
     assert by["qlora"]["semantics"] == "requantized" and by["loraqat"]["semantics"] == "fake-quantized"
     assert by["loraqat"]["merged"] == pytest.approx(by["loraqat"]["adapted"], rel=1e-5)
@@ -129,14 +167,15 @@ def test_arms(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out, models = tmp_path / "out", tmp_path / "models"
     options = ["--models", models, *tiny[2:]]
-    results = run("qat_vs_ptq", out, *options)
+    config = extended("qat_vs_ptq", tmp_path, ARMS)
+    results = run(config, out, *options)
     assert "closed, %" in capsys.readouterr().out and (models / "seed1" / "model").is_dir()
     names = [row["name"] for row in results["rows"]]
     assert names[:2] == ["start", "continued"] and "2 bits, qat + kd" in names and "ptq 2 bits: gptq" in names
     row = results["rows"][names.index("2 bits, qat + kd")]
     assert row["quant_noise"] > 0.1 and row["closed_percent"] is not None and row["half_interval"] is None
 
-    assert run("qat_vs_ptq", out, *options)["rows"] == results["rows"]  # nothing was left to do
-    other = ["run", str(CONFIGS / "qat_vs_ptq.toml"), "--smoke", *map(str, options), "--base.layers", "3"]
+    assert run(config, out, *options)["rows"] == results["rows"]  # nothing was left to do
+    other = ["run", config, "--smoke", *map(str, options), "--base.layers", "3"]
     assert main(other) == 2
     assert "holds other float models" in capsys.readouterr().err
