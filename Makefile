@@ -1,6 +1,6 @@
 # make demo: every format on the reference model, a report and a GGUF file (about 3 minutes after installation)
 # make test: every part of the library, in minutes; `make test-slow`: the rest, what takes longer or wants a peer
-# make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 10 minutes)
+# make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 7 minutes)
 # make chaos: a hundred times as many damaged files, kills and failing disks as the tests try (tests/chaos; an hour or more)
 # All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
