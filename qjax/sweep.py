@@ -110,7 +110,12 @@ def planned(source: configs.Source, schema: type, smoke: bool = False) -> tuple[
 
 def shown(values: Mapping[str, Any]) -> str:
     """Keys and values for people: `arm.rate=0.001 seed=1`."""
-    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+    return " ".join(f"{key}={text_of(value)}" for key, value in values.items())
+
+
+def text_of(value: Any) -> str:
+    """A swept value for people: text as it is, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _lists(table: Any, where: str) -> Iterator[tuple[str, list[Any]]]:

@@ -1,5 +1,6 @@
 """Strict numerics in every test: no silent dtype or rank promotion; shape types are checked at run time."""
 
+import errno
 import gc
 import os
 from collections import defaultdict
@@ -47,6 +48,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def folders_that_do_not_sync(monkeypatch):
+    """An fsync of any folder fails, as on a disk that is going."""
+    real = os.fsync
+
+    def fsync(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, "input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 @pytest.fixture

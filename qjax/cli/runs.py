@@ -70,12 +70,12 @@ class Runs:
             ("config", differences(a.config, b.config)),
             ("made by", differences(_made_by(a), _made_by(b))),
         )
-        found = {
+        said = {
             "paths": [str(p) for p in paths],
             **{name: [{"key": k, "values": [x, y]} for k, x, y in rows] for name, rows in facts},
             "numbers": [{"key": k, "values": [x, y], "difference": d} for k, x, y, d in numbers],
         }
-        if output.write_json(self.json, found):
+        if output.write_json(self.json, said):
             return
         for name, rows in facts:
             if rows:

@@ -25,7 +25,7 @@ from qjax.io.atomic import write_text
 from qjax.io.lock import locked
 from qjax.rundir import LOCK, write_json
 from qjax.runs import Run, read
-from qjax.sweep import Planned, planned, shown
+from qjax.sweep import Planned, planned, shown, text_of
 from qjax.terminal import say
 from qjax.terminal import shown as clean
 
@@ -149,7 +149,7 @@ class Sweep:
         table = [
             (
                 run.name,
-                *(shown({"": run.values[key]})[1:] if key in run.values else "" for key in keys),
+                *(text_of(run.values[key]) if key in run.values else "" for key in keys),
                 state,
                 *("" if r["numbers"].get(n) is None else f"{r['numbers'][n]:.6g}" for n in numbers),
             )

@@ -62,11 +62,16 @@ class SpQR(Rounding):
         """It climbs the damping's ladder itself."""
         return True
 
+    def check(self, format: Format) -> None:
+        """Raise UserError where weights are rounded in tiles: one that is taken out would move the others' codes."""
+        if format.tile > 1:
+            raise UserError(f"spqr keeps single weights, and {format.name} rounds {format.tile} together")
+
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H, w = stats.H, state.target
         assert H is not None
-        tile, group = format.tile, w.shape[1] // _grid_of(format, w)[0].shape[-1]
-        order = order_of(jnp.diagonal(H), self.order, tile, group)
+        group = w.shape[1] // _grid_of(format, w)[0].shape[-1]
+        order = order_of(jnp.diagonal(H), self.order, 1, group)
         c, damping = cholesky(H[order][:, order], state.damping)
         D = jnp.square(jnp.diagonal(c))
         in_place = jnp.zeros_like(D).at[order].set(D)
@@ -75,10 +80,10 @@ class SpQR(Rounding):
         reach = jnp.where(live, jnp.sqrt(tau / jnp.where(in_place > 0, in_place, 1.0)), jnp.inf)
         scales = format.fit(without_outliers(w, reach, group, format) if self.loo and group > 1 else w)
         s, m = format.grid(scales, w.shape)
-        grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(tile))
+        grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(1))
         rows = w.T[order]
         e, _ = sweep(
-            rows, jnp.zeros_like(rows), feedback(c, tile), grid_of, format.level, tile, outer_of(tile), lower=True,
+            rows, jnp.zeros_like(rows), feedback(c), grid_of, format.level, 1, outer_of(1), lower=True,
             reach=reach[order][:, None],
         )  # fmt: skip
         w_hat = jnp.zeros_like(rows).at[order].set(rows - e).T
@@ -106,8 +111,7 @@ def without_outliers(
     x = w.reshape(w.shape[0], -1, group)
     high, low = (_but_one(x, sign) for sign in (1.0, -1.0))
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    ends = format.level(jnp.full((2, max(format.tile, 1)), _FAR) * jnp.array([[-1.0], [1.0]]))
-    least, most = jnp.min(ends), jnp.max(ends)  # of the unit levels
+    least, most = format.level(jnp.array([-_FAR, _FAR], jnp.float32))  # of the unit levels
     if _grid_of(format, w)[1] is None:
         s = jnp.maximum(high / most, jnp.where(least < 0, low / jnp.minimum(least, -1e-30), 0.0))
         m = jnp.zeros_like(s)
@@ -115,7 +119,7 @@ def without_outliers(
         s = (high - low) / (most - least)
         m = low - s * least
     u = (x - m) / jnp.where(s > 0, s, 1.0)
-    q = m + s * format.level(u.reshape(-1, format.tile)).reshape(x.shape)
+    q = m + s * format.level(u)
     outlier = jnp.abs(x - q) > reach.reshape(1, -1, group)
     rest = jnp.sum(jnp.where(outlier, 0.0, x), axis=-1, keepdims=True)
     mean = rest / jnp.maximum(jnp.sum(~outlier, axis=-1, keepdims=True), 1).astype(x.dtype)

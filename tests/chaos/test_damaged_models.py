@@ -19,7 +19,7 @@ def test_gguf(tiny, tmp_path, cases):
 def test_folder(tiny, tmp_path, name, cases):
     folder = tmp_path / "m"
     qjax.save(tiny, folder)
-    campaign(name, cases[: len(cases) // 4], [folder / name], lambda: qjax.load(folder))
+    assert campaign(name, cases[: len(cases) // 4], [folder / name], lambda: qjax.load(folder))["refused"]
 
 
 @pytest.mark.cases(60)
@@ -28,7 +28,7 @@ def test_tree(tmp_path, rng, cases):
     path = tmp_path / "t.safetensors"
     weight = rng.standard_normal((64, 64)).astype("f4")
     qjax.save({"a": {"kernel": qjax.quantize(weight, "Q4_0")}, "b": weight}, path)
-    campaign("tree", cases, [path], lambda: qjax.load(path))
+    assert campaign("tree", cases, [path], lambda: qjax.load(path))["refused"]
 
 
 @pytest.mark.cases(60)
@@ -37,4 +37,4 @@ def test_importance(tmp_path, rng, cases):
 
     path = tmp_path / "i.gguf"
     write_imatrix(path, Imatrix({"blk.0.attn_q.weight": rng.random(64).astype("f4")}, {"blk.0.attn_q.weight": 9}))
-    campaign("importance", cases, [path], lambda: read_imatrix(path))
+    assert campaign("importance", cases, [path], lambda: read_imatrix(path))["refused"]

@@ -53,7 +53,7 @@ def test_metrics(tmp_path, cases):
     for step in range(20):
         rundir.log(tmp_path, {"step": step, "loss": 1.5})
     path = tmp_path / "metrics.jsonl"
-    campaign("metrics", cases, [path], lambda: rundir.logged(path))
+    assert campaign("metrics", cases, [path], lambda: rundir.logged(path))["refused"]
 
 
 @pytest.mark.cases(8)

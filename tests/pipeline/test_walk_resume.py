@@ -290,15 +290,7 @@ def test_a_killed_walk_is_continued(model, tmp_path):
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
-def test_a_folder_that_cannot_be_begun_is_not_left(tmp_path, monkeypatch):
-    real = os.fsync
-
-    def fails_on_folders(fd):
-        if os.path.isdir(f"/proc/self/fd/{fd}"):
-            raise OSError(errno.EIO, "input/output error")
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", fails_on_folders)
+def test_a_folder_that_cannot_be_begun_is_not_left(tmp_path, folders_that_do_not_sync):
     said = pytest.raises(UserError, match=r"cannot write \S*/q.gguf: input/output error")
     with said, walk_folder(tmp_path / "q.gguf", "key"):
         pass

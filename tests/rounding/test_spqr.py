@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rounding_problems import damped64, losses, problem
 from rounding_reference import nearest_level
+from rounding_toys import Checkerboard
 
 import qjax
 from qjax.errors import UserError
@@ -167,6 +168,8 @@ def test_recipe_reads_back(threshold):
 
 def test_errors(spiky):
     w, H = spiky
+    with pytest.raises(UserError, match="keeps single weights, and checkerboard rounds 4 together"):
+        round_leaf("w", w, -1, Checkerboard(4), Recipe((spqr(),)), Stats(H=H))
     with pytest.raises(UserError, match="stored exactly"):
         run(w, H, spqr(), descend(1))
     with pytest.raises(UserError, match="must be positive"):
