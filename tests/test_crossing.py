@@ -19,7 +19,6 @@ DOCS = (Path(__file__).parents[1] / "docs" / "rounding.md").read_text()
 
 # Recipe -> (which formats it does not run on, the words of the table in docs/rounding.md).
 REFUSED = {
-    "spqr": (lambda fmt: fmt.tile > 1, "tiles of weights"),
     "hqq": (lambda fmt: not has_offset(fmt), "formats without an offset"),
     "autoround": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
     "omniquant": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
@@ -40,7 +39,7 @@ STATS = Stats(
 
 
 def has_offset(fmt):
-    return jax.eval_shape(lambda w: fmt.grid(fmt.fit(w), w.shape), f32(ROWS, N))[1] is not None
+    return jax.eval_shape(lambda w: fmt.columns(fmt.fit(w), w.shape), f32(ROWS, N))[1] is not None
 
 
 def traced(fmt, made):
@@ -81,5 +80,5 @@ ARGUMENTS = {"sparse": "(0.01)", "columns": "(0.02)", "low_rank": "(4)", "act": 
 @pytest.mark.parametrize("name", REPARAMS)
 def test_every_change_of_variables_in_front_of_feedback_on_every_family(name):
     made = recipe(f"{name}{ARGUMENTS.get(name, '()')} >> nearest('h') >> ldlq >> refit")
-    for fmt in {type(fmt): fmt for fmt in map(qjax.format, qjax.format_names())}.values():
+    for fmt in {type(fmt.scaling): fmt for fmt in map(qjax.format, qjax.format_names())}.values():
         assert traced(fmt, made), fmt.name

@@ -191,7 +191,7 @@ def weight_histogram(w: Array | np.ndarray, format: str | Format, axis: int = -1
 
 def _grid_positions(q: Any, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Each weight's and each level's place on its block's grid; None for vector formats and fine grids."""
-    if q.format.tile != 1:
+    if q.format.tile != (1, 1):
         return None, None
     scales, codes = q.format.unpack(q.leaves)
     used = np.unique(np.asarray(codes))

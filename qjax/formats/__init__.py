@@ -18,7 +18,7 @@ from qjax.formats.protocol import BlockFormat, Format
 FAMILIES: tuple[ModuleType, ...] = tuple(
     import_module(f"qjax.formats.{name}")
     for name in (
-        *("ggml_dense", "ggml_simple", "kquant_affine", "kquant_symmetric", "iq4", "ggml_ternary", "ggml_fp4"),
+        *("ggml_dense", "ggml_simple", "kquants", "iq4", "ggml_fp4"),
         *("integer", "bilevel", "codebook", "float8"),
     )
 )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from qjax.formats.levels import Levels
 from qjax.formats.superblock import by_chunks, once, total
 
 _COARSE = np.geomspace(1.4, 0.5, 32)  # times the absmax; an outlier may do best on a lower level
@@ -25,29 +26,20 @@ _SUB = 64  # weights that are summed in one expression
 _MARGIN = 1 + 1e-6  # candidates that lead to the same levels differ by rounding alone
 
 
-def nearest_level(u: Array, ascending: np.ndarray) -> Array:
-    """The level nearest to u, of a rising table; a tie at the float32 midpoint goes to the lower."""
-    midpoints = (ascending[:-1] + ascending[1:]) / np.float32(2)
-    t = jnp.full(u.shape, ascending[0], jnp.float32)
-    for middle, level in zip(midpoints.tolist(), ascending[1:].tolist(), strict=True):
-        t = jnp.where(u > jnp.float32(middle), jnp.float32(level), t)
-    return t
-
-
-def search_absmax(w: Array, weight: Array, block: int, ascending: np.ndarray) -> Array:
+def search_absmax(w: Array, weight: Array, block: int, levels: Levels) -> Array:
     """The scale of each block.
 
     Args:
       w: f32[*b, n].
       weight: importance f32[*b, n], not negative.
       block: weights of a block.
-      ascending: the levels, rising, within [-1, 1].
+      levels: within [-1, 1].
 
     Returns: f32[*b, n / block].
     """
 
     def level(u: Array) -> Array:
-        return nearest_level(u, ascending)
+        return levels.round(u)[0]
 
     (s,) = by_chunks(lambda x, v: (_best(x, v, level),), w, weight, block, min(block, _SUB))
     return s

@@ -10,6 +10,8 @@ residual within 2^-15 of a midpoint may get its neighbour there.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -92,3 +94,14 @@ def _mean(x: Array) -> Array:
         half = total.shape[-1] // 2  # slices and sums: XLA would merge reductions, in an order of its own
         total = total[..., :half] + total[..., half:]
     return quotient(total, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+    """A store (stores.py) of the absmaxes of a matrix, all of which share its offset."""
+
+    def get(self, scales: Scales) -> Array:
+        return from_dynamic(scales)
+
+    def put(self, scales: Scales, v: Array) -> Scales:
+        return to_dynamic(v)

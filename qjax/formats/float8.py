@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from qjax.chain import Link
 from qjax.errors import UserError
+from qjax.formats.grid import Grid, Scaling
 from qjax.formats.protocol import Leaves, Scales
 from qjax.formats.storage import quotient
+from qjax.formats.stores import Stored
 from qjax.typing import Array, Float, Integer
 
 
@@ -43,85 +44,62 @@ _KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Float8(Link):
-    """8-bit floats; see the module's docstring.
-
-    Attributes:
-      kind: "E4M3" or "E5M2".
-      scope: what shares a scale: "channel", "tensor" or "block".
-      block: weights of a block; 0 for the other scopes.
-    """
+class Bytes:
+    """All numbers of an 8-bit float type, as levels; codes are their bytes."""
 
     kind: str
-    scope: str = "channel"
-    block: int = 0
 
-    def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise UserError(f"an 8-bit float is {' or '.join(_KINDS)}, got {self.kind!r}")
-        if self.scope not in ("channel", "tensor", "block") or (self.scope == "block") != (self.block > 0):
-            raise UserError(
-                f"FP8 scales are per channel, tensor (block=0) or block (block > 0); "
-                f"got scope={self.scope!r}, block={self.block}"
-            )
+    def round(self, u: Float[Array, "*u"]) -> tuple[Float[Array, "*u"], Integer[Array, "*u"]]:
+        code = rounded(u, self.kind)
+        return self.value(code), code
 
-    @property
-    def name(self) -> str:
-        suffix = {"channel": "", "tensor": "_tensor", "block": f"_b{self.block}"}[self.scope]
-        return f"FP8_{self.kind}{suffix}"
+    def value(self, codes: Integer[Array, "*u"]) -> Float[Array, "*u"]:
+        return lax.bitcast_convert_type(codes.astype(jnp.uint8), _KINDS[self.kind].dtype).astype(jnp.float32)
 
-    @property
-    def tile(self) -> int:
-        return 1
+
+@dataclasses.dataclass(frozen=True)
+class LargestFits(Scaling):
+    """s = absmax / top, f32, of a row ("channel"), a matrix ("tensor") or a block: {"scale": f32}."""
+
+    scope: str
+    block: int
+    scale = Stored("scale", "f32")
 
     @property
-    def row_wise(self) -> bool:
-        return self.scope != "tensor"
+    def rows(self) -> int:
+        return 0 if self.scope == "tensor" else 1
 
     @property
-    def about(self) -> str:
-        per = {"channel": "row", "tensor": "matrix", "block": f"{self.block}"}[self.scope]
-        return f"8-bit floats {self.kind}, an f32 scale per {per}"
+    def signed(self) -> bool:
+        return False
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 + (32 / self.block if self.block else 0.0)
-
-    def fit(self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None) -> Scales:
+    def fit(self, levels: Bytes, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None) -> Scales:
         magnitude = jnp.abs(w)
-        if self.scope == "block":
-            absmax = jnp.max(self._blocks(magnitude), axis=-1)
+        if self.block:
+            absmax = jnp.max(magnitude.reshape(*w.shape[:-1], -1, self.block), axis=-1)
         else:
             axes = (-2, -1) if self.scope == "tensor" and w.ndim > 1 else (-1,)
             absmax = jnp.max(magnitude, axis=axes, keepdims=True)
-        return {"scale": quotient(absmax, _KINDS[self.kind].top)}
+        return {"scale": quotient(absmax, _KINDS[levels.kind].top)}
 
-    def nearest(self, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b n"]:
-        s = self._spread(scales["scale"])
-        u = jnp.where(s > 0, quotient(self._blocks(w), jnp.where(s > 0, s, 1.0)), 0.0)
-        return rounded(u, self.kind).reshape(w.shape)
-
-    def decode(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Float[Array, "*b n"]:
-        floats = lax.bitcast_convert_type(codes.astype(jnp.uint8), _KINDS[self.kind].dtype)
-        values = self._blocks(floats.astype(jnp.float32))
-        return (values * self._spread(scales["scale"])).reshape(codes.shape)
-
-    def encode(
-        self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None
-    ) -> tuple[Scales, Integer[Array, "*b n"]]:
-        scales = self.fit(w)
-        return scales, self.nearest(scales, w)
-
-    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+    def columns(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
         s = scales["scale"]
         return jnp.broadcast_to(s, (*shape[:-1], s.shape[-1])), None
 
-    def level(self, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
-        return lax.bitcast_convert_type(rounded(u, self.kind), _KINDS[self.kind].dtype).astype(jnp.float32)
-
     def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
         """A tensor's one scale stays: rows that share it cannot each have their own."""
-        return scales if self.scope == "tensor" else {"scale": jnp.maximum(s, 0.0)}
+        return scales if self.scope == "tensor" else super().store(scales, s, m)
+
+
+@dataclasses.dataclass(frozen=True)
+class AsTheyAre:
+    """The codes' bytes and the scales."""
+
+    block: int
+
+    @property
+    def bits(self) -> float:
+        return 8 + (32 / self.block if self.block else 0.0)
 
     def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
         return {"codes": codes.astype(jnp.uint8), **scales}
@@ -132,11 +110,28 @@ class Float8(Link):
     def shape(self, leaves: Leaves) -> tuple[int, ...]:
         return leaves["codes"].shape
 
-    def _blocks(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], -1, self.block) if self.block else x
 
-    def _spread(self, scale: Array) -> Array:
-        return scale[..., None] if self.block else scale
+def float8(kind: str, scope: str = "channel", block: int = 0) -> Grid:
+    """8-bit floats; see the module's docstring.
+
+    Args:
+      kind: "E4M3" or "E5M2".
+      scope: what shares a scale: "channel", "tensor" or "block".
+      block: weights of a block; 0 for the other scopes.
+
+    Raises:
+      UserError: another kind, a block without its scope or a scope without its block.
+    """
+    if kind not in _KINDS:
+        raise UserError(f"an 8-bit float is {' or '.join(_KINDS)}, got {kind!r}")
+    if scope not in ("channel", "tensor", "block") or (scope == "block") != (block > 0):
+        raise UserError(
+            f"FP8 scales are per channel, tensor (block=0) or block (block > 0); got scope={scope!r}, block={block}"
+        )
+    suffix = {"channel": "", "tensor": "_tensor", "block": f"_b{block}"}[scope]
+    per = {"channel": "row", "tensor": "matrix", "block": f"{block}"}[scope]
+    about = f"8-bit floats {kind}, an f32 scale per {per}"
+    return Grid(f"FP8_{kind}{suffix}", Bytes(kind), LargestFits(scope, block), AsTheyAre(block), about)
 
 
 def rounded(x: Array, kind: str) -> Array:
@@ -165,19 +160,19 @@ def nearest_float(x: Array, kind: str) -> Array:
     return lax.bitcast_convert_type(rounded(x, kind), _KINDS[kind].dtype)
 
 
-def parse(name: str) -> Float8 | None:
+def parse(name: str) -> Grid | None:
     """FP8 with any block, "FP8_E4M3_b128"; None for other names.
 
-    >>> parse("FP8_E5M2_b64"), parse("FP8_E4M3_tensor").block
-    (Float8(kind='E5M2', scope='block', block=64), 0)
+    >>> parse("FP8_E5M2_b64") == float8("E5M2", "block", 64), parse("FP8_E4M3_tensor").block
+    (True, 0)
     """
     found = re.fullmatch(r"FP8_(E4M3|E5M2)(?:_(tensor)|_b([1-9]\d*))?", name)
     if found is None:
         return None
     kind, tensor, block = found.groups()
-    return Float8(kind, tensor or ("block" if block else "channel"), int(block or 0))
+    return float8(kind, tensor or ("block" if block else "channel"), int(block or 0))
 
 
 FORMATS = tuple(
-    Float8(kind, scope, block) for kind in _KINDS for scope, block in (("channel", 0), ("tensor", 0), ("block", 128))
+    float8(kind, scope, block) for kind in _KINDS for scope, block in (("channel", 0), ("tensor", 0), ("block", 128))
 )

@@ -11,77 +11,88 @@ No scales. Codes are the stored bit patterns: uint32 for F32, uint16 for the oth
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.chain import Link
-from qjax.formats.protocol import Leaves, Scales
+from qjax.formats.fields import Blocks
+from qjax.formats.grid import GGML, Scaling
+from qjax.formats.protocol import Scales
 from qjax.formats.storage import fp16_bits
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(Link):
-    """w stored as a float of 8 block_bytes bits. `weight` has nothing to weigh."""
+class Floats:
+    """All numbers of a float type, as levels; codes are their bits, on integers: XLA would drop a pair of casts."""
 
-    name: str
-    ggml_type: int
-    block_bytes: int
-    block: int = 1
-    tile: int = 1
-    row_wise: bool = True
+    kind: str
 
-    @property
-    def about(self) -> str:
-        return {"F32": "32-bit floats", "F16": "16-bit floats", "BF16": "bfloat16"}[self.name]
+    def round(self, u: Array) -> tuple[Array, Array]:
+        code = self._nearest(u)
+        return self.value(code), code
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8.0 * self.block_bytes
-
-    def fit(self, w: Array, weight: Array | None = None) -> Scales:
-        return {}
-
-    def nearest(self, scales: Scales, w: Array) -> Array:
-        """The bits of the nearest stored float, on integers: XLA would drop a pair of casts."""
-        if self.name == "F16":
-            return fp16_bits(w)
-        bits = lax.bitcast_convert_type(w, jnp.uint32)
-        if self.name == "F32":
+    def _nearest(self, u: Array) -> Array:
+        if self.kind == "F16":
+            return fp16_bits(u)
+        bits = lax.bitcast_convert_type(u, jnp.uint32)
+        if self.kind == "F32":
             return bits
         rounded = (bits + (jnp.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
-        return jnp.where(jnp.isnan(w), (bits >> 16) | 64, rounded).astype(jnp.uint16)
+        return jnp.where(jnp.isnan(u), (bits >> 16) | 64, rounded).astype(jnp.uint16)
 
-    def decode(self, scales: Scales, codes: Array) -> Array:
-        if self.name == "F16":
+    def value(self, codes: Array) -> Array:
+        if self.kind == "F16":
             return lax.bitcast_convert_type(codes.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
         bits = codes.astype(jnp.uint32)
-        return lax.bitcast_convert_type(bits << 16 if self.name == "BF16" else bits, jnp.float32)
+        return lax.bitcast_convert_type(bits << 16 if self.kind == "BF16" else bits, jnp.float32)
 
-    def encode(self, w: Array, weight: Array | None = None) -> tuple[Scales, Array]:
-        return {}, self.nearest({}, w)
 
-    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
+@dataclasses.dataclass(frozen=True)
+class Unscaled(Scaling):
+    """Weights are levels: s = 1, and nothing is stored of it. `weight` has nothing to weigh."""
+
+    block: int = 1
+
+    def fit(self, levels: Any, w: Array, weight: Array | None) -> Scales:
+        return {}
+
+    def columns(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, None]:
         return jnp.ones((*shape[:-1], 1), jnp.float32), None
-
-    def level(self, u: Array) -> Array:
-        return self.decode({}, self.nearest({}, u))
 
     def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
         return scales
 
-    def pack(self, scales: Scales, codes: Array) -> Leaves:
-        return {"blocks": lax.bitcast_convert_type(codes.astype(self._stored), jnp.uint8)}
+    def units(self, scales: Scales, x: Array) -> Array:
+        return x
 
-    def unpack(self, leaves: Leaves) -> tuple[Scales, Array]:
-        return {}, lax.bitcast_convert_type(leaves["blocks"], self._stored)
+    def weights(self, scales: Scales, T: Array) -> Array:
+        return T
 
-    def shape(self, leaves: Leaves) -> tuple[int, ...]:
-        return leaves["blocks"].shape[:-1]
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A field of one code, all its bytes."""
+
+    size: int
+
+    def write(self, numbers: dict[str, Array]) -> Array:
+        return lax.bitcast_convert_type(numbers["q"][..., 0].astype(self._type), jnp.uint8)
+
+    def read(self, raw: Array) -> dict[str, Array]:
+        return {"q": lax.bitcast_convert_type(raw, self._type)[..., None]}
 
     @property
-    def _stored(self) -> type:
-        return jnp.uint32 if self.block_bytes == 4 else jnp.uint16
+    def _type(self) -> Any:
+        return jnp.uint32 if self.size == 4 else jnp.uint16
 
 
-FORMATS = (Dense("F32", 0, 4), Dense("F16", 1, 2), Dense("BF16", 30, 2))
+def _dense(name: str, number: int, size: int, about: str) -> GGML:
+    return GGML(name, Floats(name), Unscaled(), Blocks(number, 1, (Whole(size),)), about)
+
+
+FORMATS = (
+    _dense("F32", 0, 4, "32-bit floats"),
+    _dense("F16", 1, 2, "16-bit floats"),
+    _dense("BF16", 30, 2, "bfloat16"),
+)

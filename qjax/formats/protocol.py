@@ -3,14 +3,19 @@
     w_hat = decode(scales, codes)        codes = nearest(scales, w)        scales = fit(w, weight)
 
 A format sees weights as f32[*b, n] with the contracted axis last, `n` a multiple of `block`. `scales` is a small dict
-of arrays, already rounded to what the file can store; `codes` are unpacked integers in the weights' own order and
-shape. `pack` turns the two into the packed leaves of a `QTensor` (each with the weights' leading axes `*b` first) and
-`unpack` is its exact inverse.
+of arrays, already rounded to what the file can store; `codes` are unpacked integers, one for each weight or for a few.
+`pack` turns the two into the packed leaves of a `QTensor` (each with the weights' leading axes `*b` first) and `unpack`
+is its exact inverse.
 
-    w_hat = s T + m        (s, m) = grid(scales)        T = level((w - m) / s)        scales' = store(scales, s', m')
+    w_hat = sum_k theta_k B_k + m        (theta_1 ... theta_K, m) = columns(scales)        B = basis(codes)
+    value, code = round(columns, target, metric)                           scales' = store(scales, columns')
 
-The second line is the same grid seen weight by weight: what a rounding needs that takes one column at a time (error
-feedback, descent) or that fits scales in another metric. All are jittable, vmappable and work on abstract shapes.
+The second pair is the same grid seen tile by tile: all that a rounding asks for. Error feedback and descent `round` one
+tile of weights after another, in the tile's own metric where there is one, and the codes they get are those that are
+stored; a refit solves for the columns, in which w_hat is linear, and stores them. For levels times a scale K is 1:
+theta_1 = s, B_1 = T. A learned table has its entries as columns, a lattice or a trellis its points as the basis.
+
+All are jittable, vmappable and work on abstract shapes. `Grid` (grid.py) derives most of them.
 """
 
 from __future__ import annotations
@@ -22,6 +27,9 @@ from qjax.typing import Array, Float, Integer
 # Arrays by name; Any, because shapes, shardings and specs pass through the same trees.
 Scales = dict[str, Any]
 Leaves = dict[str, Any]
+Tile = tuple[int, int]
+Columns = tuple[Any, ...]
+"""theta_1 ... theta_K and, last, the offset m or None: f32[*b, rows, G] each, shared by n / G weights of a row."""
 
 
 @runtime_checkable
@@ -37,8 +45,12 @@ class Format(Protocol):
         """Weights along the contracted axis that share scales: n must be a multiple. 0: the whole row."""
 
     @property
-    def tile(self) -> int:
-        """Weights rounded together: 1 for scalar levels."""
+    def tile(self) -> Tile:
+        """Rows and columns of the weights that are rounded together: (1, 1) for single levels."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows go together, in tiles or under scales: 1: each stands alone; 0: all of a matrix."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -47,38 +59,42 @@ class Format(Protocol):
     def fit(self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None) -> Scales:
         """Scales for w [*b, n], minimizing sum weight (w - w_hat)^2 as well as the format's search can."""
 
-    def nearest(self, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b n"]:
-        """The code of the level nearest to each weight: integers [*b, n]."""
+    def nearest(self, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b m"]:
+        """The codes nearest to the weights."""
 
-    def decode(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Float[Array, "*b n"]:
-        """The value of each code: f32[*b, n]."""
+    def decode(self, scales: Scales, codes: Integer[Array, "*b m"]) -> Float[Array, "*b n"]:
+        """The values of codes: f32[*b, n]."""
 
     def encode(
         self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None
-    ) -> tuple[Scales, Integer[Array, "*b n"]]:
+    ) -> tuple[Scales, Integer[Array, "*b m"]]:
         """Scales and codes together: what `qjax.quantize` stores. Equals `nearest(fit(w), w)` unless the format's
         reference encoder picks its codes with scales of higher precision, as ggml's simple types do."""
 
-    @property
-    def row_wise(self) -> bool:
-        """Whether a row's scales are found and stored without looking at other rows."""
+    def columns(self, scales: Scales, shape: tuple[int, ...]) -> Columns:
+        """What the levels of each group depend on; `shape` is w's, (*b, n)."""
 
-    def grid(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
-        """The levels of every weight as s T + m: s, and m or None, each f32[*b, G], shared by n / G weights in a row.
+    def round(
+        self, columns: Columns, target: Float[Array, "*c r k"], metric: Float[Array, "*c k k"] | None = None
+    ) -> tuple[Float[Array, "*c r k"], Integer[Array, "*c r j"]]:
+        """Tiles of r x k targets to what the grid has near them, and its codes.
 
-        `shape` is w's, (*b, n). T are the format's unit levels, those that `level` rounds to.
+        Args:
+          columns: of each tile's rows, f32[*c, r].
+          target: f32[*c, r, k].
+          metric: H among the tile's columns: e H e^T of each of its rows is to be small; None: the squared error.
         """
 
-    def level(self, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
-        """The unit level nearest to u: elementwise (for a tile of more than one weight: over the last axis)."""
+    def basis(self, codes: Integer[Array, "*b m"]) -> tuple[Array, ...]:
+        """B_1 ... B_K, f32[*b, n] each."""
 
-    def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
-        """The storable scales nearest to a grid (s, m); super-scales stay as they are in `scales`."""
+    def store(self, scales: Scales, columns: Columns) -> Scales:
+        """The storable scales nearest to columns; super-scales stay as they are in `scales`."""
 
-    def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
+    def pack(self, scales: Scales, codes: Integer[Array, "*b m"]) -> Leaves:
         """The stored leaves."""
 
-    def unpack(self, leaves: Leaves) -> tuple[Scales, Integer[Array, "*b n"]]:
+    def unpack(self, leaves: Leaves) -> tuple[Scales, Integer[Array, "*b m"]]:
         """The exact inverse of `pack`."""
 
     def shape(self, leaves: Leaves) -> tuple[int, ...]:

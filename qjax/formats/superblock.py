@@ -10,14 +10,18 @@ same numbers whatever the shape of the call. One call keeps one core busy: sever
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.custom_batching import custom_vmap
 
+from qjax.formats.grid import Scaling
+from qjax.formats.protocol import Scales
 from qjax.formats.storage import quotient, round_fp16
+from qjax.typing import Array, Float
 
 _CHUNK = {"cpu": 128}
 _CHUNK_DEVICE = 16384  # accelerators want many lanes
@@ -85,15 +89,6 @@ def reciprocal(s: Array) -> Array:
     return jnp.where(ok, quotient(jnp.float32(1), jnp.where(ok, s, 1.0)), 0.0)
 
 
-def integer_scale(s: Array, d: Array, now: Array, low: int, high: int) -> Array:
-    """The integers nearest to s / d: s f32[*b, G], d f32[*b, B] -> `now`'s type and shape [*b, B, G / B].
-
-    Where d is 0 every integer means the same, and `now` stays.
-    """
-    x = jnp.round(s.reshape(now.shape) * reciprocal(d)[..., None])
-    return jnp.where(d[..., None] == 0, now, jnp.clip(x, low, high).astype(now.dtype))
-
-
 def once(*arrays: Array) -> tuple[Array, ...]:
     """Compute these here: a barrier that keeps XLA from repeating them for each weight that uses them."""
     return lax.optimization_barrier(arrays)
@@ -131,3 +126,16 @@ def keep(better: Array, new: tuple[Array, ...], old: tuple[Array, ...]) -> tuple
     return tuple(
         jnp.where(better if n.ndim == better.ndim else better[None], n, o) for n, o in zip(new, old, strict=True)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ByReciprocal(Scaling):
+    """Scales that weights are multiplied by the reciprocals of, as the searches do that chose them."""
+
+    def units(self, scales: Scales, x: Float[Array, "*b G g"]) -> Float[Array, "*b G g"]:
+        """x (1 / s) - m (1 / s), 0 where s is."""
+        inverse = reciprocal(self.scale.get(scales))
+        if self.offset is None:
+            return x * once(inverse[..., None])[0]
+        inverse, offset = once(inverse[..., None], (-self.offset.get(scales) * inverse)[..., None])
+        return x * inverse + offset

@@ -22,7 +22,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.formats.superblock import keep, once, reciprocal, squares, store, unless_beyond
+from qjax.formats.levels import Levels
+from qjax.formats.protocol import Scales
+from qjax.formats.stores import Multiple
+from qjax.formats.superblock import ByReciprocal, by_chunks, keep, once, reciprocal, squares, store, unless_beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,6 @@ class Symmetric:
     """How hard to look.
 
     Attributes:
-      round: the level's value nearest to each number of units: f32 -> f32.
       steps: S, the integer scales' reach.
       trials: the levels, of either sign, that the largest magnitude is mapped onto.
       down, up: integer steps tried below and above the nearest integer's magnitude.
@@ -38,7 +40,6 @@ class Symmetric:
       rounds: integer searches; all but the first look one step around.
     """
 
-    round: Callable[[Array], Array]
     steps: int
     trials: tuple[float, ...]
     down: int
@@ -52,17 +53,20 @@ class Symmetric:
         return tuple(sorted(range(-self.down, self.up + 1), key=abs))
 
 
-def search_symmetric(x: Array, v: Array | None, how: Symmetric) -> tuple[Array, Array]:
+def search_symmetric(
+    x: Array, v: Array | None, nearest: Callable[[Array], Array], how: Symmetric
+) -> tuple[Array, Array]:
     """The best scales found.
 
     Args:
       x: f32[sub, J, N].
       v: importance like x, or None for 1.
+      nearest: T of each number of units: f32 -> f32.
       how: the search's size.
 
     Returns: d f32[N] (an fp16 number), sc i8[J, N].
     """
-    s = real_scales(x, v, how.round, how.trials)
+    s = real_scales(x, v, nearest, how.trials)
     low, high = jnp.min(s, axis=0), jnp.max(s, axis=0)
     d = store(jnp.where(high > -low, high, low) * (-how.headroom / how.steps))
     sc = jnp.clip(jnp.round(s * reciprocal(d)[None]), -how.steps, how.steps - 1)
@@ -73,7 +77,7 @@ def search_symmetric(x: Array, v: Array | None, how: Symmetric) -> tuple[Array, 
 
         def trial(i: Array, best: tuple[Array, Array]) -> tuple[Array, ...]:
             n = jnp.clip(sc + moves[i] * side, -how.steps, how.steps - 1)
-            e = error(x, v, n * d[None], how.round)
+            e = error(x, v, n * d[None], nearest)
             return keep(e < best[0], (e, n), best)
 
         e, sc = lax.fori_loop(0, count, trial, (jnp.full_like(sc, jnp.inf), sc))
@@ -81,7 +85,7 @@ def search_symmetric(x: Array, v: Array | None, how: Symmetric) -> tuple[Array, 
 
     def one_round(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         _, d, sc = best
-        d = jnp.where(i == 0, d, refit(x, v, d, sc, how.round))
+        d = jnp.where(i == 0, d, refit(x, v, d, sc, nearest))
         e, sc = neighbours(d, sc, jnp.where(i == 0, len(how.moves), 3))
         return keep(e < best[0], (e, d, sc), best)
 
@@ -118,3 +122,24 @@ def refit(x: Array, v: Array | None, d: Array, sc: Array, nearest: Callable[[Arr
     vt = t if v is None else v * t
     tx, tt = jnp.sum(sc * jnp.sum(vt * x, axis=0), axis=0), jnp.sum(sc * sc * jnp.sum(vt * t, axis=0), axis=0)
     return store(tx * reciprocal(tt))
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetricScales(ByReciprocal):
+    """s = d sc: {"d": f32[*b, n / 256] (fp16 numbers), "sc": i8[*b, n / 256, 256 / sub]}."""
+
+    how: Symmetric
+    sub: int
+    block: int = 256
+
+    @property
+    def scale(self) -> Multiple:
+        return Multiple("sc", "d", -self.how.steps, self.how.steps - 1)
+
+    def fit(self, levels: Levels, w: Array, weight: Array | None) -> Scales:
+        """The scales of least squared error found."""
+
+        def search(x: Array, v: Array | None) -> tuple[Array, Array]:
+            return search_symmetric(x, v, lambda u: levels.round(u)[0], self.how)
+
+        return dict(zip(("d", "sc"), by_chunks(search, w, weight, self.block, self.sub), strict=True))

@@ -203,7 +203,8 @@ def _in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: A
     """
     rows, n = w.shape
     height = _SHORT if n < _WIDE else _TALL
-    whole = not format.row_wise or any(r.whole for r in recipe.roundings)
+    tied = format.rows == 0 or height % format.rows or rows % format.rows
+    whole = tied or any(r.whole for r in recipe.roundings)
     if jax.default_backend() != "cpu" or whole:
         return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout)
     grid: Any = format  # hashable, which its protocol cannot say

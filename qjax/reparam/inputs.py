@@ -19,7 +19,8 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.float8 import nearest_float
-from qjax.formats.integer_grid import IntegerFormat
+from qjax.formats.grid import Grid
+from qjax.formats.levels import Integers
 from qjax.formats.protocol import Format, Scales
 from qjax.formats.storage import quotient
 from qjax.reparam.protocol import Applied, Reparam, Site, statistic
@@ -66,12 +67,13 @@ class RoundedInput(Applied):
         self, x: Float[Array, "*b n"], format: Format, scales: Scales, w: Float[Array, "out n"]
     ) -> Float[Array, "*b out"]:
         """W x_hat; where both are integers, accumulated in int32 within each group of weights."""
-        if not (isinstance(format, IntegerFormat) and format.levels == "mid-tread") or self.kind in _FLOATS:
+        levels = format.levels if isinstance(format, Grid) else None
+        if not isinstance(levels, Integers) or levels.half or self.kind in _FLOATS:
             return _float(self.input(x.astype(jnp.float32)), w)
         codes, s_x, exact = self.parts(x)
-        s, m = format.grid(scales, w.shape)
+        s, m = format.columns(scales, w.shape)
         offset = jnp.zeros_like(s) if m is None else m
-        if format.bits == 8 and not format.symmetric:  # 0..255 does not fit an int8
+        if levels.high > 127:  # 0..255 does not fit an int8
             offset = offset + 128.0 * s
         wide, groups = w.reshape(w.shape[0], s.shape[1], -1), s.shape[1]
         T = (wide - offset[..., None]) / jnp.where(s == 0, 1.0, s)[..., None]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -23,9 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format, Scales
+from qjax.formats.protocol import Columns, Format, Scales
+from qjax.rounding.descend import chosen
 from qjax.rounding.protocol import Rounding, State, errors_of, metric
-from qjax.rounding.ranges import between, grouped, span
+from qjax.rounding.ranges import between, shrunk, span
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -65,37 +65,46 @@ class Clip(Rounding):
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         start, w = state.scales, state.target
         assert start is not None and state.codes is not None
-        s, m = format.grid(start, w.shape)
-        size = w.shape[1] // s.shape[1]
-        weight = _weight(self.metric, state, stats, size)
+        columns = format.columns(start, w.shape)
+        groups = columns[0].shape[1]
+        weight = _weight(self.metric, state, stats, w.shape[1] // groups)
 
-        def candidate(c: Array) -> tuple[Array, Array | None]:
-            if m is None:
-                return c * s, None
-            low, high = span(format, s, m)
-            most = c * jnp.maximum(jnp.abs(low), jnp.abs(high))
-            return between(format, jnp.clip(low, -most, most), jnp.clip(high, -most, most))
+        def candidate(c: Array) -> Columns:
+            def range_of(s: Array, m: Array) -> tuple[Array, Array]:
+                low, high = span(format, s, m)
+                most = c * jnp.maximum(jnp.abs(low), jnp.abs(high))
+                return between(format, jnp.clip(low, -most, most), jnp.clip(high, -most, most))
+
+            return shrunk(columns, c, range_of)
 
         def rounded(scales: Scales) -> State:
             return dataclasses.replace(state, scales=scales, codes=format.nearest(scales, w))
 
         def error(state: State) -> Array:
-            return group_losses(grouped(errors_of(state, format), s), weight)
+            """Of each group, and where tiles span rows of all rows of a tile."""
+            by_row = group_losses(errors_of(state, format).reshape(w.shape[0], groups, -1), weight)
+            tied = by_row.reshape(-1, format.tile[0], groups).sum(axis=1, keepdims=True)
+            return jnp.broadcast_to(tied, (len(tied), format.tile[0], groups)).reshape(by_row.shape)
 
         def attempt(now: tuple, c: Array) -> tuple[tuple, None]:
             best, least = now
             new = candidate(c)
-            found = error(rounded(format.store(start, *new)))
+            found = error(rounded(format.store(start, new)))
             best = jax.tree.map(lambda a, b: jnp.where(found < least, a, b), new, best)
             return (best, jnp.minimum(found, least)), None
 
         count = math.ceil(self.grid * self.shrink)
         factors = 1.0 - jnp.arange(count, dtype=jnp.float32) / self.grid
         before = error(state)
-        (best, least), _ = lax.scan(attempt, ((s, m), before), factors)
-        scales = format.store(start, *best)
-        codes = jnp.where(jnp.repeat(least < before, size, axis=1), format.nearest(scales, w), state.codes)
-        return _kept(state, dataclasses.replace(state, scales=scales, codes=codes), format, error)
+        (best, least), _ = lax.scan(attempt, ((*columns,), before), factors)
+        new = rounded(format.store(start, best))
+        assert new.codes is not None
+        moved = jnp.repeat(least < before, new.codes.shape[1] // groups, axis=1)
+        new = dataclasses.replace(new, codes=jnp.where(moved, new.codes, state.codes))
+        # Row by row the better, where storing one group's scale has moved another's.
+        losses = (jnp.sum(error(one).reshape(-1, (format.rows or len(w)) * groups), axis=1) for one in (state, new))
+        first, last = losses
+        return chosen(state, new, last < first)
 
 
 def clip(grid: int = 20, shrink: float = 0.5, metric: Metric = "H") -> Clip:
@@ -129,16 +138,3 @@ def _weight(kind: Metric, state: State, stats: Stats, size: int) -> Array | None
     H = metric(state, stats)
     at = jnp.arange(H.shape[0]).reshape(-1, size)
     return H[at[:, :, None], at[:, None, :]]
-
-
-def _kept(old: State, new: State, format: Format, error: Callable[[State], Array]) -> State:
-    """Row by row the better, where storing one group's scale has moved another's: the whole where rows are tied."""
-    assert old.scales is not None and new.scales is not None and old.codes is not None and new.codes is not None
-    before, after = jnp.sum(error(old), axis=1), jnp.sum(error(new), axis=1)
-    better = after < before if format.row_wise else (jnp.sum(after) < jnp.sum(before))[None]
-
-    def choose(a: Array, b: Array) -> Array:
-        return jnp.where(better.reshape((-1,) + (1,) * (b.ndim - 1)), b, a)
-
-    scales = {k: choose(old.scales[k], new.scales[k]) for k in new.scales}
-    return dataclasses.replace(new, scales=scales, codes=choose(old.codes, new.codes))

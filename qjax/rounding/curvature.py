@@ -106,6 +106,14 @@ def off_tiles(n: int, tile: int) -> Array:
     return (at[:, None] != at[None, :]).astype(jnp.float32)
 
 
+def tiles_of(H: Float[Array, "n n"], tile: int) -> Float[Array, "t k k"] | None:
+    """The diagonal tiles of H; None for single columns, whose metric is one number."""
+    if tile == 1:
+        return None
+    at = jnp.arange(H.shape[0]).reshape(-1, tile)
+    return H[at[:, :, None], at[:, None, :]]
+
+
 def descent(H: Float[Array, "n n"], tile: int = 1) -> Float[Array, "n n"]:
     """The coupling of coordinate descent: H_{.,J} H_JJ^{-1} for each tile J, nothing on the diagonal tiles."""
     return over_tiles(H, H, tile) * off_tiles(H.shape[0], tile)

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats.protocol import Format
+from qjax.formats.protocol import Columns, Format
+from qjax.formats.tiles import round_tiles
 from qjax.rounding.descend import keep_better, losses
-from qjax.rounding.protocol import State, errors_of
-from qjax.rounding.ranges import between, ends, gap, grid_of_state, grouped, span, units
+from qjax.rounding.protocol import State
+from qjax.rounding.ranges import between, ends, gap, grouped, shrunk, single, span, units
 from qjax.typing import Array, Float
 
 Parameters = dict[str, Array]
@@ -34,7 +35,7 @@ def trained(
     format: Format,
     H: Float[Array, "n n"],
     parameters: Parameters,
-    grid_of: Callable[[Parameters], tuple[Array, Array | None]] | None,
+    columns_of: Callable[[Parameters], Columns] | None,
     offset_of: Callable[[Parameters], Array] | None,
     step: Step,
     memory: Any,
@@ -46,63 +47,76 @@ def trained(
       state: behind a fitting stage.
       H: the metric.
       parameters: where the path starts.
-      grid_of: parameters to (s, m), before they are stored, each f32[rows, G]; None: the state's grid stays.
-      offset_of: parameters to what is added to the argument of `level`, f32[rows, G, size]; None: nothing.
+      columns_of: parameters to the grid before it is stored, f32[rows, G] each; None: the state's grid stays.
+      offset_of: parameters to what is added to the weights in units of the scale, f32[rows, G, size]; None: nothing.
       step: (step number, parameters, memory, gradients) to parameters and memory.
       memory: of `step`, at the start.
       steps: gradients taken.
     """
     kept, shape = state.scales, state.target.shape
-    assert kept is not None
-    s0, m0 = grid_of_state(state, format)
-    x = grouped(state.target, s0)
-    reach = cells(format)
+    assert kept is not None and state.codes is not None
+    start = format.columns(kept, shape)
+    unit = format.rows or shape[0]
 
-    def rounded(p: Parameters) -> tuple[Array, tuple[Array, Array | None]]:
-        s, m = free = (s0, m0) if grid_of is None else grid_of(p)
-        if grid_of is not None:
-            free = jax.tree.map(lax.stop_gradient, free)
-            stored = format.grid(format.store(kept, *free), shape)
-            s, m = jax.tree.map(passed, (s, m), stored)
-        u = units(x, s, m)
-        q = s[..., None] * straight_through(format, u if offset_of is None else u + offset_of(p), reach)
-        return (q if m is None else q + m[..., None]).reshape(shape), free
+    def rounded(p: Parameters) -> tuple[Array, tuple[Array, Columns]]:
+        columns = free = start if columns_of is None else columns_of(p)
+        if columns_of is not None:
+            free = lax.stop_gradient(free)
+            columns = jax.tree.map(passed, columns, format.columns(format.store(kept, free), shape))
+        w_hat, codes = on_grid(format, columns, state.target, None if offset_of is None else offset_of(p))
+        return (w_hat if state.outliers is None else jnp.where(*state.outliers, w_hat)), (codes, free)
 
     def turn(t: Array, now: tuple) -> tuple:
         p, memory, best, least = now
-        w_hat, back, grid = jax.vjp(rounded, p, has_aux=True)
+        w_hat, back, found = jax.vjp(rounded, p, has_aux=True)
         e = state.target - w_hat
         pulled = lax.dot(e, H, precision=lax.Precision.HIGHEST)
-        loss = jnp.sum(pulled * e, axis=1)
-        loss = loss if format.row_wise else jnp.sum(loss)[None]
-        better = (loss < least)[:, None]
-        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), (w_hat, grid), best)
+        loss = jnp.sum(jnp.sum(pulled * e, axis=1).reshape(-1, unit), axis=1)
+        better = jnp.repeat(loss < least, unit)[:, None]
+        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
         p, memory = step(t, p, memory, back(-2.0 * pulled)[0])
         return p, memory, best, jnp.minimum(loss, least)
 
     before = losses(state, format, H)
-    start = (parameters, memory, (state.target - errors_of(state, format), (s0, m0)), before)
-    _, _, (w_hat, grid), _ = lax.fori_loop(0, steps, turn, start)
-    scales = kept if grid_of is None else format.store(kept, *grid)
-    new = dataclasses.replace(state, scales=scales, codes=format.nearest(scales, w_hat))
+    first = (parameters, memory, (state.codes, start), before)
+    _, _, (codes, columns), _ = lax.fori_loop(0, steps, turn, first)
+    scales = kept if columns_of is None else format.store(kept, columns)
+    new = dataclasses.replace(state, scales=scales, codes=codes)
     return keep_better(state, new, format, before, H)[0]
 
 
-def shrunk(format: Format, s: Array, m: Array | None) -> Callable[[Parameters], tuple[Array, Array | None]]:
+def on_grid(
+    format: Format, columns: Columns, w: Float[Array, "rows n"], offset: Float[Array, "rows G size"] | None
+) -> tuple[Float[Array, "rows n"], Array]:
+    """w, moved by the offset, on a grid: values with gradients by all three, and codes.
+
+    The gradient by a column is its basis; what goes straight through is w in units of the one scale, if there is one.
+    """
+    *theta, m = columns
+    one = len(theta) == 1
+    s = theta[0] if one else jnp.ones_like(theta[0])
+    u = units(grouped(w, s), s, m)
+    u = u if offset is None else u + offset
+    still = (jnp.ones_like(s), None) if one else lax.stop_gradient(columns)
+    T, codes = round_tiles(format, still, lax.stop_gradient(u).reshape(w.shape))
+    inside = jnp.clip(u, *cells(format)) if single(format, columns) else u
+    q = s[..., None] * passed(inside, T.reshape(u.shape))
+    for t, B in zip(theta, () if one else format.basis(codes), strict=False):
+        q = q + (t - lax.stop_gradient(t))[..., None] * B.reshape(u.shape)
+    return (q if m is None else q + m[..., None]).reshape(w.shape), codes
+
+
+def shares(format: Format, columns: Columns) -> Callable[[Parameters], Columns]:
     """From shares of the two ends of each group's range, f32[rows, G] each, to the grid of what is left."""
 
-    def to_grid(share: Parameters) -> tuple[Array, Array | None]:
-        if m is None:
-            return s * share["high"], None
-        low, high = span(format, s, m)
-        return between(format, low * share["low"], high * share["high"])
+    def to_columns(share: Parameters) -> Columns:
+        def range_of(s: Array, m: Array) -> tuple[Array, Array]:
+            low, high = span(format, s, m)
+            return between(format, low * share["low"], high * share["high"])
 
-    return to_grid
+        return shrunk(columns, share["high"], range_of)
 
-
-def straight_through(format: Format, u: Float[Array, "*u"], reach: tuple[Array, Array]) -> Float[Array, "*u"]:
-    """level(u) with the gradient of clip(u, *reach): 1 inside of the levels' cells, 0 outside."""
-    return passed(jnp.clip(u, *reach), format.level(lax.stop_gradient(u)))
+    return to_columns
 
 
 def passed(x: Array, value: Array) -> Array:

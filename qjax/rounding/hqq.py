@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.protocol import Rounding, State
-from qjax.rounding.ranges import grouped, units
+from qjax.rounding.ranges import grouped, level, units
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -57,6 +58,10 @@ class HQQ(Rounding):
         return True
 
     @property
+    def nearest_codes(self) -> bool:
+        return True
+
+    @property
     def requires(self) -> frozenset[str]:
         return frozenset()
 
@@ -64,16 +69,16 @@ class HQQ(Rounding):
         """Raise UserError where the format has no offset to fit."""
 
         def offset(w: Array) -> Array | None:
-            return format.grid(format.fit(w), w.shape)[1]
+            return format.columns(format.fit(w), w.shape)[-1]
 
-        if jax.eval_shape(offset, jax.ShapeDtypeStruct((1, format.block or 8), jnp.float32)) is None:
+        if jax.eval_shape(offset, jax.ShapeDtypeStruct((format.rows or 1, format.block or 256), jnp.float32)) is None:
             raise UserError(f"hqq: {format.name} has no offset to fit; take an affine format such as uint4_g64_zf16")
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         self.check(format)
         w = state.target
         start = format.fit(w)
-        s, m = format.grid(start, w.shape)
+        s, m = format.columns(start, w.shape)
         x = grouped(w, s)
 
         def error(scales: Scales) -> Array:
@@ -82,12 +87,12 @@ class HQQ(Rounding):
 
         def step(i: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             m, best, least = now
-            m = proximal(x, s, m, format.level, self.p, self.beta * self.kappa ** i.astype(jnp.float32))
-            found = error(format.store(start, s, m))
+            m = proximal(x, s, m, partial(level, format), self.p, self.beta * self.kappa ** i.astype(jnp.float32))
+            found = error(format.store(start, (s, m)))
             return m, jnp.where(found < least, m, best), jnp.minimum(found, least)
 
         _, best, _ = lax.fori_loop(0, self.iterations, step, (m, m, error(start)))
-        scales = format.store(start, s, best)
+        scales = format.store(start, (s, best))
         return dataclasses.replace(state, scales=scales, codes=format.nearest(scales, w))
 
 

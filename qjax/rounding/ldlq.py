@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format, Scales
-from qjax.rounding.curvature import Order, cholesky, feedback, order_of
+from qjax.formats.protocol import Columns, Format, Scales
+from qjax.rounding.curvature import Order, cholesky, feedback, order_of, tiles_of
 from qjax.rounding.protocol import Rounding, State
-from qjax.rounding.sweep import Columns, fixed_grid, outer_of, sweep
+from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float, Int
 
@@ -64,31 +64,30 @@ class LDLQ(Rounding):
 
     def check(self, format: Format) -> None:
         """Raise UserError where the format has no blocks to fit one after another."""
-        if self.grid == "dynamic" and not (format.block > 1 and format.row_wise and _blocks_stand_alone(format)):
+        if self.grid == "dynamic" and not (format.block > 1 and format.rows == 1 and _blocks_stand_alone(format)):
             raise UserError(f"ldlq: {format.name} has no blocks along the row, so grid='dynamic' means nothing for it")
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H = stats.H
         assert H is not None and state.scales is not None
-        n, tile, target = H.shape[0], format.tile, state.target
-        s, m = format.grid(state.scales, target.shape)
-        group = n // s.shape[-1]
+        n, (_, tile), target = H.shape[0], format.tile, state.target
+        columns = format.columns(state.scales, target.shape)
         dynamic = self.grid == "dynamic"
-        order = order_of(jnp.diagonal(H), self.order, tile, format.block if dynamic else group)
+        group = format.block if dynamic else max(n // columns[0].shape[-1], tile)
+        order = order_of(jnp.diagonal(H), self.order, tile, group)
         c, damping = cholesky(H[order][:, order], state.damping)
         if self.cross:
             target = corrected(target, stats.cross, self.cross, c, order)
-        coupling = feedback(c, tile)
-        w = target.T[order]
+        coupling, w = feedback(c, tile), target.T[order]
         if dynamic:
-            e, scales = _fitted_on_the_way(w, coupling, order, format, jnp.diagonal(H))
+            codes, scales = _fitted_on_the_way(w, coupling, order, format, jnp.diagonal(H))
         else:
-            grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(tile))
-            e, _ = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, tile, outer_of(tile), lower=True)
+            D = tiles_of(c, tile)
+            metric = None if D is None else jnp.einsum("tij,tkj->tik", D, D, precision=lax.Precision.HIGHEST)
+            grid = fixed_grid(columns, order, outer_of(tile))
+            _, codes, _ = sweep(format, w, jnp.zeros_like(w), coupling, grid, outer_of(tile), lower=True, metric=metric)
             scales = state.scales
-        w_hat = jnp.zeros_like(w).at[order].set(w - e).T
-        codes = format.nearest(scales, w_hat)
-        return State(scales, codes, target, damping)
+        return State(scales, in_place(codes, order, tile), target, damping)
 
 
 def _blocks_stand_alone(format: Format) -> bool:
@@ -121,13 +120,8 @@ def corrected(
 
 
 def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, h: Array) -> tuple[Array, Scales]:
-    """The sweep with each block's scales fitted to what the feedback has made of it; errors [n, rows] and scales."""
+    """The sweep with each block's scales fitted to what the feedback has made of it: codes by tile, and scales."""
     block = format.block
-
-    def fit(targets: Array, at: Array) -> Scales:
-        """Scales for columns `at`, whole blocks in any order."""
-        x = targets[jnp.argsort(at)].T
-        return format.fit(x, jnp.broadcast_to(h[jnp.sort(at)][None, :], x.shape))
 
     def free(targets: Array, w: Array, inside: Array) -> Array:
         """A block as the feedback would leave it if nothing in it were rounded: what GPTQ has in its place by then.
@@ -137,19 +131,21 @@ def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, 
         unit = inside + jnp.eye(block, dtype=inside.dtype)
         return w + jax.scipy.linalg.solve_triangular(unit, targets - w, trans=1, lower=True, unit_diagonal=True)
 
-    def grid_of(j: Array, targets: Array) -> Columns:
+    def columns_of(j: Array, targets: Array) -> tuple[Columns, Scales]:
         at = lax.dynamic_slice_in_dim(order, j, block)
         inside = lax.dynamic_slice(coupling, (j, j), (block, block))
         targets = free(targets, lax.dynamic_slice_in_dim(w, j, block, 0), inside)
-        s, m = format.grid(fit(targets, at), targets.T.shape)
+        x = targets[jnp.argsort(at)].T
+        scales = format.fit(x, jnp.broadcast_to(h[jnp.sort(at)][None, :], x.shape))
         back = jnp.argsort(jnp.argsort(at))
+        columns = format.columns(scales, x.shape)
+        return jax.tree.map(lambda a: jnp.repeat(a, block // a.shape[1], axis=1).T[back], columns), scales
 
-        def wide(a: Array) -> Array:
-            return jnp.repeat(a, block // a.shape[1], axis=1).T[back]
+    _, codes, fitted = sweep(format, w, jnp.zeros_like(w), coupling, columns_of, block, lower=True)
 
-        return wide(s), None if m is None else wide(m)
+    def whole(leaf: Array) -> Array:
+        """[blocks in their order, rows, x, ...] -> [rows, blocks x, ...]."""
+        placed = jnp.zeros_like(leaf).at[order[::block] // block].set(leaf)
+        return jnp.moveaxis(placed, 0, 1).reshape(leaf.shape[1], -1, *leaf.shape[3:])
 
-    e, seen = sweep(w, jnp.zeros_like(w), coupling, grid_of, format.level, format.tile, block, lower=True)
-    blocks = jnp.arange(w.shape[0]).reshape(-1, block)
-    inside = coupling[blocks[:, :, None], blocks[:, None, :]]
-    return e, fit(jax.vmap(free)(seen[blocks], w[blocks], inside).reshape(w.shape), order)
+    return codes, jax.tree.map(whole, fitted)

@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.formats.ggml_dense import Dense
-from qjax.formats.protocol import Format
-from qjax.rounding.gradient import Parameters, shrunk, trained
-from qjax.rounding.protocol import Rounding, State, errors_of, metric
-from qjax.rounding.ranges import ends, gap, grid_of_state, grouped, units
+from qjax.formats.protocol import Columns, Format
+from qjax.formats.tiles import round_tiles
+from qjax.rounding.gradient import Parameters, shares, trained
+from qjax.rounding.protocol import Rounding, State, metric
+from qjax.rounding.ranges import ends, gap, grouped, single, units
 from qjax.stats import Stats
 from qjax.typing import Array
 
@@ -49,15 +49,11 @@ class _Learned(Rounding):
         return frozenset({"H"})
 
     def check(self, format: Format) -> None:
-        """Raise UserError where weights are not rounded one by one, or have no scale."""
-        if isinstance(format, Dense):
+        """Raise UserError where weights have no scale."""
+        if not jax.eval_shape(format.fit, jax.ShapeDtypeStruct((format.rows or 1, format.block or 256), jnp.float32)):
             raise UserError(
                 f"{self}: {format.name} has no scales to learn, and its nearest values are the best; round such a "
                 "weight with nearest() alone"
-            )
-        if format.tile != 1:
-            raise UserError(
-                f"{self}: {format.name} rounds {format.tile} weights together; take a format of single levels"
             )
 
 
@@ -74,20 +70,28 @@ class Learned(_Learned):
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         first = 1.0 / self.steps if self.lr is None else self.lr
-        s, m = grid_of_state(state, format)
+        columns = _columns(state, format)
         offset, width = _around_codes(state, format)
         p = {"v": jnp.zeros_like(width)}
         if self.ranges:
-            p |= {side: jnp.ones_like(s) for side in _sides(m)}
+            p |= {side: jnp.ones_like(columns[0]) for side in _sides(columns)}
 
         def step(t: Array, p: Parameters, memory: Any, grad: Parameters) -> tuple[Parameters, Any]:
             lr = first * (1.0 - t.astype(jnp.float32) / self.steps)
             moved = {k: p[k] - lr * jnp.sign(grad[k]) for k in p}
             return {k: jnp.clip(x, *((-0.5, 0.5) if k == "v" else (0.0, 1.0))) for k, x in moved.items()}, memory
 
-        grid_of = shrunk(format, s, m) if self.ranges else None
+        columns_of = shares(format, columns) if self.ranges else None
         return trained(
-            state, format, metric(state, stats), p, grid_of, lambda p: offset + width * p["v"], step, None, self.steps
+            state,
+            format,
+            metric(state, stats),
+            p,
+            columns_of,
+            lambda p: offset + width * p["v"],
+            step,
+            None,
+            self.steps,
         )
 
 
@@ -112,9 +116,9 @@ class LearnedClipping(_Learned):
         return True
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
-        s, m = grid_of_state(state, format)
-        p = {side: jnp.full_like(s, _START) for side in _sides(m)}
-        to_grid = shrunk(format, s, m)
+        columns = _columns(state, format)
+        p = {side: jnp.full_like(columns[0], _START) for side in _sides(columns)}
+        to_columns = shares(format, columns)
         memory = {k: (jnp.zeros_like(x), jnp.zeros_like(x)) for k, x in p.items()}
 
         def step(t: Array, p: Parameters, memory: Any, grad: Parameters) -> tuple[Parameters, Any]:
@@ -122,7 +126,7 @@ class LearnedClipping(_Learned):
             return {k: p[k] - self.lr * new[k][0] for k in p}, {k: new[k][1] for k in p}
 
         return trained(
-            state, format, metric(state, stats), p, lambda p: to_grid(jax.tree.map(jax.nn.sigmoid, p)), None, step,
+            state, format, metric(state, stats), p, lambda p: to_columns(jax.tree.map(jax.nn.sigmoid, p)), None, step,
             memory, self.steps,
         )  # fmt: skip
 
@@ -157,21 +161,48 @@ def adam(t: Array, moments: tuple[Array, Array], grad: Array) -> tuple[Array, tu
     return jnp.where(size > 0, mean / jnp.where(size > 0, size, 1.0), 0.0), (first, second)
 
 
+def _columns(state: State, format: Format) -> Columns:
+    assert state.scales is not None
+    return format.columns(state.scales, state.target.shape)
+
+
 def _around_codes(state: State, format: Format) -> tuple[Array, Array]:
-    """The offset of `level`'s argument that gives the state's codes back, and V's unit: f32[rows, G, size] each."""
-    s, m = grid_of_state(state, format)
+    """The offset of the weights that gives the state's codes back, and V's unit: f32[rows, G, size] each.
+
+    V's unit is the distance to the next level; where a level is a point of several weights, sqrt(12) times the rms miss
+    of its group, which is that distance where levels lie an even step apart.
+    """
+    assert state.codes is not None
+    columns = _columns(state, format)
+    *theta, m = columns
+    one = len(theta) == 1
+    s = theta[0] if one else jnp.ones_like(theta[0])
+    still = (jnp.ones_like(s), None) if one else columns
     u = units(grouped(state.target, s), s, m)
-    nearest = format.level(u)
-    t = format.level(units(grouped(state.target - errors_of(state, format), s), s, m))
+    nearest, codes = round_tiles(format, still, u.reshape(state.target.shape))
+    nearest = nearest.reshape(u.shape)
+    B = [b.reshape(u.shape) for b in format.basis(state.codes)]
+    t = B[0] if one else sum(c[..., None] * b for c, b in zip(theta, B, strict=True))
+    same = _in_tiles(state.codes == codes, format, state.target.shape[1]).reshape(u.shape)
+    if not single(format, columns):
+        width = jnp.sqrt(12.0 * jnp.mean(jnp.square(u - nearest), axis=-1, keepdims=True))
+        return jnp.where(same, 0.0, t - u), jnp.broadcast_to(width, u.shape)
     lo, hi = ends(format)
     up = ((u > nearest) | (t == lo)) & (t < hi)  # the neighbour that the nearest rounding passed over
     width = gap(format, t, up)
     off = jnp.clip(u - nearest, -_NEARLY * width, _NEARLY * width)
-    return jnp.where(t == nearest, 0.0, t + off - u), width
+    return jnp.where(same, 0.0, t + off - u), width
 
 
-def _sides(m: Array | None) -> tuple[str, ...]:
-    return ("high",) if m is None else ("low", "high")
+def _in_tiles(same: Array, format: Format, n: int) -> Array:
+    """Whether all codes of a weight's tile are the same: bool[rows, m] -> bool[rows, n]."""
+    (r, k), rows = format.tile, len(same)
+    tiles = same.reshape(rows // r, r, n // k, -1).all(axis=(1, 3))
+    return jnp.broadcast_to(tiles[:, None, :, None], (rows // r, r, n // k, k)).reshape(rows, n)
+
+
+def _sides(columns: Columns) -> tuple[str, ...]:
+    return ("high",) if columns[-1] is None else ("low", "high")
 
 
 def _check_schedule(name: str, steps: int, lr: float | None) -> None:

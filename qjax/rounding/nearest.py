@@ -32,6 +32,10 @@ class Nearest(Rounding):
         return True
 
     @property
+    def nearest_codes(self) -> bool:
+        return True
+
+    @property
     def requires(self) -> frozenset[str]:
         return frozenset({"h"} if self.weight == "h" else ())
 

@@ -37,14 +37,14 @@ class State:
     """What a stage leaves behind.
 
     Attributes:
-      scales, codes: as the format understands them; codes [rows, n]. None before the first stage.
+      scales, codes: as the format understands them. None before the first stage.
       target: what is being rounded, f32[rows, n]: the weight, or the weight corrected for its inputs' errors.
       damping: lambda in force; NaN once H turned out too indefinite for any.
       outliers: weights that are stored exactly beside the codes: which, bool[rows, n], and what as, f32[rows, n].
     """
 
     scales: Scales | None
-    codes: Integer[Array, "rows n"] | None
+    codes: Integer[Array, "rows m"] | None
     target: Float[Array, "rows n"]
     damping: Float[Array, ""]
     outliers: Outliers | None = None
@@ -117,7 +117,7 @@ class Rounded:
     """
 
     scales: Scales
-    codes: Integer[Array, "*b rows n"]
+    codes: Integer[Array, "*b rows m"]
     damping: Float[Array, "*b"]
     energy: Float[Array, "*b"]
     error: Float[Array, "*b"]
@@ -170,12 +170,12 @@ def check_grid(roundings: Sequence[Rounding], format: Format, name: str = "the w
     for i, (before, r) in enumerate(zip((None, *roundings), roundings, strict=False)):
         if before is not None and r.fits:
             raise UserError(f"{name}: {r} fits the scales, which only the first stage may do")
-        if r.ranges_only and not (before is not None and before.fits):
+        if r.ranges_only and not (before is not None and before.fits and before.nearest_codes):
             raise UserError(
                 f"{name}: {r} looks at each group alone and would undo error feedback; put it behind nearest()"
             )
         if r.starts_over:
-            lost = [b for b in roundings[:i] if not (b.fits or b.nearest_codes)]
+            lost = [b for b in roundings[:i] if not b.nearest_codes]
             if lost:
                 raise UserError(f"{name}: {r} begins with the weight and would throw away the codes of {lost[-1]}")
         try:
@@ -212,8 +212,6 @@ def round_weight(
     state = State(None, None, w, lam)
     first = None
     for r in roundings:
-        if state.outliers is not None:
-            raise UserError(f"{r} would round outliers again that an earlier stage has stored exactly; put it first")
         state = r(state, format, stats)
         first = state if first is None else first
     assert first is not None and first.scales is not None and first.codes is not None

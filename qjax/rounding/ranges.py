@@ -8,26 +8,32 @@ high]; a grid without an offset has one scale to shrink, and both its ends move.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats.protocol import Format
-from qjax.rounding.protocol import State
+from qjax.formats.protocol import Columns, Format
 from qjax.typing import Array, Float
 
 _FAR = 1e5  # beyond the levels of every format with scales, near enough to tell them apart by their distance
 _HALVINGS = 32
 
 
-def grid_of_state(state: State, format: Format) -> tuple[Float[Array, "*b G"], Float[Array, "*b G"] | None]:
-    """s and m of the scales that a stage left."""
-    assert state.scales is not None
-    return format.grid(state.scales, state.target.shape)
+def level(format: Format, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
+    """The unit level nearest to u, of a format of single levels under one scale: T for (w - m) / s."""
+    value, _ = format.round((jnp.ones_like(u)[..., None], None), u[..., None, None])
+    return value[..., 0, 0]
 
 
 def ends(format: Format) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """lo and hi, the first and the last unit level of a format with tile 1."""
-    return format.level(jnp.float32(-_FAR)), format.level(jnp.float32(_FAR))
+    """lo and hi, the first and the last unit level of such a format."""
+    return level(format, jnp.float32(-_FAR)), level(format, jnp.float32(_FAR))
+
+
+def single(format: Format, columns: Columns) -> bool:
+    """Whether levels are single numbers under one scale, so that they have ends, neighbours and a range."""
+    return format.tile == (1, 1) and len(columns) == 2
 
 
 def span(format: Format, s: Float[Array, "*b G"], m: Float[Array, "*b G"]) -> tuple[Array, Array]:
@@ -41,6 +47,12 @@ def between(format: Format, low: Float[Array, "*b G"], high: Float[Array, "*b G"
     lo, hi = ends(format)
     s = (high - low) / (hi - lo)
     return s, low - s * lo
+
+
+def shrunk(columns: Columns, share: Array, range_of: Callable[[Array, Array], tuple[Array, Array]]) -> Columns:
+    """A smaller grid: all of it times `share`, or, where it has an offset, with the range that is given for it."""
+    *theta, m = columns
+    return range_of(theta[0], m) if m is not None else (*(t * share for t in theta), None)
 
 
 def grouped(w: Float[Array, "*b n"], s: Float[Array, "*b G"]) -> Float[Array, "*b G size"]:
@@ -76,7 +88,7 @@ def gap(format: Format, t: Float[Array, "*u"], up: Array) -> Float[Array, "*u"]:
     def halve(_: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         inside, outside = now
         middle = 0.5 * (inside + outside)
-        left = format.level(t + side * middle) != t
+        left = level(format, t + side * middle) != t
         return jnp.where(left, inside, middle), jnp.where(left, middle, outside)
 
     return 2 * lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(far), far))[1]

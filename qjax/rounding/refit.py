@@ -1,12 +1,12 @@
-"""Scales refitted in the metric that counts: least squares of tr(E H E^T) over each group's (s, m), codes fixed.
+"""The columns of a grid refitted in the metric that counts: least squares of tr(E H E^T), codes fixed.
 
-    G = E H      [T H T^T   T H 1^T] [ds]   [G T^T]
-                 [1 H T^T   1 H 1^T] [dm] = [G 1^T]       e <- e - ds T - dm            group after group
+    w_hat = sum_k theta_k B_k + m      [B_k H B_l^T] d_theta = [G B_k^T],  G = E H      e <- e - sum_k d_theta_k B_k
 
-T are the group's unit levels, H its diagonal block. The solution is rounded to what the format stores before the next
-group is looked at, which then makes up for that rounding, and is taken only where the loss with it is smaller. Columns
-go in units of about 256; once a unit's scales are done its codes are descended on the new grid (descend.py), with the
-same G, so that a round over scales and codes is one product with H.
+group after group, for all that a format is linear in: scales and offsets, or the entries of a table (m's basis is 1).
+The solution is rounded to what the format stores before the next group is looked at, which then makes up for that
+rounding, and is taken only where the loss with it is smaller. The weight's columns go in units of about 256; once the
+grid of a unit is done its codes are descended on it (descend.py), with the same G, so that a round over scales and
+codes is one product with H.
 
 Source: the H-metric refit of Spherical GPTQ (arXiv:2603.11021) and LNQ's codebook step (arXiv:2505.07004), here as
 Gauss-Seidel over groups with an offset, and with scales that are themselves quantized.
@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format, Scales
-from qjax.rounding.curvature import descent, over_tiles
-from qjax.rounding.descend import Descend, keep_better, losses
+from qjax.formats.protocol import Columns, Format, Scales
+from qjax.rounding.curvature import descent, over_tiles, tiles_of
+from qjax.rounding.descend import Descend, exactly, keep_better, losses
 from qjax.rounding.protocol import Rounding, State, errors_of, metric
-from qjax.rounding.sweep import OUTER, fixed_grid, outer_of, sweep
+from qjax.rounding.sweep import OUTER, fixed_grid, in_place, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -51,13 +51,13 @@ class Refit(Rounding):
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H = metric(state, stats)
-        if format.tile == 1 and format.row_wise:  # no step raises a row's loss: no need to measure
+        if format.tile == (1, 1) and format.rows == 1:  # no step raises a row's loss: no need to measure
             return lax.fori_loop(0, self.rounds, lambda _, state: refitted(state, format, H, self.sweeps), state)
 
         def one_round(_: Array, now: tuple[State, Array]) -> tuple[State, Array]:
             state, loss = now
-            new = refitted(state, format, H, self.sweeps if format.row_wise else 0)
-            if not format.row_wise:
+            new = refitted(state, format, H, self.sweeps if format.rows == 1 else 0)
+            if format.rows != 1:
                 new = Descend(self.sweeps).swept(new, format, H)
             return keep_better(state, new, format, loss, H)
 
@@ -75,113 +75,140 @@ def refit(rounds: int = 3, sweeps: int = 1) -> Refit:
 
 
 def refitted(state: State, format: Format, H: Float[Array, "n n"], sweeps: int) -> State:
-    """Scales of less loss for the present codes, then codes of less loss on them: one Gauss-Seidel pass over the units.
+    """A grid of less loss for the present codes, then codes of less loss on it: one Gauss-Seidel pass over the units.
 
-    Where the format ties rows together, groups are solved as if they were free and stored at the end, codes as they
+    Where the format holds rows together, groups are solved as if they were free and stored at the end, codes as they
     were (sweeps is 0).
     """
-    scales, e = state.scales, errors_of(state, format)
-    assert scales is not None
-    rows, n = e.shape
-    s, m = format.grid(scales, e.shape)
-    groups = s.shape[-1]
+    scales, codes, e = state.scales, state.codes, errors_of(state, format)
+    assert scales is not None and codes is not None
+    (rows, n), tile = e.shape, format.tile[1]
+    columns = format.columns(scales, e.shape)
+    groups, offset = columns[0].shape[-1], columns[-1] is not None
     size = n // groups
 
     # Units of whole blocks, about OUTER columns each; a unit's scales are a slice of every leaf along the row.
     block = format.block or n
-    if format.row_wise:  # a super-scale may be the row's, whatever the block
+    if format.rows == 1:  # a super-scale may be the row's, whatever the block
         block = lcm(block, *(n // leaf.shape[1] for leaf in scales.values()))
-    count = _units(n, lcm(max(block, size), format.tile))
-    per = groups // count
-    outer = per * size
+    count = _units(n, lcm(max(block, size), tile))
+    per, outer = groups // count, n // count
 
     def unit(a: Array) -> Array:
         """[rows, x, ...] -> [count, rows, x / count, ...]."""
         return jnp.moveaxis(a.reshape(rows, count, a.shape[1] // count, *a.shape[2:]), 1, 0)
 
-    def snap(kept: Scales, s: Array, m: Array | None) -> tuple[Scales, Array, Array | None]:
-        if not format.row_wise:
-            return kept, s, m
-        kept = format.store(kept, s, m)
-        return kept, *format.grid(kept, (rows, outer))
+    def snap(kept: Scales, columns: Columns) -> tuple[Scales, Columns]:
+        if format.rows != 1:
+            return kept, columns
+        kept = format.store(kept, columns)
+        return kept, format.columns(kept, (rows, outer))
 
     def one_group(g: Array, now: tuple, at: tuple) -> tuple:
-        moved, kept, s, m = now
-        gradient, T_u, H_u = at
+        moved, kept, columns = now
+        gradient, basis, H_u = at
         j = g * size
-        t = lax.dynamic_slice_in_dim(T_u, j, size, 0)
+        B = [lax.dynamic_slice_in_dim(b, j, size, 0) for b in basis]
         H_g = lax.dynamic_slice_in_dim(H_u, j, size, 0)
         grad = lax.dynamic_slice_in_dim(gradient, j, size, 0) + _dot(H_g, moved)
         H_gg = lax.dynamic_slice_in_dim(H_g, j, size, 1)
-        Ht = _dot(H_gg, t)
-        a, p = jnp.sum(t * Ht, axis=0), jnp.sum(t * grad, axis=0)
-        b, c, p1 = jnp.sum(Ht, axis=0), jnp.sum(H_gg), jnp.sum(grad, axis=0)
-        ds = jnp.where(a > 0, p / jnp.where(a > 0, a, 1.0), 0.0)
-        dm = jnp.zeros_like(ds)
-        if m is not None:
-            det = a * c - b * b
-            ok = det > _RIDGE * a * c
-            inverse = jnp.where(ok, 1.0 / jnp.where(ok, det, 1.0), 0.0)
-            ds = jnp.where(ok, (p * c - p1 * b) * inverse, ds)
-            dm = jnp.where(ok, (p1 * a - p * b) * inverse, dm)
+        HB = [_dot(H_gg, b) for b in B]
+        A = [[jnp.sum(b * hb, axis=0) for hb in HB] for b in B]
+        p = [jnp.sum(b * grad, axis=0) for b in B]
         here = (jnp.arange(per) == g)[None, :]
-        moved_m = None if m is None else m + jnp.where(here, dm[:, None], 0.0)
-        new, new_s, new_m = snap(kept, s + jnp.where(here, ds[:, None], 0.0), moved_m)
-        ds = lax.dynamic_index_in_dim(new_s - s, g, 1, keepdims=False)  # as stored
-        dm = jnp.zeros_like(ds) if m is None else lax.dynamic_index_in_dim(new_m - m, g, 1, keepdims=False)
-        gain = 2 * (ds * p + dm * p1) - (ds * ds * a + 2 * ds * dm * b + dm * dm * c)
+        step = iter(solved(A, p))
+        new, new_columns = snap(kept, jax.tree.map(lambda c: c + jnp.where(here, next(step)[:, None], 0.0), columns))
+        change = jax.tree.map(lambda a, b: lax.dynamic_index_in_dim(a - b, g, 1, keepdims=False), new_columns, columns)
+        d = jax.tree.leaves(change)  # as stored
+        gain = 2 * sum(x * y for x, y in zip(d, p, strict=True)) - quadratic(A, d)
         better = gain > 0
 
         def choose(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda x, y: jnp.where(better.reshape((-1,) + (1,) * (y.ndim - 1)), x, y), new, old)
 
-        moved = lax.dynamic_update_slice_in_dim(moved, jnp.where(better[None], -(ds[None] * t + dm[None]), 0.0), j, 0)
-        return moved, choose(new, kept), choose(new_s, s), choose(new_m, m)
+        here_moved = jnp.where(better[None], -sum(x[None] * b for x, b in zip(d, B, strict=True)), 0.0)
+        moved = lax.dynamic_update_slice_in_dim(moved, here_moved, j, 0)
+        return moved, choose(new, kept), choose(new_columns, columns)
 
-    def levels(w_hat: Array, s: Array, m: Array | None) -> Array:
-        s = jnp.repeat(s, size, axis=1).T
-        m = None if m is None else jnp.repeat(m, size, axis=1).T
-        return jnp.where(s == 0, 0.0, (w_hat if m is None else w_hat - m) / jnp.where(s == 0, 1.0, s))
+    def basis_of(codes: Array, taken: Array | None) -> list[Array]:
+        """B_1 ... B_K and the offset's 1, f32[outer, rows or 1]; 0 for outliers, which no grid moves."""
+        B = [b.T for b in format.basis(codes)] + ([jnp.ones((outer, 1), jnp.float32)] if offset else [])
+        return B if taken is None else [jnp.where(taken, 0.0, b) for b in B]
 
     def one_unit(e: Array, at: tuple) -> tuple:
-        i, w, H_rows, kept, s, m = at
+        i, w, H_rows, kept, columns, codes, taken = at
         H_u = lax.dynamic_slice_in_dim(H_rows, i * outer, outer, 1)
         e_u = lax.dynamic_slice_in_dim(e, i * outer, outer, 0)
         outside = _dot(H_rows, e) - _dot(H_u, e_u)  # what the other units ask for
-        tile, block = format.tile, min(outer_of(format.tile), outer)
-        coupling, pull = descent(H_u, tile), over_tiles(outside.T, H_u, tile).T
+        width = min(outer_of(tile), outer)
+        coupling, pull, own = descent(H_u, tile), over_tiles(outside.T, H_u, tile).T, tiles_of(H_u, tile)
+        reach = None if taken is None else exactly(taken)
 
         def turn(_: Array, now: tuple) -> tuple:
-            e_u, kept, s, m = now
-            about = (outside + _dot(H_u, e_u), levels(w - e_u, s, m), H_u)
-            start = (jnp.zeros_like(e_u), kept, s, m)
-            moved, kept, s, m = lax.fori_loop(0, per, lambda g, now: one_group(g, now, about), start)
+            e_u, codes, kept, columns = now
+            about = (outside + _dot(H_u, e_u), basis_of(codes, taken), H_u)
+            start = (jnp.zeros_like(e_u), kept, columns)
+            moved, kept, columns = lax.fori_loop(0, per, lambda g, now: one_group(g, now, about), start)
             e_u = e_u + moved
             if sweeps:
-                grid_of = fixed_grid(s.T, None if m is None else m.T, jnp.arange(outer) // size, block)
-                e_u, _ = sweep(w, e_u, coupling, grid_of, format.level, tile, block, pull)
-            return e_u, kept, s, m
+                grid = fixed_grid(columns, jnp.arange(outer), width)
+                e_u, tiles, _ = sweep(format, w, e_u, coupling, grid, width, pull=pull, metric=own, reach=reach)
+                codes = in_place(tiles, jnp.arange(outer), tile)
+            return e_u, codes, kept, columns
 
-        e_u, *new = lax.fori_loop(0, max(sweeps, 1), turn, (e_u, kept, s, m))
+        e_u, *new = lax.fori_loop(0, max(sweeps, 1), turn, (e_u, codes, kept, columns))
         return lax.dynamic_update_slice_in_dim(e, e_u, i * outer, 0), new
 
-    kept = jax.tree.map(unit, scales) if format.row_wise else {}
+    mask = None if state.outliers is None else state.outliers[0]
     units = (
         jnp.arange(count), state.target.T.reshape(count, outer, rows), H.reshape(count, outer, n),
-        kept, unit(s), None if m is None else unit(m),
+        jax.tree.map(unit, scales) if format.rows == 1 else {}, jax.tree.map(unit, columns), unit(codes),
+        None if mask is None else mask.T.reshape(count, outer, rows),
     )  # fmt: skip
-    swept: tuple[Array, tuple[Scales, Array, Array | None]] = lax.scan(one_unit, e.T, units)
-    e_new, (kept, s_new, m_new) = swept
+    swept: tuple[Array, tuple[Array, Scales, Columns]] = lax.scan(one_unit, e.T, units)
+    e_new, (codes_new, kept, columns_new) = swept
 
     def whole(a: Array, like: Array) -> Array:
         return jnp.moveaxis(a, 0, 1).reshape(like.shape)
 
-    if format.row_wise:
+    if format.rows == 1:
         scales = jax.tree.map(whole, kept, scales)
     else:
-        scales = format.store(scales, whole(s_new, s), None if m is None or m_new is None else whole(m_new, m))
-    codes = format.nearest(scales, state.target - e_new.T) if sweeps else state.codes
-    return dataclasses.replace(state, scales=scales, codes=codes)
+        scales = format.store(scales, jax.tree.map(whole, columns_new, columns))
+    outliers = None if mask is None else (mask, state.target - e_new.T)
+    return dataclasses.replace(state, scales=scales, codes=whole(codes_new, codes), outliers=outliers)
+
+
+def solved(A: list[list[Array]], p: list[Array]) -> list[Array]:
+    """d of A d = p for each row, A symmetric and perhaps singular; [rows] or [1] each.
+
+    One and two unknowns in closed form; where two cannot be told apart, the first alone.
+    """
+    (a, *_), first = A[0], p[0]
+    alone = jnp.where(a > 0, first / jnp.where(a > 0, a, 1.0), 0.0)
+    if len(p) == 1:
+        return [alone]
+    if len(p) == 2:
+        b, c = A[0][1], A[1][1]
+        det = a * c - b * b
+        ok = det > _RIDGE * a * c
+        inverse = jnp.where(ok, 1.0 / jnp.where(ok, det, 1.0), 0.0)
+        return [
+            jnp.where(ok, (first * c - p[1] * b) * inverse, alone),
+            jnp.where(ok, (p[1] * a - first * b) * inverse, 0.0),
+        ]
+    wide = jnp.broadcast_shapes(*(x.shape for x in p))
+    M = jnp.stack([jnp.stack([jnp.broadcast_to(x, wide) for x in line], axis=-1) for line in A], axis=-2)
+    size = jnp.diagonal(M, axis1=-2, axis2=-1)
+    M = M + jax.vmap(jnp.diag)(_RIDGE * size + jnp.where(size > 0, 0.0, 1.0))
+    return list(jnp.moveaxis(jnp.linalg.solve(M, jnp.stack(p, axis=-1)[..., None])[..., 0], -1, 0))
+
+
+def quadratic(A: list[list[Array]], d: list[Array]) -> Array:
+    """d A d^T of each row, A symmetric."""
+    squares = [x * x * A[i][i] for i, x in enumerate(d)]
+    twice = [2 * x * y * A[i][j] for i, x in enumerate(d) for j, y in enumerate(d[:i])]
+    return sum(squares[1:] + twice, squares[0])
 
 
 def _units(n: int, block: int) -> int:

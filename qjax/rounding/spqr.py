@@ -15,7 +15,6 @@ Source: SpQR, arXiv:2306.03078, section 4.1 and algorithm 1; here with static gr
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,8 @@ from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.curvature import Order, cholesky, feedback, order_of
 from qjax.rounding.protocol import Rounding, State
-from qjax.rounding.sweep import fixed_grid, outer_of, sweep
+from qjax.rounding.ranges import level, single
+from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -62,32 +62,26 @@ class SpQR(Rounding):
         """It climbs the damping's ladder itself."""
         return True
 
-    def check(self, format: Format) -> None:
-        """Raise UserError where weights are rounded in tiles: one that is taken out would move the others' codes."""
-        if format.tile > 1:
-            raise UserError(f"spqr keeps single weights, and {format.name} rounds {format.tile} together")
-
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
-        H, w = stats.H, state.target
+        H, w, tile = stats.H, state.target, format.tile[1]
         assert H is not None
-        group = w.shape[1] // _grid_of(format, w)[0].shape[-1]
-        order = order_of(jnp.diagonal(H), self.order, 1, group)
+        n, groups = w.shape[1], jax.eval_shape(lambda: format.columns(format.fit(w), w.shape))[0].shape[-1]
+        order = order_of(jnp.diagonal(H), self.order, tile, max(n // groups, tile))
         c, damping = cholesky(H[order][:, order], state.damping)
         D = jnp.square(jnp.diagonal(c))
-        in_place = jnp.zeros_like(D).at[order].set(D)
+        in_place_D = jnp.zeros_like(D).at[order].set(D)
         live = jnp.diagonal(H) > 0  # a miss costs nothing in the other columns
-        tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place, where=live)
-        reach = jnp.where(live, jnp.sqrt(tau / jnp.where(in_place > 0, in_place, 1.0)), jnp.inf)
-        scales = format.fit(without_outliers(w, reach, group, format) if self.loo and group > 1 else w)
-        s, m = format.grid(scales, w.shape)
-        grid_of = fixed_grid(s.T, None if m is None else m.T, order // group, outer_of(1))
+        tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place_D, where=live)
+        reach = jnp.where(live, jnp.sqrt(tau / jnp.where(in_place_D > 0, in_place_D, 1.0)), jnp.inf)
+        scales = format.fit(without_outliers(w, reach, n // groups, format) if self.loo else w)
+        grid = fixed_grid(format.columns(scales, w.shape), order, outer_of(tile))
         rows = w.T[order]
-        e, _ = sweep(
-            rows, jnp.zeros_like(rows), feedback(c), grid_of, format.level, 1, outer_of(1), lower=True,
+        e, tiles, _ = sweep(
+            format, rows, jnp.zeros_like(rows), feedback(c, tile), grid, outer_of(tile), lower=True,
             reach=reach[order][:, None],
         )  # fmt: skip
         w_hat = jnp.zeros_like(rows).at[order].set(rows - e).T
-        codes = format.nearest(scales, w_hat)
+        codes = in_place(tiles, order, tile)
         # Rounded weights lie on the grid up to float32; outliers farther from it than their column's reach.
         missed = jnp.abs(w_hat - format.decode(scales, codes)) > 0.5 * reach[None, :]
         return State(scales, codes, w, damping, (missed, w_hat))
@@ -107,19 +101,25 @@ def spqr(threshold: float = 0.2, order: Order = "act", loo: bool = True) -> SpQR
 def without_outliers(
     w: Float[Array, "rows n"], reach: Float[Array, "n"], group: int, format: Format
 ) -> Float[Array, "rows n"]:
-    """w with each weight that the range of its group's others would miss by more than `reach` at the others' mean."""
+    """w with each weight that the range of its group's others would miss by more than `reach` at the others' mean.
+
+    As it is where levels have no range: points of several weights, learned tables, a scale for each weight.
+    """
+    columns = jax.eval_shape(lambda: format.columns(format.fit(w), w.shape))
+    if group == 1 or not single(format, columns):
+        return w
     x = w.reshape(w.shape[0], -1, group)
     high, low = (_but_one(x, sign) for sign in (1.0, -1.0))
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    least, most = format.level(jnp.array([-_FAR, _FAR], jnp.float32))  # of the unit levels
-    if _grid_of(format, w)[1] is None:
+    least, most = level(format, jnp.array([-_FAR, _FAR], jnp.float32))  # of the unit levels
+    if columns[-1] is None:
         s = jnp.maximum(high / most, jnp.where(least < 0, low / jnp.minimum(least, -1e-30), 0.0))
         m = jnp.zeros_like(s)
     else:
         s = (high - low) / (most - least)
         m = low - s * least
     u = (x - m) / jnp.where(s > 0, s, 1.0)
-    q = m + s * format.level(u)
+    q = m + s * level(format, u)
     outlier = jnp.abs(x - q) > reach.reshape(1, -1, group)
     rest = jnp.sum(jnp.where(outlier, 0.0, x), axis=-1, keepdims=True)
     mean = rest / jnp.maximum(jnp.sum(~outlier, axis=-1, keepdims=True), 1).astype(x.dtype)
@@ -127,11 +127,6 @@ def without_outliers(
 
 
 _FAR = 1e30  # farther out than any level but those of floats, which have no end
-
-
-def _grid_of(format: Format, w: Array) -> tuple[Any, Any]:
-    """The shapes of the format's grid for w."""
-    return jax.eval_shape(lambda w: format.grid(format.fit(w), w.shape), w)
 
 
 def _but_one(x: Array, sign: float) -> Array:

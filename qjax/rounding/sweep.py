@@ -1,69 +1,74 @@
 """One pass over the columns of a weight: error feedback and coordinate descent are both this.
 
-    t_j = w_j + sum_{k != j} e_k C_kj        q_j = level nearest to t_j        e_j <- w_j - q_j        j = n-1 ... 0
+    t_j = w_j + sum_{k != j} e_k C_kj        q_j, code_j = round(t_j)        e_j <- w_j - q_j        j = n-1 ... 0
 
 With H = L D L^T (L unit lower) and e = 0 at the start, C = L - 1 is LDLQ, which is GPTQ (QuIP, arXiv:2307.13304,
 theorem 6). With C_kj = H_kj / H_jj and the errors of an earlier rounding, t_j minimizes tr(e H e^T) over column j while
 all others stand still: coordinate descent, which cannot raise it.
 
-Arrays are transposed, columns first: [n, rows]. Rows do not know of each other. Columns go in blocks of 256 (one
-product with all of C, or with what lies below them), in these in blocks of 16, in these one tile at a time, so that
-almost all work is matrix products and the compiled program's size does not depend on n.
+A column is a tile's where the format rounds several together. Arrays are transposed, columns first: [n, rows]; rows
+know of each other only inside of a tile. Columns go in blocks of 256 (one product with all of C, or with what lies
+below them), in these in blocks of 16, in these one tile at a time, so that almost all work is matrix products and the size of
+the compiled program does not depend on n.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import lcm
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.typing import Array, Float
+from qjax.formats.protocol import Columns, Format
+from qjax.typing import Array, Float, Int, Integer
 
 OUTER, INNER = 256, 16
 
 
 def outer_of(tile: int) -> int:
-    """Columns of a block for tiles of this size: about OUTER, whole tiles."""
+    """Columns of a block for tiles of this width: about OUTER, whole tiles."""
     unit = lcm(INNER, tile) if lcm(INNER, tile) <= OUTER else tile
     return max(OUTER // unit, 1) * unit
 
 
-Columns = tuple[Array, Array | None]  # s and m of each column of a block: f32[block, rows]
-GridOf = Callable[[Array, Array], Columns]  # (first column, targets f32[block, rows]) -> the block's grid
-Level = Callable[[Array], Array]
+ColumnsOf = Callable[[Array, Array], tuple[Columns, Any]]
+"""(first column, targets f32[block, rows]) -> the block's columns as the format has them, f32[block, rows] each, and
+what is to be kept of it."""
 
 
 def sweep(
+    format: Format,
     w: Float[Array, "n rows"],
     e: Float[Array, "n rows"],
     coupling: Float[Array, "n n"],
-    grid_of: GridOf,
-    level: Level,
-    tile: int = 1,
-    outer: int = OUTER,
+    columns_of: ColumnsOf,
+    outer: int,
+    *,
     pull: Float[Array, "n rows"] | None = None,
     lower: bool = False,
-    reach: Float[Array, "n 1"] | None = None,
-) -> tuple[Float[Array, "n rows"], Float[Array, "n rows"]]:
+    metric: Float[Array, "t k k"] | None = None,
+    reach: Float[Array, "n _"] | None = None,
+) -> tuple[Float[Array, "n rows"], Integer[Array, "t j rows"], Any]:
     """Round every column once, the last first.
 
     Args:
       w: the weights, transposed.
       e: errors w - q before the pass.
       coupling: C, zero on its diagonal tiles.
-      grid_of: the grid of a block, asked for when the block's turn has come; it may look at the block's targets.
-      level: the format's unit levels, elementwise; for tiles of several weights over the last axis.
-      tile: weights rounded together; divides n.
+      columns_of: the grid of a block, asked for when the block's turn has come; it may look at the block's targets.
       outer: columns of a block.
       pull: added to the targets: what errors outside of these columns ask for.
       lower: C is strictly lower triangular and e is zero: feedback, at half the products.
+      metric: what each tile is rounded in; None: the squared error.
       reach: a target farther than this from its level is taken itself: an outlier that is stored exactly.
 
-    Returns: the errors after the pass, and the targets of each block as they were when its turn came.
+    Returns: the errors after the pass, the codes of each tile, and what was kept of each block.
     """
-    n = w.shape[0]
+    n, rows = w.shape
+    r, tile = format.tile
     inner = lcm(INNER, tile) if outer % lcm(INNER, tile) == 0 else outer
     blocks = -(-n // outer)
     pad = blocks * outer - n
@@ -72,38 +77,47 @@ def sweep(
         pull = None if pull is None else jnp.pad(pull, ((0, pad), (0, 0)))
         coupling = jnp.pad(coupling, ((0, pad), (0, pad)))
         reach = None if reach is None else jnp.pad(reach, ((0, pad), (0, 0)))
+        metric = None if metric is None else jnp.pad(metric, ((0, pad // tile), (0, 0), (0, 0)))
+    metric = metric if tile > 1 else None
 
-    def rounded(target: Array, s: Array, m: Array | None, reach: Array | None) -> Array:
-        u = target if m is None else target - m
-        u = jnp.where(s == 0, 0.0, u / jnp.where(s == 0, 1.0, s))
-        q = s * (level(u) if tile == 1 else level(u.T).T)
-        q = q if m is None else q + m
-        return q if reach is None else jnp.where(jnp.abs(target - q) > reach, target, q)
+    def rounded(target: Array, columns: Columns, M: Array | None, reach: Array | None) -> tuple[Array, Array]:
+        """f32[tile, rows] and the columns of its first -> values f32[tile, rows], codes [j, rows]."""
+        of_rows = jax.tree.map(lambda c: c[0].reshape(rows // r, r), columns)
+        M = None if M is None else jnp.broadcast_to(M, (rows // r, tile, tile))
+        q, code = format.round(of_rows, target.T.reshape(rows // r, r, tile), M)
+        q = q.reshape(rows, tile).T
+        q = q if reach is None else jnp.where(jnp.abs(target - q) > reach, target, q)
+        return q, code.reshape(rows, -1).T
 
     def one_tile(i: Array, state: tuple, at: tuple) -> tuple:
-        e_sub, moved = state
-        w_sub, targets, c_sub, s, m, r = at
-        j = inner - (i + 1) * tile
+        e_sub, moved, codes = state
+        w_sub, targets, c_sub, columns, M, reach = at
+        k = inner // tile - 1 - i
+        j = k * tile
         t = _rows(targets, j, tile) + _product(lax.dynamic_slice_in_dim(c_sub, j, tile, 1), moved)
-        m, r = (None if a is None else _rows(a, j, tile) for a in (m, r))
-        new = _rows(w_sub, j, tile) - rounded(t, _rows(s, j, tile), m, r)
+        columns, reach = jax.tree.map(lambda a: _rows(a, j, tile), (columns, reach))
+        q, code = rounded(t, columns, None if M is None else M[k], reach)
+        new = _rows(w_sub, j, tile) - q
         moved = _put(moved, new - _rows(e_sub, j, tile), j)
-        return _put(e_sub, new, j), moved
+        return _put(e_sub, new, j), moved, lax.dynamic_update_index_in_dim(codes, code, k, 0)
 
     def one_inner(i: Array, state: tuple, at: tuple) -> tuple:
-        e_blk, moved = state
-        w_blk, targets, c_blk, s, m, r = at
+        e_blk, moved, codes = state
+        w_blk, targets, c_blk, grid, M = at
         j = outer - (i + 1) * inner
         c_cols = lax.dynamic_slice_in_dim(c_blk, j, inner, 1)
         t = _rows(targets, j, inner) + _product(c_cols, moved)
-        grid = [None if a is None else _rows(a, j, inner) for a in (s, m, r)]
-        inside = (_rows(w_blk, j, inner), t, _rows(c_cols, j, inner), *grid)
-        old = _rows(e_blk, j, inner)
-        new, change = lax.fori_loop(0, inner // tile, lambda k, st: one_tile(k, st, inside), (old, jnp.zeros_like(old)))
-        return _put(e_blk, new, j), _put(moved, change, j)
+        columns, reach = jax.tree.map(lambda a: _rows(a, j, inner), grid)
+        M = None if M is None else _rows(M, j // tile, inner // tile)
+        inside = (_rows(w_blk, j, inner), t, _rows(c_cols, j, inner), columns, M, reach)
+        old, now = _rows(e_blk, j, inner), _rows(codes, j // tile, inner // tile)
+        new, change, now = lax.fori_loop(
+            0, inner // tile, lambda k, st: one_tile(k, st, inside), (old, jnp.zeros_like(old), now)
+        )
+        return _put(e_blk, new, j), _put(moved, change, j), _put(codes, now, j // tile)
 
-    def one_outer(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        e, seen = state
+    def one_outer(i: Array, state: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        e, codes, kept = state
         j = (blocks - 1 - i) * outer
         c_cols = lax.dynamic_slice_in_dim(coupling, j, outer, 1)
         w_blk = _rows(w, j, outer)
@@ -115,29 +129,51 @@ def sweep(
             )  # fmt: skip
         else:
             targets += _product(c_cols, e)
-        s, m = grid_of(j, targets)
-        inside = (w_blk, targets, _rows(c_cols, j, outer), s, m, None if reach is None else _rows(reach, j, outer))
-        old = _rows(e, j, outer)
-        new, _ = lax.fori_loop(0, outer // inner, lambda k, st: one_inner(k, st, inside), (old, jnp.zeros_like(old)))
-        return _put(e, new, j), _put(seen, targets, j)
+        columns, keep = columns_of(j, targets)
+        grid = columns, None if reach is None else _rows(reach, j, outer)
+        M = None if metric is None else _rows(metric, j // tile, outer // tile)
+        inside = (w_blk, targets, _rows(c_cols, j, outer), grid, M)
+        old, now = _rows(e, j, outer), _rows(codes, j // tile, outer // tile)
+        new, _, now = lax.fori_loop(
+            0, outer // inner, lambda k, st: one_inner(k, st, inside), (old, jnp.zeros_like(old), now)
+        )
+        kept = jax.tree.map(lambda a, x: lax.dynamic_update_index_in_dim(a, x, blocks - 1 - i, 0), kept, keep)
+        return _put(e, new, j), _put(codes, now, j // tile), kept
 
-    e, seen = lax.fori_loop(0, blocks, one_outer, (e, w))
-    return e[:n], seen[:n]
+    def first() -> tuple[Array, Any]:
+        columns, keep = columns_of(jnp.int32(0), w[:outer])
+        return rounded(w[:tile], columns, None if metric is None else metric[0], None)[1], keep
+
+    code, keep = jax.eval_shape(first)
+    codes = jnp.zeros((blocks * outer // tile, *code.shape), code.dtype)
+    kept = jax.tree.map(lambda a: jnp.zeros((blocks, *a.shape), a.dtype), keep)
+    e, codes, kept = lax.fori_loop(0, blocks, one_outer, (e, codes, kept))
+    return e[:n], codes[: n // tile], kept
 
 
-def fixed_grid(s: Float[Array, "G rows"], m: Array | None, group: Array, outer: int = OUTER) -> GridOf:
-    """A grid known beforehand: column j has the scales of row group[j] of s and m."""
-    count, n = s.shape[0], group.shape[0]
-    group = jnp.pad(group, (0, -n % outer), constant_values=count)  # padded columns have a zero scale
-    s = jnp.pad(s, ((0, 1), (0, 0)))
-    m = None if m is None else jnp.pad(m, ((0, 1), (0, 0)))
+def fixed_grid(columns: Columns, order: Int[Array, "n"], outer: int) -> ColumnsOf:
+    """A grid known beforehand: f32[rows, G] each, for columns in `order`."""
+    n = order.shape[0]
+    padded = jnp.pad(order, (0, -n % outer), constant_values=n)
+    ready = jax.tree.map(lambda c: jnp.pad(c.T, ((0, 1), (0, 0))), columns)  # padded columns have a zero scale
 
-    def grid_of(j: Array, targets: Array) -> Columns:
+    def columns_of(j: Array, targets: Array) -> tuple[Columns, None]:
         del targets
-        at = lax.dynamic_slice_in_dim(group, j, outer)
-        return jnp.take(s, at, axis=0), None if m is None else jnp.take(m, at, axis=0)
+        at = lax.dynamic_slice_in_dim(padded, j, outer)
 
-    return grid_of
+        def taken(c: Array) -> Array:
+            groups = c.shape[0] - 1
+            return jnp.take(c, jnp.where(at < n, at // (n // groups), groups), axis=0)
+
+        return jax.tree.map(taken, ready), None
+
+    return columns_of
+
+
+def in_place(codes: Integer[Array, "t j rows"], order: Int[Array, "n"], tile: int) -> Integer[Array, "rows m"]:
+    """The codes of tiles that were rounded in `order`, where they belong."""
+    tiles = jnp.zeros_like(codes).at[order[::tile] // tile].set(codes)
+    return tiles.reshape(-1, codes.shape[2]).T
 
 
 def _rows(a: Array, j: Array, count: int) -> Array:

@@ -6,7 +6,7 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
-from qjax.formats.bilevel import Bilevel, parse
+from qjax.formats.bilevel import bilevel, parse
 
 NAMES = ("uint3_g16_bilevel3x16", "uint2_g8_bilevel4x8", "uint4_g32_bilevel6x4")
 
@@ -25,11 +25,11 @@ def second(v, groups, bits):
 def test_it_is_affine_in_two_levels(name, rng):
     fmt = parse(name)
     w = (rng.standard_normal((16, 512)) + 0.4 * rng.standard_normal((16, 1))).astype(np.float32)
-    top = 2**fmt.bits - 1
-    x = np.float64(w).reshape(16, -1, fmt.group)
+    top = fmt.levels.high
+    x = np.float64(w).reshape(16, -1, fmt.scaling.group)
     low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
-    s_codes, s = second((high - low) / top, fmt.groups, fmt.second)
-    z_codes, z = second(np.clip(-low / s, 0, top), fmt.groups, fmt.second)
+    s_codes, s = second((high - low) / top, fmt.scaling.groups, fmt.scaling.second)
+    z_codes, z = second(np.clip(-low / s, 0, top), fmt.scaling.groups, fmt.scaling.second)
     codes = np.clip(np.round(x / s[..., None] + z[..., None]), 0, top)
     scales, mine = fmt.unpack(qjax.quantize(w, name).leaves)
     for ours, theirs in ((scales["scale"], s_codes), (scales["zero"], z_codes), (mine, codes.reshape(w.shape))):
@@ -59,13 +59,13 @@ def test_more_bits_above_lose_less(rng):
 
 
 def test_a_moved_grid_keeps_the_second_level(rng):
-    fmt = Bilevel()
+    fmt = bilevel()
     scales, _ = fmt.encode(jnp.asarray(rng.standard_normal((4, 256)), jnp.float32))
-    s, m = fmt.grid(scales, (4, 256))
-    moved = fmt.store(scales, 1.1 * s, 1.1 * m)
+    s, m = fmt.columns(scales, (4, 256))
+    moved = fmt.store(scales, (1.1 * s, 1.1 * m))
     for key in ("scale_low", "scale_step", "zero_low", "zero_step"):
         np.testing.assert_array_equal(moved[key], scales[key])
-    assert float((fmt.grid(moved, (4, 256))[0] / s).mean()) == pytest.approx(1.1, abs=0.03)
+    assert float((fmt.columns(moved, (4, 256))[0] / s).mean()) == pytest.approx(1.1, abs=0.03)
 
 
 def test_bad_input():

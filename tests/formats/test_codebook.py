@@ -1,6 +1,7 @@
 """NF4 and FP4 against bitsandbytes itself, where it is installed, and against plain NumPy everywhere."""
 
 import hashlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,15 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax.errors import UserError
-from qjax.formats.codebook import FORMATS, LEVELS, Codebook, parse
+from qjax.formats.codebook import FORMATS, LEVELS, codebook, parse
 from qjax.formats.codebook_search import search_absmax
 from qjax.formats.dynamic_map import dynamic_map, from_dynamic, to_dynamic
 from qjax.formats.integer_search import search_scale
+from qjax.rounding.ranges import level
 
 pytestmark = pytest.mark.optimized  # the very codes of bitsandbytes
 
-SINGLE = [f for f in FORMATS if not f.double]
+SINGLE = [f for f in FORMATS if not f.scaling.double]
 BLOCKS = (32, 64, 128, 4096)
 
 
@@ -62,13 +64,13 @@ def unpacked(fmt, leaves):
 @pytest.mark.parametrize("levels", LEVELS)
 def test_codes_absmax_and_values_are_those_of_bitsandbytes(bnb, w, levels, block):
     theirs, state, values = quantized_by(bnb, w, levels, block, double=False)
-    fmt = Codebook(levels, block)
+    fmt = codebook(levels, block)
     q = qjax.quantize(w, fmt)
     np.testing.assert_array_equal(np.asarray(q.leaves["absmax"]).ravel(), state.absmax.numpy())
     np.testing.assert_array_equal(np.asarray(qjax.dequantize(q)), values)
     if levels == "NF4":  # FP4 has two codes for zero
         np.testing.assert_array_equal(np.asarray(q.leaves["codes"]).reshape(theirs.shape), theirs)
-    np.testing.assert_array_equal(LEVELS[levels], state.code.numpy())
+    np.testing.assert_array_equal(np.float32(LEVELS[levels].values), state.code.numpy())
     # their packed codes, read by us
     packed = jnp.asarray(theirs.reshape(*w.shape[:-1], -1, block // 2))
     read = qjax.tensor.QTensor({"codes": packed, "absmax": q.leaves["absmax"]}, fmt)
@@ -77,7 +79,7 @@ def test_codes_absmax_and_values_are_those_of_bitsandbytes(bnb, w, levels, block
 
 @pytest.mark.slow
 def test_ties_go_where_bitsandbytes_sends_them(bnb):
-    for levels, table in LEVELS.items():
+    for levels, table in ((name, np.float32(t.values)) for name, t in LEVELS.items()):
         table = np.sort(table)
         middles = (table[1:] + table[:-1]) / np.float32(2)
         row = np.concatenate([middles, np.nextafter(middles, np.float32(2)), np.nextafter(middles, np.float32(-2))])
@@ -93,7 +95,7 @@ def test_double_quantization_is_that_of_bitsandbytes(bnb, w, levels, rows):
     """5 rows of 64 blocks leave a short last group of 256 absmaxes; 1 row is shorter than one group."""
     w = w[:rows]
     theirs, state, values = quantized_by(bnb, w, levels, 64, double=True)
-    fmt = Codebook(levels, 64, True)
+    fmt = codebook(levels, 64, True)
 
     # their file, read by us: the same floats to the last bit
     nested = state.state2
@@ -148,7 +150,7 @@ def test_nf4_levels_are_the_normal_quantiles():
     up = [normal.inv_cdf(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
     down = [-normal.inv_cdf(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
     table = np.sort(np.array([*up, 0.0, *down])) / max(up)
-    np.testing.assert_allclose(LEVELS["NF4"], table, atol=5e-8)
+    np.testing.assert_allclose(LEVELS["NF4"].values, table, atol=5e-8)
 
 
 @pytest.mark.sampled(1)
@@ -160,11 +162,11 @@ def test_the_search_finds_what_an_even_grid_of_96_finds(fmt, rng):
     x, v = (a.reshape(32, 16, 64) for a in (w, h))
 
     def error(s):
-        return float(jnp.sum(v * (x - s[..., None] * fmt.level(x / s[..., None])) ** 2))
+        return float(jnp.sum(v * (x - s[..., None] * level(fmt, x / s[..., None])) ** 2))
 
-    even = search_scale(x, v, fmt.level, jnp.max(jnp.abs(x), axis=-1), low=0.5)
-    assert error(search_absmax(w, h, 64, np.unique(LEVELS[fmt.levels]))) <= error(even)
-    assert "gather" not in str(jax.make_jaxpr(lambda w: search_absmax(w, h, 64, np.unique(LEVELS[fmt.levels])))(w))
+    even = search_scale(x, v, partial(level, fmt), jnp.max(jnp.abs(x), axis=-1), low=0.5)
+    assert error(search_absmax(w, h, 64, fmt.levels)) <= error(even)
+    assert "gather" not in str(jax.make_jaxpr(lambda w: search_absmax(w, h, 64, fmt.levels))(w))
 
 
 @pytest.mark.parametrize("fmt", SINGLE, ids=lambda f: f.name)
@@ -174,7 +176,7 @@ def test_against_numpy(fmt, w):
     q = qjax.quantize(w, fmt)
     absmax = np.abs(w.reshape(8, -1, 64)).max(-1)
     np.testing.assert_array_equal(np.asarray(q.leaves["absmax"]), absmax)
-    table = LEVELS[fmt.levels].astype(np.float64)
+    table = np.float64(np.float32(fmt.levels.values))
     best = np.abs(w.reshape(8, -1, 64, 1) - absmax[..., None, None] * table).min(-1)
     mine = np.abs(w - np.asarray(qjax.dequantize(q))).reshape(best.shape)
     np.testing.assert_allclose(mine, best, atol=1e-6 * absmax.max())
@@ -187,9 +189,9 @@ def test_against_numpy(fmt, w):
 def test_all_codes_decode_to_the_table(fmt):
     codes = jnp.resize(jnp.arange(16, dtype=jnp.uint8), (1, 64))
     scales = {"absmax": jnp.full((1, 1), 3.0, jnp.float32)}
-    scales = to_dynamic(scales["absmax"]) if fmt.double else scales
+    scales = to_dynamic(scales["absmax"]) if fmt.scaling.double else scales
     values = fmt.decode(scales, codes)
-    np.testing.assert_array_equal(np.asarray(values)[0, :16], LEVELS[fmt.levels] * np.float32(3))
+    np.testing.assert_array_equal(np.asarray(values)[0, :16], np.float32(fmt.levels.values) * np.float32(3))
     np.testing.assert_array_equal(jax.jit(fmt.decode)(scales, codes), values)
     packed = fmt.pack(scales, codes)
     np.testing.assert_array_equal(unpacked(fmt, packed), codes)
@@ -244,10 +246,12 @@ def test_a_stack_of_matrices_is_each_matrix(fmt, rng):
 def test_bits_and_grid_points(fmt, rng):
     w = rng.standard_normal((128, 512)).astype(np.float32)
     q = qjax.quantize(w, fmt)
-    offset = 32 / w.size if fmt.double else 0
+    offset = 32 / w.size if fmt.scaling.double else 0
     assert q.bits_per_weight == pytest.approx(fmt.bits_per_weight + offset)
     w_hat = qjax.dequantize(q)
-    np.testing.assert_allclose(qjax.dequantize(qjax.quantize(w_hat, fmt)), w_hat, rtol=2e-2 if fmt.double else 0)
+    np.testing.assert_allclose(
+        qjax.dequantize(qjax.quantize(w_hat, fmt)), w_hat, rtol=2e-2 if fmt.scaling.double else 0
+    )
 
 
 @given(exponent=st.integers(-40, 40), seed=st.integers(0, 1000))
@@ -269,7 +273,7 @@ def test_a_weight_never_raises_the_weighted_error(fmt, rng):
         return (h * (np.asarray(qjax.dequantize(q)) - w) ** 2).reshape(16, -1, 64).sum(-1)
 
     plain, weighted = error(qjax.quantize(w, fmt)), error(qjax.quantize(w, fmt, weight=jnp.asarray(h)))
-    if fmt.double:
+    if fmt.scaling.double:
         assert weighted.sum() < 0.9 * plain.sum()
     else:
         assert (weighted <= plain * (1 + 1e-5)).all()
@@ -281,16 +285,16 @@ def test_degenerate_blocks():
     w[1], w[2, 7], w[3] = -0.25, 1e30, 1e-42
     w[4, ::2] = 8e37  # 1 / absmax is still no denormal
     for fmt in FORMATS:
-        w_hat = np.asarray(qjax.dequantize(qjax.quantize(w[:4] if fmt.double else w, fmt)))
+        w_hat = np.asarray(qjax.dequantize(qjax.quantize(w[:4] if fmt.scaling.double else w, fmt)))
         assert np.isfinite(w_hat).all()
         np.testing.assert_array_equal(w_hat[0], 0)
-        if not fmt.double:
+        if not fmt.scaling.double:
             np.testing.assert_array_equal(w_hat[[1, 2, 4]], w[[1, 2, 4]])
 
 
 def test_names():
     assert [parse(f.name) for f in FORMATS] == list(FORMATS)
-    assert parse("NF4_b128_dq") == Codebook("NF4", 128, True) and parse("NF4_b128_dq").name == "NF4_b128_dq"
+    assert parse("NF4_b128_dq") == codebook("NF4", 128, True) and parse("NF4_b128_dq").name == "NF4_b128_dq"
     assert parse("NF4_b64").name == "NF4" and parse("Q4_0") is None
     with pytest.raises(UserError, match="powers of two from 32 to 4096"):
         parse("FP4_b48")

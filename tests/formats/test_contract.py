@@ -11,6 +11,7 @@ from jax import lax
 import qjax
 from qjax import tensor
 from qjax.formats.protocol import BlockFormat, Format
+from qjax.formats.tiles import round_tiles
 
 ROWS, N = 8, 512
 
@@ -128,8 +129,11 @@ def walked(name: str):
             "unpacked": fmt.unpack(q.leaves),
             "nearest": fmt.decode(scales, fmt.nearest(scales, w)),
             "fitted": fmt.decode(fitted, fmt.nearest(fitted, w)),
-            "grid": fmt.grid(scales, w.shape),
-            "stored": fmt.store(scales, *fmt.grid(scales, w.shape)),
+            "grid": fmt.columns(scales, w.shape),
+            "basis": fmt.basis(codes),
+            "rounded": round_tiles(fmt, fmt.columns(scales, w.shape), w),
+            "again": round_tiles(fmt, fmt.columns(scales, w.shape), fmt.decode(scales, codes)),
+            "stored": fmt.store(scales, fmt.columns(scales, w.shape)),
             "stack": stack,
             "scanned": lax.scan(lambda c, one: (c, qjax.dequantize(one)), 0, stack)[1],
             "gradient": jax.grad(lambda x: qjax.dot(x, q).sum())(jnp.asarray(X)),
@@ -192,7 +196,7 @@ def test_transformations(name):
     np.testing.assert_array_equal(found["jitted"], w_hat)
     stack = found["stack"]
     assert stack.shape == (2, ROWS // 2, N)
-    if qjax.format(name).row_wise:  # the rows of another matrix do not matter
+    if qjax.format(name).rows == 1:  # the rows of another matrix do not matter
         np.testing.assert_array_equal(found["scanned"], w_hat.reshape(2, -1, N))
     else:
         np.testing.assert_array_equal(found["scanned"], [decoded(m, name) for m in W.reshape(2, -1, N)])
@@ -224,24 +228,21 @@ def test_a_grid_point_stays(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_grid_is_what_decode_gives(name):
-    """w_hat = s T + m weight by weight, level finds T again, and storing the grid changes nothing."""
+    """w_hat = s T + m by the basis, rounding tile by tile finds the codes, and storing the grid changes nothing."""
     fmt, _, found = walked(name)
-    scales, _, w_hat = found["encoded"]
-    s, m = found["grid"]
+    scales, codes, w_hat = found["encoded"]
+    (s, m), (T,) = found["grid"], found["basis"]
     assert s.shape[:-1] == W.shape[:-1] and N % s.shape[-1] == 0 and (m is None or m.shape == s.shape)
     wide_s, wide_m = (np.repeat(a, N // s.shape[-1], axis=-1) for a in (s, np.zeros_like(s) if m is None else m))
-    level = jax.jit(fmt.level)
-
-    def unit(w):
-        return np.where(wide_s == 0, np.float32(0), (w - wide_m) / np.where(wide_s == 0, np.float32(1), wide_s))
-
-    T = level(unit(w_hat))
     np.testing.assert_allclose(wide_s * T + wide_m, w_hat, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(level(T), T)
+    for value, code in (found["rounded"], found["again"]):
+        assert code.dtype == codes.dtype and code.shape == codes.shape
+        np.testing.assert_allclose(value, fmt.decode(scales, code), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["again"][0], w_hat, rtol=1e-5, atol=1e-6)
     # the level nearest to w itself is the code that `nearest` picks
-    off = np.abs(wide_s * level(unit(W)) + wide_m - found["nearest"]) > 1e-5 * (1 + np.abs(W))
+    off = np.abs(found["rounded"][0] - found["nearest"]) > 1e-5 * (1 + np.abs(W))
     assert off.mean() < 1e-3  # ties may go the other way
-    if fmt.row_wise:
+    if fmt.rows == 1:
         assert jax.tree.structure(found["stored"]) == jax.tree.structure(scales)
         for key in scales:
             assert found["stored"][key].dtype == scales[key].dtype

@@ -8,7 +8,7 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
-from qjax.formats.float8 import FORMATS, Float8, parse, rounded
+from qjax.formats.float8 import FORMATS, float8, parse, rounded
 
 pytestmark = pytest.mark.optimized  # the very codes of ml_dtypes
 
@@ -51,7 +51,7 @@ def test_rounding_is_one_step_to_even(kind, compiled):
 @pytest.mark.parametrize("scope", ("channel", "tensor"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_codes_decode_as_ml_dtypes_has_them(kind, scope):
-    fmt = Float8(kind, scope)
+    fmt = float8(kind, scope)
     codes = jnp.arange(256, dtype=jnp.uint8)[None]
     scales = {"scale": jnp.full((1, 1), 0.37, jnp.float32)}
     expected = all_values(kind)[None] * np.float32(0.37)
@@ -62,20 +62,20 @@ def test_all_codes_decode_as_ml_dtypes_has_them(kind, scope):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_against_numpy(fmt, rng):
-    dtype, top = KINDS[fmt.kind]
+    dtype, top = KINDS[fmt.levels.kind]
     w = (rng.standard_normal((3, 8, 256)) * rng.lognormal(0, 1, (3, 8, 1))).astype(np.float32)
     parts, axes = {
         "channel": (w, -1),
         "tensor": (w, (-2, -1)),
         "block": (w.reshape(3, 8, -1, fmt.block or 256), -1),
-    }[fmt.scope]
+    }[fmt.scaling.scope]
     scale = np.abs(parts).max(axes, keepdims=True) / np.float32(top)
     codes = np.clip(parts / scale, -top, top).astype(dtype)
     w_hat = (codes.astype(np.float32) * scale).reshape(w.shape)
     q = qjax.quantize(w, fmt)
     np.testing.assert_array_equal(np.asarray(qjax.dequantize(q)), w_hat)
     np.testing.assert_array_equal(np.asarray(q.leaves["codes"]), codes.view(np.uint8).reshape(w.shape))
-    expected = {"channel": (3, 8, 1), "tensor": (3, 1, 1), "block": (3, 8, 2)}[fmt.scope]
+    expected = {"channel": (3, 8, 1), "tensor": (3, 1, 1), "block": (3, 8, 2)}[fmt.scaling.scope]
     assert q.leaves["scale"].shape == expected
     assert np.abs(np.asarray(q.leaves["codes"]).view(dtype).astype(np.float32)).max() == top
     # a stack is each matrix; compiled is eager
@@ -95,7 +95,7 @@ def test_grid_points_stay_and_powers_of_two_go_through(fmt, rng):
     np.testing.assert_array_equal(qjax.dequantize(qjax.quantize(w * np.float32(2.0**-20), fmt)), w_hat * 2.0**-20)
     relative = np.abs(np.asarray(w_hat) - w) / np.abs(w)
     normal = np.abs(w) > np.abs(w).max() * 1e-3
-    assert relative[normal].max() <= {"E4M3": 2.0**-4, "E5M2": 2.0**-3}[fmt.kind] * (1 + 1e-5)
+    assert relative[normal].max() <= {"E4M3": 2.0**-4, "E5M2": 2.0**-3}[fmt.levels.kind] * (1 + 1e-5)
     if fmt.block:
         assert q.bits_per_weight == fmt.bits_per_weight == 8.25
     else:
@@ -116,9 +116,9 @@ def test_degenerate_rows(fmt):
 
 def test_names():
     assert [parse(f.name) for f in FORMATS] == list(FORMATS)
-    assert parse("FP8_E5M2_b32") == Float8("E5M2", "block", 32) and parse("FP8_E5M2_b32").name == "FP8_E5M2_b32"
+    assert parse("FP8_E5M2_b32") == float8("E5M2", "block", 32) and parse("FP8_E5M2_b32").name == "FP8_E5M2_b32"
     assert parse("Q8_0") is None
     with pytest.raises(UserError, match="E4M3 or E5M2"):
-        Float8("E3M4")
+        float8("E3M4")
     with pytest.raises(UserError, match="multiple of 128"):
         qjax.quantize(jnp.ones((2, 100)), "FP8_E4M3_b128")

@@ -9,12 +9,12 @@ from gguf.quants import dequantize as gguf_dequantize
 from gguf.quants import quantize as gguf_quantize
 
 import qjax
-from qjax.formats import exact, ggml_dense, ggml_fp4, ggml_simple, ggml_ternary
+from qjax.formats import exact, ggml_dense, ggml_fp4, ggml_simple
 from qjax.formats.protocol import BlockFormat
 
 pytestmark = pytest.mark.optimized  # the very bytes and values of ggml
 
-FORMATS = {f.name: f for m in (ggml_dense, ggml_simple, ggml_ternary, ggml_fp4) for f in m.FORMATS}
+FORMATS = {f.name: f for m in (ggml_dense, ggml_simple, ggml_fp4) for f in m.FORMATS}
 NAMES = tuple(FORMATS)
 QUANTIZED = tuple(n for n in NAMES if n not in ("F32", "F16", "BF16"))
 ROWS, N = 32, 2048

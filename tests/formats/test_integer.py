@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import qjax
 from qjax.errors import UserError
 from qjax.formats.integer import FORMATS, affine, parse
+from qjax.formats.integer_scales import Nested
 
 
 def quantized(w, fmt, weight=None):
@@ -22,7 +23,9 @@ def quantized(w, fmt, weight=None):
 def errors(w, fmt, weight=None, h=1.0):
     """Weighted squared error of each group."""
     _, w_hat = quantized(w, fmt, weight)
-    return (h * (w - w_hat).astype(np.float64) ** 2).reshape(*w.shape[:-1], -1, fmt.group or w.shape[-1]).sum(-1)
+    return (
+        (h * (w - w_hat).astype(np.float64) ** 2).reshape(*w.shape[:-1], -1, fmt.scaling.group or w.shape[-1]).sum(-1)
+    )
 
 
 # the grids
@@ -100,7 +103,7 @@ def test_float_zeros(rng):
 
 def test_nested_scales_are_codes_under_a_super_scale(rng):
     w = (rng.standard_normal((4, 512)) * np.repeat(rng.lognormal(0, 1, (4, 32)), 16, -1)).astype(np.float32)
-    fmt = affine(3, 16, symmetric=True, scale="u6x16")
+    fmt = affine(3, 16, symmetric=True, scale=Nested(6, 16))
     assert fmt.block == 256
     q, w_hat = quantized(w, fmt)
     x = w.reshape(4, 2, 16, 16)
@@ -119,9 +122,10 @@ def test_nested_scales_are_codes_under_a_super_scale(rng):
 
 def brute_force(x, h, fmt):
     """Least weighted error over 10^4 scales and every zero."""
-    levels = np.arange(2**fmt.bits) - (2 ** (fmt.bits - 1) if fmt.symmetric else 0)
-    zeros = [-0.5 if fmt.levels == "mid-rise" else 0.0] if fmt.symmetric else range(2**fmt.bits)
-    scales = np.geomspace(0.02, 1.7, 10_000)[:, None] * np.abs(x).max() / max(1, 2 ** (fmt.bits - 2))
+    symmetric, bits = fmt.scaling.zero is None, fmt.levels.bits
+    levels = np.arange(2**bits) + fmt.levels.low
+    zeros = [-0.5 if fmt.levels.half else 0.0] if symmetric else range(2**bits)
+    scales = np.geomspace(0.02, 1.7, 10_000)[:, None] * np.abs(x).max() / max(1, 2 ** (bits - 2))
     best = np.inf
     for z in zeros:
         table = levels - z
@@ -154,8 +158,8 @@ def test_the_search_is_as_good_as_ten_thousand_scales(name, weighted, rng):
         affine(2, 64, search="mse"),
         affine(3, 64, search="mse", zero="f16"),
         affine(8, 0, symmetric=True, search="mse"),
-        affine(3, 16, symmetric=True, search="mse", scale="u4x4"),
-        affine(2, 16, search="mse", scale="u4xrow"),
+        affine(3, 16, symmetric=True, search="mse", scale=Nested(4, 4)),
+        affine(2, 16, search="mse", scale=Nested(4)),
     ],
     ids=lambda f: f.name,
 )
@@ -169,8 +173,8 @@ def test_the_search_is_never_worse_than_absmax(fmt, seed, tail, weighted):
     h = rng.lognormal(0, 1.5, w.shape).astype(np.float32) if weighted else np.ones(w.shape, np.float32)
     plain = errors(w, dataclasses.replace(fmt, search="absmax"), None, h)
     searched = errors(w, fmt, jnp.asarray(h) if weighted else None, h)
-    if "x" in fmt.scale:  # groups under one super-scale are judged together
-        unit = {"u4x4": 4, "u4xrow": 8}[fmt.scale]
+    if isinstance(fmt.scaling.store_as, Nested):  # groups under one super-scale are judged together
+        unit = fmt.scaling.store_as.groups or 8
         plain, searched = (e.reshape(4, -1, unit).sum(-1) for e in (plain, searched))
     assert (searched <= plain * (1 + 1e-5)).all()
 
@@ -205,7 +209,7 @@ def test_nested_scales_are_near_the_best_super_scale(rng):
     """All 16 codes of a group under 400 super-scales, by hand: within 3 %; 4 % where the largest scale always gets the
     largest code, or where codes stay the nearest ones."""
     w = (rng.standard_normal((32, 64)) * np.repeat(rng.lognormal(0, 0.7, (32, 8)), 8, axis=1)).astype(np.float32)
-    fmt = affine(4, 8, symmetric=True, scale="u4x8", search="mse")
+    fmt = affine(4, 8, symmetric=True, scale=Nested(4, 8), search="mse")
     x = np.float64(w).reshape(32, 8, 8, 1)
     best = np.full(32, np.inf)
     for factor in np.geomspace(0.4, 2, 400):
@@ -288,7 +292,7 @@ def test_bits_are_those_of_the_leaves(bits, group, scale, kind, rng):
 
 def test_streams_of_zeros_and_row_scales_are_padded_to_a_byte(rng):
     w = rng.standard_normal((2, 3 * 16)).astype(np.float32)
-    fmt = affine(3, 16, scale="u5xrow")
+    fmt = affine(3, 16, scale=Nested(5))
     q, w_hat = quantized(w, fmt)
     assert {k: v.shape for k, v in q.leaves.items()} == {
         "codes": (2, 3, 6),
@@ -326,7 +330,7 @@ def test_eager_is_compiled(name, rng):
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.search == "absmax"], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.scaling.search == "absmax"], ids=lambda f: f.name)
 def test_grid_points_stay(fmt, rng):
     w = rng.standard_normal((8, 256)).astype(np.float32)
     _, w_hat = quantized(w, fmt)
@@ -338,15 +342,15 @@ def test_grid_points_stay(fmt, rng):
 def test_degenerate_groups(fmt):
     w = np.zeros((9, 256), np.float32)
     w[1], w[2], w[3, 5], w[4] = 0.5, -0.5, 100, 1e-30
-    huge = -3e38 if fmt.scale == "f32" else -3e4  # what fp16 scales cannot reach is refused: test_sound
+    huge = -3e38 if fmt.scaling.store_as == "f32" else -3e4  # what fp16 scales cannot reach is refused: test_sound
     w[5], w[6], w[7, ::2], w[8, 9] = 1e-42, huge, 1e-6, huge
     _, w_hat = quantized(w, fmt)
     assert np.isfinite(w_hat).all()
     assert (w_hat[0] == 0).all()
     assert np.abs(w_hat[4:6]).max() <= 1e-30
-    step = {2: 1, 3: 1 / 3}.get(fmt.bits, 1 / 7)
+    step = {2: 1, 3: 1 / 3}.get(fmt.levels.bits, 1 / 7)
     np.testing.assert_allclose(w_hat[1:3], w[1:3], atol=0.5 * step)
-    if fmt.levels == "mid-tread":  # which has a level for the zeros around an outlier
+    if not fmt.levels.half:  # which has a level for the zeros around an outlier
         np.testing.assert_allclose(w_hat[3, 5], 100, rtol=0.5 * step + 2.0**-10)
         np.testing.assert_allclose(w_hat[1:3], w[1:3], rtol=2.0**-4)
 
@@ -355,9 +359,9 @@ def test_degenerate_groups(fmt):
 
 
 def test_every_name_reads_back():
-    scales = ("f16", "bf16", "f32", "u4x16", "u6xrow")
+    scales = ("f16", "bf16", "f32", Nested(4, 16), Nested(6))
     for bits, group, scale, search in itertools.product((2, 8), (0, 64), scales, ("absmax", "mse")):
-        if group == 0 and scale.startswith("u"):
+        if group == 0 and isinstance(scale, Nested):
             continue
         made = [affine(bits, group, scale=scale, zero=z, search=search) for z in ("int", "f16", "bf16")]
         made += [
@@ -368,7 +372,7 @@ def test_every_name_reads_back():
     assert len({f.name for f in FORMATS}) == len(FORMATS)
     assert parse("int2_g64_mid_mse") == affine(2, 64, symmetric=True, levels="mid-rise", search="mse")
     assert parse("uint4_row_bf16") == affine(4, 0, scale="bf16")
-    assert parse("int3_g128_half").search == "half"
+    assert parse("int3_g128_half").scaling.search == "half"
     assert parse("Q4_0") is None and parse("int4") is None and parse("int4_g128_mse_mid") is None
 
 
@@ -380,7 +384,7 @@ def test_every_name_reads_back():
         (lambda: parse("uint1_g64"), "bits must be 2 to 8, got 1"),
         (lambda: affine(3, 20), "make it a multiple of 8"),
         (lambda: affine(4, scale="f8"), "scale must be f16"),
-        (lambda: affine(4, 0, scale="u6x16"), "nothing to nest"),
+        (lambda: affine(4, 0, scale=Nested(6, 16)), "nothing to nest"),
         (lambda: affine(4, symmetric=True, zero="f16"), "a symmetric format has zero none"),
         (lambda: affine(4, levels="mid-rise"), "mid-rise levels are symmetric"),
         (lambda: affine(4, search="best"), "search must be"),

@@ -44,9 +44,9 @@ def test_never_worse_in_its_metric_and_storable(name, metric):
     w, H = problem(ROWS, N)
     fmt = qjax.format(name)
     before, after = staged(w, H, fmt, nearest(), clip(metric=metric))
-    groups = fmt.grid(before.scales, w.shape)[0].shape[1]
+    groups = fmt.columns(before.scales, w.shape)[0].shape[1]
     first, last = (errors(w, fmt.decode(s.scales, s.codes), metric, H, groups) for s in (before, after))
-    if not fmt.row_wise:
+    if fmt.rows != 1:
         first, last = first.sum(), last.sum()
     assert (last <= first * (1 + 1e-5) + 1e-12).all()
     again_scales, again = fmt.unpack(fmt.pack(after.scales, after.codes))

@@ -1,6 +1,7 @@
 """HQQ against the published update in float64, its own objective, and the formats that have an offset."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from qjax.errors import UserError
 from qjax.rounding import Rounding, check_chain, ldlq, nearest, round_weight
 from qjax.rounding.hqq import hqq, proximal
 from qjax.rounding.protocol import DAMPING, State
+from qjax.rounding.ranges import level
 from qjax.stats import Stats
 
 ROWS, N = 8, 512
@@ -53,11 +55,11 @@ def published(w, scale, zero, top, p, beta, kappa, iterations):
 def test_the_offsets_are_the_published_update(p, beta):
     """Turn by turn, up to ties: a code that tips moves its group's zero by 1 / 64."""
     w, fmt, turns = weights(), qjax.format("uint4_g64_zf16"), 20
-    s, m = fmt.grid(fmt.fit(w), w.shape)
+    s, m = fmt.columns(fmt.fit(w), w.shape)
     x = w.reshape(*s.shape, -1)
     scale = np.float64(s)[..., None]
     expected = published(np.float64(x), scale, -np.float64(m)[..., None] / scale, 15, p, beta, 1.01, turns)
-    step = jax.jit(lambda m, beta: proximal(x, s, m, fmt.level, p, beta))
+    step = jax.jit(lambda m, beta: proximal(x, s, m, partial(level, fmt), p, beta))
     for i in range(turns):
         m = step(m, jnp.float32(beta * 1.01**i))
         off = np.abs(-np.float64(m) / scale[..., 0] - expected[i, ..., 0])
@@ -90,8 +92,8 @@ def test_zeros_and_codes_are_the_best_of_the_published_path():
 def test_no_group_is_worse_in_the_norm_and_all_is_storable(name, scale):
     w, fmt = weights(3, scale), qjax.format(name)
     start = fmt.fit(w)
-    s, m = fmt.grid(start, w.shape)
-    for key, value in fmt.store(start, s, m).items():  # what a group that finds nothing better relies on
+    s, m = fmt.columns(start, w.shape)
+    for key, value in fmt.store(start, (s, m)).items():  # what a group that finds nothing better relies on
         np.testing.assert_array_equal(value, start[key])
     scales, codes = fitted(w, name, hqq(beta=10.0 / scale))
     for key, value in fmt.unpack(fmt.pack(scales, codes))[0].items():
@@ -112,11 +114,11 @@ def test_more_turns_are_never_worse():
 def test_small_errors_are_shrunk_to_nothing_and_the_offset_is_the_mean():
     w = weights(5, 0.02)
     fmt = qjax.format("uint4_g64_zf16")
-    s, m = fmt.grid(fmt.fit(w), w.shape)
+    s, m = fmt.columns(fmt.fit(w), w.shape)
     x = w.reshape(*s.shape, -1)
-    t = fmt.level((x - m[..., None]) / s[..., None])
+    t = level(fmt, (x - m[..., None]) / s[..., None])
     mean = jnp.mean(x - s[..., None] * t, axis=-1)
-    np.testing.assert_allclose(proximal(x, s, m, fmt.level, 0.7, 10.0), mean, atol=1e-6)
+    np.testing.assert_allclose(proximal(x, s, m, partial(level, fmt), 0.7, 10.0), mean, atol=1e-6)
 
 
 def test_it_fits_first_and_feedback_follows():

@@ -157,7 +157,7 @@ def test_descend_and_refit_never_raise_the_loss(name, stage, w_H):
     start = round_weight(w, fmt, (nearest(),), Stats(H=H))
     after = round_weight(w, fmt, (nearest(), stage), Stats(H=H))
     before, now = (losses(w, fmt.decode(r.scales, r.codes), damped64(H, DAMPING)) for r in (start, after))
-    if not fmt.row_wise:
+    if fmt.rows != 1:
         before, now = before.sum(keepdims=True), now.sum(keepdims=True)
     assert (now <= before * (1 + 1e-5)).all()
     assert now.sum() < 0.8 * before.sum()

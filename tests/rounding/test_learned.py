@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from jax import lax
 from rounding_problems import damped64, losses, problem, second_moment, staged
-from rounding_toys import Checkerboard, Few
+from rounding_toys import Few
 
 import qjax
 from qjax.errors import UserError
 from qjax.rounding import Rounding, check_chain, ldlq, nearest, round_weight
-from qjax.rounding.gradient import cells, straight_through
+from qjax.rounding.gradient import cells, on_grid
 from qjax.rounding.learned import adam, learned, learned_clipping
 from qjax.rounding.protocol import DAMPING, State
-from qjax.rounding.ranges import ends, gap
+from qjax.rounding.ranges import ends, gap, level
 from qjax.stats import Stats
 
 ROWS, N = 8, 512
@@ -32,7 +32,7 @@ GAINS = {  # what learned() leaves of the damped loss of nearest(), at most
 def loss_of(state, fmt, w, H) -> np.ndarray:
     """Damped, f64[rows], or [1] where rows are tied."""
     by_row = losses(w, fmt.decode(state.scales, state.codes), damped64(H, DAMPING))
-    return by_row if fmt.row_wise else by_row.sum()[None]
+    return by_row if fmt.rows == 1 else by_row.sum()[None]
 
 
 def assert_stored_exactly(fmt, state):
@@ -84,8 +84,9 @@ def test_the_gradient_is_one_in_the_cells_and_zero_outside(name):
     fmt = qjax.format(name)
     lo, hi = (float(x) for x in cells(fmt))
     u = jnp.linspace(2 * lo - 1, 2 * hi + 1, 999)
-    t, grad = jax.jit(lambda u: jax.vjp(lambda u: straight_through(fmt, u, cells(fmt)), u))(u)
-    np.testing.assert_array_equal(t, fmt.level(u))
+    grid = (jnp.ones((1, 1)), None)
+    t, grad = jax.jit(lambda u: jax.vjp(lambda u: on_grid(fmt, grid, u[None], None)[0][0], u))(u)
+    np.testing.assert_array_equal(t, level(fmt, u))
     inside = (np.asarray(u) > lo) & (np.asarray(u) < hi)
     np.testing.assert_array_equal(grad(jnp.full_like(u, 3.0))[0], np.where(inside, 3.0, 0.0))
     assert 0 < inside.sum() < len(u)
@@ -96,7 +97,7 @@ def test_gaps_lead_to_the_next_level(name):
     fmt = qjax.format(name)
     lo, hi = (float(x) for x in ends(fmt))
     signs = np.geomspace(1e-4, 1, 20_000) * max(-lo, hi)
-    levels = np.unique(fmt.level(jnp.asarray(np.concatenate([-signs, [0], signs]), jnp.float32)))
+    levels = np.unique(level(fmt, jnp.asarray(np.concatenate([-signs, [0], signs]), jnp.float32)))
     assert levels[0] == lo and levels[-1] == hi
     t = jnp.asarray(levels, jnp.float32)
     above, below = (np.asarray(gap(fmt, t, jnp.full(t.shape, up))) for up in (True, False))
@@ -242,8 +243,6 @@ def test_records_requirements_and_errors():
             check_chain((nearest(), stage), qjax.format("Q4_0"), Stats())
         with pytest.raises(UserError, match="first rounding must fit"):
             check_chain((stage,), qjax.format("Q4_0"), Stats(H=jnp.eye(32)))
-        with pytest.raises(UserError, match="checkerboard rounds 4 weights together"):
-            check_chain((nearest(), stage), Checkerboard(4), Stats(H=jnp.eye(32)))
     for make in (learned, learned_clipping):
         with pytest.raises(UserError, match=f"{make.__name__}: steps"):
             make(0)

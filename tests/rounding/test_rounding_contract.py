@@ -123,7 +123,7 @@ def test_every_stage(name, w_H):
     assert max(loss["descend"], loss["refit"]) <= loss["ldlq"] * 1.01  # they see the damped loss, this is without
     for key, (behind, _) in tuple(STAGES.items())[2:]:
         before, after = damped_loss[behind], damped_loss[key]
-        if not fmt.row_wise:
+        if fmt.rows != 1:
             before, after = before.sum(), after.sum()
         assert (after <= before * (1 + 1e-5) + 1e-12).all()
 
@@ -138,7 +138,7 @@ ORDERS_ALL += [("Q3_K", "group"), ("int8_row", "group"), ("FP8_E5M2_b128", "natu
 def test_every_order(name, kind, w_H):
     w, H = w_H
     fmt, stats = qjax.format(name), Stats(H=H)
-    if kind == "dynamic" and (fmt.block < 2 or not fmt.row_wise):
+    if kind == "dynamic" and (fmt.block < 2 or fmt.rows != 1):
         with pytest.raises(UserError, match=name):
             check_chain(ORDERS[kind], fmt, stats)
         return

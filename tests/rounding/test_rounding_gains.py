@@ -24,26 +24,27 @@ class Coarse(Few):
     """Scales are rounded down to powers of two."""
 
     def fit(self, w, weight=None):
-        return self.store(None, super().fit(w)["s"], None)
+        return self.store(None, (super().fit(w)["s"], None))
 
-    def store(self, scales, s, m):
-        return {"s": 2.0 ** jnp.floor(jnp.log2(jnp.maximum(s, 1e-6)))}
+    def store(self, scales, columns):
+        return {"s": 2.0 ** jnp.floor(jnp.log2(jnp.maximum(columns[0], 1e-6)))}
 
 
 class Loose(Few):
     """Scales are stored as powers of two, but not as they are fitted: storing moves them, as it moves NF4_dq's."""
 
-    def store(self, scales, s, m):
-        return {"s": 2.0 ** jnp.round(jnp.log2(jnp.maximum(s, 1e-6)))}
+    def store(self, scales, columns):
+        return {"s": 2.0 ** jnp.round(jnp.log2(jnp.maximum(columns[0], 1e-6)))}
 
 
 class Tied(Few):
     """Scales of a row's groups are stored as their mean."""
 
     def fit(self, w, weight=None):
-        return self.store(None, super().fit(w)["s"] / 0.7, None)
+        return self.store(None, (super().fit(w)["s"] / 0.7, None))
 
-    def store(self, scales, s, m):
+    def store(self, scales, columns):
+        s = columns[0]
         return {"s": jnp.broadcast_to(jnp.mean(s, axis=-1, keepdims=True), s.shape)}
 
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from rounding_problems import damped64, losses, problem
 from rounding_reference import nearest_level
-from rounding_toys import Checkerboard
 
 import qjax
 from qjax.errors import UserError
 from qjax.pipeline.rounded import round_leaf
 from qjax.recipes import Recipe, recipe
 from qjax.reparam import columns, hadamard
-from qjax.rounding import descend, ldlq, nearest, round_weight, spqr
+from qjax.rounding import clip, ldlq, nearest, round_weight, spqr
 from qjax.stats import Stats
 
 DAMPING = 0.05
@@ -70,7 +69,7 @@ def test_it_is_the_published_loop(threshold, spiky):
     w, H = spiky
     r = run(w, H, spqr(threshold))
     fmt = qjax.format("uint3_g16")
-    s, m = (np.repeat(np.asarray(a), 16, axis=1) for a in fmt.grid(r.scales, w.shape))
+    s, m = (np.repeat(np.asarray(a), 16, axis=1) for a in fmt.columns(r.scales, w.shape))
     levels = s[:, :, None] * np.arange(8) + m[:, :, None]
     w_hat, kept = published(np.float64(w), damped64(H, DAMPING), threshold, lambda j: levels[:, j])
     mask = np.asarray(r.outliers[0])
@@ -168,10 +167,9 @@ def test_recipe_reads_back(threshold):
 
 def test_errors(spiky):
     w, H = spiky
-    with pytest.raises(UserError, match="keeps single weights, and checkerboard rounds 4 together"):
-        round_leaf("w", w, -1, Checkerboard(4), Recipe((spqr(),)), Stats(H=H))
-    with pytest.raises(UserError, match="stored exactly"):
-        run(w, H, spqr(), descend(1))
+    for stage in (clip(), ldlq()):  # they begin with the weight
+        with pytest.raises(UserError, match=r"nearest|throw away the codes of SpQR"):
+            round_leaf("w", w, -1, qjax.format("uint3_g16"), Recipe((spqr(), stage)), Stats(H=H))
     with pytest.raises(UserError, match="must be positive"):
         spqr(0.0)
     with pytest.raises(UserError, match="needs the statistic 'H'"):

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.formats.ggml_simple import ScaledMinBlock
-from qjax.formats.integer_grid import IntegerFormat
-from qjax.formats.storage import FLOATS, quotient, stored
+from qjax.formats.grid import Grid
+from qjax.formats.storage import FLOATS, quotient
+from qjax.formats.stores import Stored
 from qjax.lifting import lift
 from qjax.tensor import QTensor, dequantize
 from qjax.training.adapters.lora import (
@@ -111,13 +111,14 @@ def merge_zeros(params: Any, adapters: Adapters) -> Merged:
 def _with_zeros(q: QTensor, adapter: Adapter) -> QTensor:
     fmt, delta = q.format, _by_rows(adapter)
     scales, codes = fmt.unpack(q.leaves)
-    s, m = fmt.grid(scales, codes.shape)
-    if isinstance(fmt, IntegerFormat):
+    s, m = fmt.columns(scales, codes.shape)
+    zero = fmt.scaling.zero if isinstance(fmt, Grid) else None
+    if zero is not None:
         step = jnp.where(s > 0, quotient(delta, jnp.where(s > 0, s, 1.0)), 0.0)
-        scales = {**scales, "zero": stored(scales["zero"] - step, fmt.zero)}
+        scales = scales | zero.put(scales, zero.get(scales) - step)
     else:
         assert m is not None
-        scales = fmt.store(scales, s, m + delta)
+        scales = fmt.store(scales, (s, m + delta))
     return QTensor(fmt.pack(scales, codes), fmt, q.axis)
 
 
@@ -145,14 +146,15 @@ def groups_of(path: str, q: Any) -> int:
       UserError: not packed, behind a reparametrization, or in a format without float zeros.
     """
     fmt = q.format if isinstance(q, QTensor) else None
-    if not isinstance(fmt, ScaledMinBlock) and not (isinstance(fmt, IntegerFormat) and fmt.zero in FLOATS):
+    store = (fmt.scaling.offset or fmt.scaling.zero) if isinstance(fmt, Grid) else None
+    if fmt is None or not (isinstance(store, Stored) and store.kind in FLOATS):
         what = "dense" if fmt is None else fmt.name
         raise UserError(
             f"{path} is {what}: exact merging wants groups with float zeros, such as uint4_g64_zf16, or Q4_1, Q5_1"
         )
     check_bare(path, q)
-    size = fmt.block if isinstance(fmt, ScaledMinBlock) else fmt.group
-    return q.shape[q.axis] // size if size else 1
+    count: int = jax.eval_shape(lambda leaves: store.get(fmt.unpack(leaves)[0]), q.leaves).shape[-1]
+    return count
 
 
 def _check_fits(path: str, q: Any, adapter: Adapter) -> None:

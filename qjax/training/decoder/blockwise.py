@@ -205,7 +205,7 @@ def _signed(p: tuple[Any, Any], grads: tuple[Any, Any], own: Any, kept: Any, lr:
         w = jnp.moveaxis(leaves[path], q.axis, -1)
         g = jnp.moveaxis(by_weight[path], q.axis, -1)
         scales = kept[path]["scales"] if path in kept else q.format.fit(w)
-        size = spread(jnp.abs(q.format.grid(scales, w.shape)[0]), w)
+        size = spread(jnp.abs(q.format.columns(scales, w.shape)[0]), w)
         moved[path] = jnp.moveaxis(w - lr * size * jnp.sign(g), -1, q.axis)
     beside = jax.tree.map(lambda x, g: x - lr * jnp.sign(g), p[1], grads[1])
     return weights.replaced(p[0], moved), beside

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.gradient import cells
-from qjax.rounding.ranges import ends, gap, over
+from qjax.rounding.ranges import ends, gap, level, over
 from qjax.typing import Array, Float
 
 Reach = Literal["levels", "cells"]
@@ -56,7 +56,7 @@ class Place:
     @functools.cached_property
     def T(self) -> Array:
         """The unit level of w_hat."""
-        return self.format.level(self._units(self.w_hat))
+        return level(self.format, self._units(self.w_hat))
 
     def inside(self, reach: Reach) -> Array:
         """Whether u lies between the ends of the grid, which count as inside: bool; all do where s is 0."""
@@ -87,7 +87,7 @@ def place_of(fmt: Format, scales: Scales, w: Float[Array, "*w"], w_hat: Float[Ar
       axis: the contracted axis.
     """
     shape = (*(n for i, n in enumerate(w.shape) if i != axis % w.ndim), w.shape[axis])
-    s, m = fmt.grid(scales, shape)
+    s, m = fmt.columns(scales, shape)
     w, w_hat = (in_groups(x, s.shape[-1], axis) for x in (w, w_hat))
     return Place(fmt, w, w_hat, per_group(s, axis), None if m is None else per_group(m, axis))
 

@@ -43,7 +43,7 @@ def start(fmt: Format, kept: Scales, shape: tuple[int, ...], threshold: Array | 
       shape: of the weights, contracted axis last.
       threshold: p, f32[*b, G], where levels are chosen on another grid than they stand on.
     """
-    s, m = fmt.grid(kept, shape)
+    s, m = fmt.columns(kept, shape)
     at: Grid = {"s": s} | ({} if m is None else {"m": m}) | ({} if threshold is None else {"p": threshold})
     names = {"s": "scale", "m": "offset", "p": "threshold"}
     return {names[k]: jnp.zeros_like(x) for k, x in at.items()}, at
@@ -68,7 +68,7 @@ def encode_on(fmt: Format, kept: Scales, grid: Grid, x: Float[Array, "*b n"]) ->
 
 @partial(jax.jit, static_argnums=0)
 def _stored(fmt: Format, kept: Scales, s: Array, m: Array | None) -> Scales:
-    return lax.optimization_barrier(fmt.store(*lax.optimization_barrier((kept, s, m))))
+    return lax.optimization_barrier(fmt.store(*lax.optimization_barrier((kept, (s, m)))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -88,7 +88,7 @@ class Quantizer:
         if not self.trains:
             return {}, {"scales": scales}
         if self.scales == "decoupled" and p is None:
-            p = self.format.grid(scales, shape)[0]
+            p = self.format.columns(scales, shape)[0]
         parameters, at = start(self.format, scales, shape, p)
         return parameters, {"scales": scales, "at": at}
 
@@ -130,7 +130,7 @@ class Quantizer:
             return (*encoded(self.format, x, weight), None)
         kept = encoded(self.format, x, weight)[0]
         grid = self.rule(self.format, x)
-        offset = self.format.grid(kept, x.shape)[1]
+        offset = self.format.columns(kept, x.shape)[1]
         grid |= {} if offset is None else {"m": offset}
         return (*encode_on(self.format, kept, grid, x), grid.get("p"))
 

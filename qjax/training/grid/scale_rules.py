@@ -29,7 +29,7 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
-from qjax.rounding.ranges import ends
+from qjax.rounding.ranges import ends, level
 from qjax.training.grid.learned_grid import Grid
 from qjax.typing import Array, Float
 
@@ -65,7 +65,7 @@ class ScaleRule:
             raise UserError(f"the rule twn is for three levels; {fmt.name} has {count}")
         if self.kind == "rms" and not (even and symmetric and count in _HALF_RANGE):
             raise UserError(f"the rule rms is for {', '.join(map(str, _HALF_RANGE))} even levels, not {fmt.name}'s")
-        steps, offsets = jax.eval_shape(lambda x: fmt.grid(fmt.fit(x), x.shape), x)
+        steps, offsets = jax.eval_shape(lambda x: fmt.columns(fmt.fit(x), x.shape), x)
         if offsets is not None:
             raise UserError(
                 f"the rule {self.kind} gives scales alone, and {fmt.name} has offsets too; take its own fit"
@@ -105,5 +105,5 @@ def _levels(fmt: Any) -> tuple[int, float, bool, bool]:
     """How many levels there are, the largest, whether they lie one apart, and evenly around 0."""
     with jax.ensure_compile_time_eval():
         lo, hi = (float(end) for end in ends(fmt))
-        levels = np.unique(np.asarray(fmt.level(jnp.linspace(lo, hi, 4097, dtype=jnp.float32))))
+        levels = np.unique(np.asarray(level(fmt, jnp.linspace(lo, hi, 4097, dtype=jnp.float32))))
         return levels.size, hi, bool(np.all(np.diff(levels) == 1)), lo == -hi

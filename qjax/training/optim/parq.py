@@ -33,7 +33,7 @@ import optax
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
-from qjax.rounding.ranges import gap, units
+from qjax.rounding.ranges import gap, level, units
 from qjax.tensor import QTensor, dequantize, quantize
 from qjax.typing import Array, Float, Int
 
@@ -112,8 +112,8 @@ def piecewise_affine(format: str | Format, axis: int = -1) -> Prox:
       UserError: a format that rounds several weights together.
     """
     fmt = get_format(format)
-    if fmt.tile != 1:
-        raise UserError(f"{fmt.name} rounds {fmt.tile} weights together: they have no neighbouring levels; use relaxed")
+    if fmt.tile != (1, 1):
+        raise UserError(f"{fmt.name} rounds several weights together: they have no neighbouring levels; use relaxed")
 
     def prox(u: Array, rho: Array) -> Array:
         q = quantize(u, fmt, axis)
@@ -202,10 +202,10 @@ def _half_gap(u: Array, w_hat: Array, q: QTensor) -> Array:
     """How far the border lies between each w_hat and the next level on u's side; 0 where there is none."""
     u, w_hat = (jnp.moveaxis(x, q.axis, -1) for x in (u, w_hat))
     scales, _ = q.format.unpack(q.leaves)
-    s, m = q.format.grid(scales, u.shape)
+    s, m = q.format.columns(scales, u.shape)
     s = s.reshape(-1, s.shape[-1])
     m = m if m is None else m.reshape(s.shape)
-    t = q.format.level(units(w_hat.reshape(*s.shape, -1), s, m))
+    t = level(q.format, units(w_hat.reshape(*s.shape, -1), s, m))
     up = (u > w_hat).reshape(t.shape) ^ (s < 0.0)[..., None]
     h = 0.5 * jnp.abs(s)[..., None] * gap(q.format, t, up)
     h = jnp.where(jnp.isfinite(h), h, 0.0)  # float16 as a format: its levels end below where `gap` looks

@@ -1,0 +1,34 @@
+"""A matrix as tiles: `Format.round` over all of them at once.
+
+[rows, n]  ->  [rows / r, G, n / (G k), r, k]        columns f32[rows, G]  ->  [rows / r, G, 1, r]
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qjax.formats.protocol import Columns, Format
+from qjax.typing import Array, Float, Integer
+
+
+def round_tiles(
+    format: Format, columns: Columns, w: Float[Array, "rows n"]
+) -> tuple[Float[Array, "rows n"], Integer[Array, "rows m"]]:
+    """What the grid has near each tile of w, and its codes.
+
+    Args:
+      columns: f32[rows, G], the same G for all, or None.
+      w: rows in whole tiles and groups.
+    """
+    (r, k), (rows, n) = format.tile, w.shape
+    groups = jax.tree.leaves(columns)[0].shape[1]
+    tiles = w.reshape(rows // r, r, groups, -1, k).transpose(0, 2, 3, 1, 4)
+    of_tile = jax.tree.map(
+        lambda c: jnp.broadcast_to(
+            c.reshape(rows // r, r, groups).transpose(0, 2, 1)[:, :, None], tiles.shape[:-1]
+        ), columns,
+    )  # fmt: skip
+    value, code = format.round(of_tile, tiles)
+    back = (0, 3, 1, 2, 4)
+    return value.transpose(back).reshape(rows, n), code.transpose(back).reshape(rows, -1)
