@@ -52,7 +52,7 @@ def test_what_the_names_stand_for():
     assert recipe("gptaq") == recipe("nearest() >> ldlq(cross=1.0)")
     assert recipe("best_gguf:Q3_K").format is qjax.format("Q3_K")
     assert recipe("best_gguf:Q3_K") == recipe("best_gguf").on("Q3_K") != recipe("best_gguf")
-    assert recipes.gptq(3, group=64).format.bits == 3 and recipes.gptq(3, group=64).format.block == 64
+    assert recipes.gptq(3, group=64).format.levels.bits == 3 and recipes.gptq(3, group=64).format.block == 64
     assert recipes.gptaq(alpha=0.5).roundings[1].cross == 0.5
 
 

@@ -152,6 +152,8 @@ class Blocks:
 
     def unpack(self, leaves: Leaves) -> tuple[Numbers, Array]:
         """Scales and codes."""
+        if leaves["blocks"].shape[-1] != self.size:
+            raise ValueError(f"a block has {self.size} bytes, got {leaves['blocks'].shape[-1]}")
         numbers: Numbers = {}
         at = 0
         for field in self.fields:

@@ -181,4 +181,4 @@ def test_start_is_where_the_fit_is(w):
     kept = fmt.fit(w)
     parameters, at = start(fmt, kept, w.shape)
     assert set(parameters) == {"scale", "offset"} and not any(np.any(p) for p in parameters.values())
-    np.testing.assert_array_equal(at["s"], fmt.grid(kept, w.shape)[0])
+    np.testing.assert_array_equal(at["s"], fmt.columns(kept, w.shape)[0])

@@ -313,10 +313,10 @@ def test_mistakes_are_named(rng):
         inverse_slope(10, 10)
 
     class Lattice(type(qjax.format("int4_g32"))):
-        tile = 8
+        tile = 1, 8
 
     fmt = qjax.format("int4_g32")
     lattice = object.__new__(Lattice)
     lattice.__dict__.update(fmt.__dict__)
-    with pytest.raises(UserError, match="8 weights together"):
+    with pytest.raises(UserError, match="tiles of 1 x 8 weights"):
         piecewise_affine(lattice)

@@ -70,7 +70,7 @@ def test_merge_moves_zeros_and_nothing_else(format):
     (was, codes), (now, kept) = (q.format.unpack(q.leaves) for q in (old, new))
     assert np.array_equal(codes, kept)
     assert all(np.array_equal(was[k], now[k]) for k in was if k not in ("zero", "m"))
-    s, offset = (f64(v) for v in old.format.grid(was, codes.shape))
+    s, offset = (f64(v) for v in old.format.columns(was, codes.shape))
     if "zero" in was:
         want = f64(was["zero"]) - groups(m).T / s
         digits, got = 8 if "bf16" in format else 11, f64(now["zero"])

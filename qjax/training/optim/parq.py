@@ -113,7 +113,8 @@ def piecewise_affine(format: str | Format, axis: int = -1) -> Prox:
     """
     fmt = get_format(format)
     if fmt.tile != (1, 1):
-        raise UserError(f"{fmt.name} rounds several weights together: they have no neighbouring levels; use relaxed")
+        tile = " x ".join(map(str, fmt.tile))
+        raise UserError(f"{fmt.name} rounds tiles of {tile} weights, which have no neighbouring levels; use relaxed")
 
     def prox(u: Array, rho: Array) -> Array:
         q = quantize(u, fmt, axis)
