@@ -24,12 +24,15 @@ from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import read_back
 from qjax.training.decoder.finetune import finetune, heldout_loss
 from qjax.training.decoder.program import forward
+from qjax.training.decoder.quantization import Grid
+from qjax.training.losses.objectives import Losses
 from qjax.training.losses.topk import read_top_k, rows, top_k, write_top_k
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
 from qjax.training.run.data import Windows
 from qjax.training.run.loop import Loop
 
-STUDENT = Arm("student", format="int2_g64_mid_mse", scales="learned", loss="fkl", rate=3e-4)
+STUDENT = Arm("student", Grid("int2_g64_mid_mse", scales="learned"), Optimizer(3e-4), Losses("fkl"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             f"teacher and student must share a vocabulary; {config.teacher} has {teacher.config.vocab} tokens, "
             f"{config.student} {student.config.vocab}"
         )
-    if config.arm.init:
-        raise UserError("arm.init: this experiment starts from float weights")
+    if config.arm.grid.init:
+        raise UserError("arm.grid.init: this experiment starts from float weights")
     texts = texts_of(config.text, config.heldout, config.characters)
     corpus = corpus_for(teacher, config.teacher, texts, out, config.context, config.eval_windows)
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
@@ -92,7 +95,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         identity={**windows.identity, "teacher": config.teacher, "student": config.student, "k": config.k},
     )  # fmt: skip
     save(dataclasses.replace(trained, tokenizer=teacher.tokenizer), out / "model")
-    read_back(out / "model", losses["student"], corpus.heldout, config.arm.inputs, config.arm.cache)
+    read_back(out / "model", losses["student"], corpus.heldout, config.arm.activations)
     for name, value in losses.items():
         print(f"{name}: {value:.4f} nats per token, held out")
     return {"losses": losses, "rows": log, "model": str(out / "model")}
@@ -101,7 +104,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def cache_teacher(config: Config, teacher: Any, windows: Windows, folder: Path) -> None:
     """Write the teacher's top k for the sequences of all steps, in their order."""
     apply = forward(teacher.config)
-    seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k, config.arm.temperature))
+    seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k, config.arm.losses.temperature))
     with bar("teacher", total=config.steps) as show:
 
         def batches() -> Any:

@@ -19,6 +19,7 @@ from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune
 from qjax.training.decoder.fresh import fresh_model
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_in, texts_of, tokenizer_in
 from qjax.training.run.data import Windows
 from qjax.training.run.devices import ONE_DEVICE, Devices, spread
@@ -71,7 +72,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
     batch_at, place = spread(config.devices, windows)
     rise = config.warmup / config.steps
-    arm = Arm("pretrain", rate=config.peak_rate, weight_decay=config.weight_decay, warmup=rise)
+    arm = Arm("pretrain", optimizer=Optimizer(config.peak_rate, weight_decay=config.weight_decay, warmup=rise))
     model, rows, loss = finetune(
         arm, model, batch_at, loop, out, place=place,
         heldout=corpus.heldout, identity=windows.identity, accumulate=config.accumulate, seed=config.seed,

@@ -26,16 +26,20 @@ from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import export, exported_loss, read_back
 from qjax.training.decoder.finetune import finetune
 from qjax.training.decoder.fresh import fresh_model
+from qjax.training.decoder.quantization import Grid
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.run.data import Windows
 from qjax.training.run.loop import Loop
+
+TWO_BITS = Arm("qat", Grid("int2_g64_mid_mse"), Optimizer(4e-3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The runs."""
 
-    arm: Arm = dataclasses.field(default_factory=lambda: Arm("qat", format="int2_g64_mid_mse", rate=4e-3))
+    arm: Arm = TWO_BITS
     shares: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
     fused: tuple[bool, ...] = (True, False)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -56,8 +60,8 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Every share on every seed."""
-    if config.arm.init:
-        raise UserError("arm.init: this experiment starts from float weights")
+    if config.arm.grid.init:
+        raise UserError("arm.grid.init: this experiment starts from float weights")
     texts, heldout = texts_of(config.text, config.heldout, config.characters)
     tokenizer = tokenizer_in(out, texts, config.vocab)
     corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.heldout_windows)
@@ -96,17 +100,18 @@ def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fus
     name = f"seed{seed}-share{share:g}-{'fused' if fused else 'own'}"
     shape = "constant" if fused and late else "cosine"
     if early:
-        arm = Arm("float", rate=config.arm.rate, weight_decay=config.arm.weight_decay, shape=shape)
+        own = config.arm.optimizer
+        arm = Arm("float", optimizer=Optimizer(own.rate, weight_decay=own.weight_decay, shape=shape))
         model, _, _ = finetune(
             arm, model, lambda s: {"tokens": windows.batch_at(s)}, Loop(early, early, early, early),
             out / name / "float", heldout=corpus.heldout, identity=windows.identity,
         )  # fmt: skip
     if not late:
-        packed, _ = quantize_params(model.params, config.arm.plan(model.config))
+        packed, _ = quantize_params(model.params, config.arm.grid.plan(model.config))
         return exported_loss(dataclasses.replace(model, params=packed), out / name, corpus.heldout)
     model, _, loss = finetune(
         config.arm, model, lambda s: {"tokens": windows.batch_at(early + s)}, Loop(late, late, late, late),
         out / name / "qat", heldout=corpus.heldout, identity=windows.identity,
     )  # fmt: skip
-    read_back(export(model, out / name), loss, corpus.heldout, config.arm.inputs, config.arm.cache)
+    read_back(export(model, out / name), loss, corpus.heldout, config.arm.activations)
     return loss

@@ -38,13 +38,15 @@ from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
 from qjax.plan import Plan
-from qjax.training.decoder.arm import Arm, quantizers_of_arm
+from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.blockwise import BlockTuning, tune_blocks
 from qjax.training.decoder.export import export, exported_loss, read_back
 from qjax.training.decoder.finetune import finetune, heldout_loss
 from qjax.training.decoder.fresh import fresh_model
 from qjax.training.decoder.program import forward
+from qjax.training.decoder.quantization import Grid, quantizers_of
 from qjax.training.losses.distill import teacher_confidence
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.run.data import Windows
 from qjax.training.run.loop import Loop
@@ -143,7 +145,7 @@ def pretrained(config: Config, corpus: Corpus, tokenizer: Tokenizer, seed: int) 
     b = config.base
     folder = config.models / f"seed{seed}"
     if not (folder / "model").is_dir():
-        arm = Arm("pretrain", rate=b.rate, weight_decay=b.weight_decay)
+        arm = Arm("pretrain", optimizer=Optimizer(b.rate, weight_decay=b.weight_decay))
         tokens = Windows(corpus.tokens, b.context, b.batch, seed)
         model = fresh_model(b, tokenizer.get_vocab_size(), seed)
         model, _, _ = finetune(
@@ -209,19 +211,19 @@ def train_arm(
     """Train one arm; its loss is that of the file it is exported to."""
     arm, teacher = contestant.arm, teachers[contestant.teacher]
     confidence = None
-    if "cakld" in arm.loss and teacher is not None:
+    if "cakld" in arm.losses.names and teacher is not None:
         batches = ((b[:, :-1], b[:, 1:]) for b in map(tokens.batch_at, range(4)))
         confidence = teacher_confidence(teacher.logits, batches)
     steps = contestant.steps or config.steps
     at_the_end = config.log_every * steps  # the last step alone is evaluated and saved
     result, log, loss = finetune(
         arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(steps, config.log_every, at_the_end, at_the_end),
-        folder, heldout=corpus.heldout, rounded=rounded_by(config, arm, model, tokens) if arm.init else None,
+        folder, heldout=corpus.heldout, rounded=rounded_by(config, arm, model, tokens) if arm.grid.init else None,
         teacher=teacher, confidence=confidence, identity=tokens.identity,
     )  # fmt: skip
     shutil.rmtree(folder / "checkpoints")
     path = export(dataclasses.replace(result, tokenizer=model.tokenizer), folder)
-    read_back(path, loss, corpus.heldout, arm.inputs, arm.cache)
+    read_back(path, loss, corpus.heldout, arm.activations)
     last = {k: log[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log[-1]}
     return {"loss": loss, "steps": steps, "group": contestant.group, **last}
 
@@ -243,9 +245,9 @@ def tune_control(
     config: Config, name: str, tuning: BlockTuning, control: Model, tokens: Windows, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
     """The continued float model, tuned block by block; the name begins with its format."""
-    arm = Arm(name, format=name.split()[0], scales="learned")
+    grid = Grid(name.split()[0], scales="learned")
     seen = calibration(config, control, tokens)
-    params, _ = tune_blocks(control, quantizers_of_arm(arm, control.config), seen.tokens, tuning)
+    params, _ = tune_blocks(control, quantizers_of(grid, control.config), seen.tokens, tuning)
     return {"loss": exported_loss(dataclasses.replace(control, params=params), folder, corpus.heldout)}
 
 
@@ -258,8 +260,8 @@ def calibration(config: Config, model: Model, tokens: Windows) -> Calibration:
 
 def rounded_by(config: Config, arm: Arm, model: Model, tokens: Windows) -> Any:
     """The result of the arm's recipe for the model it starts from."""
-    recipe = recipes.recipe(arm.init)
-    return quantize_model(model, arm.plan(model.config), recipe, calibration(config, model, tokens))[0].params
+    recipe = recipes.recipe(arm.grid.init)
+    return quantize_model(model, arm.grid.plan(model.config), recipe, calibration(config, model, tokens))[0].params
 
 
 def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -267,7 +269,7 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(r["name"] for r in runs))
     loss = {n: {r["seed"]: r["loss"] for r in runs if r["name"] == n} for n in names}
     group = {r["name"]: r.get("group", "") for r in runs}
-    of_format = {c.arm.format: c.group for c in config.arms}
+    of_format = {c.arm.grid.format: c.group for c in config.arms}
     group |= {f"block {name}": of_format.get(name.split()[0], "") for name in config.block_tuned}
     against = config.against or config.arms[0].arm.name
     rows = []

@@ -15,7 +15,9 @@ from qjax.training.decoder import blockwise
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.blockwise import BlockTuning, tune_blocks
 from qjax.training.decoder.finetune import finetune
+from qjax.training.decoder.quantization import Grid
 from qjax.training.grid import weights
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.loop import Loop
 
 CONFIG = DecoderConfig(
@@ -104,7 +106,7 @@ def test_from_a_recipe_then_end_to_end_scales(model, tokens, tmp_path):
     assert min(same) == 1.0  # the recipe's codes, which are not the nearest, are where it starts
 
     tuned, _ = tune_blocks(model, quantizers, tokens, TUNING, rounded=rounded)
-    arm = Arm("e2e", format="int2_g64_mid_mse", scales="decoupled", trains=("scales",), rate=1e-3, warmup=0.0)
+    arm = Arm("e2e", Grid("int2_g64_mid_mse", scales="decoupled"), Optimizer(1e-3, trains=("scales",), warmup=0.0))
     rows = np.concatenate([tokens, tokens[:, :1]], 1)
     done, log, _ = finetune(
         arm,

@@ -21,8 +21,11 @@ from qjax.models.stages import stages_of
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune, heldout_loss
 from qjax.training.decoder.program import forward, hidden_states, program, start_state
+from qjax.training.decoder.quantization import Activations, Grid
 from qjax.training.grid import weights
+from qjax.training.losses.objectives import Losses
 from qjax.training.optim.groups import Group, partitioned
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run import devices
 from qjax.training.run.loop import Loop, train
 from qjax.training.run.state import init_state, make_step
@@ -110,10 +113,10 @@ def test_eight_devices_are_one(tmp_path):
 
 @pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
-    made = program(Arm("float", rate=1e-2), tiny.CONFIG, 10, mixed=False)
+    made = program(Arm("float", optimizer=Optimizer(1e-2)), tiny.CONFIG, 10, mixed=False)
     params, batch = tiny.model().params, {"tokens": tiny.windows().batch_at(0)}
     whole = made.step(start_state(made, params), batch)
-    four = program(Arm("float", rate=1e-2), tiny.CONFIG, 10, accumulate=4, mixed=False)
+    four = program(Arm("float", optimizer=Optimizer(1e-2)), tiny.CONFIG, 10, accumulate=4, mixed=False)
     parts = four.step(start_state(four, params), batch)
     assert float(whole[1]["loss"]) == pytest.approx(float(parts[1]["loss"]), rel=1e-6)
     assert float(whole[1]["grad_norm/weights"]) == pytest.approx(float(parts[1]["grad_norm/weights"]), rel=1e-5)
@@ -135,7 +138,7 @@ def test_equal_arms_share_a_program_and_nothing_compiles_twice(tmp_path):
 @pytest.mark.slow
 def test_export_is_recomputed(tmp_path):
     """The number a run reports is the loss of the file it exports."""
-    arm = Arm("q8", format="Q4_0", outside="Q8_0", rate=3e-3)
+    arm = Arm("q8", Grid("Q4_0", outside="Q8_0"), Optimizer(3e-3))
     model, log, loss = tiny.run(tmp_path / "run", 4, arm=arm)
     assert log[-1]["heldout"] == loss
     qjax.save(model, tmp_path / "hf")
@@ -150,7 +153,7 @@ def test_export_is_recomputed(tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path):
-    made = program(Arm("wild", rate=1e-3), tiny.CONFIG, 8, mixed=False)
+    made = program(Arm("wild", optimizer=Optimizer(1e-3)), tiny.CONFIG, 8, mixed=False)
 
     def poisoned(state, batch):
         state, metrics = made.step(state, batch)
@@ -165,7 +168,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_a_gradient_that_is_no_number_is_not_saved(tmp_path):
     """The loss of a step may be fine while its gradient spoils the state: that state never becomes a checkpoint."""
-    made = program(Arm("wild", rate=1e-3), tiny.CONFIG, 8, mixed=False)
+    made = program(Arm("wild", optimizer=Optimizer(1e-3)), tiny.CONFIG, 8, mixed=False)
 
     def poisoned(state, batch):
         state, metrics = made.step(state, batch)
@@ -177,38 +180,37 @@ def test_a_gradient_that_is_no_number_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys, message",
+    "record, keys, message",
     [
-        ({"rate": -1.0}, "rate must be positive"),
-        ({"ema": -0.5}, "ema is a decay"),
-        ({"inputs": "int5"}, "inputs must be int8"),
-        ({"trains": ("wieghts",)}, "got 'wieghts'; did you mean weights"),
-        ({"loss": "kl"}, "unknown term 'kl'"),
-        ({"estimator": "stee"}, "unknown estimator"),
-        ({"warmup": 1.0}, "warmup is a share"),
-        ({"shape": "cooldwn"}, "shape must be cosine, constant, cooldown, got 'cooldwn'; did you mean cooldown"),
-        ({"scales": "lerned"}, "got 'lerned'; did you mean learned"),
-        ({"refresh_every": -1, "scales": "frozen"}, "refresh_every must not be negative"),
-        ({"refresh_every": 5}, "refresh_every is for frozen scales, and these are refit"),
-        ({"format": "int4_g32", "init": "gptq"}, "refit scales would not keep a recipe's grid"),
-        ({"format": "int4_g32", "init": "gptq", "prox": "parq"}, "refit scales would not keep a recipe's grid"),
-        ({"init": "gptq", "scales": "learned"}, "name one"),
-        ({"format": "int4_g32", "init": "gptk", "scales": "learned"}, "did you mean gptq"),
-        ({"format": "int4_g32", "rule": "absmaxx"}, "got 'absmaxx'; did you mean absmax"),
-        ({"format": "int2_g32", "rule": "twn", "scales": "learned"}, "twn has a threshold of its own"),
-        ({"format": "Q4_00"}, "Q4_00"),
-        ({"format": "Q4_0", "rules": (("*", "Q4_00"),)}, "Q4_00"),
-        ({"format": "Q4_0", "cache": "hadamrd() >> Q4_0"}, "hadamrd"),
-        ({"format": "Q4_0", "trains": ("scales",)}, "nothing trains"),
+        (Optimizer, {"rate": -1.0}, "rate must be positive"),
+        (Optimizer, {"ema": -0.5}, "ema is a decay"),
+        (Optimizer, {"trains": ("wieghts",)}, "got 'wieghts'; did you mean weights"),
+        (Optimizer, {"warmup": 1.0}, "warmup is a share"),
+        (Optimizer, {"shape": "cooldwn"}, "must be cosine, constant, cooldown, got 'cooldwn'; did you mean cooldown"),
+        (Activations, {"inputs": "int5"}, "inputs must be int8"),
+        (Activations, {"cache": "hadamrd() >> Q4_0"}, "hadamrd"),
+        (Losses, {"terms": "kl"}, "unknown term 'kl'"),
+        (Grid, {"estimator": "stee"}, "unknown estimator"),
+        (Grid, {"scales": "lerned"}, "got 'lerned'; did you mean learned"),
+        (Grid, {"refresh_every": -1, "scales": "frozen"}, "refresh_every must not be negative"),
+        (Grid, {"refresh_every": 5}, "refresh_every is for frozen scales, and these are refit"),
+        (Grid, {"format": "int4_g32", "init": "gptq"}, "refit scales would not keep a recipe's grid"),
+        (Grid, {"init": "gptq", "scales": "learned"}, "name one"),
+        (Grid, {"format": "int4_g32", "init": "gptk", "scales": "learned"}, "did you mean gptq"),
+        (Grid, {"format": "int4_g32", "rule": "absmaxx"}, "got 'absmaxx'; did you mean absmax"),
+        (Grid, {"format": "int2_g32", "rule": "twn", "scales": "learned"}, "twn has a threshold of its own"),
+        (Grid, {"format": "Q4_00"}, "Q4_00"),
+        (Grid, {"format": "Q4_0", "rules": (("*", "Q4_00"),)}, "Q4_00"),
+        (Arm, {"grid": Grid("Q4_0"), "optimizer": Optimizer(trains=("scales",))}, "nothing trains"),
     ],
 )
-def test_arms_are_checked(keys, message):
-    """By the arm itself: without the types that are checked in front of it here and nowhere else."""
-    arm = object.__new__(Arm)
-    for key, value in (vars(Arm("a")) | keys).items():
-        object.__setattr__(arm, key, value)
+def test_arms_are_checked(record, keys, message):
+    """By the records themselves: without the types that are checked in front of them here and nowhere else."""
+    made = object.__new__(record)
+    for key, value in (vars(record("a") if record is Arm else record()) | keys).items():
+        object.__setattr__(made, key, value)
     with pytest.raises(UserError, match=message):
-        arm.__post_init__()
+        made.__post_init__()
 
 
 @pytest.mark.slow
@@ -218,17 +220,17 @@ def test_a_teacher_that_is_missing_is_named(tmp_path):
                  heldout=tiny.heldout(), mixed=False, **options)  # fmt: skip
 
     with pytest.raises(UserError, match="needs a teacher"):
-        go(Arm("kd", loss="fkl"))
+        go(Arm("kd", losses=Losses("fkl")))
     with pytest.raises(UserError, match="cakld needs the teacher's confidence"):
-        go(Arm("kd", loss="cakld"), teacher=tiny.model())
+        go(Arm("kd", losses=Losses("cakld")), teacher=tiny.model())
     with pytest.raises(UserError, match="no recipe's result"):
-        go(Arm("init", format="int4_g32", scales="learned", init="gptq"))
-    plan = Arm("x", format="int4_g32").plan(tiny.CONFIG)
+        go(Arm("init", Grid("int4_g32", scales="learned", init="gptq")))
+    plan = Grid("int4_g32").plan(tiny.CONFIG)
     rounded = qjax.quantize_params(tiny.model().params, plan)[0]
     with pytest.raises(UserError, match="refit scales would not keep"):
-        go(Arm("init", format="int4_g32"), rounded=rounded)
+        go(Arm("init", Grid("int4_g32")), rounded=rounded)
     with pytest.raises(UserError, match="embed/embedding: the start has it in Q8_0, and arm 'keeps' trains it in fl"):
-        go(Arm("keeps", format="int4_g32", outside="keep", scales="frozen"), rounded=rounded)
+        go(Arm("keeps", Grid("int4_g32", outside="keep", scales="frozen")), rounded=rounded)
     with pytest.raises(UserError, match="no held-out window"):
         heldout_loss(forward(tiny.CONFIG), tiny.model().params, tiny.heldout()[:0])
 
@@ -236,22 +238,23 @@ def test_a_teacher_that_is_missing_is_named(tmp_path):
 @pytest.mark.slow
 def test_hidden_states_of_a_teacher_of_its_own(tmp_path):
     """The teacher's blocks are its own; one of another depth or width cannot teach them."""
-    loss = tiny.run(tmp_path / "a", 2, arm=Arm("h", loss="ce + 0.1*hidden", rate=1e-3))[1][-1]
+    loss = tiny.run(tmp_path / "a", 2, arm=Arm("h", optimizer=Optimizer(1e-3), losses=Losses("ce + 0.1*hidden")))[1][-1]
     assert 0 < loss["hidden"] < 1
     deep = dataclasses.replace(tiny.CONFIG, layers=tiny.CONFIG.layers + 1)
     with pytest.raises(UserError, match="hidden"):
-        program(Arm("h", loss="hidden"), tiny.CONFIG, 4, deep, mixed=False)
+        program(Arm("h", losses=Losses("hidden")), tiny.CONFIG, 4, deep, mixed=False)
 
 
 @pytest.mark.slow
 def test_hidden_states_see_rounded_inputs_and_cache():
     """The states of the term "hidden" are the student's own: their head gives its logits."""
     params, tokens = tiny.model().params, tiny.windows().batch_at(0)
-    rounded = (tiny.CONFIG, "int4", "int4_g16")
+    rounded = (tiny.CONFIG, Activations("int4", "int4_g16"))
     last = hidden_states(*rounded)(params, tokens[:2, :-1])[-1]
     logits = forward(*rounded)(params, tokens[:2, :-1])
     np.testing.assert_allclose(stages_of(tiny.CONFIG).head(params, last), logits, rtol=1e-4, atol=1e-5)
-    made = program(Arm("h", loss="hidden", inputs="int4", cache="int4_g16"), tiny.CONFIG, 4, tiny.CONFIG, mixed=False)
+    arm = Arm("h", losses=Losses("hidden"), activations=rounded[1])
+    made = program(arm, tiny.CONFIG, 4, tiny.CONFIG, mixed=False)
     _, metrics = made.step(start_state(made, params, teacher=params), {"tokens": tokens})
     assert float(metrics["hidden"]) > 1e-3  # of a teacher that differs by its inputs and its cache alone
 
@@ -259,8 +262,8 @@ def test_hidden_states_see_rounded_inputs_and_cache():
 @pytest.mark.slow
 def test_another_run_is_not_continued(tmp_path):
     tiny.run(tmp_path, 4, arm=tiny.FROZEN)
-    with pytest.raises(UserError, match=r"arm\.rate was 0.003, now it is 0.1"):
-        tiny.run(tmp_path, 4, arm=dataclasses.replace(tiny.FROZEN, rate=0.1))
+    with pytest.raises(UserError, match=r"arm\.optimizer\.rate was 0.003, now it is 0.1"):
+        tiny.run(tmp_path, 4, arm=dataclasses.replace(tiny.FROZEN, optimizer=Optimizer(0.1)))
     with pytest.raises(UserError, match="steps was 4, now it is 8"):
         tiny.run(tmp_path, 8, arm=tiny.FROZEN)
     wide = dataclasses.replace(tiny.CONFIG, hidden=96)
@@ -274,7 +277,7 @@ def test_another_run_is_not_continued(tmp_path):
 
 def test_quantization_that_does_nothing_is_found(tmp_path):
     with pytest.raises(UserError, match="quantization changes no weight"):
-        tiny.run(tmp_path, 4, arm=Arm("dense", format="F32", outside="keep"))
+        tiny.run(tmp_path, 4, arm=Arm("dense", Grid("F32", outside="keep")))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +294,7 @@ def test_bad_intervals(loop, message):
 
 @pytest.mark.slow
 def test_gradients_reach_what_trains_and_nothing_else():
-    arm = Arm("l", format="int4_g32", scales="learned", rate=1e-2, warmup=0.0)
+    arm = Arm("l", Grid("int4_g32", scales="learned"), Optimizer(1e-2, warmup=0.0))
     made = program(arm, tiny.CONFIG, 10, mixed=False)
     state = start_state(made, tiny.model().params)
     before = jax.tree.map(np.asarray, state.params)
@@ -301,7 +304,7 @@ def test_gradients_reach_what_trains_and_nothing_else():
              if np.array_equal(leaf, weights.leaves_by_path(before)[p])]  # fmt: skip
     assert still == []
 
-    scales = Arm("s", format="int4_g32", scales="learned", rate=1e-2, warmup=0.0, trains=("scales",))
+    scales = Arm("s", Grid("int4_g32", scales="learned"), Optimizer(1e-2, warmup=0.0, trains=("scales",)))
     made = program(scales, tiny.CONFIG, 10, mixed=False)
     state = start_state(made, tiny.model().params)
     after, _ = made.step(state, {"tokens": tiny.windows().batch_at(0)})

@@ -13,12 +13,14 @@ import qjax
 from qjax.errors import UserError
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import heldout_loss
-from qjax.training.decoder.program import forward, packed, program, refreshed, schedule_of, start_state
+from qjax.training.decoder.program import forward, packed, program, refreshed, start_state
+from qjax.training.decoder.quantization import Activations, Grid
 from qjax.training.grid import weights
-from qjax.training.losses.objectives import language_loss, parse_terms
+from qjax.training.losses.objectives import Losses, language_loss, parse_terms
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.optim.parq import latent
 
-PARQ = Arm("drawn", format="int3_g32", rate=3e-3, weight_decay=0.1, prox="parq", prox_span=(0.1, 0.8))
+PARQ = Arm("drawn", Grid("int3_g32"), Optimizer(3e-3, weight_decay=0.1, prox="parq", prox_span=(0.1, 0.8)))
 
 
 def metrics_of(arm, config, **options):
@@ -36,10 +38,11 @@ def metrics_of(arm, config, **options):
 def test_a_vocabulary_in_chunks_is_the_same_step(changes, chunk):
     config = dataclasses.replace(tiny.CONFIG, **changes)
     arm = Arm(
-        "all", format="int4_g32", scales="learned", rate=1e-2, warmup=0.0, loss="ce + fkl + 0.1*cakld", inputs="int8"
-    )
+        "all", Grid("int4_g32", scales="learned"), Optimizer(1e-2, warmup=0.0), Losses("ce + fkl + 0.1*cakld"),
+        Activations("int8"),
+    )  # fmt: skip
     whole = metrics_of(arm, config)
-    parts = metrics_of(dataclasses.replace(arm, vocab_chunk=chunk), config)
+    parts = metrics_of(dataclasses.replace(arm, losses=dataclasses.replace(arm.losses, vocab_chunk=chunk)), config)
     assert whole.keys() == parts.keys() and whole["cakld"] > 1e-3
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=2e-3 if name.startswith("grad") else 1e-4), name
@@ -53,7 +56,7 @@ def test_chunks_hold_no_logits():
     batch = {"tokens": jnp.zeros((64, 17), jnp.int32)}
     temporary = {}
     for chunk in (0, 512):
-        made = program(Arm("wide", rate=1e-3, vocab_chunk=chunk), config, 4, mixed=False)
+        made = program(Arm("wide", optimizer=Optimizer(1e-3), losses=Losses(vocab_chunk=chunk)), config, 4, mixed=False)
         compiled = made.step.lower(start_state(made, params), batch).compile()
         temporary[chunk] = compiled.memory_analysis().temp_size_in_bytes
     logits = 4 * 64 * 16 * config.vocab
@@ -62,13 +65,13 @@ def test_chunks_hold_no_logits():
 
 def test_a_cached_teacher_needs_all_logits():
     with pytest.raises(UserError, match="vocab_chunk is for a teacher that runs in the same step"):
-        program(Arm("kd", loss="fkl", vocab_chunk=8), tiny.CONFIG, 4, mixed=False)
+        program(Arm("kd", losses=Losses("fkl", vocab_chunk=8)), tiny.CONFIG, 4, mixed=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prox", ["parq", "relax"])
 def test_drawn_weights_end_on_the_grid_that_is_exported(prox, tmp_path):
-    arm = dataclasses.replace(PARQ, prox=prox)
+    arm = dataclasses.replace(PARQ, optimizer=dataclasses.replace(PARQ.optimizer, prox=prox))
     model, log, loss = tiny.run(tmp_path / "run", 20, arm=arm)
     off = [row["off_grid"] for row in log]
     assert off[0] > 0.1 and off[-1] < 1e-6 and off[4] > off[7]
@@ -82,8 +85,9 @@ def test_drawn_weights_end_on_the_grid_that_is_exported(prox, tmp_path):
 @pytest.mark.slow
 def test_drawn_weights_are_stepped_on_as_they_are():
     """The forward does not quantize: before the drawing it is the float model's, and the export is the latents'."""
-    made = program(dataclasses.replace(PARQ, prox_span=(0.2, 0.9)), tiny.CONFIG, 20, mixed=False)
-    plain = program(Arm("float", rate=3e-3, weight_decay=0.1), tiny.CONFIG, 20, mixed=False)
+    late = Arm("late", PARQ.grid, dataclasses.replace(PARQ.optimizer, prox_span=(0.2, 0.9)))
+    made = program(late, tiny.CONFIG, 20, mixed=False)
+    plain = program(Arm("float", optimizer=Optimizer(3e-3, weight_decay=0.1)), tiny.CONFIG, 20, mixed=False)
     state, float_state = (start_state(m, tiny.model().params) for m in (made, plain))
     judge = jax.jit(language_loss(forward(tiny.CONFIG), parse_terms("ce"), {}))
     for at in range(10):
@@ -141,22 +145,23 @@ def test_importance_decides_frozen_scales_at_the_start_and_at_a_refresh():
     ],
 )
 def test_shapes_of_the_rate(shape, wanted):
-    rate = schedule_of(Arm("a", shape=shape, warmup=0.1, cooldown=0.25), 20)
+    rate = Optimizer(shape=shape, warmup=0.1, cooldown=0.25).schedule(20)
     np.testing.assert_allclose([float(rate(step)) for step in (0, 2, 11, 18)], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"prox": "parq"}, "name one"),
-        ({"prox": "parq", "format": "Q4_0", "scales": "learned"}, "refit scales"),
-        ({"prox": "parq", "format": "Q4_0", "ema": 0.9}, "without ema"),
-        ({"prox": "parq", "format": "Q4_0", "trains": ("scales",)}, "add weights"),
-        ({"prox": "parq", "format": "Q4_0", "prox_span": (0.5, 0.5)}, "two rising shares"),
-        ({"shape": "cooldown", "cooldown": 1.0}, "cooldown is a share"),
-        ({"vocab_chunk": -1}, "vocab_chunk must not be negative"),
+        ({"optimizer": {"prox": "parq"}}, "name one"),
+        ({"optimizer": {"prox": "parq"}, "grid": {"format": "Q4_0", "scales": "learned"}}, "refit scales"),
+        ({"optimizer": {"prox": "parq", "ema": 0.9}, "grid": {"format": "Q4_0"}}, "without ema"),
+        ({"optimizer": {"prox": "parq", "trains": ("scales",)}, "grid": {"format": "Q4_0"}}, "add weights"),
+        ({"optimizer": {"prox": "parq", "prox_span": (0.5, 0.5)}, "grid": {"format": "Q4_0"}}, "two rising shares"),
+        ({"optimizer": {"shape": "cooldown", "cooldown": 1.0}}, "cooldown is a share"),
+        ({"losses": {"vocab_chunk": -1}}, "vocab_chunk must not be negative"),
     ],
 )
 def test_keys_are_checked(keys, message):
+    records = {"grid": Grid, "optimizer": Optimizer, "losses": Losses}
     with pytest.raises(UserError, match=message):
-        Arm("a", **keys)
+        Arm("a", **{name: records[name](**values) for name, values in keys.items()})

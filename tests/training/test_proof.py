@@ -16,6 +16,9 @@ from qjax.plan import Plan
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune, heldout_loss
 from qjax.training.decoder.program import forward
+from qjax.training.decoder.quantization import Grid
+from qjax.training.losses.objectives import Losses
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.data import Tokens, Windows
 from qjax.training.run.loop import Loop
 
@@ -51,14 +54,16 @@ def test_two_bit_qat_beats_rounding_by_a_tenth_of_a_nat(tmp_path):
 
         params = jax.jit(Decoder(CONFIG).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
         out = tmp_path / str(seed)
-        start, _, loss = finetune(Arm("float", rate=3e-3), Model(CONFIG, params), batch_at, Loop(400, 100, 400, 400),
-                                  out / "float", heldout=heldout)  # fmt: skip
+        start, _, loss = finetune(
+            Arm("float", optimizer=Optimizer(3e-3)), Model(CONFIG, params), batch_at, Loop(400, 100, 400, 400),
+            out / "float", heldout=heldout,
+        )  # fmt: skip
         later = dataclasses.replace(windows, seed=100 + seed)
         again, _, continued = finetune(
-            Arm("continued", rate=1e-3), start, lambda s, w=later: {"tokens": w.batch_at(s)}, Loop(100, 50, 100, 100),
-            out / "continued", heldout=heldout,
+            Arm("continued", optimizer=Optimizer(1e-3)), start, lambda s, w=later: {"tokens": w.batch_at(s)},
+            Loop(100, 50, 100, 100), out / "continued", heldout=heldout,
         )  # fmt: skip
-        arm = Arm("qat", format=FORMAT, rate=2e-3, loss="0.5*ce + 0.5*fkl")
+        arm = Arm("qat", Grid(FORMAT), Optimizer(2e-3), Losses("0.5*ce + 0.5*fkl"))
         trained, rows, qat = finetune(
             arm, start, lambda s, w=later: {"tokens": w.batch_at(s)}, Loop(100, 50, 100, 100), out / "qat",
             heldout=heldout, teacher=start,

@@ -14,16 +14,17 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune
+from qjax.training.decoder.quantization import Grid
+from qjax.training.losses.objectives import Losses
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.data import Tokens, Windows
 from qjax.training.run.loop import Loop
 
 CONFIG = DecoderConfig(
     vocab=64, dim=32, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=16, context=16, tied=True
 )  # fmt: skip
-ARM = Arm(
-    "tiny", format="int4_g32", scales="learned", rate=3e-3, loss="ce + fkl", ema=0.9, weight_decay=0.1
-)  # fmt: skip
-FROZEN = Arm("frozen", format="int3_g32_mse", scales="frozen", refresh_every=4, rate=3e-3)
+ARM = Arm("tiny", Grid("int4_g32", scales="learned"), Optimizer(3e-3, ema=0.9, weight_decay=0.1), Losses("ce + fkl"))
+FROZEN = Arm("frozen", Grid("int3_g32_mse", scales="frozen", refresh_every=4), Optimizer(3e-3))
 
 
 def model():

@@ -13,6 +13,7 @@ from qjax.models.model import Model
 from qjax.tensor import is_qtensor
 from qjax.training.decoder.finetune import heldout_loss
 from qjax.training.decoder.program import forward
+from qjax.training.decoder.quantization import Activations
 from qjax.typing import Int
 
 
@@ -30,17 +31,17 @@ def export(model: Model, folder: Path) -> Path:
     return path
 
 
-def read_back(path: Path, loss: float, heldout: Int[np.ndarray, "n t"], inputs: str = "", cache: str = "") -> None:
+def read_back(path: Path, loss: float, heldout: Int[np.ndarray, "n t"], activations: Activations | None = None) -> None:
     """Raise RuntimeError unless a file gives the loss that its model gave.
 
     Args:
       path: what `export` or `qjax.save` wrote.
       loss: from `finetune` or `heldout_loss`.
       heldout: the windows of that loss.
-      inputs, cache: as in the `Arm`.
+      activations: as in the `Arm`.
     """
     model = load(path)
-    again = heldout_loss(forward(model.config, inputs, cache), model.params, heldout)
+    again = heldout_loss(forward(model.config, activations), model.params, heldout)
     if again != loss:
         raise RuntimeError(f"{path} gives {again} nats, the model that it was written from {loss}")
 

@@ -23,7 +23,7 @@ from qjax.models.model import Model, dense_params, running
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.program import faked, forward, measured, packed, program, refreshed, start_state, stored
 from qjax.training.grid import weights
-from qjax.training.losses.objectives import Apply, cross_entropy, parse_terms
+from qjax.training.losses.objectives import Apply, cross_entropy
 from qjax.training.optim.groups import rates
 from qjax.training.run.loop import Loop, Row, train
 from qjax.training.run.processes import whole
@@ -108,13 +108,15 @@ def finetune(
       UserError: what the parts raise; stored values that are not those that were trained; quantization that does
         nothing (noise 0).
     """
-    needs = any(t.name != "ce" for t in parse_terms(arm.loss))
+    needs = arm.losses.taught
     if needs and teacher is None and "cached" not in batch_at(0):
-        raise UserError(f"arm {arm.name!r}: the loss {arm.loss!r} needs a teacher, or batches with its cached top k")
-    if "cakld" in arm.loss and confidence is None:
+        raise UserError(
+            f"arm {arm.name!r}: the loss {arm.losses.terms!r} needs a teacher, or batches with its cached top k"
+        )
+    if "cakld" in arm.losses.names and confidence is None:
         raise UserError(f"arm {arm.name!r}: cakld needs the teacher's confidence (`teacher_confidence`)")
-    if arm.init and rounded is None:
-        raise UserError(f"arm {arm.name!r}: init is {arm.init!r}, but no recipe's result was given to start from")
+    if arm.grid.init and rounded is None:
+        raise UserError(f"arm {arm.name!r}: init is {arm.grid.init!r}, but no recipe's result was given to start from")
     live = teacher if needs else None
     made = program(
         arm, model.config, loop.steps, None if live is None else live.config, confidence, accumulate, mixed, seed
@@ -122,7 +124,7 @@ def finetune(
     state = start_state(
         made, model.params, rounded=rounded, teacher=None if live is None else live.dense, importance=importance
     )  # fmt: skip
-    judge = forward(model.config, arm.inputs, arm.cache)
+    judge = forward(model.config, arm.activations)
 
     def evaluate(state: TrainState) -> Row:
         return {"heldout": heldout_loss(judge, packed(state, made), heldout)}
@@ -142,7 +144,7 @@ def finetune(
         },
         evaluate=evaluate, observe=observe if made.quantizers else None,
         refresh=lambda state: dataclasses.replace(state, kept=refreshed(state.params, state.kept, made)),
-        refresh_every=arm.refresh_every if arm.scales == "frozen" else 0,
+        refresh_every=arm.grid.refresh_every if arm.grid.scales == "frozen" else 0,
         describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(made.groups, made.schedule, at).items()},
         name=arm.name, sinks=sinks,
     )  # fmt: skip

@@ -12,75 +12,73 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Decoder
 from qjax.tensor import is_qtensor
-from qjax.training.decoder.arm import Arm, quantizers_of_arm
+from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.precision import mixed_dot_general
+from qjax.training.decoder.quantization import Activations, quantizers_of
 from qjax.training.grid import weights
 from qjax.training.grid.activations import quantized_cache, quantized_inputs
-from qjax.training.grid.fake_quant import fake_quant
 from qjax.training.losses.objectives import Apply, Hidden, Readout, language_loss, parse_terms, student
 from qjax.training.optim.groups import Group, labels, partitioned
-from qjax.training.optim.parq import inverse_slope, latent, parq, piecewise_affine, relaxed
-from qjax.training.optim.schedules import warmup_constant_cooldown, warmup_cosine
+from qjax.training.optim.optimizer import groups_of
+from qjax.training.optim.parq import latent
 from qjax.training.run.state import TrainState, init_state, make_step
 from qjax.typing import Array
 
 
 @lru_cache(maxsize=64)
 def forward(
-    config: DecoderConfig, inputs: str = "", cache: str = "", mixed: bool = False, readout: bool = True
+    config: DecoderConfig, activations: Activations | None = None, mixed: bool = False, readout: bool = True
 ) -> Apply:
     """A decoder's forward for training: equal arguments give the same function.
 
     Args:
-      inputs, cache: see `Arm`.
+      activations: how what flows is rounded; None: not at all.
       mixed: bfloat16 operands and float32 sums; else float32.
       readout: give logits; else what the head reads.
     """
-    model = _decoder(config, cache, mixed, readout)
+    model = _decoder(config, activations, mixed, readout)
 
     def apply(params: Any, tokens: Array) -> Array:
         return model.apply({"params": params}, tokens)  # type: ignore[return-value]
 
-    return _reading(apply, inputs)
+    return _reading(apply, activations)
 
 
 @lru_cache(maxsize=64)
-def hidden_states(config: DecoderConfig, inputs: str = "", cache: str = "", mixed: bool = False) -> Hidden:
+def hidden_states(config: DecoderConfig, activations: Activations | None = None, mixed: bool = False) -> Hidden:
     """What leaves each block in `forward` of the same arguments, [b, t, dim] each."""
-    model = _decoder(config, cache, mixed, readout=False)
+    model = _decoder(config, activations, mixed, readout=False)
 
     def states(params: Any, tokens: Array) -> list[Array]:
         blocks = {"capture_intermediates": lambda module, _: isinstance(module, Block), "mutable": "intermediates"}
         seen: Any = model.apply({"params": params}, tokens, **blocks)[1]["intermediates"]  # type: ignore[arg-type]
         return [seen[f"layers_{i}"]["__call__"][0][0] for i in range(config.layers)]  # of (x, its cache)
 
-    return _reading(states, inputs)
+    return _reading(states, activations)
 
 
-def _decoder(config: DecoderConfig, cache: str, mixed: bool, readout: bool) -> Decoder:
+def _decoder(config: DecoderConfig, activations: Activations | None, mixed: bool, readout: bool) -> Decoder:
     options: dict[str, Any] = {"dtype": jnp.bfloat16, "dot_general": mixed_dot_general} if mixed else {}
-    if cache:
-        options["stored"] = quantized_cache(cache)
+    if activations and activations.cache:
+        options["stored"] = quantized_cache(activations.cache)
     return Decoder(config, readout=readout, **options)
 
 
-def _reading(apply: Any, inputs: str) -> Any:
+def _reading(apply: Any, activations: Activations | None) -> Any:
     """The same function with the inputs of its blocks rounded."""
-    return quantized_inputs(apply, inputs, ("layers_*",)) if inputs else apply  # type: ignore[arg-type]
+    rounded = activations and activations.inputs
+    return quantized_inputs(apply, rounded, ("layers_*",)) if rounded else apply  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,65 +119,30 @@ def _program(
     arm: Arm, config: DecoderConfig, steps: int, teacher: DecoderConfig | None, confidence: float | None,
     accumulate: int, mixed: bool, seed: int,
 ) -> Program:  # fmt: skip
-    quantizers, terms = quantizers_of_arm(arm, config), parse_terms(arm.loss)
-    groups = groups_of(arm, quantizers, steps)
-    schedule = schedule_of(arm, steps)
+    quantizers, terms, chunk = quantizers_of(arm.grid, config), parse_terms(arm.losses.terms), arm.losses.vocab_chunk
+    groups = groups_of(arm.optimizer, arm.grid.scales, quantizers, steps)
+    schedule = arm.optimizer.schedule(steps)
     optimizer = partitioned(groups, schedule)
 
-    def read(config: DecoderConfig, inputs: str = "", cache: str = "") -> Readout | Apply:
-        apply = forward(config, inputs, cache, mixed, not arm.vocab_chunk)
-        return Readout(config, apply, arm.vocab_chunk) if arm.vocab_chunk else apply
+    def read(config: DecoderConfig, activations: Activations | None = None) -> Readout | Apply:
+        apply = forward(config, activations, mixed, not chunk)
+        return Readout(config, apply, chunk) if chunk else apply
 
     loss = language_loss(
-        read(config, arm.inputs, arm.cache), terms, {} if arm.prox else quantizers,
+        read(config, arm.activations), terms, {} if arm.optimizer.prox else quantizers,
         teacher=None if teacher is None else read(teacher),
         hidden=_hidden(arm, config, teacher, mixed) if any(t.name == "hidden" for t in terms) else None,
-        confidence=confidence, temperature=arm.temperature,
+        confidence=confidence, temperature=arm.losses.temperature,
     )  # fmt: skip
     step = make_step(
-        loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)
+        loss,
+        optimizer,
+        seed=seed,
+        accumulate=accumulate,
+        ema=arm.optimizer.ema or None,
+        labels=lambda p: labels(p, groups),
     )
     return Program(arm, quantizers, groups, schedule, optimizer, step)
-
-
-def schedule_of(arm: Arm, steps: int) -> optax.Schedule:
-    """What the rates of an arm are multiplied by, from the step."""
-    rise = round(arm.warmup * steps)
-    if arm.shape == "cooldown":
-        fall = min(max(1, round(arm.cooldown * steps)), steps - rise)
-        return warmup_constant_cooldown(1.0, steps, rise, fall)
-    return warmup_cosine(1.0, steps, rise, floor=1.0 if arm.shape == "constant" else 0.0)
-
-
-def groups_of(arm: Arm, quantizers: weights.Quantizers, steps: int) -> tuple[Group, ...]:
-    """Which parameters an arm trains and how: scales, weights, and of `prox` one group for each format."""
-    groups: list[Group] = []
-    if arm.scales in ("learned", "decoupled") and quantizers:
-        if arm.scales == "decoupled" and "weights" not in arm.trains:  # codes stay: what decides them does not move
-            groups.append(Group("codes", "re:scales/.*/(threshold|offset)", frozen=True))
-        frozen = "scales" not in arm.trains
-        groups.append(Group("scales", "scales/*", arm.scale_rate or 10 * arm.rate, 0.0, arm.clip, frozen))
-    if "weights" in arm.trains:
-        groups += _drawn(arm, quantizers, steps) if arm.prox else []
-        groups.append(Group("weights", "weights/*", arm.rate, arm.weight_decay, arm.clip))
-    return tuple(groups)
-
-
-def _drawn(arm: Arm, quantizers: weights.Quantizers, steps: int) -> list[Group]:
-    """The groups of quantized weights under `prox`; rho is 0 in the last step at the latest, which ends on the grid."""
-    start, end = (round(share * steps) for share in arm.prox_span)
-    end = min(end, steps - 1)
-    rho = inverse_slope(min(start, end - 1), end)
-    by_kind: dict[tuple[Format, int], list[str]] = {}
-    for path, q in quantizers.items():
-        by_kind.setdefault((q.format, q.axis), []).append(re.escape(path))
-    groups = []
-    for (fmt, axis), paths in by_kind.items():
-        nearest = partial(fake_quant, format=fmt, axis=axis)
-        wrap = partial(parq, prox=piecewise_affine(fmt, axis) if arm.prox == "parq" else relaxed(nearest), rho=rho)
-        name, pattern = f"{fmt.name} along {axis}", f"re:weights/({'|'.join(paths)})"
-        groups.append(Group(name, pattern, arm.rate, arm.weight_decay, arm.clip, wrap=wrap))
-    return groups
 
 
 def _hidden(arm: Arm, config: DecoderConfig, teacher: DecoderConfig | None, mixed: bool) -> Any:
@@ -190,7 +153,7 @@ def _hidden(arm: Arm, config: DecoderConfig, teacher: DecoderConfig | None, mixe
             f"the term hidden compares block by block: the teacher has {teacher.layers} blocks of {teacher.dim}, the "
             f"student {config.layers} of {config.dim}"
         )
-    return hidden_states(teacher, mixed=mixed), hidden_states(config, arm.inputs, arm.cache, mixed)
+    return hidden_states(teacher, mixed=mixed), hidden_states(config, arm.activations, mixed)
 
 
 def start_state(
@@ -219,24 +182,24 @@ def start_state(
             if is_qtensor(leaf) and path not in quantizers:
                 raise UserError(
                     f"{path}: the start has it in {leaf.format.name}, and arm {arm.name!r} trains it in float; round "
-                    "the start by the arm's own plan (`arm.plan(config)`), or give the arm a format for it"
+                    "the start by the arm's own plan (`arm.grid.plan(config)`), or give the arm a format for it"
                 )
     trained, kept_scales = weights.init(params if rounded is None else rounded, quantizers, importance)
     if rounded is not None:
-        if arm.scales == "refit":
+        if arm.grid.scales == "refit":
             raise UserError(
                 f"arm {arm.name!r}: refit scales would not keep a recipe's grid; take frozen or learned ones"
             )
         params = weights.started(params, rounded, quantizers)
     kept: dict[str, Any] = {"scales": kept_scales} | ({} if teacher is None else {"teacher": teacher})
     tree: dict[str, Any] = {"scales": trained} if trained else {}
-    (tree if "weights" in arm.trains else kept)["weights"] = params
-    return init_state(tree, made.optimizer, kept, ema=arm.ema > 0)
+    (tree if "weights" in arm.optimizer.trains else kept)["weights"] = params
+    return init_state(tree, made.optimizer, kept, ema=arm.optimizer.ema > 0)
 
 
 def stored(state: TrainState, made: Program) -> Any:
     """The parameters that are exported: the average, the latent weights of a proximal map, or those of the state."""
-    if made.arm.prox:
+    if made.arm.optimizer.prox:
         return latent(state.optimizer, state.params)
     return state.params if state.ema is None else state.ema
 
@@ -263,9 +226,9 @@ def faked(params: Any, kept: Any, made: Program) -> Any:
 @partial(jax.jit, static_argnums=1)
 def measured(state: TrainState, made: Program) -> tuple[dict[str, Array], Any]:
     """`weights.measured` of a state; under a proximal map also how far the model's weights are from their grid."""
-    params = latent(state.optimizer, state.params) if made.arm.prox else state.params
+    params = latent(state.optimizer, state.params) if made.arm.optimizer.prox else state.params
     numbers, codes = weights.measured(_weights(params, state.kept), made.quantizers, *_scales(params, state.kept))
-    if made.arm.prox:
+    if made.arm.optimizer.prox:
         grid, now = (weights.leaves_by_path(w) for w in (faked(params, state.kept, made), state.params["weights"]))
         off = sum(jnp.sum(jnp.square(now[p] - grid[p])) for p in made.quantizers)
         numbers["off_grid"] = jnp.sqrt(off / sum(jnp.sum(jnp.square(now[p])) for p in made.quantizers))

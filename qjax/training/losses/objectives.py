@@ -93,6 +93,38 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What is minimized, as a config writes it.
+
+    Attributes:
+      terms: see `parse_terms`.
+      temperature: T of the divergences, which then count T^2; a cached top k has to be one of the same T.
+      vocab_chunk: tokens of the vocabulary whose logits are held at a time; 0: all.
+    """
+
+    terms: str = "ce"
+    temperature: float = 1.0
+    vocab_chunk: int = 0
+
+    def __post_init__(self) -> None:
+        parse_terms(self.terms)
+        if not self.temperature > 0:
+            raise UserError(f"temperature must be positive, got {self.temperature}")
+        if self.vocab_chunk < 0:
+            raise UserError(f"vocab_chunk must not be negative, got {self.vocab_chunk}")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the terms."""
+        return frozenset(term.name for term in parse_terms(self.terms))
+
+    @property
+    def taught(self) -> bool:
+        """Whether some term wants a teacher."""
+        return self.names != {"ce"}
+
+
 Mask = Shaped[Array, "b t"]  # True, or a positive weight, where a target counts
 
 
