@@ -24,7 +24,7 @@ from rich.table import Table
 from qjax import rundir
 from qjax.io.checkpoint import load
 from qjax.training.decoder.arm import Arm
-from qjax.training.decoder.program import program, start_state
+from qjax.training.decoder.program import Compute, Teacher, program, start_state
 from qjax.training.optim.optimizer import Optimizer
 
 
@@ -48,9 +48,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     batch = {"tokens": jnp.asarray(batch["tokens"], jnp.int32)}
     steps, states, rows = [], [], []
     for arm in (Arm("float", optimizer=Optimizer(trains=("weights",))), *config.arms):
-        taught = arm.losses.taught
-        made = program(arm, model.config, 1000, model.config if taught else None, mixed=config.mixed)
-        state = start_state(made, params, teacher=params if taught else None)
+        made = program(arm, model.config, 1000, teacher=Teacher(model.config), compute=Compute(config.mixed))
+        state = start_state(made, params, teacher=params)
         clock = time.perf_counter()
         compiled = made.step.lower(state, batch).compile()
         seconds = time.perf_counter() - clock

@@ -23,14 +23,16 @@ from qjax.terminal import bar
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import read_back
 from qjax.training.decoder.finetune import finetune, heldout_loss
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.program import Compute, program, start_state
 from qjax.training.decoder.quantization import Grid
 from qjax.training.losses.objectives import Losses
 from qjax.training.losses.topk import read_top_k, rows, top_k, write_top_k
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
 from qjax.training.run.data import Windows
-from qjax.training.run.loop import Loop
+from qjax.training.run.devices import Data
+from qjax.training.run.loop import Run
 
 STUDENT = Arm("student", Grid("int2_g64_mid_mse", scales="learned"), Optimizer(3e-4), Losses("fkl"))
 
@@ -86,15 +88,17 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return {"tokens": windows.batch_at(step), "cached": rows(cache, numbers)}
 
     losses = {
-        "teacher": heldout_loss(forward(teacher.config), teacher.params, corpus.heldout),
-        "student before": heldout_loss(forward(student.config), student.params, corpus.heldout),
+        "teacher": heldout_loss(Forward(teacher.config), teacher.params, corpus.heldout),
+        "student before": heldout_loss(Forward(student.config), student.params, corpus.heldout),
     }
-    trained, log, losses["student"] = finetune(
-        config.arm, student, batch_at, Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every),
-        out, heldout=corpus.heldout, seed=config.seed,
+    trained = program(config.arm, student.config, config.steps, compute=Compute(seed=config.seed))
+    run = Run(
+        out, config.steps, config.log_every, config.eval_every, config.checkpoint_every,
         identity={**windows.identity, "teacher": config.teacher, "student": config.student, "k": config.k},
     )  # fmt: skip
-    save(dataclasses.replace(trained, tokenizer=teacher.tokenizer), out / "model")
+    state = start_state(trained, student.params)
+    params, log, losses["student"], _ = finetune(trained, state, Data(batch_at, corpus.heldout), run)
+    save(dataclasses.replace(student, params=params, tokenizer=teacher.tokenizer), out / "model")
     read_back(out / "model", losses["student"], corpus.heldout, config.arm.activations)
     for name, value in losses.items():
         print(f"{name}: {value:.4f} nats per token, held out")
@@ -103,7 +107,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def cache_teacher(config: Config, teacher: Any, windows: Windows, folder: Path) -> None:
     """Write the teacher's top k for the sequences of all steps, in their order."""
-    apply = forward(teacher.config)
+    apply = Forward(teacher.config)
     seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k, config.arm.losses.temperature))
     with bar("teacher", total=config.steps) as show:
 

@@ -86,13 +86,20 @@ class Reached(Exception):
     """Where an experiment would begin to train, as what run."""
 
 
+class Stub:
+    """A program or a state that nothing is computed with."""
+
+    params = kept = {"weights": {}, "adapters": {}}  # noqa: RUF012
+    optimizer = None
+
+
 @pytest.fixture
 def identity_of(monkeypatch, tmp_path):
     """(experiment, changes of its config) -> the facts that it asks a resumed run to share; nothing is computed."""
     model, corpus = train_tiny.model(), Corpus(train_tiny.windows().tokens, train_tiny.heldout())
 
-    def trains(*args, identity, **options):
-        raise Reached(identity)
+    def trains(program, state, data, run):
+        raise Reached(run.identity)
 
     def identity_of(name, cached=None, **changes):
         script, _ = load_script(read(CONFIGS.parent / f"{name}.toml"))
@@ -104,7 +111,8 @@ def identity_of(monkeypatch, tmp_path):
             "heldout_loss": lambda *_: 0.0, "mean_loss": lambda *_: 0.0, "cache_teacher": lambda *_: None,
             "read_top_k": lambda _: {"indices": np.zeros(cached or (config.steps * config.batch, config.context, 64))},
             "calibration_of": lambda *_, **__: None, "quantize_model": lambda *_: (model, None),
-            "started": lambda *_: (model.params, {"w": np.zeros(2, np.float32)}), "finetune": trains, "train": trains,
+            "program": lambda *_, **__: Stub(), "start_state": lambda *_, **__: None,
+            "init_state": lambda *_: Stub(), "finetune": trains,
         }  # fmt: skip
         for stub, value in stubs.items():
             monkeypatch.setattr(script, stub, value, raising=False)
@@ -145,6 +153,13 @@ def test_formats_that_the_file_lacks_are_refused_before_any_work(tiny, tmp_path,
     assert main(["run", str(CONFIGS / "qat.toml"), "--smoke", *options]) == 2
     assert "GGUF has no type int3_g32" in capsys.readouterr().err
     assert not (tmp_path / "tokens.bin").exists()
+
+
+def test_an_unknown_key_of_an_arms_record_is_refused(tmp_path, capsys):
+    path = tmp_path / "wrong.toml"
+    path.write_text(f'extends = "{CONFIGS / "qat.toml"}"\n[arm]\ngrid.formt = "Q4_0"\n')
+    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "wrong.toml:arm.grid.formt: unknown key; did you mean format?" in capsys.readouterr().err
 
 
 @pytest.mark.slow

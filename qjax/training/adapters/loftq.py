@@ -22,8 +22,8 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
-from qjax.pipeline.memory import contracted_axis
-from qjax.plan.rules import Plan, Weight
+from qjax.pipeline.memory import contracted_axis, named_weight
+from qjax.plan.rules import Plan
 from qjax.tensor import QTensor, check_length, dequantize, is_qtensor, quantize
 from qjax.training.adapters.lora import LAYERS, Adapter, check_rank, matching
 from qjax.training.grid.weights import leaves_by_path
@@ -155,14 +155,11 @@ def loftq_params(
 
 def _of_plan(plan: Plan, named: Mapping[str, Any]) -> dict[str, tuple[Format, int]]:
     """The format and contracted axis of each weight that the plan quantizes."""
-    axes = {path: contracted_axis(path, leaf.ndim) for path, leaf in named.items()}
-    shapes = {path: list(leaf.shape) for path, leaf in named.items()}
-    for path, shape in shapes.items():
-        shape.extend([shape.pop(axes[path])] if shape else [])
     formats = {}
-    for path, one in zip(named, plan.assign([Weight(path, tuple(shapes[path])) for path in named]), strict=True):
+    for one in plan.assign(named_weight(path, leaf, {}) for path, leaf in named.items()):
+        path = one.weight.path
         if one.recipe is not None:
             raise UserError(f"loftq: the plan gives {path} a recipe; its rules must be formats alone")
         if one.format is not None:
-            formats[path] = (one.format, axes[path])
+            formats[path] = (one.format, contracted_axis(path, named[path].ndim))
     return formats

@@ -12,7 +12,7 @@ from qjax.io.checkpoint import load, save
 from qjax.models.model import Model
 from qjax.tensor import is_qtensor
 from qjax.training.decoder.finetune import heldout_loss
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.forward import Forward
 from qjax.training.decoder.quantization import Activations
 from qjax.typing import Int
 
@@ -41,7 +41,7 @@ def read_back(path: Path, loss: float, heldout: Int[np.ndarray, "n t"], activati
       activations: as in the `Arm`.
     """
     model = load(path)
-    again = heldout_loss(forward(model.config, activations), model.params, heldout)
+    again = heldout_loss(Forward(model.config, activations or Activations()), model.params, heldout)
     if again != loss:
         raise RuntimeError(f"{path} gives {again} nats, the model that it was written from {loss}")
 
@@ -51,7 +51,7 @@ def exported_loss(model: Model, folder: Path, heldout: Int[np.ndarray, "n t"]) -
 
     Weights that round their inputs are judged in memory alone: no file carries that.
     """
-    loss = heldout_loss(forward(model.config), model.params, heldout)
+    loss = heldout_loss(Forward(model.config), model.params, heldout)
     leaves = jax.tree.leaves(model.params, is_leaf=is_qtensor)
     if not any(is_qtensor(leaf) and leaf.rounds_inputs for leaf in leaves):
         read_back(export(model, folder), loss, heldout)

@@ -1,9 +1,9 @@
-"""What of a decoder is quantized while it trains, as a config writes it: weights, and what flows between them.
+"""What of a decoder is quantized while it trains: weights, and what flows between them.
 
-    grid = Grid("int2_g64_mid_mse", scales="learned")
-    quantizers_of(grid, config)                          {path: Quantizer}
+    grid    = Grid("int2_g64_mid_mse", scales="learned")            as a config writes it
+    quantizers_of(grid, config)                                     {path: Quantizer}
 
-Of the records an `Arm` is made.
+An `Arm` has both.
 """
 
 from __future__ import annotations

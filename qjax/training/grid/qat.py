@@ -12,7 +12,7 @@ arithmetic. The optimizer is any of optax; `optax.multi_transform` on the tree's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from qjax.plan.named import as_plan
 from qjax.tensor import is_qtensor
 from qjax.training.grid import weights
 from qjax.training.grid.estimators import Estimator
-from qjax.training.grid.quantizer import Quantizer, ScaleKind
+from qjax.training.grid.quantizer import ScaleKind
 from qjax.training.grid.scale_rules import OWN, ScaleRule
 from qjax.typing import Array
 
@@ -107,34 +107,16 @@ def qat(
     quantizers = weights.quantizers_of(params, plan, scales=scales, estimator=estimator, rule=rule, axes=axes)
     masters = params if rounded is None else weights.started(params, rounded, quantizers)
     trained, kept = weights.init(params if rounded is None else rounded, quantizers, importance)
-    how = tuple(quantizers.items())
+    quantized, kept = weights.Quantized(tuple(quantizers.items())), {"scales": kept}
     return QAT(
         {"weights": masters, "scales": trained},
-        jax.tree_util.Partial(_faker(how), kept),
-        partial(_exported, how, kept),
+        jax.tree_util.Partial(quantized, kept=kept),
+        partial(_exported, quantized, kept),
     )
 
 
-Quantizers = tuple[tuple[str, Quantizer], ...]
-
-
-@lru_cache(maxsize=64)
-def _faker(quantizers: Quantizers) -> Callable[[Any, Any], Any]:
-    """The same function for the same quantizers, so that a step that takes it as an argument compiles once."""
-
-    def fake(kept: Any, tree: Any) -> Any:
-        return weights.fake_params(tree["weights"], dict(quantizers), tree["scales"], kept)
-
-    return fake
-
-
-@partial(jax.jit, static_argnums=0)
-def _packed(quantizers: Quantizers, kept: Any, tree: Any) -> Any:
-    return weights.packed_params(tree["weights"], dict(quantizers), tree["scales"], kept)
-
-
-def _exported(quantizers: Quantizers, kept: Any, tree: Any) -> Any:
+def _exported(quantized: weights.Quantized, kept: Any, tree: Any) -> Any:
     """The packed tree, after a look whether it is what training ran on."""
-    packed = _packed(quantizers, kept, tree)
-    weights.check_same_values(packed, jax.jit(_faker(quantizers))(kept, tree))
+    packed = quantized.packed(tree, kept)
+    weights.check_same_values(packed, jax.jit(quantized)(tree, kept))
     return packed

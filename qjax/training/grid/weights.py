@@ -4,13 +4,15 @@
     fake_params(params, ...)                  the tree that the model runs on: quantized weights at their stored values
     packed_params(params, ...)                the tree that is exported: QTensors of exactly these values
 
-Weights of one shape and one quantizer are stacked and quantized together: a search over scales is compiled once, not
-once a layer.
+`Quantized` does both for the parts of a state. Weights of one shape and one quantizer are stacked and quantized
+together: a search over scales is compiled once, not once a layer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -117,12 +119,11 @@ def started(params: Any, rounded: Any, quantizers: Quantizers) -> Any:
             continue
         if path not in quantizers:
             raise UserError(
-                f"{path}: the start has it in {q.format.name}, here it trains in float; use one plan for both"
+                f"{path}: the start has it in {q.format.name}, here it trains in float; use one plan for both, as an "
+                "arm's `grid.plan(config)`"
             )
         if quantizers[path].scales == "refit":
-            raise UserError(
-                f"{path}: scales that are refit would not keep a recipe's grid; take frozen or learned ones"
-            )
+            raise UserError(f"{path}: refit scales would not keep a recipe's grid; take frozen or learned ones")
         moved[path] = start_weights(w, q, quantizers[path])
     return replaced(rounded, moved)
 
@@ -137,7 +138,7 @@ def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: By
     return replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, kept))
 
 
-def refreshed(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
+def refit(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
     """`kept` with frozen scales fitted anew to the weights as they are, by the same importance."""
     leaves = leaves_by_path(params)
     frozen = {path: q for path, q in quantizers.items() if q.scales == "frozen"}
@@ -149,7 +150,7 @@ def refreshed(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
     return kept | new
 
 
-def measured(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> tuple[dict[str, Array], ByPath]:
+def statistics(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> tuple[dict[str, Array], ByPath]:
     """What quantization does to the weights now.
 
     Returns: {"quant_noise": |W - W_hat| / |W| over all quantized weights, "saturated": the mean share of weights
@@ -174,6 +175,50 @@ def flip_rate(before: ByPath, now: ByPath) -> Float[Array, ""]:
     """The share of codes that changed."""
     flipped = sum(jnp.sum((before[p] != now[p]).astype(jnp.float32)) for p in now)
     return flipped / jnp.float32(max(1, sum(codes.size for codes in now.values())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Quantized weights from the parts of a state, {"weights", "scales"}, whether they train or are kept.
+
+    Equal for equal quantizers: what is compiled of one serves the other.
+
+    Attributes:
+      items: (path, quantizer) pairs; none: the float model.
+    """
+
+    items: tuple[tuple[str, Quantizer], ...] = ()
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        return dict(self.items)
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is exported holds the values that training ran on, which rounding would show."""
+        return bool(self.items)
+
+    def forward(self, apply: Any) -> Any:
+        """A model of what `__call__` returns: the same."""
+        return apply
+
+    def __call__(self, params: Any, kept: Any) -> Any:
+        """The tree that the model runs on."""
+        return self._mapped(fake_params, params, kept)
+
+    @partial(jax.jit, static_argnums=0)
+    def packed(self, params: Any, kept: Any) -> Any:
+        """The tree that is exported."""
+        return self._mapped(packed_params, params, kept)
+
+    def _mapped(self, fn: Callable[..., Any], params: Any, kept: Any) -> Any:
+        w = float_weights(params, kept)
+        return fn(w, self.quantizers, params.get("scales", {}), kept.get("scales", {})) if self.items else w
+
+
+def float_weights(params: Any, kept: Any) -> Any:
+    """The weights of a state's parts, as they are."""
+    return params.get("weights", kept.get("weights"))
 
 
 def check_same_values(packed: Any, faked: Any) -> None:

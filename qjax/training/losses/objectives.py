@@ -3,7 +3,7 @@
     loss = sum_i  c_i  term_i      term: "ce", a divergence from a teacher ("fkl", "rkl", "jsd", "cakld"), or "hidden"
 
 "hidden" is the mean over blocks of |h_student - h_teacher|^2 / Var h_teacher (`relative_mse`). The student runs on
-quantized weights (weights.fake_params), the teacher on its own, in the same step or earlier: a batch may bring the
+quantized weights, the teacher on its own, in the same step or earlier: a batch may bring the
 teacher's top k (`topk`). Where a model is a `Readout`, logits are held a chunk of the vocabulary at a time (`chunked`).
 Terms are written as a config writes them: "fkl", "0.5*ce + 0.5*fkl", "fkl + 0.1*hidden".
 """
@@ -19,14 +19,14 @@ import optax
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.training.grid.weights import Quantizers, fake_params
+from qjax.training.grid.weights import float_weights
 from qjax.training.losses.chunked import chunked_cross_entropy, chunked_loss
 from qjax.training.losses.distill import Divergence, distill_loss, divergence, relative_mse, token_mean
 from qjax.training.losses.topk import top_k_loss
 from qjax.typing import Array, Float, Int, Shaped
 
 # (params, kept, batch, key) -> (loss, {name: scalar})
-Loss = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
+Objective = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
 Apply = Callable[[Any, Array], Array]  # (params, tokens i32[b, t]) -> logits f32[b, t, vocab]
 Hidden = Callable[[Any, Array], Sequence[Array]]  # -> what leaves each block, [b, t, dim]
 
@@ -49,7 +49,7 @@ class Readout:
 
     Attributes:
       config: of the decoder.
-      apply: the decoder without its readout (`program.forward`).
+      apply: the decoder without its readout (`Forward`).
       chunk: tokens of the vocabulary at a time.
     """
 
@@ -156,24 +156,15 @@ def away(
     return distill_loss(teacher, student, measure, mask, temperature)
 
 
-def student(params: Any, kept: Any, quantizers: Quantizers) -> Any:
-    """The weights that the student runs on, from the parts of a state; see `TrainState`."""
-    weights = params.get("weights", kept.get("weights"))
-    if not quantizers:
-        return weights
-    return fake_params(weights, quantizers, params.get("scales", {}), kept.get("scales", {}))
-
-
 def language_loss(
     apply: Apply | Readout,
-    terms: Sequence[Term],
-    quantizers: Quantizers,
+    losses: Losses,
+    read: Callable[[Any, Any], Any] = float_weights,
     *,
     teacher: Apply | Readout | None = None,
     hidden: tuple[Hidden, Hidden] | None = None,
     confidence: float | None = None,
-    temperature: float = 1.0,
-) -> Loss:
+) -> Objective:
     """The loss of a decoder's state on a batch.
 
         {"tokens": i32[b, t + 1]}      windows; each token but the first is a target
@@ -183,16 +174,16 @@ def language_loss(
 
     Args:
       apply: the student's forward, or its readout in chunks; the teacher's is alike.
-      terms: see `parse_terms`.
-      quantizers: {path: Quantizer} of its weights; {} for a float model.
+      losses: the sum and its temperature.
+      read: (params, kept) -> what the student runs on.
       teacher: its forward, run on kept["teacher"] in the same step; None: the batch brings its top k.
-      hidden: what leaves the blocks of the teacher and of the student (`program.hidden_states`); for the term "hidden".
+      hidden: what leaves the blocks of the teacher and of the student (`Forward.hidden`); for the term "hidden".
       confidence: b of "cakld" (`teacher_confidence`).
-      temperature: T of the divergences, which then count T^2; a cached top k has to be one of the same T.
 
     Raises:
       UserError: a term whose teacher or hidden states are missing; chunks of a vocabulary whose top k is cached.
     """
+    terms, temperature = parse_terms(losses.terms), losses.temperature
     measures: dict[str, Divergence] = {}
     for term in terms:
         if term.name == "hidden" and (hidden is None or teacher is None):
@@ -206,7 +197,7 @@ def language_loss(
         del key
         tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         mask = batch["mask"][:, 1:] if "mask" in batch else None
-        w = student(params, kept, quantizers)
+        w = read(params, kept)
         out = apply(w, tokens)
         ce = likelihood(out, targets, mask)
         total, report = jnp.float32(0.0), {"ce": ce}

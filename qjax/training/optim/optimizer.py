@@ -16,7 +16,6 @@ import optax
 from qjax.errors import UserError, check_word
 from qjax.formats.protocol import Format
 from qjax.training.grid.fake_quant import fake_quant
-from qjax.training.grid.quantizer import ScaleKind
 from qjax.training.grid.weights import Quantizers
 from qjax.training.optim.groups import Group
 from qjax.training.optim.parq import inverse_slope, parq, piecewise_affine, relaxed
@@ -90,11 +89,12 @@ class Optimizer:
         return Group(name, pattern, self.rate, self.weight_decay, self.clip, **options)  # type: ignore[arg-type]
 
 
-def groups_of(optimizer: Optimizer, scales: ScaleKind, quantizers: Quantizers, steps: int) -> tuple[Group, ...]:
+def groups_of(optimizer: Optimizer, quantizers: Quantizers, steps: int) -> tuple[Group, ...]:
     """Which parameters train and how: scales, weights, and of `prox` one group for each format."""
     groups: list[Group] = []
-    if scales in ("learned", "decoupled") and quantizers:
-        if scales == "decoupled" and "weights" not in optimizer.trains:  # codes stay: what decides them does not move
+    if any(q.trains for q in quantizers.values()):
+        decoupled = any(q.scales == "decoupled" for q in quantizers.values())
+        if decoupled and "weights" not in optimizer.trains:  # codes stay: what decides them does not move
             groups.append(Group("codes", "re:scales/.*/(threshold|offset)", frozen=True))
         rate, frozen = optimizer.scale_rate or 10 * optimizer.rate, "scales" not in optimizer.trains
         groups.append(Group("scales", "scales/*", rate, 0.0, optimizer.clip, frozen))

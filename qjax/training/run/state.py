@@ -21,11 +21,11 @@ import optax
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.training.losses.objectives import Loss
+from qjax.training.losses.objectives import Objective
 from qjax.training.optim.groups import ema_update, grad_norms
 from qjax.typing import Array
 
-Step = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
+TrainStep = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "kept", "optimizer", "ema"), meta_fields=())
@@ -58,7 +58,7 @@ def init_state(
 
 
 def make_step(
-    loss: Loss,
+    loss: Objective,
     optimizer: optax.GradientTransformation,
     *,
     seed: int = 0,
@@ -66,11 +66,11 @@ def make_step(
     ema: float | None = None,
     labels: Callable[[Any], Any] | None = None,
     donate: bool = True,
-) -> Step:
+) -> TrainStep:
     """The jitted step: (state, batch) -> (state, {"loss", "grad_norm/<group>", what the loss reports}).
 
     Args:
-      loss: see `Loss`; its scalars are averaged over the parts of a batch.
+      loss: see `Objective`; its scalars are averaged over the parts of a batch.
       optimizer: of params.
       seed: of the run; the key of a step is fold_in(key(seed), step).
       accumulate: parts into which each batch, a tree of arrays with one leading axis, is cut.
