@@ -121,13 +121,13 @@ def one(
     config: Config, entry: Entry, trained: Program, model: Model, windows: Windows, corpus: Corpus, seed: int, out: Path
 ) -> dict[str, Any]:
     """Train and merge one entry."""
-    params, kept = entry.start(model.params, jax.random.key(seed))
-    state, beside = init_state(params, trained.optimizer, kept), entry.forward(Forward(model.config))
+    params, constants = entry.start(model.params, jax.random.key(seed))
+    state, beside = init_state(params, trained.optimizer, constants), entry.forward(Forward(model.config))
 
-    def judged(params: Any, kept: Any) -> float:
-        return mean_loss(beside, entry(params, kept), corpus.heldout)
+    def judged(params: Any, constants: Any) -> float:
+        return mean_loss(beside, entry(params, constants), corpus.heldout)
 
-    before = judged(state.params, state.kept)
+    before = judged(state.params, state.constants)
     every = config.log_every * max(1, config.steps // (2 * config.log_every))
     run = Run(
         out, config.steps, config.log_every, every, every, name=entry.method,
@@ -137,5 +137,5 @@ def one(
     read_back(export(dataclasses.replace(model, params=params), out), loss, corpus.heldout)
     return {
         "method": entry.method, "format": "float" if entry.method == "lora" else entry.format, "base": before,
-        "adapted": judged(state.params, state.kept), "merged": loss, "semantics": entry.semantics,
+        "adapted": judged(state.params, state.constants), "merged": loss, "semantics": entry.semantics,
     }  # fmt: skip

@@ -98,7 +98,7 @@ def test_eight_devices_are_one(tmp_path):
         return data.batch_at(step)["tokens"]
 
     _, log, loss = tiny.run(tmp_path / "one")
-    many, log_many, loss_many = tiny.run(tmp_path / "many", batch_at=batch_at, place=data.place)
+    many, log_many, loss_many = tiny.run(tmp_path / "many", batch_at=batch_at, distribute=data.distribute)
     assert loss_many == pytest.approx(loss, abs=1e-5)
     for a, b in zip(log, log_many, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
@@ -308,7 +308,7 @@ def test_gradients_reach_what_trains_and_nothing_else():
     made = program(scales, tiny.CONFIG, 10, compute=tiny.FLOAT32)
     state = start_state(made, tiny.model().params)
     after, _ = made.step(state, {"tokens": tiny.windows().batch_at(0)})
-    for path, leaf in weights.leaves_by_path(after.kept["weights"]).items():
+    for path, leaf in weights.leaves_by_path(after.constants["weights"]).items():
         np.testing.assert_array_equal(leaf, weights.leaves_by_path(tiny.model().params)[path])
 
 

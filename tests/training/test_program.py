@@ -154,7 +154,7 @@ def test_importance_decides_frozen_scales_at_the_start_and_at_a_refresh():
     path, params = "layers_0/attn/q/kernel", tiny.model().params
     h = jnp.linspace(0.01, 9, tiny.CONFIG.dim)
     plain, weighted = (start_state(made, params, importance=i) for i in (None, {path: h}))
-    for kept in (lambda state: state.kept, lambda state: refresh(state, made).kept):
+    for kept in (lambda state: state.constants, lambda state: refresh(state, made).constants):
         a, b = (kept(state)["scales"][path]["scales"]["scale"] for state in (plain, weighted))
         assert np.any(a != b)
     np.testing.assert_array_equal(kept(weighted)["scales"][path]["importance"], h)

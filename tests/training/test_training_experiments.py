@@ -89,7 +89,7 @@ class Reached(Exception):
 class Stub:
     """A program or a state that nothing is computed with."""
 
-    params = kept = {"weights": {}, "adapters": {}}  # noqa: RUF012
+    params = constants = {"weights": {}, "adapters": {}}  # noqa: RUF012
     optimizer = None
 
 

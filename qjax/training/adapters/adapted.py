@@ -68,7 +68,7 @@ class Adapted:
         return self.method in ("qalora", "loraqat")
 
     def start(self, params: Any, key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What trains and what is kept, for `init_state`: {"adapters": ...} and {"weights": the frozen base}."""
+        """What trains and the constants, for `init_state`: {"adapters": ...} and {"weights": the frozen base}."""
         plan = Plan.from_dict({"rules": {"layers_*": self.format, "*": "keep"}})
         if self.method == "loftq":
             base, adapters = loftq_params(params, plan, rank=self.rank, rounds=self.rounds)
@@ -86,24 +86,24 @@ class Adapted:
         """A model of what `__call__` returns, from one of params."""
         return Running(apply) if self.exact else Beside(apply)
 
-    def __call__(self, params: Any, kept: Any) -> Any:
+    def __call__(self, params: Any, constants: Any) -> Any:
         """What the forward runs on."""
-        base, adapters = kept["weights"], params["adapters"]
+        base, adapters = constants["weights"], params["adapters"]
         if self.method == "qalora":
             return map_adapted(pooled_weight, lax.stop_gradient(base), adapters)
         if self.method == "loraqat":
             return map_adapted(lambda _, w, a: fake_quant(lora_weight(w, a), self.format, axis=-2), base, adapters)
         return {"base": base, "adapters": adapters}
 
-    def merged(self, params: Any, kept: Any) -> Merged:
+    def merged(self, params: Any, constants: Any) -> Merged:
         """The model without adapters, and what merging them cost."""
-        base, adapters = kept["weights"], params["adapters"]
+        base, adapters = constants["weights"], params["adapters"]
         if self.method == "qalora":
             return merge_zeros(base, adapters)
         if self.method == "loraqat":
             return merge_fake_quantized(base, adapters, self.format)
         return merge_requantized(base, adapters)
 
-    def packed(self, params: Any, kept: Any) -> Any:
+    def packed(self, params: Any, constants: Any) -> Any:
         """The tree that is exported."""
-        return self.merged(params, kept).params
+        return self.merged(params, constants).params

@@ -29,7 +29,7 @@ from qjax.training.adapters.lora import LAYERS, Adapter, check_rank, matching
 from qjax.training.grid.weights import leaves_by_path
 from qjax.typing import Array, Float
 
-Quantizer = Callable[[Array], QTensor]
+Rounding = Callable[[Array], QTensor]
 
 
 def loftq(
@@ -38,7 +38,7 @@ def loftq(
     axis: int = -2,
     rank: int = 64,
     rounds: int = 5,
-    quantizer: Quantizer | None = None,
+    quantizer: Rounding | None = None,
 ) -> tuple[QTensor, Adapter]:
     """The best of some rounds of alternating between rounding and SVD.
 
@@ -78,7 +78,7 @@ def loftq(
 
 @partial(jax.jit, static_argnames=("format", "axis", "rank", "rounds", "quantizer"))
 def _alternate(
-    w: Array, *, format: Format, axis: int, rank: int, rounds: int, quantizer: Quantizer | None
+    w: Array, *, format: Format, axis: int, rank: int, rounds: int, quantizer: Rounding | None
 ) -> tuple[QTensor, tuple[Array, Array]]:
     q_of = quantizer or partial(quantize, format=format, axis=axis)
 
@@ -86,7 +86,7 @@ def _alternate(
         """A round: Q, (A, B), A B arranged as w is, and the error."""
         q = q_of(w - low_rank)
         if not is_qtensor(q) or q.shape != w.shape:
-            raise UserError(f"loftq: the quantizer made {q} of a matrix of {w.shape}; it must return its QTensor")
+            raise UserError(f"loftq: the quantizer gave {q} for a matrix of {w.shape}; it must return its QTensor")
         left = w - dequantize(q)
         a, b = best_of_rank(left if axis == -2 else left.T, rank)
         ab = jnp.matmul(a, b, precision="highest")

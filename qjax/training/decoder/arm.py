@@ -44,7 +44,7 @@ class Arm:
         grid, optimizer = self.grid, self.optimizer
         if optimizer.prox:
             if not grid.format:
-                raise UserError(f"arm {self.name!r}: prox draws weights to a format; name one")
+                raise UserError(f"arm {self.name!r}: prox pulls weights to a format; name one")
             if (grid.scales, grid.rule, grid.estimator) != ("refit", "own", ""):
                 raise UserError(
                     f"arm {self.name!r}: prox goes with refit scales of the format's own rule, without an estimator"

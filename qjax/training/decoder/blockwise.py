@@ -38,6 +38,7 @@ from qjax.training.optim.schedules import warmup_cosine
 from qjax.typing import Array, Float, Int
 
 Block = Callable[[Any, Array], Array]
+Pairs = tuple[Array, Array]  # inputs z and the float block's outputs y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +102,14 @@ def tune_blocks(
         y = _outputs(block, model.params[name], x)
         if own:
             quantized, data = Quantized(tuple(own.items())), (z, y)
-            params, kept = _start(own, model.params[name], None if rounded is None else rounded[name])
-            before = float(_loss(block, quantized, params, kept, data))
+            params, constants = _start(own, model.params[name], None if rounded is None else rounded[name])
+            before = float(_loss(block, quantized, params, constants, data))
             key = jax.random.fold_in(jax.random.key(tuning.seed), layer)
-            new = _descend(block, quantized, tuning, params, kept, data, key)
-            after = float(_loss(block, quantized, new, kept, data))
+            new = _descend(block, quantized, tuning, params, constants, data, key)
+            after = float(_loss(block, quantized, new, constants, data))
             better = after < before
             params = new if better else params
-            out[name], fake = quantized.packed(params, kept), quantized(params, kept)
+            out[name], fake = quantized.packed(params, constants), quantized(params, constants)
             losses = {"loss_before": before, "loss": after if better else before}
             report.append({"block": name, **losses, "kept_start": not better})
         else:
@@ -120,29 +121,35 @@ def tune_blocks(
     if outside and rounded is None:
         out = weights.packed_params(out, outside, *weights.init(out, outside))
     elif outside:
-        stored = weights.leaves_by_path(rounded)
-        out = weights.replaced(out, {p: stored[p] for p in outside})
+        packed = weights.leaves_by_path(rounded)
+        out = weights.replaced(out, {p: packed[p] for p in outside})
     return out, report
 
 
 def _start(own: Quantizers, params: Any, rounded: Any) -> tuple[Any, Any]:
-    """What trains of a block and what is kept beside it, as parts of a state."""
-    trained, kept = weights.init(params if rounded is None else rounded, own)
+    """What trains of a block and the constants beside it, as parts of a state."""
+    trained, constants = weights.init(params if rounded is None else rounded, own)
     if rounded is not None:
         packed, leaves = weights.leaves_by_path(rounded), weights.leaves_by_path(params)
         params = weights.replaced(rounded, {p: weights.start_weights(leaves[p], packed[p], q) for p, q in own.items()})
-    return {"weights": params, "scales": trained}, {"scales": kept}
+    return {"weights": params, "scales": trained}, {"scales": constants}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 @full_float32
 def _descend(
-    block: Block, quantized: Quantized, tuning: BlockTuning, params: Any, kept: Any, data: tuple[Array, Array], key: Any
+    block: Block,
+    quantized: Quantized,
+    tuning: BlockTuning,
+    params: Any,
+    constants: Any,
+    data: tuple[Array, Array],
+    key: Any,
 ) -> Any:
     (z, y), optimizer = data, _optimizer(tuning)
 
     def loss(p: Any, rows: Array) -> Array:
-        return relative_mse(y[rows], block(quantized(p, kept), z[rows]))
+        return relative_mse(y[rows], block(quantized(p, constants), z[rows]))
 
     def step(carry: tuple[Any, Any], t: Array) -> tuple[tuple[Any, Any], None]:
         p, state = carry
@@ -150,7 +157,7 @@ def _descend(
         grads = jax.grad(loss)(p, rows)
         if tuning.how == "sign":
             lr = (1.0 - (t.astype(jnp.float32) + 0.5) / tuning.steps) / tuning.steps
-            return (_signed(p, grads, quantized.quantizers, kept["scales"], lr), state), None
+            return (_signed(p, grads, quantized.quantizers, constants["scales"], lr), state), None
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
             updates, state = optimizer.update(grads, state, p)
         return (optax.apply_updates(p, updates), state), None
@@ -168,14 +175,14 @@ def _optimizer(tuning: BlockTuning) -> optax.GradientTransformation:
     return optax.partition({"w": adam(tuning.rate), "s": adam(tuning.scale_rate)}, {"weights": "w", "scales": "s"})
 
 
-def _signed(p: Any, grads: Any, own: Quantizers, kept: Any, lr: Array) -> Any:
+def _signed(p: Any, grads: Any, own: Quantizers, constants: Any, lr: Array) -> Any:
     """A step of lr levels for quantized weights, of lr for what trains beside them; other weights stay."""
     leaves, by_weight = weights.leaves_by_path(p["weights"]), weights.leaves_by_path(grads["weights"])
     moved = {}
     for path, q in own.items():
         w = jnp.moveaxis(leaves[path], q.axis, -1)
         g = jnp.moveaxis(by_weight[path], q.axis, -1)
-        scales = kept[path]["scales"] if path in kept else q.format.fit(w)
+        scales = constants[path]["scales"] if path in constants else q.format.fit(w)
         size = spread(jnp.abs(q.format.grid(scales, w.shape)[0]), w)
         moved[path] = jnp.moveaxis(w - lr * size * jnp.sign(g), -1, q.axis)
     beside = jax.tree.map(lambda x, g: x - lr * jnp.sign(g), p["scales"], grads["scales"])
@@ -184,8 +191,10 @@ def _signed(p: Any, grads: Any, own: Quantizers, kept: Any, lr: Array) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
-def _loss(block: Block, quantized: Quantized, params: Any, kept: Any, data: tuple[Array, Array]) -> Float[Array, ""]:
-    (z, y), fake = data, quantized(params, kept)
+def _loss(
+    block: Block, quantized: Quantized, params: Any, constants: Any, data: tuple[Array, Array]
+) -> Float[Array, ""]:
+    (z, y), fake = data, quantized(params, constants)
     return relative_mse(y, lax.map(lambda one: block(fake, one[None])[0], z))
 
 

@@ -85,7 +85,7 @@ def finetune(program: Program, state: TrainState, data: Data, run: Run) -> Finet
     arm = program.arm
     if run.steps != program.steps:
         raise UserError(f"arm {arm.name!r}: compiled for {program.steps} steps, and the run has {run.steps}")
-    if arm.losses.taught and "teacher" not in state.kept and "cached" not in data.batch_at(0):
+    if arm.losses.taught and "teacher" not in state.constants and "cached" not in data.batch_at(0):
         raise UserError(
             f"arm {arm.name!r}: the loss {arm.losses.terms!r} needs a teacher, or batches with its cached top k"
         )
@@ -110,7 +110,7 @@ def finetune(program: Program, state: TrainState, data: Data, run: Run) -> Finet
         observe=observe if program.through.quantizers else None,
     )
     named = dataclasses.replace(run, name=run.name or arm.name, identity={**run.identity, **program.facts})
-    state, rows = train(data.place(state), program.step, data.batch_at, named, hooks)
+    state, rows = train(data.distribute(state), program.step, data.batch_at, named, hooks)
     state = whole(state)
     params = program.export(state)
     if program.through.exact:

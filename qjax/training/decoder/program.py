@@ -35,7 +35,7 @@ from qjax.training.optim.parq import latent
 from qjax.training.run.state import TrainState, init_state, make_step
 from qjax.typing import Array
 
-Parametrization = Quantized | Adapted  # (params, kept) -> what the forward runs on, and what is exported of it
+Parametrization = Quantized | Adapted  # (params, constants) -> what the forward runs on, and what is exported of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Program:
 
     def export(self, state: TrainState) -> Any:
         """The tree that is exported."""
-        return self.through.packed(self.exported(state), state.kept)
+        return self.through.packed(self.exported(state), state.constants)
 
 
 def program(
@@ -203,26 +203,26 @@ def start_state(
         raise UserError(f"arm {arm.name!r}: init is {arm.grid.init!r}, but no recipe's result was given to start from")
     masters = params if rounded is None else weights.started(params, rounded, quantizers)
     trained, scales = weights.init(params if rounded is None else rounded, quantizers, importance)
-    kept: dict[str, Any] = {"scales": scales}
+    constants: dict[str, Any] = {"scales": scales}
     if teacher is not None and arm.losses.taught:
-        kept["teacher"] = teacher
+        constants["teacher"] = teacher
     tree: dict[str, Any] = {"scales": trained} if trained else {}
-    (tree if "weights" in arm.optimizer.trains else kept)["weights"] = masters
-    return init_state(tree, program.optimizer, kept, ema=arm.optimizer.ema > 0)
+    (tree if "weights" in arm.optimizer.trains else constants)["weights"] = masters
+    return init_state(tree, program.optimizer, constants, ema=arm.optimizer.ema > 0)
 
 
 @partial(jax.jit, static_argnums=1)
 def trained_on(state: TrainState, program: Program) -> Any:
     """What the forward runs on, of the parameters that are exported."""
-    return program.through(program.exported(state), state.kept)
+    return program.through(program.exported(state), state.constants)
 
 
 @partial(jax.jit, static_argnums=1)
 def statistics(state: TrainState, program: Program) -> tuple[dict[str, Array], Any]:
     """`weights.statistics` of a state; under a proximal map also how far the model's weights are from their grid."""
     params = latent(state.optimizer, state.params) if program.arm.optimizer.prox else state.params
-    parts = params.get("scales", {}), state.kept.get("scales", {})
-    numbers, codes = weights.statistics(float_weights(params, state.kept), program.through.quantizers, *parts)
+    parts = params.get("scales", {}), state.constants.get("scales", {})
+    numbers, codes = weights.statistics(float_weights(params, state.constants), program.through.quantizers, *parts)
     if program.arm.optimizer.prox:
         grid, now = (weights.leaves_by_path(w) for w in (trained_on(state, program), state.params["weights"]))
         off = sum(jnp.sum(jnp.square(now[p] - grid[p])) for p in program.through.quantizers)
@@ -232,10 +232,10 @@ def statistics(state: TrainState, program: Program) -> tuple[dict[str, Array], A
 
 def refresh(state: TrainState, program: Program) -> TrainState:
     """The state with frozen scales fitted anew."""
-    return dataclasses.replace(state, kept=_refreshed(state.params, state.kept, program))
+    return dataclasses.replace(state, constants=_refreshed(state.params, state.constants, program))
 
 
 @partial(jax.jit, static_argnums=2)
-def _refreshed(params: Any, kept: Any, program: Program) -> Any:
-    scales = weights.refit(float_weights(params, kept), program.through.quantizers, kept["scales"])
-    return kept | {"scales": scales}
+def _refreshed(params: Any, constants: Any, program: Program) -> Any:
+    scales = weights.refit(float_weights(params, constants), program.through.quantizers, constants["scales"])
+    return constants | {"scales": scales}

@@ -106,17 +106,17 @@ def qat(
     axes = contracted_axes(apply, params, *inputs, plan=plan) if inputs else None
     quantizers = weights.quantizers_of(params, plan, scales=scales, estimator=estimator, rule=rule, axes=axes)
     masters = params if rounded is None else weights.started(params, rounded, quantizers)
-    trained, kept = weights.init(params if rounded is None else rounded, quantizers, importance)
-    quantized, kept = weights.Quantized(tuple(quantizers.items())), {"scales": kept}
+    trained, constants = weights.init(params if rounded is None else rounded, quantizers, importance)
+    quantized, constants = weights.Quantized(tuple(quantizers.items())), {"scales": constants}
     return QAT(
         {"weights": masters, "scales": trained},
-        jax.tree_util.Partial(quantized, kept=kept),
-        partial(_exported, quantized, kept),
+        jax.tree_util.Partial(quantized, constants=constants),
+        partial(_exported, quantized, constants),
     )
 
 
-def _exported(quantized: weights.Quantized, kept: Any, tree: Any) -> Any:
+def _exported(quantized: weights.Quantized, constants: Any, tree: Any) -> Any:
     """The packed tree, after a look whether it is what training ran on."""
-    packed = quantized.packed(tree, kept)
-    weights.check_same_values(packed, jax.jit(quantized)(tree, kept))
+    packed = quantized.packed(tree, constants)
+    weights.check_same_values(packed, jax.jit(quantized)(tree, constants))
     return packed

@@ -29,7 +29,7 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.ranges import ends
-from qjax.training.grid.learned_grid import Grid
+from qjax.training.grid.learned_grid import GridArrays
 from qjax.typing import Array, Float
 
 Kind = Literal["own", "absmax", "seq", "lsq", "absmean", "rms", "twn"]
@@ -53,7 +53,7 @@ class ScaleRule:
         if self.per not in ("group", "matrix"):
             raise UserError(f"a scale rule is per group or per matrix, got {self.per!r}")
 
-    def __call__(self, fmt: Format, x: Float[Array, "*b n"]) -> Grid:
+    def __call__(self, fmt: Format, x: Float[Array, "*b n"]) -> GridArrays:
         """s and maybe p for weights x, f32[*b, G] each, G the groups of the format's grid.
 
         Raises:

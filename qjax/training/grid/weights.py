@@ -1,6 +1,6 @@
 """The weights of a params tree in training: which are quantized and how, their values, their export.
 
-    state = init(params, quantizers)          scales that train, and what is kept
+    state = init(params, quantizers)          scales that train, and the constants beside them
     fake_params(params, ...)                  the tree that the model runs on: quantized weights at their stored values
     packed_params(params, ...)                the tree that is exported: QTensors of exactly these values
 
@@ -55,19 +55,19 @@ def quantizers_of(
     """
     axes = axes or {}
     leaves = leaves_by_path(params)
-    made: dict[str, Quantizer] = {}
+    quantizers: dict[str, Quantizer] = {}
     for one in plan.assign(named_weight(path, leaf, axes) for path, leaf in leaves.items()):
         if one.format is not None:
             path = one.weight.path
             axis = axes.get(path, contracted_axis(path, leaves[path].ndim))
-            made[path] = Quantizer(one.format, axis, scales, estimator, rule)
-    if not made:
+            quantizers[path] = Quantizer(one.format, axis, scales, estimator, rule)
+    if not quantizers:
         raise UserError(f"plan {plan.name!r} keeps every weight: there is nothing to train through")
-    return made
+    return quantizers
 
 
 def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | None = None) -> tuple[ByPath, ByPath]:
-    """What trains beside the weights, and what is kept: {path: {...}} each, of the weights as they are now.
+    """What trains beside the weights, and the constants: {path: {...}} each, of the weights as they are now.
 
     Args:
       params: a tree of floats; QTensors in it, any recipe's result, give their own scales instead of a new fit.
@@ -77,7 +77,7 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
     importance = importance or {}
     leaves = leaves_by_path(params)
     check_paths(quantizers, leaves)
-    made = {
+    beside = {
         path: quantizer.init_from(leaves[path])
         if is_qtensor(leaves[path])
         else quantizer.init(leaves[path], importance.get(path))
@@ -85,8 +85,8 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
     }
     for path, quantizer in quantizers.items():
         if quantizer.scales == "frozen" and path in importance:
-            made[path][1]["importance"] = importance[path]
-    return {p: t for p, (t, _) in made.items() if t}, {p: k for p, (_, k) in made.items() if k}
+            beside[path][1]["importance"] = importance[path]
+    return {p: t for p, (t, _) in beside.items() if t}, {p: k for p, (_, k) in beside.items() if k}
 
 
 def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
@@ -112,9 +112,9 @@ def started(params: Any, rounded: Any, quantizers: Quantizers) -> Any:
     Raises:
       UserError: a weight packed there that stays float in training, or whose scales are refit at every step.
     """
-    stored, moved = leaves_by_path(rounded), {}
+    packed, moved = leaves_by_path(rounded), {}
     for path, w in leaves_by_path(params).items():
-        q = stored[path]
+        q = packed[path]
         if not is_qtensor(q):
             continue
         if path not in quantizers:
@@ -128,29 +128,31 @@ def started(params: Any, rounded: Any, quantizers: Quantizers) -> Any:
     return replaced(rounded, moved)
 
 
-def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
+def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath) -> Any:
     """The tree with every quantized weight at its stored value, f32; gradients reach weights and what trains."""
-    return replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, kept))
+    return replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, constants))
 
 
-def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
+def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath) -> Any:
     """The tree with every quantized weight as a QTensor of exactly the values that `fake_params` gives."""
-    return replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, kept))
+    return replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, constants))
 
 
-def refit(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
-    """`kept` with frozen scales fitted anew to the weights as they are, by the same importance."""
+def refit(params: Any, quantizers: Quantizers, constants: ByPath) -> ByPath:
+    """`constants` with frozen scales fitted anew to the weights as they are, by the same importance."""
     leaves = leaves_by_path(params)
     frozen = {path: q for path, q in quantizers.items() if q.scales == "frozen"}
 
     def fitted(q: Quantizer, w: Array, t: ByPath, k: ByPath) -> ByPath:
         return k | q.init(w, k.get("importance"))[1]
 
-    new = _mapped(fitted, leaves, frozen, {}, kept)
-    return kept | new
+    new = _mapped(fitted, leaves, frozen, {}, constants)
+    return constants | new
 
 
-def statistics(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> tuple[dict[str, Array], ByPath]:
+def statistics(
+    params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath
+) -> tuple[dict[str, Array], ByPath]:
     """What quantization does to the weights now.
 
     Returns: {"quant_noise": |W - W_hat| / |W| over all quantized weights, "saturated": the mean share of weights
@@ -164,7 +166,7 @@ def statistics(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPat
         error = x - q.format.decode(scales, codes)
         return jnp.sum(error * error), jnp.sum(x * x), q.saturated(w, scales, codes), codes
 
-    all_of = _mapped(one, leaves, quantizers, trained, kept)
+    all_of = _mapped(one, leaves, quantizers, trained, constants)
     noise, power, saturated = (sum(r[i] for r in all_of.values()) for i in range(3))
     out = {"quant_noise": jnp.sqrt(noise / power), "saturated": saturated / len(all_of)}
     return out, {path: r[3] for path, r in all_of.items()}
@@ -179,7 +181,7 @@ def flip_rate(before: ByPath, now: ByPath) -> Float[Array, ""]:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Quantized weights from the parts of a state, {"weights", "scales"}, whether they train or are kept.
+    """Quantized weights from the parts of a state, {"weights", "scales"}, whether they train or are constants.
 
     Equal for equal quantizers: what is compiled of one serves the other.
 
@@ -202,29 +204,29 @@ class Quantized:
         """A model of what `__call__` returns: the same."""
         return apply
 
-    def __call__(self, params: Any, kept: Any) -> Any:
+    def __call__(self, params: Any, constants: Any) -> Any:
         """The tree that the model runs on."""
-        return self._mapped(fake_params, params, kept)
+        return self._mapped(fake_params, params, constants)
 
     @partial(jax.jit, static_argnums=0)
-    def packed(self, params: Any, kept: Any) -> Any:
+    def packed(self, params: Any, constants: Any) -> Any:
         """The tree that is exported."""
-        return self._mapped(packed_params, params, kept)
+        return self._mapped(packed_params, params, constants)
 
-    def _mapped(self, fn: Callable[..., Any], params: Any, kept: Any) -> Any:
-        w = float_weights(params, kept)
-        return fn(w, self.quantizers, params.get("scales", {}), kept.get("scales", {})) if self.items else w
+    def _mapped(self, fn: Callable[..., Any], params: Any, constants: Any) -> Any:
+        w = float_weights(params, constants)
+        return fn(w, self.quantizers, params.get("scales", {}), constants.get("scales", {})) if self.items else w
 
 
-def float_weights(params: Any, kept: Any) -> Any:
+def float_weights(params: Any, constants: Any) -> Any:
     """The weights of a state's parts, as they are."""
-    return params.get("weights", kept.get("weights"))
+    return params.get("weights", constants.get("weights"))
 
 
-def check_same_values(packed: Any, faked: Any) -> None:
+def check_same_values(packed: Any, trained_on: Any) -> None:
     """Raise UserError, naming the weight, unless a packed tree decodes to exactly the values that training ran on."""
-    stored, values = leaves_by_path(packed), leaves_by_path(faked)
-    for path, leaf in stored.items():
+    values = leaves_by_path(trained_on)
+    for path, leaf in leaves_by_path(packed).items():
         if is_qtensor(leaf):
             off = int(jnp.sum(dequantize(leaf) != values[path]))
             if off:
@@ -245,17 +247,17 @@ def check_paths(named: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
 
 
 def _mapped(
-    fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Quantizers, trained: ByPath, kept: ByPath
+    fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Quantizers, trained: ByPath, constants: ByPath
 ) -> dict[str, Any]:
-    """{path: fn(quantizer, weight, trained, kept)}, weights alike in all of these in one call."""
+    """{path: fn(quantizer, weight, trained, constants)}, weights alike in all of these in one call."""
     check_paths(quantizers, leaves)
     groups: dict[Any, list[str]] = {}
     for path, quantizer in quantizers.items():
-        beside = jax.tree.structure((trained.get(path), kept.get(path)))
+        beside = jax.tree.structure((trained.get(path), constants.get(path)))
         groups.setdefault((quantizer, leaves[path].shape, str(leaves[path].dtype), beside), []).append(path)
     out: dict[str, Any] = {}
     for (quantizer, *_), paths in groups.items():
-        each = [(leaves[p], trained.get(p, {}), kept.get(p, {})) for p in paths]
+        each = [(leaves[p], trained.get(p, {}), constants.get(p, {})) for p in paths]
         if len(each) == 1:
             out[paths[0]] = fn(quantizer, *each[0])
             continue

@@ -25,7 +25,7 @@ from qjax.training.losses.distill import Divergence, distill_loss, divergence, r
 from qjax.training.losses.topk import top_k_loss
 from qjax.typing import Array, Float, Int, Shaped
 
-# (params, kept, batch, key) -> (loss, {name: scalar})
+# (params, constants, batch, key) -> (loss, {name: scalar})
 Objective = Callable[[Any, Any, Any, Array], tuple[Array, dict[str, Array]]]
 Apply = Callable[[Any, Array], Array]  # (params, tokens i32[b, t]) -> logits f32[b, t, vocab]
 Hidden = Callable[[Any, Array], Sequence[Array]]  # -> what leaves each block, [b, t, dim]
@@ -175,8 +175,8 @@ def language_loss(
     Args:
       apply: the student's forward, or its readout in chunks; the teacher's is alike.
       losses: the sum and its temperature.
-      read: (params, kept) -> what the student runs on.
-      teacher: its forward, run on kept["teacher"] in the same step; None: the batch brings its top k.
+      read: (params, constants) -> what the student runs on.
+      teacher: its forward, run on constants["teacher"] in the same step; None: the batch brings its top k.
       hidden: what leaves the blocks of the teacher and of the student (`Forward.hidden`); for the term "hidden".
       confidence: b of "cakld" (`teacher_confidence`).
 
@@ -193,21 +193,21 @@ def language_loss(
     if measures and teacher is None and isinstance(apply, Readout):
         raise UserError("vocab_chunk is for a teacher that runs in the same step: a cached top k needs all logits")
 
-    def loss(params: Any, kept: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(params: Any, constants: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         del key
         tokens, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         mask = batch["mask"][:, 1:] if "mask" in batch else None
-        w = read(params, kept)
+        w = read(params, constants)
         out = apply(w, tokens)
         ce = likelihood(out, targets, mask)
         total, report = jnp.float32(0.0), {"ce": ce}
-        seen = teacher(kept["teacher"], tokens) if measures and teacher is not None else None
+        seen = teacher(constants["teacher"], tokens) if measures and teacher is not None else None
         for term in terms:
             if term.name == "ce":
                 value = ce
             elif term.name == "hidden":
                 assert hidden is not None
-                pairs = zip(hidden[0](kept["teacher"], tokens), hidden[1](w, tokens), strict=True)
+                pairs = zip(hidden[0](constants["teacher"], tokens), hidden[1](w, tokens), strict=True)
                 value = jnp.stack([relative_mse(t, s, mask) for t, s in pairs]).mean()
             elif seen is not None:
                 value = away(measures[term.name], seen, out, mask, temperature)

@@ -37,9 +37,9 @@ class Optimizer:
       cooldown: of the shape "cooldown", how long the fall is, as a share of the steps.
       ema: decay of the moving average that is exported; 0: none.
       trains: parts that train: "weights", "scales"; of learned scales with frozen weights codes may move.
-      prox: "" quantizes the weights in every forward; "parq" or "relax" draws them to the grid by a proximal map in the
+      prox: "" quantizes the weights in every forward; "parq" or "relax" pulls them to the grid by a proximal map in the
         optimizer (`parq`), around latent weights, of which the export is made.
-      prox_span: where in the run the drawing begins and where all weights are on the grid, as shares of the steps.
+      prox_span: where in the run the pull begins and where all weights are on the grid, as shares of the steps.
     """
 
     rate: float = 5e-4
@@ -70,7 +70,7 @@ class Optimizer:
             (falls, f"cooldown is a share of the steps that fits behind the warmup, got {self.cooldown}"),
             (0 <= self.ema < 1, f"ema is a decay from 0 to below 1, got {self.ema}"),
             (0 <= start < end <= 1, f"prox_span is two rising shares of the steps, got {start} and {end}"),
-            (not self.prox or "weights" in self.trains, "prox draws weights that train; add weights to `trains`"),
+            (not self.prox or "weights" in self.trains, "prox pulls weights that train; add weights to `trains`"),
             (not self.prox or not self.ema, "prox goes without ema: the latent weights are exported"),
         ):
             if not fits:
