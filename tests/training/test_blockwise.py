@@ -18,6 +18,7 @@ from qjax.training.decoder.finetune import finetune
 from qjax.training.decoder.program import Compute, program, start_state
 from qjax.training.decoder.quantization import Grid
 from qjax.training.grid import weights
+from qjax.training.grid.qat import Quantized
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.devices import Data
 from qjax.training.run.loop import Run
@@ -71,7 +72,7 @@ def test_signed_steps_stay_within_half_a_level(model, tokens):
     own = {"attn/q/kernel": quantizers["layers_0/attn/q/kernel"]}
     layer = model.params["layers_0"]
     trained, kept = weights.init(layer, own)
-    static = weights.Quantized(tuple(own.items()))
+    static = Quantized(tuple(own.items()))
     z = jax.random.normal(jax.random.key(3), (8, 24, 64))
     block = blockwise.stages_of(CONFIG).blocks[0]
     start, constant = {"weights": layer, "scales": trained}, {"scales": kept}

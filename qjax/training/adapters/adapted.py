@@ -21,7 +21,7 @@ from qjax.pipeline.memory import quantize_params
 from qjax.plan import Plan
 from qjax.training.adapters.loftq import loftq_params
 from qjax.training.adapters.lora import apply_adapted, init_adapters, lora_weight, map_adapted
-from qjax.training.adapters.merging import Merged, merge_fake_quantized, merge_requantized
+from qjax.training.adapters.merging import merge_fake_quantized, merge_requantized
 from qjax.training.adapters.qalora import init_pooled, merge_zeros, pooled_weight
 from qjax.training.grid.fake_quant import fake_quant
 from qjax.training.grid.quantizer import Quantizer
@@ -79,7 +79,7 @@ class Adapted:
 
     @property
     def semantics(self) -> str:
-        """What became of the adapters in what is exported: "sum" or those of `Merged`."""
+        """What became of the adapters in what is exported: "sum", or one of `merging.Semantics`."""
         return {"lora": "sum", "qalora": "exact-zeros", "loraqat": "fake-quantized"}.get(self.method, "requantized")
 
     def forward(self, apply: Any) -> Any:
@@ -95,15 +95,11 @@ class Adapted:
             return map_adapted(lambda _, w, a: fake_quant(lora_weight(w, a), self.format, axis=-2), base, adapters)
         return {"base": base, "adapters": adapters}
 
-    def merged(self, params: Any, constants: Any) -> Merged:
-        """The model without adapters, and what merging them cost."""
-        base, adapters = constants["weights"], params["adapters"]
-        if self.method == "qalora":
-            return merge_zeros(base, adapters)
-        if self.method == "loraqat":
-            return merge_fake_quantized(base, adapters, self.format)
-        return merge_requantized(base, adapters)
-
     def packed(self, params: Any, constants: Any) -> Any:
         """The tree that is exported."""
-        return self.merged(params, constants).params
+        base, adapters = constants["weights"], params["adapters"]
+        if self.method == "qalora":
+            return merge_zeros(base, adapters).params
+        if self.method == "loraqat":
+            return merge_fake_quantized(base, adapters, self.format).params
+        return merge_requantized(base, adapters).params

@@ -32,7 +32,8 @@ from qjax.models.model import Model
 from qjax.models.stages import stages_of
 from qjax.rounding.ranges import spread
 from qjax.training.grid import weights
-from qjax.training.grid.weights import Quantized, Quantizers
+from qjax.training.grid.qat import Quantized
+from qjax.training.grid.weights import Quantizers
 from qjax.training.losses.distill import relative_mse
 from qjax.training.optim.schedules import warmup_cosine
 from qjax.typing import Array, Float, Int

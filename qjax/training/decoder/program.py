@@ -27,7 +27,7 @@ from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.forward import Forward
 from qjax.training.decoder.quantization import quantizers_of
 from qjax.training.grid import weights
-from qjax.training.grid.weights import Quantized, float_weights
+from qjax.training.grid.qat import Quantized, float_weights
 from qjax.training.losses.objectives import Apply, Objective, Readout, language_loss
 from qjax.training.optim.groups import Group, labels, partitioned, rates, restrained
 from qjax.training.optim.optimizer import groups_of

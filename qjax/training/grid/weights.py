@@ -4,15 +4,13 @@
     fake_params(params, ...)                  the tree that the model runs on: quantized weights at their stored values
     packed_params(params, ...)                the tree that is exported: QTensors of exactly these values
 
-`Quantized` does both for the parts of a state. Weights of one shape and one quantizer are stacked and quantized
+Weights of one shape and one quantizer are stacked and quantized
 together: a search over scales is compiled once, not once a layer.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -177,50 +175,6 @@ def flip_rate(before: ByPath, now: ByPath) -> Float[Array, ""]:
     """The share of codes that changed."""
     flipped = sum(jnp.sum((before[p] != now[p]).astype(jnp.float32)) for p in now)
     return flipped / jnp.float32(max(1, sum(codes.size for codes in now.values())))
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """Quantized weights from the parts of a state, {"weights", "scales"}, whether they train or are constants.
-
-    Equal for equal quantizers: what is compiled of one serves the other.
-
-    Attributes:
-      items: (path, quantizer) pairs; none: the float model.
-    """
-
-    items: tuple[tuple[str, Quantizer], ...] = ()
-
-    @property
-    def quantizers(self) -> dict[str, Quantizer]:
-        return dict(self.items)
-
-    @property
-    def exact(self) -> bool:
-        """Whether what is exported holds the values that training ran on, which rounding would show."""
-        return bool(self.items)
-
-    def forward(self, apply: Any) -> Any:
-        """A model of what `__call__` returns: the same."""
-        return apply
-
-    def __call__(self, params: Any, constants: Any) -> Any:
-        """The tree that the model runs on."""
-        return self._mapped(fake_params, params, constants)
-
-    @partial(jax.jit, static_argnums=0)
-    def packed(self, params: Any, constants: Any) -> Any:
-        """The tree that is exported."""
-        return self._mapped(packed_params, params, constants)
-
-    def _mapped(self, fn: Callable[..., Any], params: Any, constants: Any) -> Any:
-        w = float_weights(params, constants)
-        return fn(w, self.quantizers, params.get("scales", {}), constants.get("scales", {})) if self.items else w
-
-
-def float_weights(params: Any, constants: Any) -> Any:
-    """The weights of a state's parts, as they are."""
-    return params.get("weights", constants.get("weights"))
 
 
 def check_same_values(packed: Any, trained_on: Any) -> None:

@@ -19,8 +19,8 @@ import optax
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.training.grid.weights import float_weights
-from qjax.training.losses.chunked import chunked_cross_entropy, chunked_loss
+from qjax.training.grid.qat import float_weights
+from qjax.training.losses.chunked import Unread, chunked_cross_entropy, chunked_loss
 from qjax.training.losses.distill import Divergence, distill_loss, divergence, relative_mse, token_mean
 from qjax.training.losses.topk import top_k_loss
 from qjax.typing import Array, Float, Int, Shaped
@@ -31,16 +31,6 @@ Apply = Callable[[Any, Array], Array]  # (params, tokens i32[b, t]) -> logits f3
 Hidden = Callable[[Any, Array], Sequence[Array]]  # -> what leaves each block, [b, t, dim]
 
 DIVERGENCES = ("fkl", "rkl", "jsd", "cakld")
-
-
-@dataclasses.dataclass(frozen=True)
-class Unread:
-    """What a head reads, x [n, d], and the head [d, v], of a model whose logits are never held all at once."""
-
-    x: Array
-    head: Array
-    chunk: int
-    softcap: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +129,7 @@ def likelihood(out: Array | Unread, targets: Int[Array, "b t"], mask: Mask | Non
     """`cross_entropy`, of logits or of what would become logits."""
     if isinstance(out, Unread):
         counts = None if mask is None else mask.reshape(-1)
-        return chunked_cross_entropy(out.x, out.head, targets.reshape(-1), out.chunk, out.softcap, counts)
+        return chunked_cross_entropy(out, targets.reshape(-1), counts)
     return cross_entropy(out, targets, mask)
 
 
@@ -148,10 +138,7 @@ def away(
 ) -> Float[Array, ""]:
     """How far a student is from its teacher, of logits or of what would become logits."""
     if isinstance(teacher, Unread) and isinstance(student, Unread):
-        return chunked_loss(
-            measure, teacher.x, teacher.head, student.x, student.head, student.chunk,
-            None if mask is None else mask.reshape(-1), temperature, (teacher.softcap, student.softcap),
-        )  # fmt: skip
+        return chunked_loss(measure, teacher, student, None if mask is None else mask.reshape(-1), temperature)
     assert not isinstance(teacher, Unread) and not isinstance(student, Unread), "both in chunks or none"
     return distill_loss(teacher, student, measure, mask, temperature)
 
