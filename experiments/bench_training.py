@@ -24,8 +24,8 @@ from rich.table import Table
 from qjax import rundir
 from qjax.io.checkpoint import load
 from qjax.training.decoder.arm import Arm
-from qjax.training.decoder.program import program, start_state
-from qjax.training.losses.objectives import parse_terms
+from qjax.training.decoder.program import Compute, Teacher, program, start_state
+from qjax.training.optim.optimizer import Optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     batch = {"tokens": np.random.default_rng(0).integers(0, model.config.vocab, (config.batch, config.context + 1))}
     batch = {"tokens": jnp.asarray(batch["tokens"], jnp.int32)}
     steps, states, rows = [], [], []
-    for arm in (Arm("float", trains=("weights",)), *config.arms):
-        taught = any(t.name != "ce" for t in parse_terms(arm.loss))
-        made = program(arm, model.config, 1000, model.config if taught else None, mixed=config.mixed)
-        state = start_state(made, params, teacher=params if taught else None)
+    for arm in (Arm("float", optimizer=Optimizer(trains=("weights",))), *config.arms):
+        made = program(arm, model.config, 1000, teacher=Teacher(model.config), compute=Compute(config.mixed))
+        state = start_state(made, params, teacher=params)
         clock = time.perf_counter()
         compiled = made.step.lower(state, batch).compile()
         seconds = time.perf_counter() - clock

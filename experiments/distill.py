@@ -23,13 +23,18 @@ from qjax.terminal import bar
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import read_back
 from qjax.training.decoder.finetune import finetune, heldout_loss
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.program import Compute, program, start_state
+from qjax.training.decoder.quantization import Grid
+from qjax.training.losses.objectives import Losses
 from qjax.training.losses.topk import read_top_k, rows, top_k, write_top_k
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
 from qjax.training.run.data import Windows
-from qjax.training.run.loop import Loop
+from qjax.training.run.devices import Data
+from qjax.training.run.loop import Run
 
-STUDENT = Arm("student", format="int2_g64_mid_mse", scales="learned", loss="fkl", rate=3e-4)
+STUDENT = Arm("student", Grid("int2_g64_mid_mse", scales="learned"), Optimizer(3e-4), Losses("fkl"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +67,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             f"teacher and student must share a vocabulary; {config.teacher} has {teacher.config.vocab} tokens, "
             f"{config.student} {student.config.vocab}"
         )
-    if config.arm.init:
-        raise UserError("arm.init: this experiment starts from float weights")
+    if config.arm.grid.init:
+        raise UserError("arm.grid.init: this experiment starts from float weights")
     texts = texts_of(config.text, config.heldout, config.characters)
     corpus = corpus_for(teacher, config.teacher, texts, out, config.context, config.eval_windows)
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
@@ -83,16 +88,18 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         return {"tokens": windows.batch_at(step), "cached": rows(cache, numbers)}
 
     losses = {
-        "teacher": heldout_loss(forward(teacher.config), teacher.params, corpus.heldout),
-        "student before": heldout_loss(forward(student.config), student.params, corpus.heldout),
+        "teacher": heldout_loss(Forward(teacher.config), teacher.params, corpus.heldout),
+        "student before": heldout_loss(Forward(student.config), student.params, corpus.heldout),
     }
-    trained, log, losses["student"] = finetune(
-        config.arm, student, batch_at, Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every),
-        out, heldout=corpus.heldout, seed=config.seed,
+    trained = program(config.arm, student.config, config.steps, compute=Compute(seed=config.seed))
+    run = Run(
+        out, config.steps, config.log_every, config.eval_every, config.checkpoint_every,
         identity={**windows.identity, "teacher": config.teacher, "student": config.student, "k": config.k},
     )  # fmt: skip
-    save(dataclasses.replace(trained, tokenizer=teacher.tokenizer), out / "model")
-    read_back(out / "model", losses["student"], corpus.heldout, config.arm.inputs, config.arm.cache)
+    state = start_state(trained, student.params)
+    params, log, losses["student"], _ = finetune(trained, state, Data(batch_at, corpus.heldout), run)
+    save(dataclasses.replace(student, params=params, tokenizer=teacher.tokenizer), out / "model")
+    read_back(out / "model", losses["student"], corpus.heldout, config.arm.activations)
     for name, value in losses.items():
         print(f"{name}: {value:.4f} nats per token, held out")
     return {"losses": losses, "rows": log, "model": str(out / "model")}
@@ -100,8 +107,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def cache_teacher(config: Config, teacher: Any, windows: Windows, folder: Path) -> None:
     """Write the teacher's top k for the sequences of all steps, in their order."""
-    apply = forward(teacher.config)
-    seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k, config.arm.temperature))
+    apply = Forward(teacher.config)
+    seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k, config.arm.losses.temperature))
     with bar("teacher", total=config.steps) as show:
 
         def batches() -> Any:

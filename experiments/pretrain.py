@@ -19,10 +19,12 @@ from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune
 from qjax.training.decoder.fresh import fresh_model
+from qjax.training.decoder.program import Compute, program, start_state
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_in, texts_of, tokenizer_in
 from qjax.training.run.data import Windows
-from qjax.training.run.devices import ONE_DEVICE, Devices, spread
-from qjax.training.run.loop import Loop, tensorboard
+from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
+from qjax.training.run.loop import Run, tensorboard
 from qjax.training.run.processes import by_chief, chief_first
 
 SEVERAL_PROCESSES = True  # `qjax run --join`
@@ -60,7 +62,6 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint under `out`; resumes when `out` holds checkpoints. Returns the final numbers."""
-    loop = Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every)
     texts, heldout = texts_of(config.text, config.heldout, config.characters)
     with chief_first("corpus"):
         tokenizer = tokenizer_in(out, texts, config.vocab)
@@ -69,15 +70,17 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     count = sum(p.size for p in jax.tree.leaves(model.params))
     print(f"{count / 1e6:.2f} M parameters, {len(corpus.tokens.values) / 1e6:.2f} M training tokens")
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
-    batch_at, place = spread(config.devices, windows)
     rise = config.warmup / config.steps
-    arm = Arm("pretrain", rate=config.peak_rate, weight_decay=config.weight_decay, warmup=rise)
-    model, rows, loss = finetune(
-        arm, model, batch_at, loop, out, place=place,
-        heldout=corpus.heldout, identity=windows.identity, accumulate=config.accumulate, seed=config.seed,
-        mixed=config.mixed, sinks=(tensorboard(out),) if config.tensorboard else (),
+    arm = Arm("pretrain", optimizer=Optimizer(config.peak_rate, weight_decay=config.weight_decay, warmup=rise))
+    compute = Compute(config.mixed, config.accumulate, config.seed)
+    trained = program(arm, model.config, config.steps, compute=compute)
+    run = Run(
+        out, config.steps, config.log_every, config.eval_every, config.checkpoint_every, identity=windows.identity,
+        sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip
-    model = dataclasses.replace(model, tokenizer=read_tokenizer(out))
+    data = data_on(windows, corpus.heldout, config.devices)
+    params, rows, loss, _ = finetune(trained, start_state(trained, model.params), data, run)
+    model = dataclasses.replace(model, params=params, tokenizer=read_tokenizer(out))
     by_chief("model", lambda: save(model, out / "model", dtype="bfloat16"))
     return {
         "parameters": count, "training_tokens": len(corpus.tokens.values), "loss": rows[-1]["loss"],

@@ -2,9 +2,10 @@
 
     qjax run configs/training/qat.toml
 
-The model starts as it is or, with `arm.init`, at a recipe's result ("gptq", "best_gguf") in the same format. Its loss
-may have a teacher: the model itself as it was, or another (`teacher`). The table compares the float model, the rounded
-one it could have been (`arm.init` or to nearest) and the trained one, which is read back from the file it became.
+The model starts as it is or, with `arm.grid.init`, at a recipe's result ("gptq", "best_gguf") in the same format. Its
+loss may have a teacher: the model itself as it was, or another (`teacher`). The table compares the float model, the
+rounded one it could have been (`arm.grid.init` or to nearest) and the trained one, which is read back from the file it
+became.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from qjax.tensor import is_qtensor
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import read_back
 from qjax.training.decoder.finetune import finetune, heldout_loss
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.program import Compute, Teacher, program, start_state
+from qjax.training.decoder.quantization import Grid
 from qjax.training.losses.distill import teacher_confidence
+from qjax.training.losses.objectives import Losses
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
 from qjax.training.run.data import Windows
-from qjax.training.run.devices import ONE_DEVICE, Devices, spread
-from qjax.training.run.loop import Loop, tensorboard
+from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
+from qjax.training.run.loop import Run, tensorboard
 from qjax.training.run.processes import by_chief, chief_first
 
-TWO_BITS = Arm("qat", format="int2_g64_mid_mse", scales="learned", loss="0.5*ce + 0.5*fkl", rate=3e-4)
+TWO_BITS = Arm("qat", Grid("int2_g64_mid_mse", scales="learned"), Optimizer(3e-4), Losses("0.5*ce + 0.5*fkl"))
 SEVERAL_PROCESSES = True  # `qjax run --join`
 
 
@@ -58,7 +63,7 @@ class Config:
     eval_every: int = 50
     checkpoint_every: int = 50
     eval_windows: int = 64
-    calibration_windows: int = 64  # of arm.init
+    calibration_windows: int = 64  # of arm.grid.init
     export: Literal["gguf", "hf"] = "hf"  # gguf: ggml formats keep their bytes; hf: floats of the same values
     mixed: bool = True  # bfloat16 operands and float32 sums; else float32
     tensorboard: bool = False  # write OUT/tensorboard as well
@@ -67,11 +72,11 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint and export under `out`; resumes when `out` holds checkpoints."""
-    if not config.arm.format:
-        raise UserError('arm.format: name what the weights become, as in format = "Q4_0"')
+    if not config.arm.grid.format:
+        raise UserError('arm.grid.format: name what the weights become, as in format = "Q4_0"')
     model = load(config.model)
     if config.export == "gguf":  # before any work
-        for assigned in config.arm.plan(model.config).assign(decoder_weights(model.config)):
+        for assigned in config.arm.grid.plan(model.config).assign(decoder_weights(model.config)):
             if assigned.format is not None and not isinstance(assigned.format, BlockFormat):
                 raise UserError(f'{assigned.weight}: GGUF has no type {assigned.format.name}; export = "hf" has')
     teacher = load(config.teacher) if config.teacher else model
@@ -79,37 +84,41 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         texts = texts_of(config.text, config.heldout, config.characters)
         corpus = corpus_for(model, config.model, texts, out, config.context, config.eval_windows)
     windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
-    batch_at, place = spread(config.devices, windows)
-    judge = forward(model.config, config.arm.inputs, config.arm.cache)
-    losses = {"float": heldout_loss(forward(model.config), model.params, corpus.heldout)}
+    data = data_on(windows, corpus.heldout, config.devices)
+    judge = Forward(model.config, config.arm.activations)
+    losses = {"float": heldout_loss(Forward(model.config), model.params, corpus.heldout)}
     calibration = calibration_of(
         model.config.context, corpus.tokens.values[: config.calibration_windows * config.context],
         context=config.context,
     )  # fmt: skip
-    rounded = quantize_model(model, config.arm.plan(model.config), config.arm.init or "rtn", calibration)[0]
-    losses[config.arm.init or "rtn"] = heldout_loss(judge, rounded.params, corpus.heldout)
+    rounded = quantize_model(model, config.arm.grid.plan(model.config), config.arm.grid.init or "rtn", calibration)[0]
+    losses[config.arm.grid.init or "rtn"] = heldout_loss(judge, rounded.params, corpus.heldout)
     confidence = None
-    if "cakld" in config.arm.loss:
+    if "cakld" in config.arm.losses.names:
         first = (windows.batch_at(step) for step in range(4))
         confidence = teacher_confidence(teacher.logits, ((b[:, :-1], b[:, 1:]) for b in first))
-    trained, rows, loss = finetune(
-        config.arm, model, batch_at,
-        Loop(config.steps, config.log_every, config.eval_every, config.checkpoint_every), out,
-        heldout=corpus.heldout, rounded=rounded.params if config.arm.init else None, teacher=teacher, place=place,
-        confidence=confidence,
+    trained = program(
+        config.arm, model.config, config.steps, teacher=Teacher(teacher.config, confidence),
+        compute=Compute(config.mixed, config.accumulate, config.seed),
+    )  # fmt: skip
+    start = rounded.params if config.arm.grid.init else None
+    state = start_state(trained, model.params, rounded=start, teacher=teacher.dense)
+    run = Run(
+        out, config.steps, config.log_every, config.eval_every, config.checkpoint_every,
         identity={**windows.identity, "model": config.model, "teacher": config.teacher},
-        accumulate=config.accumulate, seed=config.seed, mixed=config.mixed,
         sinks=(tensorboard(out),) if config.tensorboard else (),
     )  # fmt: skip
+    params, rows, loss, _ = finetune(trained, state, data, run)
+    quantized = dataclasses.replace(model, params=params)
     path = out / ("model.gguf" if config.export == "gguf" else "model")
-    by_chief("model", lambda: save(dataclasses.replace(trained, tokenizer=model.tokenizer), path))
-    read_back(path, loss, corpus.heldout, config.arm.inputs, config.arm.cache)
+    by_chief("model", lambda: save(quantized, path))
+    read_back(path, loss, corpus.heldout, config.arm.activations)
     losses["trained"] = loss
     table = Table("model", "nats per token, held out")
     for name, value in losses.items():
         table.add_row(name, f"{value:.4f}")
     Console(highlight=False).print(table)
-    print(f"exported: {path}, {bits(trained):.3f} bits per quantized weight")
+    print(f"exported: {path}, {bits(quantized):.3f} bits per quantized weight")
     return {"losses": losses, "rows": rows, "model": str(path)}
 
 

@@ -21,21 +21,29 @@ from rich.table import Table
 from qjax import rundir
 from qjax.errors import UserError
 from qjax.evaluate.intervals import half_interval
+from qjax.models.model import Model
 from qjax.pipeline.memory import quantize_params
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import export, exported_loss, read_back
 from qjax.training.decoder.finetune import finetune
 from qjax.training.decoder.fresh import fresh_model
+from qjax.training.decoder.program import Program, program, start_state
+from qjax.training.decoder.quantization import Grid
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.run.data import Windows
-from qjax.training.run.loop import Loop
+from qjax.training.run.devices import Data
+from qjax.training.run.loop import Run
+
+Programs = dict[tuple[Arm, int], Program]  # what all seeds share: (arm, steps) -> its program
+TWO_BITS = Arm("qat", Grid("int2_g64_mid_mse"), Optimizer(4e-3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The runs."""
 
-    arm: Arm = dataclasses.field(default_factory=lambda: Arm("qat", format="int2_g64_mid_mse", rate=4e-3))
+    arm: Arm = TWO_BITS
     shares: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
     fused: tuple[bool, ...] = (True, False)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -56,18 +64,19 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Every share on every seed."""
-    if config.arm.init:
-        raise UserError("arm.init: this experiment starts from float weights")
+    if config.arm.grid.init:
+        raise UserError("arm.grid.init: this experiment starts from float weights")
     texts, heldout = texts_of(config.text, config.heldout, config.characters)
     tokenizer = tokenizer_in(out, texts, config.vocab)
     corpus = corpus_in(out, tokenizer, texts, heldout, config.context, config.heldout_windows)
-    runs = []
+    runs, programs = [], {}
     for seed in config.seeds:
+        model = fresh_model(config, tokenizer.get_vocab_size(), seed)
         for share in config.shares:
             for fused in config.fused:
                 if share in (0.0, 1.0) and fused != config.fused[0]:
                     continue  # one phase: there is nothing to fuse
-                loss = one(config, corpus, tokenizer.get_vocab_size(), seed, share, fused, out)
+                loss = one(config, corpus, model, seed, share, fused, programs, out)
                 runs.append({"seed": seed, "share": share, "fused": fused, "loss": loss})
                 rundir.log(out, runs[-1])
     table, rows = Table("share", "cooldown", "nats", "over share 0", "+-"), []
@@ -87,26 +96,33 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return {"rows": rows, "runs": runs}
 
 
-def one(config: Config, corpus: Corpus, vocab: int, seed: int, share: float, fused: bool, out: Path) -> float:
+def one(
+    config: Config, corpus: Corpus, model: Model, seed: int, share: float, fused: bool, programs: Programs, out: Path
+) -> float:
     """The held-out loss of the quantized model."""
-    model = fresh_model(config, vocab, seed)
     windows = Windows(corpus.tokens, config.context, config.batch, seed)
     late = round(share * config.steps)
     early = config.steps - late
-    name = f"seed{seed}-share{share:g}-{'fused' if fused else 'own'}"
-    shape = "constant" if fused and late else "cosine"
+    folder = out / f"seed{seed}-share{share:g}-{'fused' if fused else 'own'}"
+
+    def phase(arm: Arm, model: Model, first: int, run: Run) -> tuple[Model, float]:
+        key = arm, run.steps
+        if key not in programs:
+            programs[key] = program(arm, model.config, run.steps)
+        data = Data(lambda step: {"tokens": windows.batch_at(first + step)}, corpus.heldout)
+        params, _, loss, _ = finetune(programs[key], start_state(programs[key], model.params), data, run)
+        return dataclasses.replace(model, params=params), loss
+
     if early:
-        arm = Arm("float", rate=config.arm.rate, weight_decay=config.arm.weight_decay, shape=shape)
-        model, _, _ = finetune(
-            arm, model, lambda s: {"tokens": windows.batch_at(s)}, Loop(early, early, early, early),
-            out / name / "float", heldout=corpus.heldout, identity=windows.identity,
-        )  # fmt: skip
+        own, shape = config.arm.optimizer, "constant" if fused and late else "cosine"
+        arm = Arm("float", optimizer=Optimizer(own.rate, weight_decay=own.weight_decay, shape=shape))
+        run = Run(folder / "float", early, early, early, early, identity=windows.identity)
+        model, _ = phase(arm, model, 0, run)
     if not late:
-        packed, _ = quantize_params(model.params, config.arm.plan(model.config))
-        return exported_loss(dataclasses.replace(model, params=packed), out / name, corpus.heldout)
-    model, _, loss = finetune(
-        config.arm, model, lambda s: {"tokens": windows.batch_at(early + s)}, Loop(late, late, late, late),
-        out / name / "qat", heldout=corpus.heldout, identity=windows.identity,
-    )  # fmt: skip
-    read_back(export(model, out / name), loss, corpus.heldout, config.arm.inputs, config.arm.cache)
+        packed, _ = quantize_params(model.params, config.arm.grid.plan(model.config))
+        return exported_loss(dataclasses.replace(model, params=packed), folder, corpus.heldout)
+    model, loss = phase(
+        config.arm, model, early, Run(folder / "qat", late, late, late, late, identity=windows.identity)
+    )
+    read_back(export(model, folder), loss, corpus.heldout, config.arm.activations)
     return loss

@@ -2,12 +2,7 @@
 
     qjax run configs/training/qlora.toml
 
-    method      base                          forward                              merge
-    lora        float                         W + scale A B                        the sum
-    qlora       nearest in `format`           W_hat + scale A B                    requantized: rounded again
-    loftq       LoftQ's Q, its A and B        W_hat + scale A B                    requantized
-    qalora      nearest, float zeros          adapter constant inside a group      exact: into the zeros
-    loraqat     float                         fake_quant(W + scale A B)            exact: is the forward
+Methods are those of `adapters.adapted`: lora, qlora, loftq, qalora, loraqat.
 
 Both losses are reported: of the model with its adapters on the side, and of the merged model. Only the second is a file
 of the stated size. Every method starts from the same model and sees the same batches.
@@ -18,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -32,37 +25,25 @@ from qjax.evaluate.intervals import half_interval
 from qjax.io.checkpoint import load
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
-from qjax.pipeline.memory import quantize_params
-from qjax.plan import Plan
-from qjax.training.adapters.loftq import loftq_params
-from qjax.training.adapters.lora import apply_adapted, init_adapters, lora_weight, map_adapted
-from qjax.training.adapters.merging import merge_fake_quantized, merge_requantized
-from qjax.training.adapters.qalora import apply_pooled, init_pooled, merge_zeros
-from qjax.training.decoder.export import exported_loss
-from qjax.training.decoder.finetune import heldout_loss, mean_loss
-from qjax.training.decoder.program import forward
-from qjax.training.grid.fake_quant import fake_quant
-from qjax.training.losses.objectives import cross_entropy
-from qjax.training.optim.groups import Group, labels, partitioned, rates
-from qjax.training.optim.schedules import warmup_cosine
-from qjax.training.run.corpus import corpus_for, texts_of
+from qjax.training.adapters.adapted import Adapted
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.export import export, read_back
+from qjax.training.decoder.finetune import finetune, heldout_loss, mean_loss
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.program import Compute, Program, program
+from qjax.training.optim.optimizer import Optimizer
+from qjax.training.run.corpus import Corpus, corpus_for, texts_of
 from qjax.training.run.data import Windows
-from qjax.training.run.loop import Loop, train
-from qjax.training.run.state import init_state, make_step
-
-Method = Literal["lora", "qlora", "loftq", "qalora", "loraqat"]
+from qjax.training.run.devices import data_on
+from qjax.training.run.loop import Run
+from qjax.training.run.state import init_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One method on one format."""
+class Entry(Adapted):
+    """One method on one format, at one rate."""
 
-    method: Method
-    format: str = "NF4_dq"
-    rank: int = 16
-    alpha: float = 16.0
     rate: float = 2e-4
-    rounds: int = 5  # loftq's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +68,15 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     model = load(config.model)
     texts = texts_of(config.text, config.heldout, config.characters)
     corpus = corpus_for(model, config.model, texts, out, config.context, config.eval_windows)
-    start = heldout_loss(forward(model.config), model.params, corpus.heldout)
+    start = heldout_loss(Forward(model.config), model.params, corpus.heldout)
+    programs = [compiled(entry, model.config, config.steps) for entry in config.entries]
     runs = []
     for seed in config.seeds:
         windows = Windows(corpus.tokens, config.context, config.batch, seed)
-        for entry in config.entries:
+        for entry, trained in zip(config.entries, programs, strict=True):
             clock = time.perf_counter()
             name = f"{entry.method}-{entry.format}-r{entry.rank}-a{entry.alpha:g}-{entry.rate:g}-seed{seed}"
-            row = one(config, entry, model, windows, corpus, seed, out / name)
+            row = one(config, entry, trained, model, windows, corpus, seed, out / name)
             row |= {"name": name, "seed": seed, "start": start, "seconds": time.perf_counter() - clock}
             runs.append(row)
             rundir.log(out, row)
@@ -129,86 +111,31 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What an entry compiles; all its seeds share it."""
-
-    beside: Any  # ({"adapters", "base"}, tokens) -> logits
-    groups: tuple[Group, ...]
-    schedule: Any
-    optimizer: Any
-    step: Any
-
-
-@lru_cache(maxsize=16)
-def compiled(entry: Entry, config: DecoderConfig, steps: int) -> Compiled:
-    """The forward and the step of an entry."""
-    apply = forward(config)
-
-    def beside(parts: Any, tokens: Any) -> Any:
-        adapters, base = parts["adapters"], parts["base"]
-        if entry.method == "qalora":
-            return apply_pooled(apply, base, adapters, tokens)
-        if entry.method == "loraqat":
-            w = map_adapted(lambda path, w, a: fake_quant(lora_weight(w, a), entry.format, axis=-2), base, adapters)
-            return apply(w, tokens)
-        return apply_adapted(apply, base, adapters, tokens)
-
-    def loss(params: Any, kept: Any, batch: Any, key: Any) -> Any:
-        del key
-        tokens = batch["tokens"]
-        logits = beside({"adapters": params["adapters"], "base": kept["base"]}, tokens[:, :-1])
-        return cross_entropy(logits, tokens[:, 1:]), {}
-
-    groups = (Group("adapters", "adapters/*", entry.rate, 0.0, 1.0),)
-    schedule = warmup_cosine(1.0, steps, round(0.05 * steps))
-    optimizer = partitioned(groups, schedule)
-    step = make_step(loss, optimizer, labels=lambda p: labels(p, groups))
-    return Compiled(beside, groups, schedule, optimizer, step)
+def compiled(entry: Entry, config: DecoderConfig, steps: int) -> Program:
+    """What all seeds of an entry share."""
+    arm = Arm(entry.method, optimizer=Optimizer(entry.rate))
+    return program(arm, config, steps, through=entry, compute=Compute(mixed=False))
 
 
 def one(
-    config: Config, entry: Entry, model: Model, windows: Windows, corpus: Any, seed: int, out: Path
+    config: Config, entry: Entry, trained: Program, model: Model, windows: Windows, corpus: Corpus, seed: int, out: Path
 ) -> dict[str, Any]:
     """Train and merge one entry."""
-    base, adapters = started(entry, model, seed)
-    made = compiled(entry, model.config, config.steps)
+    params, constants = entry.start(model.params, jax.random.key(seed))
+    state, beside = init_state(params, trained.optimizer, constants), entry.forward(Forward(model.config))
 
-    def judged(adapters: Any) -> float:
-        return mean_loss(made.beside, {"adapters": adapters, "base": base}, corpus.heldout)
+    def judged(params: Any, constants: Any) -> float:
+        return mean_loss(beside, entry(params, constants), corpus.heldout)
 
-    before = judged(adapters)
+    before = judged(state.params, state.constants)
     every = config.log_every * max(1, config.steps // (2 * config.log_every))
-    state, _ = train(
-        init_state({"adapters": adapters}, made.optimizer, {"base": base}), made.step,
-        lambda s: {"tokens": jnp.asarray(windows.batch_at(s))}, out, Loop(config.steps, config.log_every, every, every),
-        identity={**windows.identity, "entry": dataclasses.asdict(entry), "model": config.model, "steps": config.steps},
-        describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(made.groups, made.schedule, at).items()},
-        name=entry.method,
+    run = Run(
+        out, config.steps, config.log_every, every, every, name=entry.method,
+        identity={**windows.identity, "entry": dataclasses.asdict(entry), "model": config.model},
     )  # fmt: skip
-    trained = state.params["adapters"]
-    if entry.method == "qalora":
-        merged = merge_zeros(base, trained)
-    elif entry.method == "loraqat":
-        merged = merge_fake_quantized(base, trained, entry.format)
-    else:
-        merged = merge_requantized(base, trained)
-    loss = exported_loss(dataclasses.replace(model, params=merged.params), out, corpus.heldout)
+    params, _, loss, state = finetune(trained, state, data_on(windows, corpus.heldout), run)
+    read_back(export(dataclasses.replace(model, params=params), out), loss, corpus.heldout)
     return {
         "method": entry.method, "format": "float" if entry.method == "lora" else entry.format, "base": before,
-        "adapted": judged(trained), "merged": loss,
-        "semantics": "sum" if entry.method == "lora" else merged.semantics,
+        "adapted": judged(state.params, state.constants), "merged": loss, "semantics": entry.semantics,
     }  # fmt: skip
-
-
-def started(entry: Entry, model: Model, seed: int) -> tuple[Any, Any]:
-    """The frozen base and the adapters at the start."""
-    plan = Plan.from_dict({"rules": {"layers_*": entry.format, "*": "keep"}})
-    key = jax.random.key(seed)
-    options: dict[str, Any] = {"rank": entry.rank, "alpha": entry.alpha, "key": key}
-    if entry.method in ("lora", "loraqat"):
-        return model.params, init_adapters(model.params, **options)
-    if entry.method == "loftq":
-        return loftq_params(model.params, plan, rank=entry.rank, rounds=entry.rounds)
-    base, _ = quantize_params(model.params, plan)
-    return base, init_pooled(base, **options) if entry.method == "qalora" else init_adapters(base, **options)

@@ -38,18 +38,23 @@ from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
 from qjax.plan import Plan
-from qjax.training.decoder.arm import Arm, quantizers_of_arm
+from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.blockwise import BlockTuning, tune_blocks
 from qjax.training.decoder.export import export, exported_loss, read_back
 from qjax.training.decoder.finetune import finetune, heldout_loss
+from qjax.training.decoder.forward import Forward
 from qjax.training.decoder.fresh import fresh_model
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.program import Program, Teacher, program, start_state
+from qjax.training.decoder.quantization import Grid, quantizers_of
 from qjax.training.losses.distill import teacher_confidence
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
 from qjax.training.run.data import Windows
-from qjax.training.run.loop import Loop
+from qjax.training.run.devices import data_on
+from qjax.training.run.loop import Run
 
 ROUNDED = ("ptq ", "block ")  # how the names of rounded controls begin
+Programs = dict[tuple[Arm, int, Teacher], Program]  # what all seeds share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +126,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise UserError('recipes, block tuning and the teacher "continued" need the arm "continued" to come first')
     corpus, tokenizer = corpus_at(config)
     runs: list[dict[str, Any]] = []
+    programs: Programs = {}
     for seed in config.seeds:
         model = pretrained(config, corpus, tokenizer, seed)
-        runs += one_seed(config, corpus, model, seed, out)
+        runs += one_seed(config, corpus, model, seed, programs, out)
     rows = summary(config, runs)
     Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(table(rows))
     return {"rows": rows, "runs": runs}
@@ -143,14 +149,15 @@ def pretrained(config: Config, corpus: Corpus, tokenizer: Tokenizer, seed: int) 
     b = config.base
     folder = config.models / f"seed{seed}"
     if not (folder / "model").is_dir():
-        arm = Arm("pretrain", rate=b.rate, weight_decay=b.weight_decay)
+        arm = Arm("pretrain", optimizer=Optimizer(b.rate, weight_decay=b.weight_decay))
         tokens = Windows(corpus.tokens, b.context, b.batch, seed)
         model = fresh_model(b, tokenizer.get_vocab_size(), seed)
-        model, _, _ = finetune(
-            arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(b.steps, 20, 200, 200), folder,
-            heldout=corpus.heldout, identity={**tokens.identity, "model_seed": seed},
-        )  # fmt: skip
-        save(dataclasses.replace(model, tokenizer=read_tokenizer(config.models)), folder / "model")
+        trained = program(arm, model.config, b.steps)
+        run = Run(folder, b.steps, 20, 200, 200, identity={**tokens.identity, "model_seed": seed})
+        state = start_state(trained, model.params)
+        params = finetune(trained, state, data_on(tokens, corpus.heldout), run).params
+        model = dataclasses.replace(model, params=params, tokenizer=read_tokenizer(config.models))
+        save(model, folder / "model")
     return load(folder / "model")
 
 
@@ -164,7 +171,9 @@ def check_models(config: Config) -> None:
     write_text(path, said)
 
 
-def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path) -> list[dict[str, Any]]:
+def one_seed(
+    config: Config, corpus: Corpus, model: Model, seed: int, programs: Programs, out: Path
+) -> list[dict[str, Any]]:
     """Every arm and every recipe on one float model; rows of an earlier, interrupted run of `out` are kept."""
     path = out / "metrics.jsonl"
     before = {(r["seed"], r["name"]): r for r in rundir.logged(path)}
@@ -183,13 +192,13 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
 
     # Later epochs than the pretraining's: the same windows in another order.
     tokens = Windows(corpus.tokens, config.base.context, config.base.batch, 1000 + seed)
-    judge = forward(model.config)
+    judge = Forward(model.config)
     row_of("start", lambda: {"loss": heldout_loss(judge, model.params, corpus.heldout)})
     folder = out / f"seed{seed}"
     teachers: dict[str, Any] = {"": None, "start": model}
     for contestant in config.arms:
         name = contestant.arm.name
-        row_of(name, partial(train_arm, config, contestant, model, teachers, tokens, corpus, folder / name))
+        row_of(name, partial(train_arm, config, contestant, model, teachers, tokens, corpus, programs, folder / name))
         if name == "continued":
             teachers["continued"] = load(folder / name / "model")
     control = teachers.get("continued")
@@ -204,24 +213,26 @@ def one_seed(config: Config, corpus: Corpus, model: Model, seed: int, out: Path)
 
 def train_arm(
     config: Config, contestant: Contestant, model: Model, teachers: dict[str, Model | None],
-    tokens: Windows, corpus: Corpus, folder: Path,
+    tokens: Windows, corpus: Corpus, programs: Programs, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one arm; its loss is that of the file it is exported to."""
     arm, teacher = contestant.arm, teachers[contestant.teacher]
     confidence = None
-    if "cakld" in arm.loss and teacher is not None:
+    if "cakld" in arm.losses.names and teacher is not None:
         batches = ((b[:, :-1], b[:, 1:]) for b in map(tokens.batch_at, range(4)))
         confidence = teacher_confidence(teacher.logits, batches)
     steps = contestant.steps or config.steps
     at_the_end = config.log_every * steps  # the last step alone is evaluated and saved
-    result, log, loss = finetune(
-        arm, model, lambda s: {"tokens": tokens.batch_at(s)}, Loop(steps, config.log_every, at_the_end, at_the_end),
-        folder, heldout=corpus.heldout, rounded=rounded_by(config, arm, model, tokens) if arm.init else None,
-        teacher=teacher, confidence=confidence, identity=tokens.identity,
-    )  # fmt: skip
+    key = arm, steps, Teacher(teacher and teacher.config, confidence)
+    if key not in programs:
+        programs[key] = program(arm, model.config, steps, teacher=key[2])
+    rounded = rounded_by(config, arm, model, tokens) if arm.grid.init else None
+    state = start_state(programs[key], model.params, rounded=rounded, teacher=teacher and teacher.dense)
+    run = Run(folder, steps, config.log_every, at_the_end, at_the_end, identity=tokens.identity)
+    params, log, loss, _ = finetune(programs[key], state, data_on(tokens, corpus.heldout), run)
     shutil.rmtree(folder / "checkpoints")
-    path = export(dataclasses.replace(result, tokenizer=model.tokenizer), folder)
-    read_back(path, loss, corpus.heldout, arm.inputs, arm.cache)
+    path = export(dataclasses.replace(model, params=params), folder)
+    read_back(path, loss, corpus.heldout, arm.activations)
     last = {k: log[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log[-1]}
     return {"loss": loss, "steps": steps, "group": contestant.group, **last}
 
@@ -243,9 +254,9 @@ def tune_control(
     config: Config, name: str, tuning: BlockTuning, control: Model, tokens: Windows, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
     """The continued float model, tuned block by block; the name begins with its format."""
-    arm = Arm(name, format=name.split()[0], scales="learned")
+    grid = Grid(name.split()[0], scales="learned")
     seen = calibration(config, control, tokens)
-    params, _ = tune_blocks(control, quantizers_of_arm(arm, control.config), seen.tokens, tuning)
+    params, _ = tune_blocks(control, quantizers_of(grid, control.config), seen.tokens, tuning)
     return {"loss": exported_loss(dataclasses.replace(control, params=params), folder, corpus.heldout)}
 
 
@@ -258,8 +269,8 @@ def calibration(config: Config, model: Model, tokens: Windows) -> Calibration:
 
 def rounded_by(config: Config, arm: Arm, model: Model, tokens: Windows) -> Any:
     """The result of the arm's recipe for the model it starts from."""
-    recipe = recipes.recipe(arm.init)
-    return quantize_model(model, arm.plan(model.config), recipe, calibration(config, model, tokens))[0].params
+    recipe = recipes.recipe(arm.grid.init)
+    return quantize_model(model, arm.grid.plan(model.config), recipe, calibration(config, model, tokens))[0].params
 
 
 def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -267,7 +278,7 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(r["name"] for r in runs))
     loss = {n: {r["seed"]: r["loss"] for r in runs if r["name"] == n} for n in names}
     group = {r["name"]: r.get("group", "") for r in runs}
-    of_format = {c.arm.format: c.group for c in config.arms}
+    of_format = {c.arm.grid.format: c.group for c in config.arms}
     group |= {f"block {name}": of_format.get(name.split()[0], "") for name in config.block_tuned}
     against = config.against or config.arms[0].arm.name
     rows = []

@@ -1,12 +1,22 @@
 """The one exception that means: the input is wrong, not the program; and what exit status an exception stands for."""
 
+import difflib
 import errno
 import signal
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: a file, a key, a name, a shape. Its message is one line that says what is
     wrong, where, and what would be right. The command line prints it and exits with 2."""
+
+
+def check_word(key: str, value: str, words: Sequence[str]) -> None:
+    """Raise UserError, with the nearest word, for a key whose value is none of the words."""
+    if value not in words:
+        near = difflib.get_close_matches(value, [w for w in words if w], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{key} must be {', '.join(w or 'empty' for w in words)}, got {value!r}{hint}")
 
 
 class Stopped(KeyboardInterrupt):

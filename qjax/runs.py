@@ -27,7 +27,7 @@ class Run:
       path: the directory.
       manifest: what `rundir` wrote.
       numbers: the scalars of results.json, {"losses.student": 3.2}; {} while there is none.
-      config: the resolved config, {"arm.rate": 0.001}.
+      config: the resolved config, {"arm.optimizer.rate": 0.001}.
     """
 
     path: Path

@@ -1,8 +1,8 @@
 """Many runs from one config: its `[sweep]` table says which values its keys take.
 
     [sweep.grid]                          # every combination
-    arm.rate = [1e-3, 2e-3]
-    arm.format = ["Q4_0", "int2_g64_mid_mse"]
+    arm.optimizer.rate = [1e-3, 2e-3]
+    arm.grid.format = ["Q4_0", "int2_g64_mid_mse"]
     [sweep.zip]                           # side by side: the first of each, the second of each ...
     seed = [1, 2]
     arm.name = ["one", "two"]
@@ -34,7 +34,7 @@ class Planned:
 
     Attributes:
       name: the first ten digits of its config's hash.
-      values: what the sweep sets, {"arm.rate": 1e-3}.
+      values: what the sweep sets, {"arm.optimizer.rate": 1e-3}.
       config: the experiment's dataclass.
       text: the same as TOML, without a script.
     """
@@ -109,7 +109,7 @@ def planned(source: configs.Source, schema: type, smoke: bool = False) -> tuple[
 
 
 def shown(values: Mapping[str, Any]) -> str:
-    """Keys and values for people: `arm.rate=0.001 seed=1`."""
+    """Keys and values for people: `arm.optimizer.rate=0.001 seed=1`."""
     return " ".join(f"{key}={text_of(value)}" for key, value in values.items())
 
 

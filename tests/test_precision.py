@@ -15,6 +15,7 @@ from qjax.recipes import recipe
 from qjax.rounding.protocol import round_weight
 from qjax.stats import Stats
 from qjax.training.decoder import blockwise, finetune
+from qjax.training.grid.qat import Quantized
 from qjax.training.losses import chunked
 
 CONFIG = DecoderConfig(vocab=32, dim=32, hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, context=16)
@@ -74,7 +75,7 @@ def test_perplexity_and_divergence(params):
 
 def test_losses_of_training(params):
     def loss(x, head):
-        return chunked.chunked_cross_entropy(x, head, jnp.zeros((4,), jnp.int32), chunk=16)
+        return chunked.chunked_cross_entropy(chunked.Unread(x, head, 16), jnp.zeros((4,), jnp.int32))
 
     all_full(jax.make_jaxpr(jax.grad(loss))(shape(4, 8), shape(8, 32)), least=2)
 
@@ -87,8 +88,8 @@ def test_losses_of_training(params):
     def block(params, x):
         return x @ params["w"]
 
-    static, z = blockwise._Static(()), shape(2, 3, 8)
-    all_full(jax.make_jaxpr(blockwise._loss, static_argnums=(0, 1))(block, static, {"w": shape(8, 8)}, {}, {}, z, z))
+    params, z = {"weights": {"w": shape(8, 8)}}, shape(2, 3, 8)
+    all_full(jax.make_jaxpr(blockwise._loss, static_argnums=(0, 1))(block, Quantized(), params, {}, (z, z)))
 
 
 def test_dot_follows_the_caller():

@@ -28,7 +28,7 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Decoder
-from qjax.models.model import running
+from qjax.models.model import Running
 from qjax.typing import Array, Float, Int
 
 Params = Any
@@ -65,10 +65,10 @@ def network_of_decoder(config: DecoderConfig) -> Network:
     model = Decoder(config)
 
     def trunk(params, tokens):
-        return running(hidden)(params, tokens)
+        return Running(hidden)(params, tokens)
 
     def head(params, x):
-        return running(scores)(params, x)
+        return Running(scores)(params, x)
 
     def hidden(params, tokens):
         with jax.default_matmul_precision("highest"):

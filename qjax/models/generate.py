@@ -21,7 +21,7 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Cache, Decoder, empty_cache
-from qjax.models.model import Model, Params, check_tokens, running
+from qjax.models.model import Model, Params, Running, check_tokens
 from qjax.typing import Array, Float, Int
 
 _PAD = 64
@@ -134,7 +134,7 @@ def _extend(config: DecoderConfig, params: Params, tokens: Array, cache: Cache, 
     def apply(params: Params, tokens: Array, cache: Cache) -> Any:
         return Decoder(config).apply({"params": params}, tokens, cache, at=at)
 
-    logits, longer = running(apply)(params, tokens, cache)
+    logits, longer = Running(apply)(params, tokens, cache)
     return logits[:, 0], longer
 
 

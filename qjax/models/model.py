@@ -106,17 +106,18 @@ def forward(config: DecoderConfig, params: Params, tokens: Array) -> Array:
     def apply(params: Params, tokens: Array) -> Any:
         return Decoder(config).apply({"params": params}, tokens)
 
-    return running(apply)(params, tokens)
+    return Running(apply)(params, tokens)
 
 
-def running(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of (params, *inputs) for params that may hold packed weights."""
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A function of (params, *inputs) for params that may hold packed weights; equal where `apply` is."""
 
-    def run(params: Params, *args: Any) -> Any:
+    apply: Callable[..., Any]
+
+    def __call__(self, params: Params, *args: Any) -> Any:
         packed = any(is_qtensor(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_qtensor))
-        return (lift(apply) if packed else apply)(params, *args)
-
-    return run
+        return (lift(self.apply) if packed else self.apply)(params, *args)
 
 
 def check_tokens(config: DecoderConfig, tokens: Any) -> Array:

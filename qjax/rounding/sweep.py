@@ -8,8 +8,8 @@ all others stand still: coordinate descent, which cannot raise it.
 
 A column is a tile's where the format rounds several together. Arrays are transposed, columns first: [n, rows]; rows
 know of each other only inside of a tile. Columns go in blocks of 256 (one product with all of C, or with what lies
-below them), in these in blocks of 16, in these one tile at a time, so that almost all work is matrix products and the size of
-the compiled program does not depend on n.
+below them), in these in blocks of 16, in these one tile at a time, so that almost all work is matrix products and the
+size of the compiled program does not depend on n.
 """
 
 from __future__ import annotations

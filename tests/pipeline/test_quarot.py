@@ -9,7 +9,8 @@ from qjax.models.fuse import rotated
 from qjax.pipeline.calibrated import calibration_of, quantize_model
 from qjax.plan import Plan
 from qjax.training.decoder.finetune import heldout_loss
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.quantization import Activations
 
 LINE = "act('int4') >> int4_g128 >> nearest() >> ldlq()"  # weights and inputs of 4 bits, GPTQ
 
@@ -25,9 +26,9 @@ def test_it_loses_less_than_without_rotations():
     def over_float(model, down: str, cache: str) -> float:
         plan = Plan.from_dict({"rules": {"*down*": down, "layers_*": LINE, "*": "rtn:Q8_0"}})
         q, _ = quantize_model(model, plan, "rtn", calibration)
-        return heldout_loss(forward(model.config, cache=cache), q.params, ids) - exact
+        return heldout_loss(Forward(model.config, Activations(cache=cache)), q.params, ids) - exact
 
-    exact = heldout_loss(forward(model.config), model.params, ids)
+    exact = heldout_loss(Forward(model.config), model.params, ids)
     plain = over_float(model, LINE, "int4_row")
     quarot = over_float(turned, f"hadamard('in') >> {LINE}", "hadamard() >> int4_row")
     assert quarot < 0.75 * plain

@@ -15,8 +15,13 @@ from qjax.training.decoder import blockwise
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.blockwise import BlockTuning, tune_blocks
 from qjax.training.decoder.finetune import finetune
+from qjax.training.decoder.program import Compute, program, start_state
+from qjax.training.decoder.quantization import Grid
 from qjax.training.grid import weights
-from qjax.training.run.loop import Loop
+from qjax.training.grid.qat import Quantized
+from qjax.training.optim.optimizer import Optimizer
+from qjax.training.run.devices import Data
+from qjax.training.run.loop import Run
 
 CONFIG = DecoderConfig(
     vocab=64, dim=64, hidden=64, layers=3, heads=2, kv_heads=2, head_dim=32, context=64, tied=True
@@ -67,12 +72,12 @@ def test_signed_steps_stay_within_half_a_level(model, tokens):
     own = {"attn/q/kernel": quantizers["layers_0/attn/q/kernel"]}
     layer = model.params["layers_0"]
     trained, kept = weights.init(layer, own)
-    static = blockwise._Static(tuple(own.items()))
+    static = Quantized(tuple(own.items()))
     z = jax.random.normal(jax.random.key(3), (8, 24, 64))
     block = blockwise.stages_of(CONFIG).blocks[0]
-    new, _ = blockwise._descend(
-        block, static, BlockTuning(steps=40, how="sign"), layer, trained, kept, z, 2 * z, jax.random.key(0)
-    )
+    start, constant = {"weights": layer, "scales": trained}, {"scales": kept}
+    tuning = BlockTuning(steps=40, how="sign")
+    new = blockwise._descend(block, static, tuning, start, constant, (z, 2 * z), jax.random.key(0))["weights"]
     s = float(jnp.abs(kept["attn/q/kernel"]["scales"]["scale"]).max())
     moved = jnp.abs(new["attn"]["q"]["kernel"] - layer["attn"]["q"]["kernel"])
     assert 0.1 * s < float(moved.max()) <= 0.52 * s
@@ -104,19 +109,13 @@ def test_from_a_recipe_then_end_to_end_scales(model, tokens, tmp_path):
     assert min(same) == 1.0  # the recipe's codes, which are not the nearest, are where it starts
 
     tuned, _ = tune_blocks(model, quantizers, tokens, TUNING, rounded=rounded)
-    arm = Arm("e2e", format="int2_g64_mid_mse", scales="decoupled", trains=("scales",), rate=1e-3, warmup=0.0)
+    arm = Arm("e2e", Grid("int2_g64_mid_mse", scales="decoupled"), Optimizer(1e-3, trains=("scales",), warmup=0.0))
     rows = np.concatenate([tokens, tokens[:, :1]], 1)
-    done, log, _ = finetune(
-        arm,
-        model,
-        lambda s: {"tokens": rows[:8]},
-        Loop(12, 4, 12, 12),
-        tmp_path,
-        heldout=rows[:8],
-        rounded=tuned,
-        mixed=False,
-    )
-    after, before = weights.leaves_by_path(done.params), weights.leaves_by_path(tuned)
+    made = program(arm, CONFIG, 12, compute=Compute(mixed=False))
+    state = start_state(made, model.params, rounded=tuned)
+    data = Data(lambda s: {"tokens": rows[:8]}, rows[:8])
+    done, log, _, _ = finetune(made, state, data, Run(tmp_path, 12, 4, 12, 12))
+    after, before = weights.leaves_by_path(done), weights.leaves_by_path(tuned)
     inside = [p for p in quantizers if p.startswith("layers_")]
     for p in inside:
         np.testing.assert_array_equal(after[p].leaves["codes"], before[p].leaves["codes"])

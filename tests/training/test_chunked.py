@@ -10,7 +10,7 @@ import pytest
 from divergences import FOUR, NAMED, REFERENCES, differences, probabilities
 
 from qjax.errors import UserError
-from qjax.training.losses.chunked import chunked_cross_entropy, chunked_loss
+from qjax.training.losses.chunked import Unread, chunked_cross_entropy, chunked_loss
 from qjax.training.losses.distill import distill_loss
 
 
@@ -35,7 +35,7 @@ def full(f, x_t, w_t, x_s, w_s, mask=None, temperature=1.0):
 @partial(jax.jit, static_argnums=(0, 5), static_argnames="temperature")
 def chunked(f, x_t, w_t, x_s, w_s, chunk, mask=None, temperature=1.0):
     def loss(x_s, w_s):
-        return chunked_loss(f, x_t, w_t, x_s, w_s, chunk, mask, temperature)
+        return chunked_loss(f, Unread(x_t, w_t, chunk), Unread(x_s, w_s, chunk), mask, temperature)
 
     return jax.value_and_grad(loss, (0, 1))(x_s, w_s)
 
@@ -132,7 +132,10 @@ def test_cross_entropy_over_chunks(chunk, softcap, rng):
         return optax.softmax_cross_entropy_with_integer_labels(capped(x @ w, softcap), targets).mean()
 
     want, wanted = jax.jit(jax.value_and_grad(whole, (0, 1)))(x, w)
-    parts = partial(chunked_cross_entropy, targets=targets, chunk=chunk, softcap=softcap)
+
+    def parts(x, w):
+        return chunked_cross_entropy(Unread(x, w, chunk, softcap), targets)
+
     value, grads = jax.jit(jax.value_and_grad(parts, (0, 1)))(x, w)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     check_gradients(grads, wanted)
@@ -145,7 +148,7 @@ def test_softcaps_of_both_models(rng):
         return distill_loss(capped(x_t @ w_t, 2.0), capped(x @ w, 3.0), NAMED["jsd"])
 
     def parts(x, w):
-        return chunked_loss(NAMED["jsd"], x_t, w_t, x, w, 32, softcaps=(2.0, 3.0))
+        return chunked_loss(NAMED["jsd"], Unread(x_t, w_t, 32, 2.0), Unread(x, w, 32, 3.0))
 
     want, wanted = jax.jit(jax.value_and_grad(whole, (0, 1)))(x_s, w_s)
     value, grads = jax.jit(jax.value_and_grad(parts, (0, 1)))(x_s, w_s)
@@ -155,14 +158,17 @@ def test_softcaps_of_both_models(rng):
 
 def test_nothing_flows_to_the_teacher(rng):
     x_t, w_t, x_s, w_s = heads(rng, 12, 9, 6, 90)
-    value, grads = jax.value_and_grad(lambda a: chunked_loss(NAMED["cakld"], *a, x_s, w_s, 8))((x_t, w_t))
+
+    def loss(a):
+        return chunked_loss(NAMED["cakld"], Unread(*a, 8), Unread(x_s, w_s, 8))
+
+    value, grads = jax.value_and_grad(loss)((x_t, w_t))
     assert value > 0 and all(not np.any(g) for g in grads)
 
 
 def test_mistakes_are_named(rng):
     x, w = heads(rng, 4, 4, 4, 20)[:2]
     with pytest.raises(UserError, match="teacher has 20 tokens and the student 19"):
-        chunked_loss(NAMED["fkl"], x, w, x, w[:, :19], 8)
-    for loss in (partial(chunked_loss, NAMED["fkl"], x, w), partial(chunked_cross_entropy, targets=jnp.zeros(4, int))):
-        with pytest.raises(UserError, match="at least 1 token"):
-            loss(x, w, chunk=0)
+        chunked_loss(NAMED["fkl"], Unread(x, w, 8), Unread(x, w[:, :19], 8))
+    with pytest.raises(UserError, match="at least 1 token"):
+        Unread(x, w, 0)

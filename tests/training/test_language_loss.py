@@ -7,7 +7,7 @@ import pytest
 
 from qjax.models.config import DecoderConfig
 from qjax.training.losses.distill import distill_loss, divergence
-from qjax.training.losses.objectives import Readout, language_loss, parse_terms
+from qjax.training.losses.objectives import Losses, Readout, language_loss
 from qjax.training.losses.topk import top_k
 
 VOCAB, D, B, T = 24, 8, 3, 6
@@ -54,8 +54,7 @@ def test_only_targets_of_the_mask_count(batch, rng, chunk):
         return Readout(CONFIG, apply, chunk) if chunk else apply
 
     apply = states if chunk else logits
-    terms = parse_terms(TERMS)
-    loss = language_loss(read(apply), terms, {}, teacher=read(apply), hidden=HIDDEN, temperature=2.0)
+    loss = language_loss(read(apply), Losses(TERMS, temperature=2.0), teacher=read(apply), hidden=HIDDEN)
     (total, report), gradient = value(loss, batch)
     # The same by hand, over the pairs (token, target) that count, as one window of them.
     before, after = (np.asarray(batch["tokens"])[:, s] for s in (slice(None, -1), slice(1, None)))
@@ -79,7 +78,7 @@ def test_only_targets_of_the_mask_count(batch, rng, chunk):
 
 
 def test_without_a_mask_all_count_and_nothing_counts_as_zero(batch):
-    loss = language_loss(logits, parse_terms("ce + fkl"), {}, teacher=logits)
+    loss = language_loss(logits, Losses("ce + fkl"), teacher=logits)
     tokens = {"tokens": batch["tokens"]}
     assert value(loss, tokens)[0][0] == pytest.approx(
         value(loss, batch | {"mask": jnp.ones((B, T + 1))})[0][0], rel=1e-6
@@ -92,7 +91,7 @@ def test_a_cached_teacher_of_the_same_temperature(batch):
     """All of the vocabulary is kept: the loss is that of a teacher in the same step."""
     tokens, mask = batch["tokens"][:, :-1], batch["mask"][:, 1:]
     teacher, student = (logits(params(i), tokens) for i in (2, 1))
-    loss = language_loss(logits, parse_terms("rkl"), {}, temperature=3.0)
+    loss = language_loss(logits, Losses("rkl", temperature=3.0))
     total = value(loss, batch | {"cached": top_k(teacher, VOCAB - 1, 3.0)})[0][0]
     assert total == pytest.approx(float(distill_loss(teacher, student, divergence("rkl"), mask, 3.0)), rel=0.02)
     assert total != pytest.approx(float(distill_loss(teacher, student, divergence("rkl"), mask)), rel=0.1)

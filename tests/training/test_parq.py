@@ -11,7 +11,7 @@ import pytest
 import qjax
 from qjax.errors import UserError
 from qjax.training.optim.groups import Group, partitioned
-from qjax.training.optim.parq import drawn, inverse_slope, latent, parq, piecewise_affine, relaxed
+from qjax.training.optim.parq import between, inverse_slope, latent, parq, piecewise_affine, relaxed
 
 LEVELS = np.array([-1.5, -0.4, 0.3, 1.0, 2.2])
 RHOS = [0.9, 0.5, 0.1]
@@ -44,7 +44,7 @@ def clipped(u, levels, rho):
 
 def slowly_drawn(u, rho):
     w_hat, h, _, _ = cell(np.asarray(u, np.float64), LEVELS)
-    return np.asarray(drawn(f32(u), f32(w_hat), f32(h), jnp.float32(rho)))
+    return np.asarray(between(f32(u), f32(w_hat), f32(h), jnp.float32(rho)))
 
 
 @pytest.mark.parametrize("rho", RHOS)
@@ -75,16 +75,16 @@ def test_map_is_the_proximal_map_of_the_bumps(rho):
 def test_map_at_its_ends_is_exact(rng):
     u = f32(rng.normal(size=1000))
     w_hat, h, _, _ = (f32(x) for x in cell(np.asarray(u, np.float64), LEVELS))
-    for fn in (drawn, jax.jit(drawn)):
+    for fn in (between, jax.jit(between)):
         np.testing.assert_array_equal(fn(u, w_hat, h, ONE), u)
         np.testing.assert_array_equal(fn(u, w_hat, h, ZERO), w_hat)
-    close = drawn(u, w_hat, h, jnp.float32(1 - 1e-5))
+    close = between(u, w_hat, h, jnp.float32(1 - 1e-5))
     assert float(jnp.max(jnp.abs(close - u))) < 1e-4  # no jump as the drawing sets in
     _, _, low, high = cell(np.asarray(u, np.float64), LEVELS)
     inside = np.isfinite(low) & np.isfinite(high)
-    both = [drawn(u[inside], f32(level[inside]), h[inside], jnp.float32(0.3)) for level in (low, high)]
+    both = [between(u[inside], f32(level[inside]), h[inside], jnp.float32(0.3)) for level in (low, high)]
     np.testing.assert_allclose(*both, atol=1e-6)  # an encoder that misses the nearest level changes nothing
-    steep = drawn(u, w_hat, h, jnp.float32(1e-9))
+    steep = between(u, w_hat, h, jnp.float32(1e-9))
     np.testing.assert_allclose(steep, w_hat, atol=1e-6)
 
 

@@ -15,9 +15,14 @@ from qjax.pipeline import Calibration
 from qjax.plan import Plan
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune, heldout_loss
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.program import Teacher, program, start_state
+from qjax.training.decoder.quantization import Grid
+from qjax.training.losses.objectives import Losses
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.data import Tokens, Windows
-from qjax.training.run.loop import Loop
+from qjax.training.run.devices import data_on
+from qjax.training.run.loop import Run
 
 pytestmark = pytest.mark.optimized  # it trains for longer than it compiles
 
@@ -42,33 +47,29 @@ def text(seed: int, count: int) -> np.ndarray:
 @pytest.mark.slow
 def test_two_bit_qat_beats_rounding_by_a_tenth_of_a_nat(tmp_path):
     train_text, heldout = text(0, 400_000), text(1, 128 * (CONTEXT + 1)).astype(np.int32).reshape(-1, CONTEXT + 1)
-    judge, gains = forward(CONFIG), []
+    judge, gains = Forward(CONFIG), []
     for seed in (0, 1):
+
+        def go(arm, params, windows, run, teacher=None):
+            made = program(arm, CONFIG, run.steps, teacher=Teacher(CONFIG))
+            return finetune(made, start_state(made, params, teacher=teacher), data_on(windows, heldout), run)
+
         windows = Windows(Tokens(train_text, VOCAB, "chain"), CONTEXT, BATCH, seed)
-
-        def batch_at(step, windows=windows):
-            return {"tokens": windows.batch_at(step)}
-
         params = jax.jit(Decoder(CONFIG).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
         out = tmp_path / str(seed)
-        start, _, loss = finetune(Arm("float", rate=3e-3), Model(CONFIG, params), batch_at, Loop(400, 100, 400, 400),
-                                  out / "float", heldout=heldout)  # fmt: skip
+        float_arm = Arm("float", optimizer=Optimizer(3e-3))
+        start, _, loss, _ = go(float_arm, params, windows, Run(out / "float", 400, 100, 400, 400))
         later = dataclasses.replace(windows, seed=100 + seed)
-        again, _, continued = finetune(
-            Arm("continued", rate=1e-3), start, lambda s, w=later: {"tokens": w.batch_at(s)}, Loop(100, 50, 100, 100),
-            out / "continued", heldout=heldout,
-        )  # fmt: skip
-        arm = Arm("qat", format=FORMAT, rate=2e-3, loss="0.5*ce + 0.5*fkl")
-        trained, rows, qat = finetune(
-            arm, start, lambda s, w=later: {"tokens": w.batch_at(s)}, Loop(100, 50, 100, 100), out / "qat",
-            heldout=heldout, teacher=start,
-        )  # fmt: skip
+        continued_arm = Arm("continued", optimizer=Optimizer(1e-3))
+        again, _, continued, _ = go(continued_arm, start, later, Run(out / "continued", 100, 50, 100, 100))
+        arm = Arm("qat", Grid(FORMAT), Optimizer(2e-3), Losses("0.5*ce + 0.5*fkl"))
+        trained, rows, qat, _ = go(arm, start, later, Run(out / "qat", 100, 50, 100, 100), teacher=start)
         plan = Plan.from_dict({"rules": {"layers_*": FORMAT, "*": "rtn:Q8_0"}})
         seen = Calibration(later.batch_at(0)[:, :-1])
-        ptq = {r: heldout_loss(judge, qjax.quantize_model(again, plan, r, seen)[0].params, heldout)
+        ptq = {r: heldout_loss(judge, qjax.quantize_model(Model(CONFIG, again), plan, r, seen)[0].params, heldout)
                for r in ("rtn", "gptq")}  # fmt: skip
         print(seed, loss, continued, qat, ptq)
         assert all(row["quant_noise"] > 0.1 for row in rows)
-        assert heldout_loss(judge, trained.params, heldout) == qat
+        assert heldout_loss(judge, trained, heldout) == qat
         gains.append(min(ptq.values()) - qat)
     assert min(gains) >= 0.1, gains

@@ -143,7 +143,7 @@ def test_mistakes_name_the_weight(rng):
     packed = {"a": qjax.quantize(params["a"], "Q4_0"), "b": params["b"]}
     with pytest.raises(UserError, match="a: is packed already; train its floats"):
         qjax.qat(apply, packed, "Q4_0", x)
-    with pytest.raises(UserError, match="a: scales that are refit would not keep a recipe's grid"):
+    with pytest.raises(UserError, match="a: refit scales would not keep a recipe's grid"):
         qjax.qat(apply, params, "Q4_0", x, rounded=packed)
     plan = qjax.Plan((qjax.Rule("a", "keep"), qjax.Rule("b", "Q4_0")))
     with pytest.raises(UserError, match="a: the start has it in Q4_0, here it trains in float"):

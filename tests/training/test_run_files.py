@@ -9,7 +9,7 @@ import pytest
 from qjax import terminal
 from qjax.errors import UserError
 from qjax.io.lock import locked
-from qjax.training.run.loop import Loop, train
+from qjax.training.run.loop import Run, train
 from qjax.training.run.state import init_state, make_step
 
 OPTIMIZER = optax.sgd(0.1)
@@ -18,7 +18,7 @@ STEP = make_step(lambda params, kept, batch, key: (jnp.mean((params["w"] * batch
 
 def go(out, steps):
     state = init_state({"w": jnp.ones(4)}, OPTIMIZER)
-    return train(state, STEP, lambda s: jnp.full((4,), s + 1.0, jnp.float32), out, Loop(steps, 1, 1, 1), name="tiny")
+    return train(state, STEP, lambda s: jnp.full((4,), s + 1.0, jnp.float32), Run(out, steps, 1, 1, 1, name="tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from qjax.errors import UserError
 from qjax.training.optim.groups import Group, partitioned
 from qjax.training.run.data import Tokens, Windows, write_tokens
 from qjax.training.run.processes import start_processes
-from qjax.training.run.sharding import DECODER, global_batch, mesh, place, shardings
+from qjax.training.run.sharding import DECODER, distribute, global_batch, mesh, shardings
 from qjax.training.run.state import init_state, make_step
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
@@ -104,17 +104,17 @@ def test_scales_and_packed_weights_follow_the_output_axis(rng):
     tree = {
         "weights": {"q": {"kernel": qjax.quantize(w, "int4_g32", axis=0)}},
         "scales": {"layers_0/attn/q/kernel": {"s": shape(48, 2), "tensor": shape()}},
-        "kept": {"layers_0/attn/q/kernel": {"s": shape(48, 2)}},
+        "constants": {"layers_0/attn/q/kernel": {"s": shape(48, 2)}},
         "adapters": {"layers_0/attn/q/kernel": {"a": shape(64, 8), "b": shape(8, 48)}},
     }
     found = shardings(tree, mesh(2, 4), small=0)
     assert found["scales"]["layers_0/attn/q/kernel"]["s"].spec == P("fsdp")
-    assert found["kept"]["layers_0/attn/q/kernel"]["s"].spec == P("fsdp")
+    assert found["constants"]["layers_0/attn/q/kernel"]["s"].spec == P("fsdp")
     assert found["scales"]["layers_0/attn/q/kernel"]["tensor"].spec == P()
     assert {leaf.spec for leaf in jax.tree.leaves(found["adapters"])} == {P()}
     packed = jax.tree.leaves(found["weights"])
     assert len(packed) >= 2 and {leaf.spec for leaf in packed} == {P("fsdp")}
-    q = place(tree["weights"], found["weights"])["q"]["kernel"]
+    q = distribute(tree["weights"], found["weights"])["q"]["kernel"]
     assert np.array_equal(qjax.dequantize(q), qjax.dequantize(tree["weights"]["q"]["kernel"]))
     assert {s.data.shape[0] for leaf in jax.tree.leaves(q) for s in leaf.addressable_shards} == {12}
 
@@ -191,11 +191,11 @@ def test_global_batch_is_the_rows_over_all_devices():
         global_batch(rows[:12], m)
 
 
-def test_placed_trees_may_be_donated():
-    """What `place` returns shares no memory with its source, which a teacher may still need."""
+def test_distributed_trees_may_be_donated():
+    """What `distribute` returns shares no memory with its source, which a teacher may still need."""
     m = mesh(1, 1, jax.devices()[:1])
     source = {"kernel": jnp.ones((8, 8))}
-    placed = place(source, shardings(source, m))
+    placed = distribute(source, shardings(source, m))
     after = jax.jit(lambda t: jax.tree.map(lambda x: 2 * x, t), donate_argnums=0)(placed)
     assert placed["kernel"].is_deleted() and float(source["kernel"].sum()) == 64 and float(after["kernel"][0, 0]) == 2
 
@@ -233,7 +233,7 @@ def test_parts_of_a_batch_lie_on_all_devices():
     state = init_state({"up": {"kernel": jnp.ones((32, 64))}, "down": {"kernel": jnp.ones((64, 32))}}, optimizer)
     rows, m = jnp.ones((32, 8, 32)), mesh(8, 1)
     alone = step.lower(state, {"x": rows}).compile()
-    placed = place(state, shardings(jax.eval_shape(lambda: state), m))
+    placed = distribute(state, shardings(jax.eval_shape(lambda: state), m))
     spread = step.lower(placed, {"x": global_batch(rows, m)}).compile()
     assert 8 * spread.cost_analysis()["flops"] < 1.6 * alone.cost_analysis()["flops"]
     assert spread.as_text().count(" all-gather(") == 0

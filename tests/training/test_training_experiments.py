@@ -53,16 +53,14 @@ base = { vocab = 300, dim = 64, hidden = 128, layers = 1, heads = 2, kv_heads = 
 ptq = { "2 bits: rtn" = "rtn:int2_g64_mid_mse", "2 bits: gptq" = "gptq:int2_g64_mid_mse" }
 block_tuned = { "int2_g64_mid_mse Block-AP" = { how = "adam", steps = 2 } }
 [[smoke.arms]]
-arm = { name = "continued", rate = 5e-3 }
+arm = { name = "continued", optimizer.rate = 5e-3 }
 [[smoke.arms]]
 teacher = "continued"
 group = "2 bits"
 [smoke.arms.arm]
 name = "2 bits, qat + kd"
-format = "int2_g64_mid_mse"
-scales = "learned"
-init = "nearest('h') >> ldlq() >> refit(2, 2)"
-loss = "0.5*ce + 0.5*fkl"
+grid = { format = "int2_g64_mid_mse", scales = "learned", init = "nearest('h') >> ldlq() >> refit(2, 2)" }
+losses.terms = "0.5*ce + 0.5*fkl"
 """
 
 
@@ -78,12 +76,21 @@ def test_every_key_of_an_arm_is_set_by_some_config():
     for path in CONFIGS.parent.rglob("*.toml"):
         table = tomllib.loads(path.read_text())
         arms = [c.get("arm", c) for c in table.get("arms", [])]
-        keys |= {key for arm in (table.get("arm", {}), *arms) for key in arm}
-    assert {f.name for f in dataclasses.fields(Arm)} <= keys
+        for arm in (table.get("arm", {}), *arms):
+            keys |= {(part, key) for part, own in arm.items() if part != "name" for key in own}
+    parts = {f.name: getattr(Arm("a"), f.name) for f in dataclasses.fields(Arm) if f.name != "name"}
+    assert {(part, f.name) for part, record in parts.items() for f in dataclasses.fields(record)} <= keys
 
 
 class Reached(Exception):
     """Where an experiment would begin to train, as what run."""
+
+
+class Stub:
+    """A program or a state that nothing is computed with."""
+
+    params = constants = {"weights": {}, "adapters": {}}  # noqa: RUF012
+    optimizer = None
 
 
 @pytest.fixture
@@ -91,8 +98,8 @@ def identity_of(monkeypatch, tmp_path):
     """(experiment, changes of its config) -> the facts that it asks a resumed run to share; nothing is computed."""
     model, corpus = train_tiny.model(), Corpus(train_tiny.windows().tokens, train_tiny.heldout())
 
-    def trains(*args, identity, **options):
-        raise Reached(identity)
+    def trains(program, state, data, run):
+        raise Reached(run.identity)
 
     def identity_of(name, cached=None, **changes):
         script, _ = load_script(read(CONFIGS.parent / f"{name}.toml"))
@@ -104,7 +111,8 @@ def identity_of(monkeypatch, tmp_path):
             "heldout_loss": lambda *_: 0.0, "mean_loss": lambda *_: 0.0, "cache_teacher": lambda *_: None,
             "read_top_k": lambda _: {"indices": np.zeros(cached or (config.steps * config.batch, config.context, 64))},
             "calibration_of": lambda *_, **__: None, "quantize_model": lambda *_: (model, None),
-            "started": lambda *_: (model.params, {"w": np.zeros(2, np.float32)}), "finetune": trains, "train": trains,
+            "program": lambda *_, **__: Stub(), "start_state": lambda *_, **__: None,
+            "init_state": lambda *_: Stub(), "finetune": trains,
         }  # fmt: skip
         for stub, value in stubs.items():
             monkeypatch.setattr(script, stub, value, raising=False)
@@ -130,7 +138,7 @@ def test_a_cached_teacher_of_another_context_is_refused(identity_of):
 
 @pytest.mark.slow
 def test_qat(tiny, tmp_path, capsys):
-    options = [*tiny, "--arm.format", "Q4_0", "--arm.init", "gptq", "--export", "gguf"]
+    options = [*tiny, "--arm.grid.format", "Q4_0", "--arm.grid.init", "gptq", "--export", "gguf"]
     results = run("qat", tmp_path / "run", *options)
     assert set(results["losses"]) == {"float", "gptq", "trained"} and results["rows"][-1]["step"] == 2
     model = qjax.load(tmp_path / "run" / "model.gguf")
@@ -141,15 +149,22 @@ def test_qat(tiny, tmp_path, capsys):
 
 
 def test_formats_that_the_file_lacks_are_refused_before_any_work(tiny, tmp_path, capsys):
-    options = [*tiny, "--arm.format", "int3_g32", "--export", "gguf", "--out", str(tmp_path)]
+    options = [*tiny, "--arm.grid.format", "int3_g32", "--export", "gguf", "--out", str(tmp_path)]
     assert main(["run", str(CONFIGS / "qat.toml"), "--smoke", *options]) == 2
     assert "GGUF has no type int3_g32" in capsys.readouterr().err
     assert not (tmp_path / "tokens.bin").exists()
 
 
+def test_an_unknown_key_of_an_arms_record_is_refused(tmp_path, capsys):
+    path = tmp_path / "wrong.toml"
+    path.write_text(f'extends = "{CONFIGS / "qat.toml"}"\n[arm]\ngrid.formt = "Q4_0"\n')
+    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "wrong.toml:arm.grid.formt: unknown key; did you mean format?" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_distill(tiny, tmp_path):
-    results = run("distill", tmp_path, "--teacher", *tiny[1:], "--arm.format", "int3_g32")
+    results = run("distill", tmp_path, "--teacher", *tiny[1:], "--arm.grid.format", "int3_g32")
     assert results["rows"][-1]["fkl"] > 0 and (tmp_path / "teacher").is_dir()
 
 

@@ -88,10 +88,10 @@ def test_importance_and_refresh(params):
     plain, weighted = weights.init(params, quantizers)[1], weights.init(params, quantizers, {path: h})[1]
     assert float(jnp.abs(plain[path]["scales"]["scale"] - weighted[path]["scales"]["scale"]).max()) > 0
     doubled = jax.tree.map(lambda p: 2 * p, params)
-    renewed = weights.refreshed(doubled, quantizers, plain)
+    renewed = weights.refit(doubled, quantizers, plain)
     np.testing.assert_allclose(renewed[path]["scales"]["scale"], 2 * plain[path]["scales"]["scale"], rtol=2e-3)
     # a refresh fits by the same importance, and values are those of the scales alone
-    again = weights.refreshed(doubled, quantizers, weighted)
+    again = weights.refit(doubled, quantizers, weighted)
     anew = weights.init(doubled, quantizers, {path: h})[1]
     jax.tree.map(np.testing.assert_array_equal, again, anew)
     assert float(jnp.abs(again[path]["scales"]["scale"] - renewed[path]["scales"]["scale"]).max()) > 0
@@ -102,14 +102,14 @@ def test_importance_and_refresh(params):
 @pytest.mark.slow
 def test_measures(params):
     quantizers = weights.quantizers_of(params, Plan.from_dict({"rules": {"layers_*": "Q4_0", "*": "keep"}}))
-    out, codes = weights.measured(params, quantizers, {}, {})
+    out, codes = weights.statistics(params, quantizers, {}, {})
     fake = weights.fake_params(params, quantizers, {}, {})
     leaves, faked = weights.leaves_by_path(params), weights.leaves_by_path(fake)
     noise = sum(float(((faked[p] - leaves[p]) ** 2).sum()) for p in quantizers)
     power = sum(float((leaves[p] ** 2).sum()) for p in quantizers)
     assert float(out["quant_noise"]) == pytest.approx(np.sqrt(noise / power), rel=1e-4)
     assert weights.flip_rate(codes, codes) == 0
-    other = weights.measured(jax.tree.map(lambda p: jnp.roll(p, 1, axis=0), params), quantizers, {}, {})[1]
+    other = weights.statistics(jax.tree.map(lambda p: jnp.roll(p, 1, axis=0), params), quantizers, {}, {})[1]
     assert 0.5 < weights.flip_rate(codes, other) <= 1
 
 

@@ -14,16 +14,19 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune
+from qjax.training.decoder.program import Compute, Teacher, program, start_state
+from qjax.training.decoder.quantization import Grid
+from qjax.training.losses.objectives import Losses
+from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.data import Tokens, Windows
-from qjax.training.run.loop import Loop
+from qjax.training.run.devices import Data
+from qjax.training.run.loop import Run
 
 CONFIG = DecoderConfig(
     vocab=64, dim=32, hidden=64, layers=1, heads=2, kv_heads=1, head_dim=16, context=16, tied=True
 )  # fmt: skip
-ARM = Arm(
-    "tiny", format="int4_g32", scales="learned", rate=3e-3, loss="ce + fkl", ema=0.9, weight_decay=0.1
-)  # fmt: skip
-FROZEN = Arm("frozen", format="int3_g32_mse", scales="frozen", refresh_every=4, rate=3e-3)
+ARM = Arm("tiny", Grid("int4_g32", scales="learned"), Optimizer(3e-3, ema=0.9, weight_decay=0.1), Losses("ce + fkl"))
+FROZEN = Arm("frozen", Grid("int3_g32_mse", scales="frozen", refresh_every=4), Optimizer(3e-3))
 
 
 def model():
@@ -42,13 +45,25 @@ def heldout():
     return (np.cumsum(steps) % CONFIG.vocab).astype(np.int32).reshape(8, 17)
 
 
-def run(out, steps=12, arm=ARM, batch_at=None, **options):
-    w = windows()
-    at = batch_at or w.batch_at
-    return finetune(
-        arm, model(), lambda s: {"tokens": at(s)}, Loop(steps, 2, 4, 4), Path(out), heldout=heldout(),
-        teacher=model(), identity={"data": "walk"}, mixed=False, **options,
-    )  # fmt: skip
+FLOAT32 = Compute(mixed=False)
+
+
+def program_of(arm, steps, **options):
+    """With the model itself as teacher."""
+    return program(arm, CONFIG, steps, teacher=Teacher(CONFIG), compute=FLOAT32, **options)
+
+
+def data(batch_at=None, **options):
+    at = batch_at or windows().batch_at
+    return Data(lambda step: {"tokens": at(step)}, heldout(), **options)
+
+
+def run(out, steps=12, arm=ARM, made=None, state=None, **options):
+    """The packed model, the log, and its loss."""
+    made = made or program_of(arm, steps)
+    state = state or start_state(made, model().params, teacher=model().params)
+    done = finetune(made, state, data(**options), Run(Path(out), steps, 2, 4, 4, identity={"data": "walk"}))
+    return Model(CONFIG, done.params), done.rows, done.loss
 
 
 if __name__ == "__main__":

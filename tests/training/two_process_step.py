@@ -39,7 +39,7 @@ def train_sharded(windows, mesh, steps, process=0, processes=1):
     """The state after `steps` on a mesh, and the losses."""
     # small=0: even the smallest matrix is cut, or the test would fail here.
     where = sharding.shardings(jax.eval_shape(fresh_state), mesh, small=0)
-    state = sharding.place(jax.jit(fresh_state)(), where)
+    state = sharding.distribute(jax.jit(fresh_state)(), where)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
     losses = []
     for s in range(steps):

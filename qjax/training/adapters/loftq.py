@@ -22,14 +22,14 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
-from qjax.pipeline.memory import contracted_axis
-from qjax.plan.rules import Plan, Weight
+from qjax.pipeline.memory import contracted_axis, named_weight
+from qjax.plan.rules import Plan
 from qjax.tensor import QTensor, check_length, dequantize, is_qtensor, quantize
 from qjax.training.adapters.lora import LAYERS, Adapter, check_rank, matching
 from qjax.training.grid.weights import leaves_by_path
 from qjax.typing import Array, Float
 
-Quantizer = Callable[[Array], QTensor]
+Rounding = Callable[[Array], QTensor]
 
 
 def loftq(
@@ -38,7 +38,7 @@ def loftq(
     axis: int = -2,
     rank: int = 64,
     rounds: int = 5,
-    quantizer: Quantizer | None = None,
+    quantizer: Rounding | None = None,
 ) -> tuple[QTensor, Adapter]:
     """The best of some rounds of alternating between rounding and SVD.
 
@@ -78,7 +78,7 @@ def loftq(
 
 @partial(jax.jit, static_argnames=("format", "axis", "rank", "rounds", "quantizer"))
 def _alternate(
-    w: Array, *, format: Format, axis: int, rank: int, rounds: int, quantizer: Quantizer | None
+    w: Array, *, format: Format, axis: int, rank: int, rounds: int, quantizer: Rounding | None
 ) -> tuple[QTensor, tuple[Array, Array]]:
     q_of = quantizer or partial(quantize, format=format, axis=axis)
 
@@ -86,7 +86,7 @@ def _alternate(
         """A round: Q, (A, B), A B arranged as w is, and the error."""
         q = q_of(w - low_rank)
         if not is_qtensor(q) or q.shape != w.shape:
-            raise UserError(f"loftq: the quantizer made {q} of a matrix of {w.shape}; it must return its QTensor")
+            raise UserError(f"loftq: the quantizer gave {q} for a matrix of {w.shape}; it must return its QTensor")
         left = w - dequantize(q)
         a, b = best_of_rank(left if axis == -2 else left.T, rank)
         ab = jnp.matmul(a, b, precision="highest")
@@ -155,14 +155,11 @@ def loftq_params(
 
 def _of_plan(plan: Plan, named: Mapping[str, Any]) -> dict[str, tuple[Format, int]]:
     """The format and contracted axis of each weight that the plan quantizes."""
-    axes = {path: contracted_axis(path, leaf.ndim) for path, leaf in named.items()}
-    shapes = {path: list(leaf.shape) for path, leaf in named.items()}
-    for path, shape in shapes.items():
-        shape.extend([shape.pop(axes[path])] if shape else [])
     formats = {}
-    for path, one in zip(named, plan.assign([Weight(path, tuple(shapes[path])) for path in named]), strict=True):
+    for one in plan.assign(named_weight(path, leaf, {}) for path, leaf in named.items()):
+        path = one.weight.path
         if one.recipe is not None:
             raise UserError(f"loftq: the plan gives {path} a recipe; its rules must be formats alone")
         if one.format is not None:
-            formats[path] = (one.format, axes[path])
+            formats[path] = (one.format, contracted_axis(path, named[path].ndim))
     return formats

@@ -73,14 +73,14 @@ def init_adapters(
     >>> {path: (m.a.shape, m.b.shape, m.scale) for path, m in adapters.items()}
     {'layers_0/q/kernel': ((8, 2), (2, 6), 8.0)}
     """
-    made = {}
+    adapters = {}
     for path, leaf in matching(params, patterns).items():
         lead, n, out = sides(path, leaf)
         check_rank(path, rank, n, out)
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         a = jax.random.uniform(own, (*lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5)
-        made[path] = Adapter(a, jnp.zeros((*lead, rank, out), jnp.float32), alpha / rank)
-    return made
+        adapters[path] = Adapter(a, jnp.zeros((*lead, rank, out), jnp.float32), alpha / rank)
+    return adapters
 
 
 def apply_adapted(apply: Callable[..., Any], params: Any, adapters: Adapters, *inputs: Any, **options: Any) -> Any:

@@ -66,7 +66,7 @@ def merge_requantized(params: Any, adapters: Adapters) -> Merged:
         check_bare(path, w)
         return quantize(lora_weight(w, adapter), w.format, w.axis)
 
-    return measured("requantized", params, adapters, merged, lambda path, w, adapter: lora_weight(w, adapter))
+    return merge_each("requantized", params, adapters, merged, lambda path, w, adapter: lora_weight(w, adapter))
 
 
 def merge_fake_quantized(params: Any, adapters: Adapters, format: str | Format | Mapping[str, str | Format]) -> Merged:
@@ -95,7 +95,7 @@ def merge_fake_quantized(params: Any, adapters: Adapters, format: str | Format |
             raise UserError(f"{path} has an adapter, but no format is given for it")
         return get_format(named), w.axis if is_qtensor(w) else -2
 
-    return measured("fake-quantized", params, adapters, merged, trained)
+    return merge_each("fake-quantized", params, adapters, merged, trained)
 
 
 @partial(jax.jit, static_argnames=("format", "axis"))
@@ -103,7 +103,7 @@ def _fake(w: Any, adapter: Adapter, format: Format, axis: int) -> Array:
     return dequantize(quantize(lora_weight(w, adapter), format, axis))
 
 
-def measured(
+def merge_each(
     semantics: Semantics,
     params: Any,
     adapters: Adapters,

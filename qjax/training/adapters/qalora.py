@@ -37,7 +37,7 @@ from qjax.training.adapters.lora import (
     product,
     sides,
 )
-from qjax.training.adapters.merging import Merged, check_bare, measured
+from qjax.training.adapters.merging import Merged, check_bare, merge_each
 from qjax.typing import Array, Float
 
 
@@ -54,12 +54,12 @@ def init_pooled(
       UserError: another format, a reparametrized weight, a rank above n / g or out; what `init_adapters` raises.
     """
     groups = {path: groups_of(path, leaf) for path, leaf in matching(params, patterns).items()}
-    made = init_adapters(params, rank, alpha, patterns, key=key)
-    for path, adapter in made.items():
+    adapters = init_adapters(params, rank, alpha, patterns, key=key)
+    for path, adapter in adapters.items():
         check_rank(f"{path}, by groups", rank, groups[path], adapter.b.shape[-1])
         every = adapter.a.shape[-2] // groups[path]
-        made[path] = dataclasses.replace(adapter, a=adapter.a[..., ::every, :])
-    return made
+        adapters[path] = dataclasses.replace(adapter, a=adapter.a[..., ::every, :])
+    return adapters
 
 
 def apply_pooled(apply: Callable[..., Any], params: Any, adapters: Adapters, *inputs: Any, **options: Any) -> Any:
@@ -104,7 +104,7 @@ def merge_zeros(params: Any, adapters: Adapters) -> Merged:
         delta = _repeated(_by_rows(adapter), q.shape[q.axis], -1)
         return dequantize(q) + (delta if q.axis == -1 else jnp.swapaxes(delta, -1, -2))
 
-    return measured("exact-zeros", params, adapters, with_zeros, beside)
+    return merge_each("exact-zeros", params, adapters, with_zeros, beside)
 
 
 @jax.jit

@@ -16,7 +16,7 @@ scales = "decoupled", trains = ("scales",) and this result as `rounded`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -32,12 +32,14 @@ from qjax.models.model import Model
 from qjax.models.stages import stages_of
 from qjax.rounding.ranges import spread
 from qjax.training.grid import weights
-from qjax.training.grid.quantizer import Quantizer
+from qjax.training.grid.qat import Quantized
+from qjax.training.grid.weights import Quantizers
 from qjax.training.losses.distill import relative_mse
 from qjax.training.optim.schedules import warmup_cosine
 from qjax.typing import Array, Float, Int
 
 Block = Callable[[Any, Array], Array]
+Pairs = tuple[Array, Array]  # inputs z and the float block's outputs y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class BlockTuning:
 
 def tune_blocks(
     model: Model,
-    quantizers: weights.Quantizers,
+    quantizers: Quantizers,
     tokens: Int[np.ndarray, "n t"],
     tuning: BlockTuning | None = None,
     *,
@@ -100,12 +102,17 @@ def tune_blocks(
         own = {p.removeprefix(name + "/"): q for p, q in quantizers.items() if p.startswith(name + "/")}
         y = _outputs(block, model.params[name], x)
         if own:
-            start = None if rounded is None else rounded[name]
+            quantized, data = Quantized(tuple(own.items())), (z, y)
+            params, constants = _start(own, model.params[name], None if rounded is None else rounded[name])
+            before = float(_loss(block, quantized, params, constants, data))
             key = jax.random.fold_in(jax.random.key(tuning.seed), layer)
-            params, trained, kept, before, after = _tuned(block, own, tuning, model.params[name], start, z, y, key)
-            out[name] = _packed(_Static(tuple(own.items())), params, trained, kept)
-            fake = weights.fake_params(params, own, trained, kept)
-            report.append({"block": name, "loss_before": before, "loss": after, "kept_start": not after < before})
+            new = _descend(block, quantized, tuning, params, constants, data, key)
+            after = float(_loss(block, quantized, new, constants, data))
+            better = after < before
+            params = new if better else params
+            out[name], fake = quantized.packed(params, constants), quantized(params, constants)
+            losses = {"loss_before": before, "loss": after if better else before}
+            report.append({"block": name, **losses, "kept_start": not better})
         else:
             fake = model.params[name]
         x, z = y, _outputs(block, fake, z)
@@ -115,76 +122,48 @@ def tune_blocks(
     if outside and rounded is None:
         out = weights.packed_params(out, outside, *weights.init(out, outside))
     elif outside:
-        stored = weights.leaves_by_path(rounded)
-        out = weights.replaced(out, {p: stored[p] for p in outside})
+        packed = weights.leaves_by_path(rounded)
+        out = weights.replaced(out, {p: packed[p] for p in outside})
     return out, report
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """Quantizers by path, as a hashable record."""
-
-    items: tuple[tuple[str, Quantizer], ...]
-
-    @property
-    def quantizers(self) -> dict[str, Quantizer]:
-        return dict(self.items)
-
-
-def _tuned(
-    block: Block,
-    own: Mapping[str, Quantizer],
-    tuning: BlockTuning,
-    params: Any,
-    rounded: Any,
-    z: Array,
-    y: Array,
-    key: Any,
-) -> tuple[Any, Any, Any, float, float]:
-    """The trained block, what trains and what is kept beside it, its loss before and after."""
-    trained, kept = weights.init(params if rounded is None else rounded, own)
+def _start(own: Quantizers, params: Any, rounded: Any) -> tuple[Any, Any]:
+    """What trains of a block and the constants beside it, as parts of a state."""
+    trained, constants = weights.init(params if rounded is None else rounded, own)
     if rounded is not None:
-        stored, leaves = weights.leaves_by_path(rounded), weights.leaves_by_path(params)
-        params = weights.replaced(rounded, {p: weights.start_weights(leaves[p], stored[p], q) for p, q in own.items()})
-    static = _Static(tuple(own.items()))
-    before = float(_loss(block, static, params, trained, kept, z, y))
-    new, moved = _descend(block, static, tuning, params, trained, kept, z, y, key)
-    after = float(_loss(block, static, new, moved, kept, z, y))
-    return (new, moved, kept, before, after) if after < before else (params, trained, kept, before, before)
+        packed, leaves = weights.leaves_by_path(rounded), weights.leaves_by_path(params)
+        params = weights.replaced(rounded, {p: weights.start_weights(leaves[p], packed[p], q) for p, q in own.items()})
+    return {"weights": params, "scales": trained}, {"scales": constants}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 @full_float32
 def _descend(
     block: Block,
-    static: _Static,
+    quantized: Quantized,
     tuning: BlockTuning,
     params: Any,
-    trained: Any,
-    kept: Any,
-    z: Array,
-    y: Array,
+    constants: Any,
+    data: tuple[Array, Array],
     key: Any,
-) -> tuple[Any, Any]:
-    own, n = static.quantizers, z.shape[0]
-    optimizer = _optimizer(tuning)
+) -> Any:
+    (z, y), optimizer = data, _optimizer(tuning)
 
-    def loss(p: tuple[Any, Any], rows: Array) -> Array:
-        return relative_mse(y[rows], block(weights.fake_params(p[0], own, p[1], kept), z[rows]))
+    def loss(p: Any, rows: Array) -> Array:
+        return relative_mse(y[rows], block(quantized(p, constants), z[rows]))
 
     def step(carry: tuple[Any, Any], t: Array) -> tuple[tuple[Any, Any], None]:
         p, state = carry
-        rows = jax.random.permutation(jax.random.fold_in(key, t), n)[: tuning.batch]
+        rows = jax.random.permutation(jax.random.fold_in(key, t), z.shape[0])[: tuning.batch]
         grads = jax.grad(loss)(p, rows)
         if tuning.how == "sign":
             lr = (1.0 - (t.astype(jnp.float32) + 0.5) / tuning.steps) / tuning.steps
-            return (_signed(p, grads, own, kept, lr), state), None
+            return (_signed(p, grads, quantized.quantizers, constants["scales"], lr), state), None
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
             updates, state = optimizer.update(grads, state, p)
         return (optax.apply_updates(p, updates), state), None
 
-    start = (params, trained)
-    (p, _), _ = lax.scan(step, (start, optimizer.init(start)), jnp.arange(tuning.steps))
+    (p, _), _ = lax.scan(step, (params, optimizer.init(params)), jnp.arange(tuning.steps))
     return p
 
 
@@ -194,27 +173,29 @@ def _optimizer(tuning: BlockTuning) -> optax.GradientTransformation:
     def adam(rate: float) -> optax.GradientTransformation:
         return optax.adam(warmup_cosine(rate, tuning.steps, 0, rate / 20), b1=0.9, b2=0.95)
 
-    return optax.partition({"w": adam(tuning.rate), "s": adam(tuning.scale_rate)}, ("w", "s"))
+    return optax.partition({"w": adam(tuning.rate), "s": adam(tuning.scale_rate)}, {"weights": "w", "scales": "s"})
 
 
-def _signed(p: tuple[Any, Any], grads: tuple[Any, Any], own: Any, kept: Any, lr: Array) -> tuple[Any, Any]:
+def _signed(p: Any, grads: Any, own: Quantizers, constants: Any, lr: Array) -> Any:
     """A step of lr levels for quantized weights, of lr for what trains beside them; other weights stay."""
-    leaves, by_weight = weights.leaves_by_path(p[0]), weights.leaves_by_path(grads[0])
+    leaves, by_weight = weights.leaves_by_path(p["weights"]), weights.leaves_by_path(grads["weights"])
     moved = {}
     for path, q in own.items():
         w = jnp.moveaxis(leaves[path], q.axis, -1)
         g = jnp.moveaxis(by_weight[path], q.axis, -1)
-        scales = kept[path]["scales"] if path in kept else q.format.fit(w)
+        scales = constants[path]["scales"] if path in constants else q.format.fit(w)
         size = spread(jnp.abs(q.format.columns(scales, w.shape)[0]), w)
         moved[path] = jnp.moveaxis(w - lr * size * jnp.sign(g), -1, q.axis)
-    beside = jax.tree.map(lambda x, g: x - lr * jnp.sign(g), p[1], grads[1])
-    return weights.replaced(p[0], moved), beside
+    beside = jax.tree.map(lambda x, g: x - lr * jnp.sign(g), p["scales"], grads["scales"])
+    return {"weights": weights.replaced(p["weights"], moved), "scales": beside}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
-def _loss(block: Block, static: _Static, params: Any, trained: Any, kept: Any, z: Array, y: Array) -> Float[Array, ""]:
-    fake = weights.fake_params(params, static.quantizers, trained, kept)
+def _loss(
+    block: Block, quantized: Quantized, params: Any, constants: Any, data: tuple[Array, Array]
+) -> Float[Array, ""]:
+    (z, y), fake = data, quantized(params, constants)
     return relative_mse(y, lax.map(lambda one: block(fake, one[None])[0], z))
 
 
@@ -222,8 +203,3 @@ def _loss(block: Block, static: _Static, params: Any, trained: Any, kept: Any, z
 @full_float32
 def _outputs(block: Block, params: Any, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
     return lax.map(lambda one: block(params, one[None])[0], x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _packed(static: _Static, params: Any, trained: Any, kept: Any) -> Any:
-    return weights.packed_params(params, static.quantizers, trained, kept)

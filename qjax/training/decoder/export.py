@@ -12,7 +12,8 @@ from qjax.io.checkpoint import load, save
 from qjax.models.model import Model
 from qjax.tensor import is_qtensor
 from qjax.training.decoder.finetune import heldout_loss
-from qjax.training.decoder.program import forward
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.quantization import Activations
 from qjax.typing import Int
 
 
@@ -30,17 +31,17 @@ def export(model: Model, folder: Path) -> Path:
     return path
 
 
-def read_back(path: Path, loss: float, heldout: Int[np.ndarray, "n t"], inputs: str = "", cache: str = "") -> None:
+def read_back(path: Path, loss: float, heldout: Int[np.ndarray, "n t"], activations: Activations | None = None) -> None:
     """Raise RuntimeError unless a file gives the loss that its model gave.
 
     Args:
       path: what `export` or `qjax.save` wrote.
       loss: from `finetune` or `heldout_loss`.
       heldout: the windows of that loss.
-      inputs, cache: as in the `Arm`.
+      activations: as in the `Arm`.
     """
     model = load(path)
-    again = heldout_loss(forward(model.config, inputs, cache), model.params, heldout)
+    again = heldout_loss(Forward(model.config, activations or Activations()), model.params, heldout)
     if again != loss:
         raise RuntimeError(f"{path} gives {again} nats, the model that it was written from {loss}")
 
@@ -50,7 +51,7 @@ def exported_loss(model: Model, folder: Path, heldout: Int[np.ndarray, "n t"]) -
 
     Weights that round their inputs are judged in memory alone: no file carries that.
     """
-    loss = heldout_loss(forward(model.config), model.params, heldout)
+    loss = heldout_loss(Forward(model.config), model.params, heldout)
     leaves = jax.tree.leaves(model.params, is_leaf=is_qtensor)
     if not any(is_qtensor(leaf) and leaf.rounds_inputs for leaf in leaves):
         read_back(export(model, folder), loss, heldout)

@@ -1,47 +1,37 @@
-"""Quantization-aware training of a loaded model, from a plan to a model that is exported.
+"""A program run to its end: trained, watched, and exported as what training ran on, bit for bit.
 
-    finetune       program, start_state and loop.train; then the packed model, checked against what training ran on,
-                   bit for bit
+    trained  = program(arm, model.config, run.steps)
+    result   = finetune(trained, start_state(trained, model.params), data, run)
+    qjax.save(dataclasses.replace(model, params=result.params), "folder")
 
-A model's heldout loss is always computed from what is packed.
+A held-out loss is always computed from what is packed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from qjax.compiled import full_float32
 from qjax.errors import UserError
-from qjax.models.model import Model, dense_params, running
-from qjax.training.decoder.arm import Arm
-from qjax.training.decoder.program import faked, forward, measured, packed, program, refreshed, start_state, stored
+from qjax.models.model import Running, dense_params
+from qjax.training.decoder.program import Program, refresh, statistics, trained_on
 from qjax.training.grid import weights
-from qjax.training.losses.objectives import Apply, cross_entropy, parse_terms
-from qjax.training.optim.groups import rates
-from qjax.training.run.loop import Loop, Row, train
+from qjax.training.losses.objectives import Apply, cross_entropy
+from qjax.training.run.devices import Data
+from qjax.training.run.loop import Hooks, Row, Run, train
 from qjax.training.run.processes import whole
 from qjax.training.run.state import TrainState
 from qjax.typing import Array, Int
 
-BatchAt = Callable[[int], Any]
-
 
 def heldout_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"]) -> float:
     """`mean_loss` of a model; packed weights are decoded first, but for those that round their inputs."""
-    return mean_loss(_running(apply), dense_params(params), windows)
-
-
-@lru_cache(maxsize=64)
-def _running(apply: Apply) -> Apply:
-    """`running`, the same function for the same `apply`, so that nothing compiles again."""
-    return running(apply)
+    return mean_loss(Running(apply), dense_params(params), windows)
 
 
 def mean_loss(apply: Apply, params: Any, windows: Int[np.ndarray, "n t"], batch: int = 16) -> float:
@@ -63,91 +53,66 @@ def _mean_loss(apply: Apply, params: Any, windows: Array) -> Array:
     return cross_entropy(apply(params, windows[:, :-1]), windows[:, 1:])
 
 
-def finetune(
-    arm: Arm,
-    model: Model,
-    batch_at: BatchAt,
-    loop: Loop,
-    out: Path,
-    *,
-    heldout: np.ndarray,
-    rounded: Any = None,
-    importance: Mapping[str, Array] | None = None,
-    teacher: Model | None = None,
-    confidence: float | None = None,
-    identity: dict[str, Any] | None = None,
-    accumulate: int = 1,
-    mixed: bool = True,
-    seed: int = 0,
-    place: Callable[[Any], Any] = lambda state: state,
-    sinks: tuple[Callable[[Row], None], ...] = (),
-) -> tuple[Model, list[Row], float]:
-    """Train a model in one way; resumes under `out`.
+class Finetuned(NamedTuple):
+    """What `finetune` returns.
+
+    Attributes:
+      params: the tree with packed weights.
+      rows: the log.
+      loss: held out, of `params`.
+      state: the last one.
+    """
+
+    params: Any
+    rows: list[Row]
+    loss: float
+    state: TrainState
+
+
+def finetune(program: Program, state: TrainState, data: Data, run: Run) -> Finetuned:
+    """Train in one way; resumes under the run's folder.
 
     Args:
-      arm: how.
-      model: where it starts, with float weights.
-      batch_at: step -> {"tokens": i32[b, t + 1]}, and {"cached": ...} where the teacher was cached.
-      loop: steps and intervals.
-      out: the run's directory.
-      heldout: windows [n, t + 1] that judge it.
-      rounded: a recipe's result for the model's weights, a tree with QTensors.
-      importance: {path: f32[in]}, the mean squared input of each channel, for frozen scales: at the start and at every
-        refresh; and for the start of learned ones.
-      teacher: a model that runs in the same step; None with a distillation loss: the batch brings its top k.
-      confidence: b of cakld.
-      identity: further facts that a resumed run must share.
-      accumulate, seed: see `make_step`.
-      mixed: train with bfloat16 operands; the heldout loss is always in float32.
-      place: puts the state where it lives (`sharding.place`).
-      sinks: further readers of the log.
-
-    Returns: the model with packed weights, the log, and its heldout loss, computed from what is packed.
+      program: how.
+      state: where it starts (`start_state`).
+      data: what it trains on, and the windows that judge it.
+      run: how far, and what is logged and saved; of `run.name` that of the arm is made where it has none.
 
     Raises:
-      UserError: what the parts raise; stored values that are not those that were trained; quantization that does
-        nothing (noise 0).
+      UserError: what the parts raise; a run of another length than the program's; stored values that are not those that
+        were trained; quantization that does nothing (noise 0).
     """
-    needs = any(t.name != "ce" for t in parse_terms(arm.loss))
-    if needs and teacher is None and "cached" not in batch_at(0):
-        raise UserError(f"arm {arm.name!r}: the loss {arm.loss!r} needs a teacher, or batches with its cached top k")
-    if "cakld" in arm.loss and confidence is None:
-        raise UserError(f"arm {arm.name!r}: cakld needs the teacher's confidence (`teacher_confidence`)")
-    if arm.init and rounded is None:
-        raise UserError(f"arm {arm.name!r}: init is {arm.init!r}, but no recipe's result was given to start from")
-    live = teacher if needs else None
-    made = program(
-        arm, model.config, loop.steps, None if live is None else live.config, confidence, accumulate, mixed, seed
-    )
-    state = start_state(
-        made, model.params, rounded=rounded, teacher=None if live is None else live.dense, importance=importance
-    )  # fmt: skip
-    judge = forward(model.config, arm.inputs, arm.cache)
+    arm = program.arm
+    if run.steps != program.steps:
+        raise UserError(f"arm {arm.name!r}: compiled for {program.steps} steps, and the run has {run.steps}")
+    if arm.losses.taught and "teacher" not in state.constants and "cached" not in data.batch_at(0):
+        raise UserError(
+            f"arm {arm.name!r}: the loss {arm.losses.terms!r} needs a teacher, or batches with its cached top k"
+        )
 
     def evaluate(state: TrainState) -> Row:
-        return {"heldout": heldout_loss(judge, packed(state, made), heldout)}
+        return {"heldout": heldout_loss(program.judge, program.export(state), data.heldout)}
 
     def observe(state: TrainState, before: Any) -> tuple[Row, Any]:
-        numbers, codes = measured(state, made)
+        numbers, codes = statistics(state, program)
         row = {k: float(v) for k, v in numbers.items()}
         if not row["quant_noise"] > 0:
             raise UserError(f"arm {arm.name!r}: quantization changes no weight (quant_noise is 0); is it a dense type?")
         return row | ({"flip_rate": float(weights.flip_rate(before, codes))} if before is not None else {}), codes
 
-    state, rows = train(
-        place(state), made.step, batch_at, out, loop,
-        identity={
-            **(identity or {}), "arm": dataclasses.asdict(arm), "steps": loop.steps, "seed": seed,
-            "accumulate": accumulate, "mixed": mixed, "confidence": confidence,
-        },
-        evaluate=evaluate, observe=observe if made.quantizers else None,
-        refresh=lambda state: dataclasses.replace(state, kept=refreshed(state.params, state.kept, made)),
-        refresh_every=arm.refresh_every if arm.scales == "frozen" else 0,
-        describe=lambda at: {f"rate/{k}": float(v) for k, v in rates(made.groups, made.schedule, at).items()},
-        name=arm.name, sinks=sinks,
-    )  # fmt: skip
+    def refreshed(state: TrainState, at: int) -> TrainState:
+        return state if at % arm.grid.refresh_every else refresh(state, program)
+
+    hooks = Hooks(
+        describe=lambda at: {f"rate/{k}": float(v) for k, v in program.rates(at).items()},
+        before=refreshed if arm.grid.refresh_every else None,
+        evaluate=evaluate,
+        observe=observe if program.through.quantizers else None,
+    )
+    named = dataclasses.replace(run, name=run.name or arm.name, identity={**run.identity, **program.facts})
+    state, rows = train(data.distribute(state), program.step, data.batch_at, named, hooks)
     state = whole(state)
-    done = packed(state, made)
-    if made.quantizers:
-        weights.check_same_values(done, faked(stored(state, made), state.kept, made))
-    return dataclasses.replace(model, params=done), rows, heldout_loss(judge, done, heldout)
+    params = program.export(state)
+    if program.through.exact:
+        weights.check_same_values(params, trained_on(state, program))
+    return Finetuned(params, rows, heldout_loss(program.judge, params, data.heldout), state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,12 @@ from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 
 
-@runtime_checkable
-class Size(Protocol):
-    """What a config says of its architecture; heads are dim / heads wide."""
+def fresh_model(size: Any, vocab: int, seed: int) -> Model:
+    """A Llama with a tied head, without a tokenizer.
 
-    @property
-    def dim(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def context(self) -> int: ...
-
-
-def fresh_model(size: Size, vocab: int, seed: int) -> Model:
-    """A Llama with a tied head, without a tokenizer."""
+    Args:
+      size: has dim, hidden, layers, heads, kv_heads and context, as a config says them; heads are dim / heads wide.
+    """
     config = DecoderConfig(
         vocab=vocab, dim=size.dim, hidden=size.hidden, layers=size.layers, heads=size.heads, kv_heads=size.kv_heads,
         head_dim=size.dim // size.heads, context=size.context, tied=True,

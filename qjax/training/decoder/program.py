@@ -1,20 +1,19 @@
-"""What an arm compiles: its quantizers, its optimizer and its jitted step, and where its state starts.
+"""What one way to train compiles: its groups, its optimizer and its jitted step; and where its state starts.
 
-    forward        a decoder's logits, or what its head reads
-    hidden_states  what leaves each of its blocks, in the same arithmetic
-    program        quantizers, groups, schedule, step: cached, so that no second run compiles again
-    start_state    the float weights, or any recipe's result for them
-    packed         the tree that is exported
+    trained     = program(arm, config, steps)             of quantized weights
+    trained     = program(arm, config, steps, through=Adapted("qlora"))                  of adapters beside them
+    state       = start_state(trained, params, ...)
+    state, log  = trained.step(state, batch)
+    packed      = trained.export(state)                   the tree that is exported
 
-`finetune` runs it.
+Whoever trains twice with one program compiles once; nothing is remembered between calls of `program`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,265 +21,221 @@ import jax.numpy as jnp
 import optax
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, Decoder
-from qjax.tensor import is_qtensor
-from qjax.training.decoder.arm import Arm, quantizers_of_arm
-from qjax.training.decoder.precision import mixed_dot_general
+from qjax.training.adapters.adapted import Adapted
+from qjax.training.decoder.arm import Arm
+from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.quantization import quantizers_of
 from qjax.training.grid import weights
-from qjax.training.grid.activations import quantized_cache, quantized_inputs
-from qjax.training.grid.fake_quant import fake_quant
-from qjax.training.losses.objectives import Apply, Hidden, Readout, language_loss, parse_terms, student
-from qjax.training.optim.groups import Group, labels, partitioned
-from qjax.training.optim.parq import inverse_slope, latent, parq, piecewise_affine, relaxed
-from qjax.training.optim.schedules import warmup_constant_cooldown, warmup_cosine
+from qjax.training.grid.qat import Quantized, float_weights
+from qjax.training.losses.objectives import Apply, Objective, Readout, language_loss
+from qjax.training.optim.groups import Group, labels, partitioned, rates, restrained
+from qjax.training.optim.optimizer import groups_of
+from qjax.training.optim.parq import latent
 from qjax.training.run.state import TrainState, init_state, make_step
 from qjax.typing import Array
 
+Parametrization = Quantized | Adapted  # (params, constants) -> what the forward runs on, and what is exported of it
 
-@lru_cache(maxsize=64)
-def forward(
-    config: DecoderConfig, inputs: str = "", cache: str = "", mixed: bool = False, readout: bool = True
-) -> Apply:
-    """A decoder's forward for training: equal arguments give the same function.
 
-    Args:
-      inputs, cache: see `Arm`.
-      mixed: bfloat16 operands and float32 sums; else float32.
-      readout: give logits; else what the head reads.
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """What a step knows of a teacher.
+
+    Attributes:
+      config: the architecture of one that runs in the same step; None: there is none, or batches bring its top k.
+      confidence: b of cakld (`teacher_confidence`).
     """
-    model = _decoder(config, cache, mixed, readout)
 
-    def apply(params: Any, tokens: Array) -> Array:
-        return model.apply({"params": params}, tokens)  # type: ignore[return-value]
-
-    return _reading(apply, inputs)
+    config: DecoderConfig | None = None
+    confidence: float | None = None
 
 
-@lru_cache(maxsize=64)
-def hidden_states(config: DecoderConfig, inputs: str = "", cache: str = "", mixed: bool = False) -> Hidden:
-    """What leaves each block in `forward` of the same arguments, [b, t, dim] each."""
-    model = _decoder(config, cache, mixed, readout=False)
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a step is computed.
 
-    def states(params: Any, tokens: Array) -> list[Array]:
-        blocks = {"capture_intermediates": lambda module, _: isinstance(module, Block), "mutable": "intermediates"}
-        seen: Any = model.apply({"params": params}, tokens, **blocks)[1]["intermediates"]  # type: ignore[arg-type]
-        return [seen[f"layers_{i}"]["__call__"][0][0] for i in range(config.layers)]  # of (x, its cache)
+    Attributes:
+      mixed: train on bfloat16 operands and float32 sums; held-out losses are always in float32.
+      accumulate, seed: see `make_step`.
+    """
 
-    return _reading(states, inputs)
-
-
-def _decoder(config: DecoderConfig, cache: str, mixed: bool, readout: bool) -> Decoder:
-    options: dict[str, Any] = {"dtype": jnp.bfloat16, "dot_general": mixed_dot_general} if mixed else {}
-    if cache:
-        options["stored"] = quantized_cache(cache)
-    return Decoder(config, readout=readout, **options)
-
-
-def _reading(apply: Any, inputs: str) -> Any:
-    """The same function with the inputs of its blocks rounded."""
-    return quantized_inputs(apply, inputs, ("layers_*",)) if inputs else apply  # type: ignore[arg-type]
+    mixed: bool = True
+    accumulate: int = 1
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What an arm compiles: equal arms on equal models share it, and no second run compiles again."""
+    """What one way to train compiles.
+
+    Attributes:
+      arm: what it is made of.
+      config: of the decoder.
+      steps: the length of the run, for its schedules.
+      through: which arrays train.
+      rates: the step -> {group: learning rate}; {} where the optimizer is the user's.
+      optimizer: of the arrays that train.
+      step: see `make_step`.
+      facts: what a run that is continued must share.
+    """
 
     arm: Arm
-    quantizers: weights.Quantizers
-    groups: tuple[Group, ...]
-    schedule: Any
-    optimizer: Any
+    config: DecoderConfig
+    steps: int
+    through: Parametrization
+    rates: Callable[[int], Mapping[str, Array]]
+    optimizer: optax.GradientTransformation
     step: Any
+    facts: Mapping[str, Any]
+
+    @property
+    def judge(self) -> Apply:
+        """The model of packed weights whose held-out loss counts, in float32."""
+        return Forward(self.config, self.arm.activations)
+
+    def exported(self, state: TrainState) -> Any:
+        """The parameters of a state that are exported: the average, latent weights of `prox`, or those that train."""
+        if self.arm.optimizer.prox:
+            return latent(state.optimizer, state.params)
+        return state.params if state.ema is None else state.ema
+
+    def export(self, state: TrainState) -> Any:
+        """The tree that is exported."""
+        return self.through.packed(self.exported(state), state.constants)
 
 
 def program(
     arm: Arm,
     config: DecoderConfig,
     steps: int,
-    teacher: DecoderConfig | None = None,
-    confidence: float | None = None,
-    accumulate: int = 1,
-    mixed: bool = True,
-    seed: int = 0,
+    *,
+    through: Parametrization | None = None,
+    teacher: Teacher | None = None,
+    compute: Compute | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Program:
-    """The step of an arm and what belongs to it.
+    """What an arm compiles, when its step is first called.
 
     Args:
       steps: the length of the run, for its schedules.
-      teacher: the architecture of a teacher that runs in the same step.
-      confidence, accumulate, mixed, seed: see `finetune`.
+      through: which arrays train; None: the arm's quantized weights.
+      teacher: what is known of one; with a distillation loss and None, batches bring its top k.
+      compute: how a step is computed.
+      optimizer: any of optax, complete with its rate, in place of AdamW: rates, decay, clipping and schedule of the arm
+        then mean nothing. It sees the tree that trains, {"weights": ..., "scales": ...} or {"adapters": ...}.
+
+    Raises:
+      UserError: a loss without what it compares with, or what `Plan.assign` raises.
     """
-    # Behind the cache all arguments are positional: those given by name would make another entry.
-    return _program(arm, config, steps, teacher, confidence, accumulate, mixed, seed)
-
-
-@lru_cache(maxsize=64)
-def _program(
-    arm: Arm, config: DecoderConfig, steps: int, teacher: DecoderConfig | None, confidence: float | None,
-    accumulate: int, mixed: bool, seed: int,
-) -> Program:  # fmt: skip
-    quantizers, terms = quantizers_of_arm(arm, config), parse_terms(arm.loss)
-    groups = groups_of(arm, quantizers, steps)
-    schedule = schedule_of(arm, steps)
-    optimizer = partitioned(groups, schedule)
-
-    def read(config: DecoderConfig, inputs: str = "", cache: str = "") -> Readout | Apply:
-        apply = forward(config, inputs, cache, mixed, not arm.vocab_chunk)
-        return Readout(config, apply, arm.vocab_chunk) if arm.vocab_chunk else apply
-
-    loss = language_loss(
-        read(config, arm.inputs, arm.cache), terms, {} if arm.prox else quantizers,
-        teacher=None if teacher is None else read(teacher),
-        hidden=_hidden(arm, config, teacher, mixed) if any(t.name == "hidden" for t in terms) else None,
-        confidence=confidence, temperature=arm.temperature,
-    )  # fmt: skip
+    through = through or Quantized(tuple(quantizers_of(arm.grid, config).items()))
+    teacher, compute = teacher or Teacher(), compute or Compute()
+    if isinstance(through, Adapted):
+        groups: tuple[Group, ...] = (arm.optimizer.group("adapters", "adapters/*"),)
+    else:
+        groups = groups_of(arm.optimizer, through.quantizers, steps)
+    schedule = arm.optimizer.schedule(steps)
+    moved_by = partitioned(groups, schedule) if optimizer is None else restrained(optimizer, groups)
     step = make_step(
-        loss, optimizer, seed=seed, accumulate=accumulate, ema=arm.ema or None, labels=lambda p: labels(p, groups)
-    )
-    return Program(arm, quantizers, groups, schedule, optimizer, step)
+        _objective(arm, config, through, teacher, compute.mixed), moved_by, seed=compute.seed,
+        accumulate=compute.accumulate, ema=arm.optimizer.ema or None, labels=partial(labels, groups=groups),
+    )  # fmt: skip
+    rates_at: Any = partial(rates, groups, schedule) if optimizer is None else lambda step: {}
+    facts = {"arm": dataclasses.asdict(arm), "steps": steps, "confidence": teacher.confidence}
+    return Program(arm, config, steps, through, rates_at, moved_by, step, facts | dataclasses.asdict(compute))
 
 
-def schedule_of(arm: Arm, steps: int) -> optax.Schedule:
-    """What the rates of an arm are multiplied by, from the step."""
-    rise = round(arm.warmup * steps)
-    if arm.shape == "cooldown":
-        fall = min(max(1, round(arm.cooldown * steps)), steps - rise)
-        return warmup_constant_cooldown(1.0, steps, rise, fall)
-    return warmup_cosine(1.0, steps, rise, floor=1.0 if arm.shape == "constant" else 0.0)
+def _objective(arm: Arm, config: DecoderConfig, through: Parametrization, teacher: Teacher, mixed: bool) -> Objective:
+    """The loss of an arm's state on a batch."""
+    losses, chunk = arm.losses, arm.losses.vocab_chunk
+    if "cakld" in losses.names and teacher.confidence is None:
+        raise UserError(f"arm {arm.name!r}: cakld needs the teacher's confidence (`teacher_confidence`)")
+    if chunk and isinstance(through, Adapted):
+        raise UserError(f"arm {arm.name!r}: vocab_chunk is for quantized weights; adapters want all logits")
+
+    def read(forward: Forward) -> Apply | Readout:
+        return Readout(forward.config, forward, chunk) if chunk else forward
+
+    student, tutor, hidden = Forward(config, arm.activations, mixed, not chunk), None, None
+    if teacher.config is not None and losses.taught:
+        tutor = Forward(teacher.config, mixed=mixed, readout=not chunk)
+        if "hidden" in losses.names:
+            _check_alike(teacher.config, config)
+            hidden = tutor.hidden, through.forward(student.hidden)
+    return language_loss(
+        through.forward(read(student)), losses, float_weights if arm.optimizer.prox else through,
+        teacher=None if tutor is None else read(tutor), hidden=hidden, confidence=teacher.confidence,
+    )  # fmt: skip
 
 
-def groups_of(arm: Arm, quantizers: weights.Quantizers, steps: int) -> tuple[Group, ...]:
-    """Which parameters an arm trains and how: scales, weights, and of `prox` one group for each format."""
-    groups: list[Group] = []
-    if arm.scales in ("learned", "decoupled") and quantizers:
-        if arm.scales == "decoupled" and "weights" not in arm.trains:  # codes stay: what decides them does not move
-            groups.append(Group("codes", "re:scales/.*/(threshold|offset)", frozen=True))
-        frozen = "scales" not in arm.trains
-        groups.append(Group("scales", "scales/*", arm.scale_rate or 10 * arm.rate, 0.0, arm.clip, frozen))
-    if "weights" in arm.trains:
-        groups += _drawn(arm, quantizers, steps) if arm.prox else []
-        groups.append(Group("weights", "weights/*", arm.rate, arm.weight_decay, arm.clip))
-    return tuple(groups)
-
-
-def _drawn(arm: Arm, quantizers: weights.Quantizers, steps: int) -> list[Group]:
-    """The groups of quantized weights under `prox`; rho is 0 in the last step at the latest, which ends on the grid."""
-    start, end = (round(share * steps) for share in arm.prox_span)
-    end = min(end, steps - 1)
-    rho = inverse_slope(min(start, end - 1), end)
-    by_kind: dict[tuple[Format, int], list[str]] = {}
-    for path, q in quantizers.items():
-        by_kind.setdefault((q.format, q.axis), []).append(re.escape(path))
-    groups = []
-    for (fmt, axis), paths in by_kind.items():
-        nearest = partial(fake_quant, format=fmt, axis=axis)
-        wrap = partial(parq, prox=piecewise_affine(fmt, axis) if arm.prox == "parq" else relaxed(nearest), rho=rho)
-        name, pattern = f"{fmt.name} along {axis}", f"re:weights/({'|'.join(paths)})"
-        groups.append(Group(name, pattern, arm.rate, arm.weight_decay, arm.clip, wrap=wrap))
-    return groups
-
-
-def _hidden(arm: Arm, config: DecoderConfig, teacher: DecoderConfig | None, mixed: bool) -> Any:
-    if teacher is None:
-        return None
-    if (teacher.layers, teacher.dim) != (config.layers, config.dim):
+def _check_alike(teacher: DecoderConfig, student: DecoderConfig) -> None:
+    if (teacher.layers, teacher.dim) != (student.layers, student.dim):
         raise UserError(
             f"the term hidden compares block by block: the teacher has {teacher.layers} blocks of {teacher.dim}, the "
-            f"student {config.layers} of {config.dim}"
+            f"student {student.layers} of {student.dim}"
         )
-    return hidden_states(teacher, mixed=mixed), hidden_states(config, arm.inputs, arm.cache, mixed)
 
 
 def start_state(
-    made: Program,
+    program: Program,
     params: Any,
     *,
     rounded: Any = None,
     teacher: Any = None,
     importance: Mapping[str, Array] | None = None,
 ) -> TrainState:
-    """Where an arm starts.
+    """Where quantized weights start to train.
 
     Args:
       params: the float weights.
       rounded: a recipe's result for the same weights, a tree with QTensors: its grids, codes and dense leaves are
         the start.
       teacher: the weights of a teacher that runs in the same step.
-      importance: see `weights.init`.
+      importance: {path: f32[in]}, the mean squared input of each channel, for frozen scales: at the start and at every
+        refresh; and for the start of learned ones.
 
     Raises:
-      UserError: a recipe's result under scales that are refit at every step, or with a weight packed that stays float.
+      UserError: a recipe's result under scales that are refit at every step, or with a weight packed that stays float;
+        none where the arm starts from one.
     """
-    arm, quantizers = made.arm, made.quantizers
-    if rounded is not None:
-        for path, leaf in weights.leaves_by_path(rounded).items():
-            if is_qtensor(leaf) and path not in quantizers:
-                raise UserError(
-                    f"{path}: the start has it in {leaf.format.name}, and arm {arm.name!r} trains it in float; round "
-                    "the start by the arm's own plan (`arm.plan(config)`), or give the arm a format for it"
-                )
-    trained, kept_scales = weights.init(params if rounded is None else rounded, quantizers, importance)
-    if rounded is not None:
-        if arm.scales == "refit":
-            raise UserError(
-                f"arm {arm.name!r}: refit scales would not keep a recipe's grid; take frozen or learned ones"
-            )
-        params = weights.started(params, rounded, quantizers)
-    kept: dict[str, Any] = {"scales": kept_scales} | ({} if teacher is None else {"teacher": teacher})
+    arm, quantizers = program.arm, program.through.quantizers
+    if arm.grid.init and rounded is None:
+        raise UserError(f"arm {arm.name!r}: init is {arm.grid.init!r}, but no recipe's result was given to start from")
+    masters = params if rounded is None else weights.started(params, rounded, quantizers)
+    trained, scales = weights.init(params if rounded is None else rounded, quantizers, importance)
+    constants: dict[str, Any] = {"scales": scales}
+    if teacher is not None and arm.losses.taught:
+        constants["teacher"] = teacher
     tree: dict[str, Any] = {"scales": trained} if trained else {}
-    (tree if "weights" in arm.trains else kept)["weights"] = params
-    return init_state(tree, made.optimizer, kept, ema=arm.ema > 0)
-
-
-def stored(state: TrainState, made: Program) -> Any:
-    """The parameters that are exported: the average, the latent weights of a proximal map, or those of the state."""
-    if made.arm.prox:
-        return latent(state.optimizer, state.params)
-    return state.params if state.ema is None else state.ema
-
-
-def packed(state: TrainState, made: Program) -> Any:
-    """The tree that is exported: `stored`, quantized."""
-    params = stored(state, made)
-    if not made.quantizers:
-        return params.get("weights", state.kept.get("weights"))
-    return _packed(params, state.kept, made)
-
-
-@partial(jax.jit, static_argnums=2)
-def _packed(params: Any, kept: Any, made: Program) -> Any:
-    return weights.packed_params(_weights(params, kept), made.quantizers, *_scales(params, kept))
-
-
-@partial(jax.jit, static_argnums=2)
-def faked(params: Any, kept: Any, made: Program) -> Any:
-    """The weights that training runs on, of `stored` parameters."""
-    return student(params, kept, made.quantizers)
+    (tree if "weights" in arm.optimizer.trains else constants)["weights"] = masters
+    return init_state(tree, program.optimizer, constants, ema=arm.optimizer.ema > 0)
 
 
 @partial(jax.jit, static_argnums=1)
-def measured(state: TrainState, made: Program) -> tuple[dict[str, Array], Any]:
-    """`weights.measured` of a state; under a proximal map also how far the model's weights are from their grid."""
-    params = latent(state.optimizer, state.params) if made.arm.prox else state.params
-    numbers, codes = weights.measured(_weights(params, state.kept), made.quantizers, *_scales(params, state.kept))
-    if made.arm.prox:
-        grid, now = (weights.leaves_by_path(w) for w in (faked(params, state.kept, made), state.params["weights"]))
-        off = sum(jnp.sum(jnp.square(now[p] - grid[p])) for p in made.quantizers)
-        numbers["off_grid"] = jnp.sqrt(off / sum(jnp.sum(jnp.square(now[p])) for p in made.quantizers))
+def trained_on(state: TrainState, program: Program) -> Any:
+    """What the forward runs on, of the parameters that are exported."""
+    return program.through(program.exported(state), state.constants)
+
+
+@partial(jax.jit, static_argnums=1)
+def statistics(state: TrainState, program: Program) -> tuple[dict[str, Array], Any]:
+    """`weights.statistics` of a state; under a proximal map also how far the model's weights are from their grid."""
+    params = latent(state.optimizer, state.params) if program.arm.optimizer.prox else state.params
+    parts = params.get("scales", {}), state.constants.get("scales", {})
+    numbers, codes = weights.statistics(float_weights(params, state.constants), program.through.quantizers, *parts)
+    if program.arm.optimizer.prox:
+        grid, now = (weights.leaves_by_path(w) for w in (trained_on(state, program), state.params["weights"]))
+        off = sum(jnp.sum(jnp.square(now[p] - grid[p])) for p in program.through.quantizers)
+        numbers["off_grid"] = jnp.sqrt(off / sum(jnp.sum(jnp.square(now[p])) for p in program.through.quantizers))
     return numbers, codes
 
 
+def refresh(state: TrainState, program: Program) -> TrainState:
+    """The state with frozen scales fitted anew."""
+    return dataclasses.replace(state, constants=_refreshed(state.params, state.constants, program))
+
+
 @partial(jax.jit, static_argnums=2)
-def refreshed(params: Any, kept: Any, made: Program) -> Any:
-    """`kept` with frozen scales fitted anew."""
-    return kept | {"scales": weights.refreshed(_weights(params, kept), made.quantizers, kept["scales"])}
-
-
-def _weights(params: Any, kept: Any) -> Any:
-    return params.get("weights", kept.get("weights"))
-
-
-def _scales(params: Any, kept: Any) -> tuple[Any, Any]:
-    return params.get("scales", {}), kept.get("scales", {})
+def _refreshed(params: Any, constants: Any, program: Program) -> Any:
+    scales = weights.refit(float_weights(params, constants), program.through.quantizers, constants["scales"])
+    return constants | {"scales": scales}

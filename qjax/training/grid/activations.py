@@ -106,8 +106,8 @@ def _stored_as(line: str | Format) -> tuple[Rotated | None, Format]:
     """The rotation and the format of "rotation >> format"."""
     if not isinstance(line, str) or ">>" not in line:
         return None, get_format(line)
-    made, _, name = line.rpartition(">>")
-    turn = reparam(made.strip())
+    rotation, _, name = line.rpartition(">>")
+    turn = reparam(rotation.strip())
     if not isinstance(turn, Rotate):
         raise UserError(f"cache {line!r}: only a rotation may stand in front of a format, as in 'hadamard() >> Q4_0'")
     # Both sides are the head's own channels here.

@@ -119,7 +119,7 @@ class Estimator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Ste:
-    """See `ste`."""
+    """Straight through: the gradient as it is, for scales that follow the weights."""
 
     def __call__(self, g: Array, place: Place) -> Array:
         return g
@@ -127,7 +127,7 @@ class Ste:
 
 @dataclasses.dataclass(frozen=True)
 class Clipped:
-    """See `clipped`."""
+    """Straight through inside the grid, nothing outside: the estimator of learned scales."""
 
     reach: Reach = "cells"
 
@@ -141,7 +141,7 @@ class Clipped:
 
 @dataclasses.dataclass(frozen=True)
 class Ewgs:
-    """See `ewgs`."""
+    """Element-wise gradient scaling: weights that must move away from their level move further; delta 0 is `ste`."""
 
     delta: float = 1e-3
 
@@ -155,7 +155,7 @@ class Ewgs:
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """See `trust`."""
+    """QuEST's trust region: no gradient to weights further from their level than `factor` half gaps."""
 
     factor: float = 1.0
 
@@ -169,7 +169,7 @@ class Trust:
 
 @dataclasses.dataclass(frozen=True)
 class SoftRound:
-    """See `soft_round`."""
+    """A soft staircase's slope: mean 1 over a gap, largest between levels, least on them, 0 outside of the levels."""
 
     sharpness: float = 2.0
 
@@ -185,30 +185,7 @@ class SoftRound:
         return jnp.where(place.inside("levels"), g * (k * (1.0 - t * t) / jnp.tanh(jnp.float32(k))), 0.0)
 
 
-def ste() -> Ste:
-    """Straight through: the gradient as it is, for scales that follow the weights."""
-    return Ste()
-
-
-def clipped(reach: Reach = "cells") -> Clipped:
-    """Straight through inside the grid, nothing outside: the estimator of learned scales."""
-    return Clipped(reach)
-
-
-def ewgs(delta: float = 1e-3) -> Ewgs:
-    """Element-wise gradient scaling: weights that must move away from their level move further; delta 0 is `ste`."""
-    return Ewgs(delta)
-
-
-def trust(factor: float = 1.0) -> Trust:
-    """QuEST's trust region: no gradient to weights further from their level than `factor` half gaps."""
-    return Trust(factor)
-
-
-def soft_round(sharpness: float = 2.0) -> SoftRound:
-    """A soft staircase's slope: mean 1 over a gap, largest between levels, least on them, 0 outside of the levels."""
-    return SoftRound(sharpness)
-
+ste, clipped, ewgs, trust, soft_round = Ste, Clipped, Ewgs, Trust, SoftRound
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "ste": ste,

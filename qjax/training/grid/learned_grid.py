@@ -32,10 +32,12 @@ from qjax.training.grid.estimators import Clipped, Estimator, Place, Reach, over
 from qjax.training.grid.fake_quant import decoded, rounded
 from qjax.typing import Array, Float
 
-Grid = dict[str, Array]  # "s", and where the format has one "m", and where it is its own "p": f32[*b, G] each
+GridArrays = dict[str, Array]  # "s", and where the format has one "m", and where it is its own "p": f32[*b, G] each
 
 
-def start(fmt: Format, kept: Scales, shape: tuple[int, ...], threshold: Array | None = None) -> tuple[Grid, Grid]:
+def start(
+    fmt: Format, kept: Scales, shape: tuple[int, ...], threshold: Array | None = None
+) -> tuple[GridArrays, GridArrays]:
     """Parameters at 0, and the grid that they move: of stored scales, and p where `threshold` gives it.
 
     Args:
@@ -44,12 +46,12 @@ def start(fmt: Format, kept: Scales, shape: tuple[int, ...], threshold: Array | 
       threshold: p, f32[*b, G], where levels are chosen on another grid than they stand on.
     """
     s, m = fmt.columns(kept, shape)
-    at: Grid = {"s": s} | ({} if m is None else {"m": m}) | ({} if threshold is None else {"p": threshold})
+    at: GridArrays = {"s": s} | ({} if m is None else {"m": m}) | ({} if threshold is None else {"p": threshold})
     names = {"s": "scale", "m": "offset", "p": "threshold"}
     return {names[k]: jnp.zeros_like(x) for k, x in at.items()}, at
 
 
-def moved(parameters: Grid, at: Grid) -> Grid:
+def moved(parameters: GridArrays, at: GridArrays) -> GridArrays:
     """The grid of parameters: s = s0 exp(scale), m = m0 + s0 offset, p = p0 exp(threshold)."""
     grid = {"s": at["s"] * jnp.exp(parameters["scale"])}
     if "m" in at:
@@ -59,7 +61,7 @@ def moved(parameters: Grid, at: Grid) -> Grid:
     return grid
 
 
-def encode_on(fmt: Format, kept: Scales, grid: Grid, x: Float[Array, "*b n"]) -> tuple[Scales, Array]:
+def encode_on(fmt: Format, kept: Scales, grid: GridArrays, x: Float[Array, "*b n"]) -> tuple[Scales, Array]:
     """What is stored of x on a grid: scales and codes."""
     scales = _stored(fmt, kept, grid["s"], grid.get("m"))
     chosen_on = _stored(fmt, kept, grid["p"], grid.get("m")) if "p" in grid else scales
@@ -73,7 +75,7 @@ def _stored(fmt: Format, kept: Scales, s: Array, m: Array | None) -> Scales:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def learned_quant(
-    fmt: Format, estimator: Estimator, axis: int, kept: Scales, grid: Grid, w: Float[Array, "*w"]
+    fmt: Format, estimator: Estimator, axis: int, kept: Scales, grid: GridArrays, w: Float[Array, "*w"]
 ) -> Float[Array, "*w"]:
     """w on a learned grid, with gradients by w and by the grid.
 
@@ -90,13 +92,17 @@ def learned_quant(
     return _forward(fmt, estimator, axis, kept, grid, w)[0]
 
 
-def _forward(fmt: Format, estimator: Estimator, axis: int, kept: Scales, grid: Grid, w: Array) -> tuple[Array, tuple]:
+def _forward(
+    fmt: Format, estimator: Estimator, axis: int, kept: Scales, grid: GridArrays, w: Array
+) -> tuple[Array, tuple]:
     scales, codes = encode_on(fmt, kept, grid, jnp.moveaxis(w, axis, -1))
     w_hat = jnp.moveaxis(decoded(fmt, scales, codes), -1, axis)
     return w_hat, (kept, scales, grid, w, w_hat)
 
 
-def _backward(fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g: Array) -> tuple[None, Grid, Array]:
+def _backward(
+    fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g: Array
+) -> tuple[None, GridArrays, Array]:
     kept, scales, grid, w, w_hat = residuals
     place = place_of(fmt, scales, w, w_hat, axis)
     reach = estimator.reach if isinstance(estimator, Clipped) else "cells"
@@ -114,7 +120,9 @@ def _backward(fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g:
     return None, back, estimator(grouped, place).reshape(g.shape)
 
 
-def _apart(stands: Place, p: Array, estimator: Estimator, reach: Reach, g: Array, axis: int) -> tuple[Grid, Array]:
+def _apart(
+    stands: Place, p: Array, estimator: Estimator, reach: Reach, g: Array, axis: int
+) -> tuple[GridArrays, Array]:
     """The gradients where levels are chosen on p and stand on s."""
     s, m, T = stands.s, stands.m, stands.T
     place = Place(stands.format, stands.w, p * T + (0.0 if m is None else m), p, m)

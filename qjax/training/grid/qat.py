@@ -11,8 +11,9 @@ arithmetic. The optimizer is any of optax; `optax.multi_transform` on the tree's
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,50 @@ from qjax.training.grid.estimators import Estimator
 from qjax.training.grid.quantizer import Quantizer, ScaleKind
 from qjax.training.grid.scale_rules import OWN, ScaleRule
 from qjax.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Quantized weights from the parts of a state, {"weights", "scales"}, whether they train or are constants.
+
+    Equal for equal quantizers: what is compiled of one serves the other.
+
+    Attributes:
+      items: (path, quantizer) pairs; none: the float model.
+    """
+
+    items: tuple[tuple[str, Quantizer], ...] = ()
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        return dict(self.items)
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is exported holds the values that training ran on, which rounding would show."""
+        return bool(self.items)
+
+    def forward(self, apply: Any) -> Any:
+        """A model of what `__call__` returns: the same."""
+        return apply
+
+    def __call__(self, params: Any, constants: Any) -> Any:
+        """The tree that the model runs on."""
+        return self._mapped(weights.fake_params, params, constants)
+
+    @partial(jax.jit, static_argnums=0)
+    def packed(self, params: Any, constants: Any) -> Any:
+        """The tree that is exported."""
+        return self._mapped(weights.packed_params, params, constants)
+
+    def _mapped(self, fn: Callable[..., Any], params: Any, constants: Any) -> Any:
+        w = float_weights(params, constants)
+        return fn(w, self.quantizers, params.get("scales", {}), constants.get("scales", {})) if self.items else w
+
+
+def float_weights(params: Any, constants: Any) -> Any:
+    """The weights of a state's parts, as they are."""
+    return params.get("weights", constants.get("weights"))
 
 
 class QAT(NamedTuple):
@@ -106,35 +151,17 @@ def qat(
     axes = contracted_axes(apply, params, *inputs, plan=plan) if inputs else None
     quantizers = weights.quantizers_of(params, plan, scales=scales, estimator=estimator, rule=rule, axes=axes)
     masters = params if rounded is None else weights.started(params, rounded, quantizers)
-    trained, kept = weights.init(params if rounded is None else rounded, quantizers, importance)
-    how = tuple(quantizers.items())
+    trained, constants = weights.init(params if rounded is None else rounded, quantizers, importance)
+    quantized, constants = Quantized(tuple(quantizers.items())), {"scales": constants}
     return QAT(
         {"weights": masters, "scales": trained},
-        jax.tree_util.Partial(_faker(how), kept),
-        partial(_exported, how, kept),
+        jax.tree_util.Partial(quantized, constants=constants),
+        partial(_exported, quantized, constants),
     )
 
 
-Quantizers = tuple[tuple[str, Quantizer], ...]
-
-
-@lru_cache(maxsize=64)
-def _faker(quantizers: Quantizers) -> Callable[[Any, Any], Any]:
-    """The same function for the same quantizers, so that a step that takes it as an argument compiles once."""
-
-    def fake(kept: Any, tree: Any) -> Any:
-        return weights.fake_params(tree["weights"], dict(quantizers), tree["scales"], kept)
-
-    return fake
-
-
-@partial(jax.jit, static_argnums=0)
-def _packed(quantizers: Quantizers, kept: Any, tree: Any) -> Any:
-    return weights.packed_params(tree["weights"], dict(quantizers), tree["scales"], kept)
-
-
-def _exported(quantizers: Quantizers, kept: Any, tree: Any) -> Any:
+def _exported(quantized: Quantized, constants: Any, tree: Any) -> Any:
     """The packed tree, after a look whether it is what training ran on."""
-    packed = _packed(quantizers, kept, tree)
-    weights.check_same_values(packed, jax.jit(_faker(quantizers))(kept, tree))
+    packed = quantized.packed(tree, constants)
+    weights.check_same_values(packed, jax.jit(quantized)(tree, constants))
     return packed

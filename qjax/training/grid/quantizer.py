@@ -59,7 +59,7 @@ class Quantizer:
         return self.scales in ("learned", "decoupled")
 
     def init(self, w: Float[Array, "*w"], weight: Array | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What trains and what is kept beside the weight.
+        """What trains and what is constant beside the weight.
 
         Args:
           w: the weight at the moment when quantization begins.
@@ -92,29 +92,31 @@ class Quantizer:
         parameters, at = start(self.format, scales, shape, p)
         return parameters, {"scales": scales, "at": at}
 
-    def encode(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> tuple[Scales, Array]:
+    def encode(self, w: Float[Array, "*w"], trained: dict[str, Any], constants: dict[str, Any]) -> tuple[Scales, Array]:
         """Scales and codes, contracted axis last: what a file stores."""
         x = self._rows(w)
         if self.trains:
-            return encode_on(self.format, kept["scales"], moved(trained, kept["at"]), x)
+            return encode_on(self.format, constants["scales"], moved(trained, constants["at"]), x)
         if self.scales == "frozen":
-            return sound.marked(kept["scales"], x), rounded(self.format, kept["scales"], x)
+            return sound.marked(constants["scales"], x), rounded(self.format, constants["scales"], x)
         return self._fitted(x, None)[:2]
 
-    def fake(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> Float[Array, "*w"]:
+    def fake(self, w: Float[Array, "*w"], trained: dict[str, Any], constants: dict[str, Any]) -> Float[Array, "*w"]:
         """The stored weight's value, f32, with gradients by w and by what trains."""
         w = w.astype(jnp.float32)
         if self.trains:
             estimator = self.estimator or clipped()
-            return learned_quant(self.format, estimator, self.axis, kept["scales"], moved(trained, kept["at"]), w)
-        still = lax.stop_gradient((w, kept))
+            return learned_quant(
+                self.format, estimator, self.axis, constants["scales"], moved(trained, constants["at"]), w
+            )
+        still = lax.stop_gradient((w, constants))
         scales, codes = self.encode(still[0], {}, still[1])
         value = jnp.moveaxis(decoded(self.format, scales, codes), -1, self.axis)
         return straight_through(self.format, self.estimator or ste(), self.axis, w, value, scales)
 
-    def pack(self, w: Float[Array, "*w"], trained: dict[str, Any], kept: dict[str, Any]) -> QTensor:
+    def pack(self, w: Float[Array, "*w"], trained: dict[str, Any], constants: dict[str, Any]) -> QTensor:
         """The weight as it is stored; `qjax.dequantize` of it equals `fake` bit for bit."""
-        return QTensor(self.format.pack(*self.encode(w, trained, kept)), self.format, self.axis)
+        return QTensor(self.format.pack(*self.encode(w, trained, constants)), self.format, self.axis)
 
     def saturated(self, w: Float[Array, "*w"], scales: Scales, codes: Array) -> Float[Array, ""]:
         """The share of weights outside of the cells of the grid."""

@@ -20,8 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.ranges import ends, level
-from qjax.training.grid.learned_grid import Grid
+from qjax.training.grid.learned_grid import GridArrays
 from qjax.typing import Array, Float
 
 Kind = Literal["own", "absmax", "seq", "lsq", "absmean", "rms", "twn"]
@@ -54,13 +53,13 @@ class ScaleRule:
         if self.per not in ("group", "matrix"):
             raise UserError(f"a scale rule is per group or per matrix, got {self.per!r}")
 
-    def __call__(self, fmt: Format, x: Float[Array, "*b n"]) -> Grid:
+    def __call__(self, fmt: Format, x: Float[Array, "*b n"]) -> GridArrays:
         """s and maybe p for weights x, f32[*b, G] each, G the groups of the format's grid.
 
         Raises:
           UserError: `own`, which is the format's; a rule that the format's levels do not suit.
         """
-        count, hi, even, symmetric = _levels(fmt)  # type: ignore[arg-type]
+        count, hi, even, symmetric = _levels(fmt)
         if self.kind == "twn" and count != 3:
             raise UserError(f"the rule twn is for three levels; {fmt.name} has {count}")
         if self.kind == "rms" and not (even and symmetric and count in _HALF_RANGE):
@@ -100,8 +99,7 @@ class ScaleRule:
 OWN = ScaleRule()
 
 
-@lru_cache(maxsize=64)
-def _levels(fmt: Any) -> tuple[int, float, bool, bool]:
+def _levels(fmt: Format) -> tuple[int, float, bool, bool]:
     """How many levels there are, the largest, whether they lie one apart, and evenly around 0."""
     with jax.ensure_compile_time_eval():
         lo, hi = (float(end) for end in ends(fmt))

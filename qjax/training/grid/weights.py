@@ -1,11 +1,11 @@
 """The weights of a params tree in training: which are quantized and how, their values, their export.
 
-    state = init(params, quantizers)          scales that train, and what is kept
+    state = init(params, quantizers)          scales that train, and the constants beside them
     fake_params(params, ...)                  the tree that the model runs on: quantized weights at their stored values
     packed_params(params, ...)                the tree that is exported: QTensors of exactly these values
 
-Weights of one shape and one quantizer are stacked and quantized together: a search over scales is compiled once, not
-once a layer.
+Weights of one shape and one quantizer are stacked and quantized
+together: a search over scales is compiled once, not once a layer.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def quantizers_of(
     """
     axes = axes or {}
     leaves = leaves_by_path(params)
-    made: dict[str, Quantizer] = {}
+    quantizers: dict[str, Quantizer] = {}
     for one in plan.assign(named_weight(path, leaf, axes) for path, leaf in leaves.items()):
         if one.format is not None:
             path = one.weight.path
             axis = axes.get(path, contracted_axis(path, leaves[path].ndim))
-            made[path] = Quantizer(one.format, axis, scales, estimator, rule)
-    if not made:
+            quantizers[path] = Quantizer(one.format, axis, scales, estimator, rule)
+    if not quantizers:
         raise UserError(f"plan {plan.name!r} keeps every weight: there is nothing to train through")
-    return made
+    return quantizers
 
 
 def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | None = None) -> tuple[ByPath, ByPath]:
-    """What trains beside the weights, and what is kept: {path: {...}} each, of the weights as they are now.
+    """What trains beside the weights, and the constants: {path: {...}} each, of the weights as they are now.
 
     Args:
       params: a tree of floats; QTensors in it, any recipe's result, give their own scales instead of a new fit.
@@ -75,7 +75,7 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
     importance = importance or {}
     leaves = leaves_by_path(params)
     check_paths(quantizers, leaves)
-    made = {
+    beside = {
         path: quantizer.init_from(leaves[path])
         if is_qtensor(leaves[path])
         else quantizer.init(leaves[path], importance.get(path))
@@ -83,8 +83,8 @@ def init(params: Any, quantizers: Quantizers, importance: Mapping[str, Array] | 
     }
     for path, quantizer in quantizers.items():
         if quantizer.scales == "frozen" and path in importance:
-            made[path][1]["importance"] = importance[path]
-    return {p: t for p, (t, _) in made.items() if t}, {p: k for p, (_, k) in made.items() if k}
+            beside[path][1]["importance"] = importance[path]
+    return {p: t for p, (t, _) in beside.items() if t}, {p: k for p, (_, k) in beside.items() if k}
 
 
 def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
@@ -110,46 +110,47 @@ def started(params: Any, rounded: Any, quantizers: Quantizers) -> Any:
     Raises:
       UserError: a weight packed there that stays float in training, or whose scales are refit at every step.
     """
-    stored, moved = leaves_by_path(rounded), {}
+    packed, moved = leaves_by_path(rounded), {}
     for path, w in leaves_by_path(params).items():
-        q = stored[path]
+        q = packed[path]
         if not is_qtensor(q):
             continue
         if path not in quantizers:
             raise UserError(
-                f"{path}: the start has it in {q.format.name}, here it trains in float; use one plan for both"
+                f"{path}: the start has it in {q.format.name}, here it trains in float; use one plan for both, as an "
+                "arm's `grid.plan(config)`"
             )
         if quantizers[path].scales == "refit":
-            raise UserError(
-                f"{path}: scales that are refit would not keep a recipe's grid; take frozen or learned ones"
-            )
+            raise UserError(f"{path}: refit scales would not keep a recipe's grid; take frozen or learned ones")
         moved[path] = start_weights(w, q, quantizers[path])
     return replaced(rounded, moved)
 
 
-def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
+def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath) -> Any:
     """The tree with every quantized weight at its stored value, f32; gradients reach weights and what trains."""
-    return replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, kept))
+    return replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, constants))
 
 
-def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> Any:
+def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath) -> Any:
     """The tree with every quantized weight as a QTensor of exactly the values that `fake_params` gives."""
-    return replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, kept))
+    return replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, constants))
 
 
-def refreshed(params: Any, quantizers: Quantizers, kept: ByPath) -> ByPath:
-    """`kept` with frozen scales fitted anew to the weights as they are, by the same importance."""
+def refit(params: Any, quantizers: Quantizers, constants: ByPath) -> ByPath:
+    """`constants` with frozen scales fitted anew to the weights as they are, by the same importance."""
     leaves = leaves_by_path(params)
     frozen = {path: q for path, q in quantizers.items() if q.scales == "frozen"}
 
     def fitted(q: Quantizer, w: Array, t: ByPath, k: ByPath) -> ByPath:
         return k | q.init(w, k.get("importance"))[1]
 
-    new = _mapped(fitted, leaves, frozen, {}, kept)
-    return kept | new
+    new = _mapped(fitted, leaves, frozen, {}, constants)
+    return constants | new
 
 
-def measured(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath) -> tuple[dict[str, Array], ByPath]:
+def statistics(
+    params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath
+) -> tuple[dict[str, Array], ByPath]:
     """What quantization does to the weights now.
 
     Returns: {"quant_noise": |W - W_hat| / |W| over all quantized weights, "saturated": the mean share of weights
@@ -163,7 +164,7 @@ def measured(params: Any, quantizers: Quantizers, trained: ByPath, kept: ByPath)
         error = x - q.format.decode(scales, codes)
         return jnp.sum(error * error), jnp.sum(x * x), q.saturated(w, scales, codes), codes
 
-    all_of = _mapped(one, leaves, quantizers, trained, kept)
+    all_of = _mapped(one, leaves, quantizers, trained, constants)
     noise, power, saturated = (sum(r[i] for r in all_of.values()) for i in range(3))
     out = {"quant_noise": jnp.sqrt(noise / power), "saturated": saturated / len(all_of)}
     return out, {path: r[3] for path, r in all_of.items()}
@@ -176,10 +177,10 @@ def flip_rate(before: ByPath, now: ByPath) -> Float[Array, ""]:
     return flipped / jnp.float32(max(1, sum(codes.size for codes in now.values())))
 
 
-def check_same_values(packed: Any, faked: Any) -> None:
+def check_same_values(packed: Any, trained_on: Any) -> None:
     """Raise UserError, naming the weight, unless a packed tree decodes to exactly the values that training ran on."""
-    stored, values = leaves_by_path(packed), leaves_by_path(faked)
-    for path, leaf in stored.items():
+    values = leaves_by_path(trained_on)
+    for path, leaf in leaves_by_path(packed).items():
         if is_qtensor(leaf):
             off = int(jnp.sum(dequantize(leaf) != values[path]))
             if off:
@@ -200,17 +201,17 @@ def check_paths(named: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
 
 
 def _mapped(
-    fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Quantizers, trained: ByPath, kept: ByPath
+    fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Quantizers, trained: ByPath, constants: ByPath
 ) -> dict[str, Any]:
-    """{path: fn(quantizer, weight, trained, kept)}, weights alike in all of these in one call."""
+    """{path: fn(quantizer, weight, trained, constants)}, weights alike in all of these in one call."""
     check_paths(quantizers, leaves)
     groups: dict[Any, list[str]] = {}
     for path, quantizer in quantizers.items():
-        beside = jax.tree.structure((trained.get(path), kept.get(path)))
+        beside = jax.tree.structure((trained.get(path), constants.get(path)))
         groups.setdefault((quantizer, leaves[path].shape, str(leaves[path].dtype), beside), []).append(path)
     out: dict[str, Any] = {}
     for (quantizer, *_), paths in groups.items():
-        each = [(leaves[p], trained.get(p, {}), kept.get(p, {})) for p in paths]
+        each = [(leaves[p], trained.get(p, {}), constants.get(p, {})) for p in paths]
         if len(each) == 1:
             out[paths[0]] = fn(quantizer, *each[0])
             continue

@@ -30,69 +30,76 @@ from qjax.typing import Array, Float, Int, Shaped
 _remat = partial(jax.checkpoint, prevent_cse=False)
 
 
-def chunked_cross_entropy(
-    x: Float[Array, "n d"],
-    head: Float[Array, "d v"],
-    targets: Int[Array, "n"],
-    chunk: int,
-    softcap: float | None = None,
-    mask: Shaped[Array, "n"] | None = None,
-) -> Float[Array, ""]:
-    """Mean negative log-likelihood, nats per token, of the logits x . head.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unread:
+    """Logits x . head that are never held all at once.
 
-    Args:
+    Attributes:
       x: floats [n, d]; what the head reads, of n tokens. Products are of this type and accumulate in float32.
       head: floats [d, v].
-      targets: ints [n], the next tokens.
       chunk: tokens of the vocabulary at a time; v need not be a multiple.
       softcap: c of logits c tanh(z / c); None: z.
-      mask: as in `distill_loss`.
 
     Raises:
       UserError: a chunk below 1.
     """
-    _check_chunk(chunk)
-    read = _Reader(x.astype(jnp.float32), x.dtype, head.shape[1], chunk, softcap)
+
+    x: Float[Array, "n d"]
+    head: Float[Array, "d v"]
+    chunk: int
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise UserError(f"a chunk must hold at least 1 token of the vocabulary, got {self.chunk}")
+
+
+def chunked_cross_entropy(
+    logits: Unread, targets: Int[Array, "n"], mask: Shaped[Array, "n"] | None = None
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood, nats per token.
+
+    Args:
+      logits: of n tokens.
+      targets: ints [n], the next tokens.
+      mask: as in `distill_loss`.
+    """
+    x, head = logits.x, logits.head
+    read = _Reader(x.astype(jnp.float32), x.dtype, head.shape[1], logits.chunk, logits.softcap)
     top, log_mass = _normalizers([read], (read.columns(head),))[0]
     own = head.astype(x.dtype)[:, targets]  # [d, n]
     z = jnp.sum(x.astype(jnp.float32) * own.T.astype(jnp.float32), axis=1, keepdims=True)
-    return token_mean((top + log_mass - softcapped(z, softcap))[:, 0], mask)
+    return token_mean((top + log_mass - softcapped(z, logits.softcap))[:, 0], mask)
 
 
 def chunked_loss(
     divergence: Divergence,
-    x_teacher: Float[Array, "n d_t"],
-    head_teacher: Float[Array, "d_t v"],
-    x_student: Float[Array, "n d_s"],
-    head_student: Float[Array, "d_s w"],
-    chunk: int,
+    teacher: Unread,
+    student: Unread,
     mask: Shaped[Array, "n"] | None = None,
     temperature: float = 1.0,
-    softcaps: tuple[float | None, float | None] = (None, None),
 ) -> Float[Array, ""]:
-    """`distill_loss` of the logits x . head.
+    """`distill_loss` of a teacher's and a student's logits, in the student's chunks.
 
     Args:
       divergence: from `distill.divergence(name)`.
-      x_teacher, x_student: floats [n, d_t], [n, d_s]; what the heads read, of n tokens. Products are of their types and
-        accumulate in float32.
-      head_teacher, head_student: floats [d_t, v], [d_s, v].
-      chunk: tokens of the vocabulary at a time; v need not be a multiple.
+      teacher, student: of the same n tokens.
       mask, temperature: as in `distill_loss`.
-      softcaps: c of logits c tanh(z / c), of the teacher and of the student; None: z.
 
     Returns: f32 scalar.
 
     Raises:
-      UserError: as `distill_loss`, or a chunk below 1.
+      UserError: as `distill_loss`.
     """
-    v = head_teacher.shape[1]
-    check_alike(v, head_student.shape[1], temperature)
-    _check_chunk(chunk)
-    x_teacher, head_teacher = lax.stop_gradient((x_teacher, head_teacher))
-    both = zip((x_teacher, x_student), softcaps, strict=True)
-    readers = [_Reader(x.astype(jnp.float32), x.dtype, v, chunk, cap, temperature) for x, cap in both]
-    parts = tuple(r.columns(head) for r, head in zip(readers, (head_teacher, head_student), strict=True))
+    v, both = teacher.head.shape[1], (teacher, student)
+    check_alike(v, student.head.shape[1], temperature)
+    x_teacher, head_teacher = lax.stop_gradient((teacher.x, teacher.head))
+    each_x, heads = (x_teacher, student.x), (head_teacher, student.head)
+    readers = [
+        _Reader(x.astype(jnp.float32), x.dtype, v, student.chunk, logits.softcap, temperature)
+        for x, logits in zip(each_x, both, strict=True)
+    ]
+    parts = tuple(r.columns(head) for r, head in zip(readers, heads, strict=True))
     normalizers = _normalizers(readers, parts)
 
     @_remat
@@ -102,7 +109,7 @@ def chunked_loss(
         log_p, log_q = (jnp.maximum(r.logits(head, real) - top - mass, FLOOR) for r, head, (top, mass) in each)
         return total + divergence(log_p, log_q).sum(axis=1), None
 
-    total, _ = lax.scan(add_terms, jnp.zeros(x_student.shape[0]), (readers[0].real(), parts))
+    total, _ = lax.scan(add_terms, jnp.zeros(student.x.shape[0]), (readers[0].real(), parts))
     return temperature**2 * token_mean(total, mask)
 
 
@@ -156,9 +163,3 @@ def _added(top: Array, mass: Array, z: Array) -> tuple[Array, Array]:
     """More logits [n, chunk] into a normalizer exp(top) x mass, [n, 1] each."""
     new = jnp.maximum(top, lax.stop_gradient(z).max(axis=1, keepdims=True))
     return new, mass * jnp.exp(top - new) + jnp.exp(z - new).sum(axis=1, keepdims=True)
-
-
-def _check_chunk(chunk: int) -> None:
-    """Raise UserError for a chunk without tokens."""
-    if chunk < 1:
-        raise UserError(f"a chunk must hold at least 1 token of the vocabulary, got {chunk}")

@@ -72,8 +72,8 @@ def top_k_loss(
 
     Returns: f32 scalar.
     """
-    kept = jnp.concatenate([cached["logp"], cached["tail"][..., None]], axis=-1)
-    log_p = log_probabilities(lax.stop_gradient(kept))  # sums to one again after 16 bits
+    outcomes = jnp.concatenate([cached["logp"], cached["tail"][..., None]], axis=-1)
+    log_p = log_probabilities(lax.stop_gradient(outcomes))  # sums to one again after 16 bits
     log_q = merged(student_logits, cached["indices"], temperature)
     return temperature**2 * token_mean(divergence(log_p, log_q).sum(axis=-1), mask)
 
@@ -120,7 +120,7 @@ def write_top_k(
                     _write_header(file, types[key], (sequences, *inner[key]))
             _check(arrays, inner, vocab, done)
             for key, file in files.items():
-                file.write(_stored(arrays[key], types[key]).tobytes())
+                file.write(_cast(arrays[key], types[key]).tobytes())
             done += len(arrays["tail"])
         if done != sequences or not sequences:
             raise UserError(f"{folder}: {sequences} sequences were announced and {done} came; nothing was written")
@@ -178,7 +178,7 @@ def rows(cache: Mapping[str, np.ndarray], numbers: Any) -> dict[str, np.ndarray]
     return {key: cache[key][numbers].astype(types[key]) for key in _KEYS}
 
 
-def _stored(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype.kind == "f":
         x = np.maximum(x, np.finfo(dtype).min)  # 16 bits end at -65504, whose exponential is 0 as well
     return x.astype(dtype)

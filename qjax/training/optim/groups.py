@@ -80,11 +80,27 @@ def partitioned(
         )
         return chained if group.wrap is None else group.wrap(chained)
 
-    optimizer = optax.partition({g.name: of(g) for g in groups}, lambda tree: labels(tree, groups))
+    return promoting(optax.partition({g.name: of(g) for g in groups}, lambda tree: labels(tree, groups)))
+
+
+def restrained(optimizer: optax.GradientTransformation, groups: Sequence[Group]) -> optax.GradientTransformation:
+    """A user's optimizer, complete with its rate, on all groups but those that are frozen, and inside their wraps."""
+    apart = {g.name: g.wrap(optimizer) if g.wrap else optax.set_to_zero() for g in groups if g.wrap or g.frozen}
+    if not apart:
+        return promoting(optimizer)
+
+    def names(tree: Any) -> Any:
+        return jax.tree.map(lambda name: name if name in apart else "", labels(tree, groups))
+
+    return promoting(optax.partition({**apart, "": optimizer}, names))
+
+
+def promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same under JAX's standard promotion of types, whatever the caller's: optax mixes floats with integers."""
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
-            return optimizer.update(grads, state, params, **extra)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.with_extra_args_support(optimizer).update(grads, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 

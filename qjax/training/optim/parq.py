@@ -1,4 +1,4 @@
-"""Proximal quantization: weights drawn towards the levels of their grid, harder with every step, at last onto them.
+"""Proximal quantization: weights pulled towards the levels of their grid, harder with every step, at last onto them.
 
     u <- u + D(gradient at w)        w = prox_rho(u)        rho from 1 (w = u) to 0 (w = quantize(u))
 
@@ -72,10 +72,10 @@ def parq(inner: optax.GradientTransformation, prox: Prox, rho: optax.Schedule) -
         delta, inner_state = inner.update(grads, state.inner, state.latent)
         u = optax.apply_updates(state.latent, delta)
         slope = jnp.asarray(rho(state.step.astype(jnp.float32)), jnp.float32)
-        w = _drawn_alike(prox, u, slope)
+        w = _each_kind(prox, u, slope)
 
         def moved(p: Array, before: Array, d: Array, x: Array, y: Array) -> Array:
-            # p + (y - p) is not always y; where nothing is drawn anywhere, the optimizer's own step is exact.
+            # p + (y - p) is not always y; where nothing is pulled anywhere, the optimizer's own step is exact.
             return jnp.where((p == before) & (x == y), d, y - p)
 
         updates = jax.tree.map(moved, params, state.latent, delta, u, w)
@@ -119,7 +119,7 @@ def piecewise_affine(format: str | Format, axis: int = -1) -> Prox:
     def prox(u: Array, rho: Array) -> Array:
         q = quantize(u, fmt, axis)
         w_hat = dequantize(q)
-        return drawn(u, w_hat, _half_gap(u, w_hat, q), rho)
+        return between(u, w_hat, _half_gap(u, w_hat, q), rho)
 
     return prox
 
@@ -128,12 +128,12 @@ def relaxed(quantizer: Callable[[Array], Array]) -> Prox:
     """The map of BinaryRelax: all it needs is a function from weights to their nearest levels."""
 
     def prox(u: Array, rho: Array) -> Array:
-        return drawn(u, quantizer(u), jnp.zeros_like(u), rho)
+        return between(u, quantizer(u), jnp.zeros_like(u), rho)
 
     return prox
 
 
-def drawn(
+def between(
     u: Float[Array, "*w"], w_hat: Float[Array, "*w"], h: Float[Array, "*w"], rho: Float[Array, ""]
 ) -> Float[Array, "*w"]:
     """prox_rho(u), from the nearest level and how far the border of its cell lies; u and w_hat to the bit at 1 and 0.
@@ -145,7 +145,7 @@ def drawn(
       rho: the inverse slope, from 1 to 0.
 
     >>> u = jnp.array([0.1, 0.4, 0.6, 1.4])  # levels 0 and 1
-    >>> w = drawn(u, jnp.round(u), jnp.array([0.5, 0.5, 0.5, 0.0]), jnp.float32(0.5))
+    >>> w = between(u, jnp.round(u), jnp.array([0.5, 0.5, 0.5, 0.0]), jnp.float32(0.5))
     >>> [round(float(x), 3) for x in w]
     [0.0, 0.3, 0.7, 1.2]
     """
@@ -156,7 +156,7 @@ def drawn(
     return jnp.where(rho >= 1.0, u, jnp.where(rho > 0.0, w, w_hat))
 
 
-def _drawn_alike(prox: Prox, u: Any, rho: Array) -> Any:
+def _each_kind(prox: Prox, u: Any, rho: Array) -> Any:
     """prox_rho of every leaf; leaves of one shape and type go in one call, which is compiled once."""
     leaves, structure = jax.tree.flatten(u)
     kinds: dict[Any, list[int]] = {}
@@ -178,7 +178,7 @@ def inverse_slope(start: int, end: int, steepness: float = 10.0) -> optax.Schedu
         rho = (1 - tanh(k (x - 1/2) / 2) / tanh(k / 4)) / 2        x = (step - start) / (end - start)
 
     Args:
-      start: the last step that is not drawn to the grid.
+      start: the last step that is not pulled to the grid.
       end: the first that is on it: let it come before the last step of the training.
       steepness: k, above 0; small: a straight line.
 

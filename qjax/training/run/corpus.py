@@ -1,6 +1,6 @@
 """From text to what a run reads: a token file to train on, windows to be judged by.
 
-    corpus = corpus_for(model, name, texts_of(text, heldout), out, context, windows)      of a loaded model
+    corpus = corpus_for(model, name, texts_of(text, heldout), out, context, count)        of a loaded model
     corpus = corpus_in(folder, tokenizer_in(folder, texts, vocab), ...)         of one that is still to be trained
     Windows(corpus.tokens, context, batch, seed).batch_at(step)        corpus.heldout  i32[n, context + 1]
 
@@ -95,17 +95,17 @@ def tokenizer_in(folder: Path, texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def corpus_in(
-    folder: Path, tokenizer: Tokenizer, texts: Sequence[str], heldout: str, context: int, windows: int
+    folder: Path, tokenizer: Tokenizer, texts: Sequence[str], heldout: str, context: int, count: int
 ) -> Corpus:
     """`corpus_of` a tokenizer from `tokenizer_in`, whose documents begin with <s>."""
     return corpus_of(
         lambda text: [0, *tokenizer.encode(text).ids], tokenizer.get_vocab_size(), texts, heldout, folder, context,
-        windows,
+        count,
     )  # fmt: skip
 
 
 def corpus_for(
-    model: Model, name: str, texts: tuple[Sequence[str], str], out: Path, context: int, windows: int
+    model: Model, name: str, texts: tuple[Sequence[str], str], out: Path, context: int, count: int
 ) -> Corpus:
     """`corpus_of` the texts of `texts_of`, read by a loaded model's tokenizer.
 
@@ -117,7 +117,7 @@ def corpus_for(
         raise UserError(f"{name}: has no tokenizer to read the text with")
     return corpus_of(
         lambda text: encode_long(tokenizer, text, bos=tokenizer.add_bos), model.config.vocab, *texts, out, context,
-        windows,
+        count,
     )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def _whole(path: Path) -> Tokens | None:
 
 
 def corpus_of(
-    encode: Any, vocab: int, texts: Sequence[str], heldout: str, out: Path, context: int, windows: int
+    encode: Any, vocab: int, texts: Sequence[str], heldout: str, out: Path, context: int, count: int
 ) -> Corpus:
     """Write the token file under `out`, once, and cut the held-out windows.
 
@@ -143,14 +143,14 @@ def corpus_of(
       texts: documents.
       heldout: the text that judges.
       context: tokens a window reads.
-      windows: held-out windows at most.
+      count: held-out windows at most.
 
     Raises:
       UserError: no held-out window asked for, a held-out text shorter than one, or a token file under `out` that is of
         other documents.
     """
-    if windows < 1:
-        raise UserError(f"held-out windows: at least 1 is needed to judge by, got {windows}")
+    if count < 1:
+        raise UserError(f"held-out windows: at least 1 is needed to judge by, got {count}")
     path, source = out / "tokens.bin", out / "tokens.source.txt"
     said = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     if path.is_file() and not (source.is_file() and source.read_bytes() == said.encode()):
@@ -165,7 +165,7 @@ def corpus_of(
             f"{path} has a vocabulary of {tokens.vocab}, the tokenizer one of {vocab}; give another directory"
         )
     ids = np.asarray(encode(heldout), np.int32)
-    count = min(windows, len(ids) // (context + 1))
-    if not count:
+    found = min(count, len(ids) // (context + 1))
+    if not found:
         raise UserError(f"the held-out text has {len(ids)} tokens, fewer than a window of {context + 1}")
-    return Corpus(tokens, ids[: count * (context + 1)].reshape(count, context + 1))
+    return Corpus(tokens, ids[: found * (context + 1)].reshape(found, context + 1))

@@ -16,7 +16,6 @@ that goes on at step s sees the batches that it would have seen, on any number o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -162,23 +161,34 @@ class Windows:
         """What a run must share to go on with these batches (`loop.train`)."""
         return {"data": self.tokens.sha256, "context": self.context, "batch": self.batch, "order": self.seed}
 
-    def index(self, step: int) -> Int[np.ndarray, "batch"]:
-        """Where the windows of a step's batch start: i64[batch]. Step 0 is the first."""
+    def index(self, step: int, orders: dict[int, np.ndarray] | None = None) -> Int[np.ndarray, "batch"]:
+        """Where the windows of a step's batch start: i64[batch]. Step 0 is the first.
+
+        Args:
+          orders: {epoch: order}, which the steps of a run may share: what is missing is added, epochs gone by leave.
+        """
         if step < 0:
             raise UserError(f"steps count from 0, got {step}")
-        epoch, place = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), self.count)
+        epoch, within = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), self.count)
+        orders = {} if orders is None else orders
         windows = np.empty(self.batch, np.int64)
-        for e in np.unique(epoch):
-            now = epoch == e
-            windows[now] = _order(self.seed, int(e), self.count)[place[now]]
+        for e in map(int, np.unique(epoch)):
+            if e not in orders:
+                orders[e] = np.random.default_rng((self.seed, e)).permutation(self.count)
+            windows[epoch == e] = orders[e][within[epoch == e]]
+        for gone in [e for e in orders if e < epoch[0]]:
+            del orders[gone]
         return windows * self.context
 
-    def batch_at(self, step: int, process: int = 0, processes: int = 1) -> Int[np.ndarray, "rows width"]:
+    def batch_at(
+        self, step: int, process: int = 0, processes: int = 1, orders: dict[int, np.ndarray] | None = None
+    ) -> Int[np.ndarray, "rows width"]:
         """The batch of a step, or one process's contiguous part of its rows.
 
         Args:
           step: from 0; the same on all processes.
           process, processes: whose part; `jax.process_index()` and `jax.process_count()`.
+          orders: see `index`.
 
         Returns: i32[batch / processes, context + 1].
 
@@ -190,7 +200,7 @@ class Windows:
         if self.batch % processes:
             raise UserError(f"a batch of {self.batch} windows does not divide among {processes} processes")
         rows = self.batch // processes
-        starts = self.index(step)[process * rows : (process + 1) * rows]
+        starts = self.index(step, orders)[process * rows : (process + 1) * rows]
         windows = np.asarray(self.tokens.values[starts[:, None] + np.arange(self.context + 1)])
         bad = (windows < 0) | (windows >= self.tokens.vocab)
         if bad.any():
@@ -199,13 +209,6 @@ class Windows:
                 "the token file is damaged or belongs to another tokenizer"
             )
         return windows.astype(np.int32)
-
-
-@functools.lru_cache(maxsize=4)  # the present epoch and the next, of the training text and of one more
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    order = np.random.default_rng((seed, epoch)).permutation(count)
-    order.flags.writeable = False
-    return order
 
 
 def _checked(chunk: Any, vocab: int, where: str) -> np.ndarray:

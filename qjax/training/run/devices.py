@@ -1,9 +1,9 @@
-"""What a config says of devices: one, or several.
+"""What a run reads, on one device or on several.
 
-    batch_at, place = spread(devices, windows)
-    finetune(..., batch_at, ..., place=place)
+    data = data_on(windows, heldout, devices)
+    train(data.distribute(state), step, data.batch_at, run)
 
-With one device nothing is placed and batches stay host arrays. Otherwise the state lives where the path table of
+With one device nothing is copied and batches stay host arrays. Otherwise the state lives where the path table of
 `sharding` says, and each process reads its own rows of the one global batch; `processes` is how several meet.
 """
 
@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from qjax.training.run.data import Windows
-from qjax.training.run.sharding import DECODER, Table, global_batch, mesh, place, shardings
+from qjax.training.run.sharding import DECODER, Table, distribute, global_batch, mesh, shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,25 +36,37 @@ class Devices:
 ONE_DEVICE = Devices()
 
 
-def spread(
-    devices: Devices, windows: Windows, table: Table = DECODER
-) -> tuple[Callable[[int], dict[str, Any]], Callable[[Any], Any]]:
-    """A run's batches and the placing of its state.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """What a run reads.
 
-    Returns: step -> {"tokens": i32[batch, context + 1]}, and state -> the state where it lives.
+    Attributes:
+      batch_at: step -> {"tokens": i32[b, t + 1]}, and what else the loss reads: "mask", a teacher's top k "cached".
+      heldout: windows i32[n, t + 1] that judge the model.
+      distribute: copies the state to where it lives.
+    """
+
+    batch_at: Callable[[int], dict[str, Any]]
+    heldout: np.ndarray
+    distribute: Callable[[Any], Any] = lambda state: state
+
+
+def data_on(windows: Windows, heldout: np.ndarray, devices: Devices = ONE_DEVICE, table: Table = DECODER) -> Data:
+    """Batches of windows, and where the state lives, by the table.
 
     Raises:
       UserError: sizes that do not make the devices there are, a batch or a weight that they do not divide.
     """
+    orders: dict[int, np.ndarray] = {}  # an epoch's is drawn once
     if (devices.data, devices.fsdp, jax.process_count()) == (1, 1, 1):
-        return lambda step: {"tokens": windows.batch_at(step)}, lambda state: state
+        return Data(lambda step: {"tokens": windows.batch_at(step, orders=orders)}, heldout)
     here = mesh(devices.data, devices.fsdp)
 
     def batch_at(step: int) -> dict[str, Any]:
-        rows = windows.batch_at(step, jax.process_index(), jax.process_count())
+        rows = windows.batch_at(step, jax.process_index(), jax.process_count(), orders)
         return {"tokens": global_batch(rows, here)}
 
-    def placed(state: Any) -> Any:
-        return place(state, shardings(jax.eval_shape(lambda: state), here, table))
+    def distributed(state: Any) -> Any:
+        return distribute(state, shardings(jax.eval_shape(lambda: state), here, table))
 
-    return batch_at, placed
+    return Data(batch_at, heldout, distributed)

@@ -1,8 +1,8 @@
 """The loop: steps, a log, checkpoints, and exact resume.
 
-    OUT/identity.json    what the run is: whoever continues it must be the same
-    OUT/metrics.jsonl    one row every `log_every` steps, appended as the run goes
-    OUT/checkpoints/     orbax, written in the background; the newest two are kept
+    FOLDER/identity.json  what the run is: whoever continues it must be the same
+    FOLDER/metrics.jsonl  one row every `log_every` steps, appended as the run goes
+    FOLDER/checkpoints/  orbax, written in the background; the newest two are kept
 
 2 N steps give the same bits as N steps, a kill and N more: the state holds all that a step reads, a batch is a function
 of the step, and on resume rows behind the checkpoint are dropped from the log. Losses are looked at one step late, so
@@ -28,29 +28,37 @@ from qjax.io.atomic import write_text
 from qjax.io.lock import locked
 from qjax.terminal import bar, say
 from qjax.training.run.processes import chief
-from qjax.training.run.state import Step, TrainState
+from qjax.training.run.state import TrainState, TrainStep
 
 Row = dict[str, Any]
 LOCK = ".training.lock"  # held while a process trains there
 
 
 @dataclasses.dataclass(frozen=True)
-class Loop:
-    """How a run is logged and saved.
+class Run:
+    """How far a run goes, and what it leaves behind.
 
     Attributes:
+      folder: where.
       steps: where the run ends, counted from the state's own step 0.
       log_every: steps between rows of the log.
-      eval_every: steps between calls of `evaluate`; a multiple of log_every. The last step is always evaluated.
+      eval_every: steps between calls of `Hooks.evaluate`; a multiple of log_every. The last step is always evaluated.
       checkpoint_every: steps between checkpoints; a multiple of log_every. The last step is always saved.
       keep: checkpoints kept.
+      name: what the progress bar says.
+      identity: facts that must be the same when a run is continued: seeds, the data's hash, the model.
+      sinks: further readers of the log, e.g. `tensorboard(folder)`.
     """
 
+    folder: Path
     steps: int
     log_every: int = 20
     eval_every: int = 200
     checkpoint_every: int = 200
     keep: int = 2
+    name: str = ""
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sinks: tuple[Callable[[Row], None], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
@@ -61,96 +69,92 @@ class Loop:
                 raise UserError(f"{name} ({getattr(self, name)}) must be a multiple of log_every ({self.log_every})")
 
 
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What is done along the way.
+
+    Attributes:
+      before: (state, step) -> state, before every step but step 0; for frozen scales.
+      observe: (state, what it returned last or None) -> (numbers, memory), at every row: quantization noise, flips.
+      evaluate: called every `eval_every` steps; its numbers join the row.
+      describe: the step -> numbers for its row: learning rates, the batch's position.
+    """
+
+    before: Callable[[TrainState, int], TrainState] | None = None
+    observe: Callable[[TrainState, Any], tuple[Row, Any]] | None = None
+    evaluate: Callable[[TrainState], Row] | None = None
+    describe: Callable[[int], Row] | None = None
+
+
 def train(
-    state: TrainState,
-    step: Step,
-    batch_at: Callable[[int], Any],
-    out: Path,
-    loop: Loop,
-    *,
-    identity: Mapping[str, Any] | None = None,
-    evaluate: Callable[[TrainState], Row] | None = None,
-    observe: Callable[[TrainState, Any], tuple[Row, Any]] | None = None,
-    refresh: Callable[[TrainState], TrainState] | None = None,
-    refresh_every: int = 0,
-    describe: Callable[[int], Row] | None = None,
-    name: str = "train",
-    sinks: tuple[Callable[[Row], None], ...] = (),
+    state: TrainState, step: TrainStep, batch_at: Callable[[int], Any], run: Run, hooks: Hooks | None = None
 ) -> tuple[TrainState, list[Row]]:
-    """Run to the end, from the newest checkpoint under `out` if there is one.
+    """Run to the end, from the newest checkpoint under the run's folder if there is one.
 
     Args:
       state: where a new run starts; of a resumed one, its shapes, types and shardings.
       step: see `make_step`.
       batch_at: the batch of a step, counted from 0.
-      out: the run's directory.
-      loop: see `Loop`.
-      identity: facts that must be the same when a run is continued: seeds, the data's hash, the model.
-      evaluate: called every `eval_every` steps; its numbers join the row.
-      observe: (state, what it returned last or None) -> (numbers, memory), at every row: quantization noise, flips.
-      refresh: called before step k refresh_every, k > 0; for frozen scales.
-      describe: the step -> numbers for its row: learning rates, the batch's position.
-      name: what the progress bar says.
-      sinks: further readers of the rows, e.g. `tensorboard(out)`.
 
     Returns: the last state, and the log.
 
     Raises:
-      UserError: a checkpoint of another run or another model, a damaged file, another process that trains under `out`,
-        a loss that is no number.
+      UserError: a checkpoint of another run or another model, a damaged file, another process that trains in the
+        folder, a loss that is no number.
     """
+    out, name, hooks = run.folder, run.name or "train", hooks or Hooks()
     out.mkdir(parents=True, exist_ok=True)
     writes = chief()
-    options = ocp.CheckpointManagerOptions(max_to_keep=loop.keep, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=run.keep, enable_async_checkpointing=True)
     with (
         locked(out / LOCK, f"the training run {out}") if writes else contextlib.nullcontext(),
         _manager(out / "checkpoints", options) as manager,
     ):
-        _check_identity(out, state, identity or {})
+        _check_identity(out, state, run.identity)
         first = manager.latest_step() or 0
         if first:
             state = _restored(manager, first, state)
-            if writes and first < loop.steps:
-                say(f"{name}: resuming at step {first} of {loop.steps}")
+            if writes and first < run.steps:
+                say(f"{name}: resuming at step {first} of {run.steps}")
         rows = _rows_until(out / "metrics.jsonl", first, write=writes)
         if writes and first and (not rows or rows[-1]["step"] != first):
             say(f"{out / 'metrics.jsonl'} lacks the rows before step {first}; the log goes on without them")
-        memory = observe(state, None)[1] if observe else None
+        memory = hooks.observe(state, None)[1] if hooks.observe else None
         clock, late = time.perf_counter(), None
         with (
-            bar(name, done=first, total=loop.steps) if writes else contextlib.nullcontext() as show,
+            bar(name, done=first, total=run.steps) if writes else contextlib.nullcontext() as show,
             (out / "metrics.jsonl").open("a", encoding="utf-8") as log,
         ):
-            for at in range(first, loop.steps):
-                if refresh is not None and refresh_every and at and at % refresh_every == 0:
-                    state = refresh(state)
+            for at in range(first, run.steps):
+                if hooks.before and at:
+                    state = hooks.before(state, at)
                 state, metrics = step(state, batch_at(at))
                 _check_number(late, at - 1, manager)
                 if writes and late is not None:
-                    show(at, loop.steps, f"loss {float(late):.4f}")
+                    show(at, run.steps, f"loss {float(late):.4f}")
                 late = metrics["loss"]
                 done = at + 1
-                last = done == loop.steps
-                if done % loop.log_every and not last:
+                last = done == run.steps
+                if done % run.log_every and not last:
                     continue
                 for value in metrics.values():  # gradients too: a state that they spoiled must not be saved
                     _check_number(value, at, manager)
                 row: Row = {"step": done, **{k: float(v) for k, v in metrics.items()}}
-                row |= describe(at) if describe else {}
-                if observe:
-                    numbers, memory = observe(state, memory)
+                row |= hooks.describe(at) if hooks.describe else {}
+                if hooks.observe:
+                    numbers, memory = hooks.observe(state, memory)
                     row |= numbers
-                if evaluate and (last or done % loop.eval_every == 0):
-                    row |= evaluate(state)
+                if hooks.evaluate and (last or done % run.eval_every == 0):
+                    row |= hooks.evaluate(state)
                 row["seconds"] = round(time.perf_counter() - clock, 3)
                 rows.append(row)
                 if writes:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
-                    for sink in sinks:
+                    for sink in run.sinks:
                         sink(row)
-                    show(done, loop.steps, f"loss {row['loss']:.4f}")
-                if last or done % loop.checkpoint_every == 0:
+                    show(done, run.steps, f"loss {row['loss']:.4f}")
+                if last or done % run.checkpoint_every == 0:
                     manager.save(done, args=ocp.args.StandardSave(_saved(state)))
         manager.wait_until_finished()
     return state, rows

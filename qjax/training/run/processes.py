@@ -90,13 +90,13 @@ def by_chief(name: str, write: Callable[[], Any]) -> None:
 
 
 def whole(tree: Any) -> Any:
-    """A tree of arrays as each process has it for itself, without those that are spread over several."""
+    """A tree of arrays as each process has it for itself, without those that are distributed over several."""
     if jax.process_count() == 1:
         return tree
 
     def gathered(x: Any) -> Any:
-        spread = isinstance(x, jax.Array) and not x.is_fully_addressable
-        return jnp.asarray(multihost_utils.process_allgather(x, tiled=True)) if spread else x
+        distributed = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return jnp.asarray(multihost_utils.process_allgather(x, tiled=True)) if distributed else x
 
     return jax.tree.map(gathered, tree)
 

@@ -39,9 +39,9 @@ Table = Sequence[tuple[str, P]]
 
 DECODER: Table = (
     ("*scales/*", P("fsdp")),  # grids of quantized weights that train, (out, groups)
-    ("*kept/*/kernel", P(None, "fsdp")),  # a teacher, or weights that do not train
-    ("*kept/*/embedding", P("fsdp", None)),
-    ("*kept/*", P("fsdp")),  # and grids that stay
+    ("*constants/*/kernel", P(None, "fsdp")),  # a teacher, or weights that do not train
+    ("*constants/*/embedding", P("fsdp", None)),
+    ("*constants/*", P("fsdp")),  # and grids that stay
     ("*/leaves/*", P("fsdp")),  # a QTensor's packed arrays, (out, blocks, ...)
     ("*/applied/*", P()),  # its changes of variables
     ("*/kernel/[ab]", P()),  # low-rank adapters
@@ -94,7 +94,7 @@ def shardings(
         a format's `block`. A path stands for every leaf whose path ends in it, moments included.
       small: a leaf of at most that many elements is replicated along an axis that does not divide.
 
-    Returns: the same tree of NamedShardings, for `jit`'s in_shardings and out_shardings and for `place`.
+    Returns: the same tree of NamedShardings, for `jit`'s in_shardings and out_shardings and for `distribute`.
 
     Raises:
       UserError: a matrix that no pattern fits, an axis that does not divide over its devices (in whole blocks), a spec
@@ -114,7 +114,7 @@ def shardings(
     return jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in specs])
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def distribute(tree: Any, shardings: Any) -> Any:
     """Copy a tree of arrays to where `shardings` says.
 
     With several processes, each gives the same whole arrays and keeps its part. The result shares no memory with
@@ -159,7 +159,7 @@ def _fitted(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh, block: int, 
     if len(spec) > len(shape):
         raise UserError(f"{path} {list(shape)} has fewer axes than its spec {spec}; give it a rule of its own")
     contracted = _contracted_axis(path, len(shape))
-    kept = []
+    fitted = []
     for axis, names in enumerate(spec):
         names = (names,) if isinstance(names, str) else tuple(names or ())
         for name in names:
@@ -174,8 +174,8 @@ def _fitted(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh, block: int, 
                 f"{path} {list(shape)}: axis {axis} of {shape[axis]} does not divide{whole} over the {ways} devices of "
                 f"mesh axis {'+'.join(names)}; take a mesh that fits, or a rule that cuts another axis or none"
             )
-        kept.append(spec[axis] if fits else None)
-    return P(*kept)
+        fitted.append(spec[axis] if fits else None)
+    return P(*fitted)
 
 
 def _contracted_axis(path: str, ndim: int) -> int:
