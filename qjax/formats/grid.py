@@ -12,7 +12,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jax import lax
 
 from qjax.chain import Link
 from qjax.formats.fields import Blocks
@@ -122,8 +121,7 @@ class Scaling:
 
     def nearest(self, levels: Any, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b n"]:
         """The code of the level nearest to each weight."""
-        codes = levels.round(self.units(scales, self.grouped(scales, w)))[1]
-        return lax.optimization_barrier(codes).reshape(w.shape)
+        return levels.round(self.units(scales, self.grouped(scales, w)))[1].reshape(w.shape)
 
     def decode(self, levels: Any, scales: Scales, codes: Integer[Array, "*b n"]) -> Float[Array, "*b n"]:
         """The value of each code."""

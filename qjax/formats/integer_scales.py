@@ -91,7 +91,7 @@ class IntegerScales(Scaling):
             return super().nearest(levels, scales, w)
         s, z = self.scale.get(scales)[..., None], scales["zero"][..., None]
         u = jnp.where(s > 0, quotient(self.grouped(scales, w), jnp.where(s > 0, s, 1.0)), 0.0)
-        return lax.optimization_barrier(levels.round(jnp.round(u) + z)[1]).reshape(w.shape)
+        return levels.round(jnp.round(u) + z)[1].reshape(w.shape)
 
     def fit(self, levels: Integers, w: Array, weight: Array | None) -> Scales:
         x, h = (None if a is None else a.reshape(*a.shape[:-1], -1, self.group or a.shape[-1]) for a in (w, weight))

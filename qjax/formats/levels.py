@@ -121,10 +121,12 @@ class SignMagnitude:
         return jnp.sign(u) * size, jnp.where((u < 0) & (code > 0), code | self.sign, code)
 
     def value(self, codes: Integer[Array, "*u"]) -> Float[Array, "*u"]:
-        both = (*self.magnitudes, *(0.0 - size for size in self.magnitudes))
-        return jnp.asarray(both, jnp.float32)[codes.astype(jnp.int32)]
+        size, at = jnp.zeros(codes.shape, jnp.float32), codes & (self.sign - 1)
+        for k, (a, b) in enumerate(itertools.pairwise(self.magnitudes)):  # a gather would not vectorize
+            size = size + jnp.where(at > k, jnp.float32(b - a), jnp.float32(0))
+        return jnp.where((codes & self.sign) > 0, 0.0 - size, size)
 
     @property
     def sign(self) -> int:
-        """The bit of the sign."""
+        """The bit of the sign; magnitudes are as many, a power of two."""
         return len(self.magnitudes)

@@ -13,6 +13,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax import lax
 
 from qjax.formats.bits import pack_bits, unpack_bits
 from qjax.formats.protocol import Leaves, Scales
@@ -106,7 +107,7 @@ class Streams:
 
     def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
         grouped = codes.reshape(*codes.shape[:-1], -1, self.group or codes.shape[-1])
-        packed = {"codes": pack_bits((grouped.astype(jnp.int32) - self.low).astype(jnp.uint8), self.bits_each)}
+        packed = {"codes": pack_bits(grouped.astype(jnp.uint8) + jnp.uint8(-self.low), self.bits_each)}
         for leaf in self.leaves:
             packed |= leaf.write(scales)
         return packed
@@ -114,7 +115,7 @@ class Streams:
     def unpack(self, leaves: Leaves) -> tuple[Scales, Integer[Array, "*b n"]]:
         codes = unpack_bits(leaves["codes"], self.bits_each)
         if self.low:
-            codes = (codes.astype(jnp.int32) + self.low).astype(jnp.int8)
+            codes = lax.bitcast_convert_type(codes - jnp.uint8(-self.low), jnp.int8)
         scales: Scales = {}
         for leaf in self.leaves:
             scales |= leaf.read(leaves, codes.shape[-2])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.custom_batching import custom_vmap
 from qjax.formats.grid import Scaling
 from qjax.formats.protocol import Scales
 from qjax.formats.storage import quotient, round_fp16
-from qjax.typing import Array, Float
+from qjax.typing import Array, Float, Integer
 
 _CHUNK = {"cpu": 128}
 _CHUNK_DEVICE = 16384  # accelerators want many lanes
@@ -139,3 +140,7 @@ class ByReciprocal(Scaling):
             return x * once(inverse[..., None])[0]
         inverse, offset = once(inverse[..., None], (-self.offset.get(scales) * inverse)[..., None])
         return x * inverse + offset
+
+    def nearest(self, levels: Any, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b n"]:
+        """See `Scaling`; computed once, for the many fields that hold bits of it."""
+        return once(super().nearest(levels, scales, w))[0]
