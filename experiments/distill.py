@@ -30,7 +30,7 @@ from qjax.training.losses.objectives import Losses
 from qjax.training.losses.topk import read_top_k, rows, top_k, write_top_k
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 from qjax.training.run.devices import Data
 from qjax.training.run.loop import Run
 
@@ -71,7 +71,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         raise UserError("arm.grid.init: this experiment starts from float weights")
     texts = texts_of(config.text, config.heldout, config.characters)
     corpus = corpus_for(teacher, config.teacher, texts, out, config.context, config.eval_windows)
-    windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
+    windows = Batches(corpus.tokens, config.context, config.batch, config.seed)
     folder = out / "teacher"
     if not folder.is_dir():
         cache_teacher(config, teacher, windows, folder)
@@ -105,7 +105,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return {"losses": losses, "rows": log, "model": str(out / "model")}
 
 
-def cache_teacher(config: Config, teacher: Any, windows: Windows, folder: Path) -> None:
+def cache_teacher(config: Config, teacher: Any, windows: Batches, folder: Path) -> None:
     """Write the teacher's top k for the sequences of all steps, in their order."""
     apply = Forward(teacher.config)
     seen = jax.jit(lambda params, tokens: top_k(apply(params, tokens), config.k, config.arm.losses.temperature))

@@ -22,7 +22,7 @@ from qjax.training.decoder.fresh import fresh_model
 from qjax.training.decoder.program import Compute, program, start_state
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_in, texts_of, tokenizer_in
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
 from qjax.training.run.loop import Run, tensorboard
 from qjax.training.run.processes import by_chief, chief_first
@@ -69,7 +69,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     model = fresh_model(config, tokenizer.get_vocab_size(), config.seed)
     count = sum(p.size for p in jax.tree.leaves(model.params))
     print(f"{count / 1e6:.2f} M parameters, {len(corpus.tokens.values) / 1e6:.2f} M training tokens")
-    windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
+    windows = Batches(corpus.tokens, config.context, config.batch, config.seed)
     rise = config.warmup / config.steps
     arm = Arm("pretrain", optimizer=Optimizer(config.peak_rate, weight_decay=config.weight_decay, warmup=rise))
     compute = Compute(config.mixed, config.accumulate, config.seed)

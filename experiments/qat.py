@@ -35,7 +35,7 @@ from qjax.training.losses.distill import teacher_confidence
 from qjax.training.losses.objectives import Losses
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
 from qjax.training.run.loop import Run, tensorboard
 from qjax.training.run.processes import by_chief, chief_first
@@ -83,7 +83,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     with chief_first("corpus"):
         texts = texts_of(config.text, config.heldout, config.characters)
         corpus = corpus_for(model, config.model, texts, out, config.context, config.eval_windows)
-    windows = Windows(corpus.tokens, config.context, config.batch, config.seed)
+    windows = Batches(corpus.tokens, config.context, config.batch, config.seed)
     data = data_on(windows, corpus.heldout, config.devices)
     judge = Forward(model.config, config.arm.activations)
     losses = {"float": heldout_loss(Forward(model.config), model.params, corpus.heldout)}

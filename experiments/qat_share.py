@@ -31,7 +31,7 @@ from qjax.training.decoder.program import Program, program, start_state
 from qjax.training.decoder.quantization import Grid
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 from qjax.training.run.devices import Data
 from qjax.training.run.loop import Run
 
@@ -100,7 +100,7 @@ def one(
     config: Config, corpus: Corpus, model: Model, seed: int, share: float, fused: bool, programs: Programs, out: Path
 ) -> float:
     """The held-out loss of the quantized model."""
-    windows = Windows(corpus.tokens, config.context, config.batch, seed)
+    windows = Batches(corpus.tokens, config.context, config.batch, seed)
     late = round(share * config.steps)
     early = config.steps - late
     folder = out / f"seed{seed}-share{share:g}-{'fused' if fused else 'own'}"

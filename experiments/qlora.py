@@ -33,7 +33,7 @@ from qjax.training.decoder.forward import Forward
 from qjax.training.decoder.program import Compute, Program, program
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_for, texts_of
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 from qjax.training.run.devices import data_on
 from qjax.training.run.loop import Run
 from qjax.training.run.state import init_state
@@ -72,7 +72,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     programs = [compiled(entry, model.config, config.steps) for entry in config.entries]
     runs = []
     for seed in config.seeds:
-        windows = Windows(corpus.tokens, config.context, config.batch, seed)
+        windows = Batches(corpus.tokens, config.context, config.batch, seed)
         for entry, trained in zip(config.entries, programs, strict=True):
             clock = time.perf_counter()
             name = f"{entry.method}-{entry.format}-r{entry.rank}-a{entry.alpha:g}-{entry.rate:g}-seed{seed}"
@@ -118,7 +118,7 @@ def compiled(entry: Entry, config: DecoderConfig, steps: int) -> Program:
 
 
 def one(
-    config: Config, entry: Entry, trained: Program, model: Model, windows: Windows, corpus: Corpus, seed: int, out: Path
+    config: Config, entry: Entry, trained: Program, model: Model, windows: Batches, corpus: Corpus, seed: int, out: Path
 ) -> dict[str, Any]:
     """Train and merge one entry."""
     params, constants = entry.start(model.params, jax.random.key(seed))

@@ -49,7 +49,7 @@ from qjax.training.decoder.quantization import Grid, quantizers_of
 from qjax.training.losses.distill import teacher_confidence
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 from qjax.training.run.devices import data_on
 from qjax.training.run.loop import Run
 
@@ -150,7 +150,7 @@ def pretrained(config: Config, corpus: Corpus, tokenizer: Tokenizer, seed: int) 
     folder = config.models / f"seed{seed}"
     if not (folder / "model").is_dir():
         arm = Arm("pretrain", optimizer=Optimizer(b.rate, weight_decay=b.weight_decay))
-        tokens = Windows(corpus.tokens, b.context, b.batch, seed)
+        tokens = Batches(corpus.tokens, b.context, b.batch, seed)
         model = fresh_model(b, tokenizer.get_vocab_size(), seed)
         trained = program(arm, model.config, b.steps)
         run = Run(folder, b.steps, 20, 200, 200, identity={**tokens.identity, "model_seed": seed})
@@ -191,7 +191,7 @@ def one_seed(
         print(f"seed {seed} {name}: {row['loss']:.4f} nats, {row['seconds']:.0f} s", file=sys.stderr)
 
     # Later epochs than the pretraining's: the same windows in another order.
-    tokens = Windows(corpus.tokens, config.base.context, config.base.batch, 1000 + seed)
+    tokens = Batches(corpus.tokens, config.base.context, config.base.batch, 1000 + seed)
     judge = Forward(model.config)
     row_of("start", lambda: {"loss": heldout_loss(judge, model.params, corpus.heldout)})
     folder = out / f"seed{seed}"
@@ -213,7 +213,7 @@ def one_seed(
 
 def train_arm(
     config: Config, contestant: Contestant, model: Model, teachers: dict[str, Model | None],
-    tokens: Windows, corpus: Corpus, programs: Programs, folder: Path,
+    tokens: Batches, corpus: Corpus, programs: Programs, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one arm; its loss is that of the file it is exported to."""
     arm, teacher = contestant.arm, teachers[contestant.teacher]
@@ -238,7 +238,7 @@ def train_arm(
 
 
 def round_control(
-    config: Config, name: str, line: str, control: Model, tokens: Windows, corpus: Corpus, folder: Path
+    config: Config, name: str, line: str, control: Model, tokens: Batches, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
     """The continued float model, rounded by a recipe."""
     recipe = recipes.recipe(line)
@@ -251,7 +251,7 @@ def round_control(
 
 
 def tune_control(
-    config: Config, name: str, tuning: BlockTuning, control: Model, tokens: Windows, corpus: Corpus, folder: Path
+    config: Config, name: str, tuning: BlockTuning, control: Model, tokens: Batches, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
     """The continued float model, tuned block by block; the name begins with its format."""
     grid = Grid(name.split()[0], scales="learned")
@@ -260,14 +260,14 @@ def tune_control(
     return {"loss": exported_loss(dataclasses.replace(control, params=params), folder, corpus.heldout)}
 
 
-def calibration(config: Config, model: Model, tokens: Windows) -> Calibration:
+def calibration(config: Config, model: Model, tokens: Batches) -> Calibration:
     """The first windows that the arms train on."""
     count = -(-config.calibration_windows // config.base.batch)
     rows = np.concatenate([tokens.batch_at(s)[:, :-1] for s in range(count)])[: config.calibration_windows]
     return calibration_of(model.config.context, rows.reshape(-1), context=rows.shape[1])
 
 
-def rounded_by(config: Config, arm: Arm, model: Model, tokens: Windows) -> Any:
+def rounded_by(config: Config, arm: Arm, model: Model, tokens: Batches) -> Any:
     """The result of the arm's recipe for the model it starts from."""
     recipe = recipes.recipe(arm.grid.init)
     return quantize_model(model, arm.grid.plan(model.config), recipe, calibration(config, model, tokens))[0].params

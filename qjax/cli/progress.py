@@ -37,7 +37,7 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextlib.contextmanager
 def steps_bar(what: str) -> Iterator[Callable[[Any], None]]:
-    """A bar over the weights of a walk; yields what takes its `Step`s and shows each weight's loss."""
+    """A bar over the weights of a walk; yields what takes its `WeightDone`s and shows each weight's loss."""
     with bar(what) as update:
 
         def show(step: Any) -> None:

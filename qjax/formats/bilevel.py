@@ -29,7 +29,7 @@ from qjax.errors import UserError
 from qjax.formats.grid import Grid, Scaling
 from qjax.formats.levels import Integers
 from qjax.formats.protocol import Scales
-from qjax.formats.storage import quotient
+from qjax.formats.storage import over, quotient
 from qjax.formats.stores import Steps
 from qjax.formats.streams import Codes, Floats, Streams
 from qjax.typing import Array
@@ -72,8 +72,7 @@ class BilevelScales(Scaling):
         x = w.reshape(*w.shape[:-1], -1, self.group)
         low, high = jnp.minimum(x.min(axis=-1), 0.0), jnp.maximum(x.max(axis=-1), 0.0)
         scales = self.scale.fit(quotient(high - low, levels.high), self.groups)
-        s = self.scale.get(scales)
-        z = jnp.clip(jnp.where(s > 0, quotient(-low, jnp.where(s > 0, s, 1.0)), 0.0), 0.0, levels.high)
+        z = jnp.clip(over(-low, self.scale.get(scales)), 0.0, levels.high)
         return scales | self.zero.fit(z, self.groups)
 
 

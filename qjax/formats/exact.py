@@ -5,7 +5,7 @@ encoders meet all of them:
 
 * a*b + c becomes one fused multiply-add, past any barrier. `apart(a * b, limit)` puts a clip that never binds
   between the two, which LLVM cannot contract through.
-* x / constant becomes x * (1 / constant). `divided(x, c)` makes the divisor depend on data.
+* x / constant becomes x * (1 / constant): `storage.quotient` makes the divisor depend on data.
 * denormals are flushed to zero. `lift` moves blocks of tiny numbers up by 2^64, through integers; every operation the
   encoders do afterwards is invariant to that power of two.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.formats.storage import quotient, round_fp16
+from qjax.formats.storage import round_fp16
 
 _TINY = 0x2F800000  # the bits of 2^-32: fp16 scales of blocks below are zero
 _UP, _DOWN = 2.0**64, 2.0**-64
@@ -25,11 +25,6 @@ _UNIT, _PER_UNIT = 2.0 ** (64 - 149), 2.0 ** (149 - 64)  # a lifted block's smal
 def apart(product: Array, limit: float) -> Array:
     """The product itself, kept from fusing with the addition that follows; |product| must stay below the limit."""
     return jnp.clip(product, -limit, limit)
-
-
-def divided(x: Array, constant: float | int) -> Array:
-    """x / constant, correctly rounded."""
-    return quotient(x, constant)
 
 
 def magnitude(x: Array) -> Array:

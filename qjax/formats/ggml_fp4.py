@@ -39,6 +39,7 @@ from qjax.formats.ggml_scale_bytes import (
 from qjax.formats.grid import GGML, Scaling
 from qjax.formats.levels import SignMagnitude
 from qjax.formats.protocol import Scales
+from qjax.formats.storage import quotient
 from qjax.formats.stores import Stored
 
 E2M1 = SignMagnitude((0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0))
@@ -104,7 +105,7 @@ class Float8Scale(Scaling):
     def fit(self, levels: SignMagnitude, w: Array, weight: Array | None) -> Scales:
         """s = ue4m3(absmax / 6); with `weight`, the best of its neighbours."""
         x = split(w, self.group)
-        s = ue4m3_byte(exact.divided(jnp.max(jnp.abs(x), axis=-1), 6))
+        s = ue4m3_byte(quotient(jnp.max(jnp.abs(x), axis=-1), 6))
         s = jnp.where(s >= 0x78, 0x7E, s)  # ggml takes 448 for every scale from 256 up
         if weight is not None:
             s = _best_neighbour(self, levels, x, split(weight, self.group), s, tuple(range(-3, 6)), 0x7E, ue4m3)

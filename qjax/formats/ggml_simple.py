@@ -33,7 +33,7 @@ from qjax.formats.grid import GGML, Scaling
 from qjax.formats.levels import Integers
 from qjax.formats.protocol import Scales
 from qjax.formats.scale_search import search_scale, search_scale_min
-from qjax.formats.storage import reciprocal
+from qjax.formats.storage import quotient, reciprocal
 from qjax.formats.stores import Stored
 
 
@@ -76,7 +76,7 @@ class OneScale(Scaling):
         x = exact.lift(x, tiny)
         largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         if self.covers == "absmax":
-            d = exact.divided(largest, levels.high)
+            d = quotient(largest, levels.high)
         else:
             negative = _first_is_negative(x, jnp.abs(x) == largest) & (largest > 0)
             d = jnp.where(negative, largest, -largest) * (-1 / levels.low)
@@ -114,7 +114,7 @@ class ScaleAndMinimum(Scaling):
         x = exact.lift(x, tiny)
         low = jnp.min(x, axis=-1, keepdims=True)
         spread = jnp.abs(jnp.max(x, axis=-1, keepdims=True) - low)
-        d = exact.denormal_grid(exact.divided(spread, levels.high), tiny)
+        d = exact.denormal_grid(quotient(spread, levels.high), tiny)
         # a minimum of zero has the sign of the first zero
         zero = jnp.where(_first_is_negative(x, x == 0), -0.0, 0.0)
         m = exact.drop_fp16(jnp.where(low == 0, zero, low), tiny)

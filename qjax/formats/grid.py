@@ -17,7 +17,7 @@ from qjax.chain import Link
 from qjax.formats.fields import Blocks
 from qjax.formats.levels import Levels
 from qjax.formats.protocol import Columns, Leaves, Scales, Tile
-from qjax.formats.storage import quotient
+from qjax.formats.storage import over
 from qjax.formats.stores import Store
 from qjax.typing import Array, Float, Integer
 
@@ -102,14 +102,13 @@ class Scaling:
     def zeros(self, scales: Scales, m: Array) -> Scales:
         """z of an offset, for the scale as stored: -m / s, 0 where s is."""
         assert self.zero is not None
-        s = self.scale.get(scales)
-        return self.zero.put(scales, jnp.where(s > 0, quotient(-m, jnp.where(s > 0, s, 1.0)), 0.0))
+        return self.zero.put(scales, over(-m, self.scale.get(scales)))
 
     def units(self, scales: Scales, x: Float[Array, "*b G g"]) -> Float[Array, "*b G g"]:
         """(x - m) / s with one division, 0 where s is."""
         s = self.scale.get(scales)[..., None]
         x = x if self.offset is None else x - self.offset.get(scales)[..., None]
-        u = jnp.where(s == 0, 0.0, quotient(x, jnp.where(s == 0, 1.0, s)))
+        u = over(x, s)
         return u if self.zero is None else u + self.zero.get(scales)[..., None]
 
     def weights(self, scales: Scales, T: Float[Array, "*b G g"]) -> Float[Array, "*b G g"]:

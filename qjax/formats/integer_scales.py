@@ -20,7 +20,7 @@ from qjax.formats import integer_search as search
 from qjax.formats.grid import Scaling
 from qjax.formats.levels import Integers
 from qjax.formats.protocol import Scales
-from qjax.formats.storage import FLOATS, quotient, stored
+from qjax.formats.storage import FLOATS, over, quotient, stored
 from qjax.formats.stores import Multiple, Stored
 from qjax.typing import Array, Float, Integer
 
@@ -90,7 +90,7 @@ class IntegerScales(Scaling):
         if self.zero_kind != "int":
             return super().nearest(levels, scales, w)
         s, z = self.scale.get(scales)[..., None], scales["zero"][..., None]
-        u = jnp.where(s > 0, quotient(self.grouped(scales, w), jnp.where(s > 0, s, 1.0)), 0.0)
+        u = over(self.grouped(scales, w), s)
         return levels.round(jnp.round(u) + z)[1].reshape(w.shape)
 
     def fit(self, levels: Integers, w: Array, weight: Array | None) -> Scales:

@@ -61,9 +61,15 @@ def quotient(x: Array, y: Array | float | int) -> Array:
     return lax.platform_dependent(x, jnp.asarray(y, jnp.float32), cpu=_divided, default=_corrected)
 
 
-def reciprocal(y: Array) -> Array:
-    """1 / y with one rounding, and 0 for y = 0."""
-    return jnp.where(y == 0, 0.0, quotient(jnp.float32(1), jnp.where(y == 0, 1.0, y)))
+def reciprocal(y: Array, least: float = 0.0) -> Array:
+    """1 / y with one rounding, and 0 where |y| is not above `least`."""
+    ok = jnp.abs(y) > least
+    return jnp.where(ok, quotient(jnp.float32(1), jnp.where(ok, y, 1.0)), 0.0)
+
+
+def over(x: Array, y: Array) -> Array:
+    """x / y with one rounding, and 0 where y is; y broadcasts against x."""
+    return jnp.where(y == 0, 0.0, quotient(x, jnp.where(y == 0, 1.0, y)))
 
 
 def _divided(x: Array, y: Array) -> Array:

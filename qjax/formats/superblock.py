@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from qjax.formats import storage
 from qjax.formats.grid import Scaling
 from qjax.formats.protocol import Scales
-from qjax.formats.storage import quotient, round_fp16
+from qjax.formats.storage import round_fp16
 from qjax.typing import Array, Float, Integer
 
 _CHUNK = {"cpu": 128}
@@ -85,9 +86,8 @@ def relative(v: Array) -> Array:
 
 
 def reciprocal(s: Array) -> Array:
-    """1 / s, and 0 where |s| < 1e-30."""
-    ok = jnp.abs(s) > _SMALL
-    return jnp.where(ok, quotient(jnp.float32(1), jnp.where(ok, s, 1.0)), 0.0)
+    """1 / s, and 0 where |s| is not above 1e-30."""
+    return storage.reciprocal(s, _SMALL)
 
 
 def once(*arrays: Array) -> tuple[Array, ...]:

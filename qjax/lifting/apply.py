@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qjax.lifting.run import packed_only, run, trace
-from qjax.lifting.scope import Program
+from qjax.lifting.scope import Interpretation
 
 
 def lift(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
     """
 
     def lifted(params: Any, *args: Any, **kwargs: Any) -> Any:
-        program = Program(on_dense="raise" if strict else "warn")
+        program = Interpretation(on_dense="raise" if strict else "warn")
         return run(trace(fn, params, args, kwargs), program, packed_only)[0]
 
     return lifted

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.lifting.run import Traced, matrices, packed_only, run, survey, trace
-from qjax.lifting.scope import Place, Program, Site, Stats
+from qjax.lifting.scope import Interpretation, Place, Site, Stats
 from qjax.lifting.weight import Use, Weight, as_weight
 from qjax.tensor import is_qtensor
 
@@ -57,7 +57,7 @@ def substitute(fn: Function, transform: Callable[[Use, Any], Any]) -> Function:
             return next(iter(values.values())) if path is not None and len(values) == 1 else leaf
 
         single = [only(path, leaf) for path, leaf in zip(traced.paths, traced.leaves, strict=True)]
-        return run(dataclasses.replace(traced, leaves=single), Program(), tag)[0]
+        return run(dataclasses.replace(traced, leaves=single), Interpretation(), tag)[0]
 
     return substituted
 
@@ -87,7 +87,7 @@ def replace_inputs(fn: Function, transform: Callable[[Use, Any], Any]) -> Functi
         return new
 
     def replaced(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(trace(fn, params, args, kwargs), Program(replace_input=checked), matrices)[0]
+        return run(trace(fn, params, args, kwargs), Interpretation(replace_input=checked), matrices)[0]
 
     return replaced
 
@@ -119,7 +119,7 @@ def adapt(fn: Function) -> Function:
             a, b, own = site.feed[path]
             return site.y + _low_rank(site, a, b, scales[path] if own is None else own), {}
 
-        program = Program(visit=visit, steps_over=lambda place, paths: paths)
+        program = Interpretation(visit=visit, steps_over=lambda place, paths: paths)
         out, _ = run(trace(fn, params, args, kwargs), program, matrices, feed)
         for path in adapters:
             kinds = {use.kind for use in program.uses.values() if use.path == path}
@@ -180,7 +180,7 @@ def tap(fn: Function) -> Function:
         def steps_over(scan: Place, paths: set[str]) -> set[str]:
             return {key for key in taps if places[key][: len(scan)] == scan}
 
-        return run(traced, Program(visit=visit, steps_over=steps_over), matrices, taps)[0]
+        return run(traced, Interpretation(visit=visit, steps_over=steps_over), matrices, taps)[0]
 
     return tapped
 

@@ -9,7 +9,7 @@ import jax
 
 from qjax.errors import UserError
 from qjax.lifting.run import matrices, run, survey, trace
-from qjax.lifting.scope import Place, Program, Site, Stats
+from qjax.lifting.scope import Interpretation, Place, Site, Stats
 from qjax.lifting.weight import Use
 
 
@@ -62,6 +62,6 @@ def watch(fn: Callable[..., Any], collect: Callable[[Use, Any], Any]) -> Callabl
                 )
             return site.y, {site.use.source: stat}
 
-        return run(trace(fn, params, args, kwargs), Program(visit=visit), matrices)
+        return run(trace(fn, params, args, kwargs), Interpretation(visit=visit), matrices)
 
     return watched

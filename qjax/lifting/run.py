@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax.lifting import jax_names
 from qjax.lifting.interpret import interpret
-from qjax.lifting.scope import Program, Scope, Stats
+from qjax.lifting.scope import Interpretation, Scope, Stats
 from qjax.lifting.weight import Weight, as_weight
 from qjax.tensor import is_qtensor
 
@@ -60,7 +60,7 @@ def trace(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Ma
     return Traced(jaxpr, jax.tree.structure(out), leaves, paths)
 
 
-def run(traced: Traced, program: Program, tag: Tag, feed: Mapping[str, Any] | None = None) -> tuple[Any, Stats]:
+def run(traced: Traced, program: Interpretation, tag: Tag, feed: Mapping[str, Any] | None = None) -> tuple[Any, Stats]:
     """Interpret a traced function on its leaves.
 
     Args:
@@ -84,9 +84,9 @@ def run(traced: Traced, program: Program, tag: Tag, feed: Mapping[str, Any] | No
     return jax.tree.unflatten(traced.out_tree, outs), stats
 
 
-def survey(traced: Traced, visit: Any = lambda site: (site.y, {}), tag: Tag | None = None) -> Program:
+def survey(traced: Traced, visit: Any = lambda site: (site.y, {}), tag: Tag | None = None) -> Interpretation:
     """Interpret on shapes alone; the ledger of uses is in the program that comes back."""
-    program = Program(visit=visit, on_dense="note")
+    program = Interpretation(visit=visit, on_dense="note")
     jax.eval_shape(
         lambda leaves: run(dataclasses.replace(traced, leaves=leaves), program, tag or every_float), traced.leaves
     )

@@ -50,7 +50,7 @@ Visit = Callable[[Site], tuple[Any, Stats]]
 
 
 @dataclasses.dataclass
-class Program:
+class Interpretation:
     """One interpretation of one function.
 
     Attributes:
@@ -73,7 +73,7 @@ class Program:
 class Scope:
     """One jaxpr being interpreted: its place, the scans around it, and which outer variables its own stand for."""
 
-    program: Program
+    program: Interpretation
     jaxpr: Any
     place: Place = ()
     stacked: tuple[int, ...] = ()

@@ -32,7 +32,7 @@ from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.rounded import relative_error
 from qjax.pipeline.source import Source, SourceTensor
 from qjax.pipeline.survey import Survey
-from qjax.pipeline.walk import Calibration, Step, survey_of, walk
+from qjax.pipeline.walk import Calibration, WeightDone, survey_of, walk
 from qjax.plan import Plan, decoder_weights
 from qjax.plan.named import as_plan
 from qjax.recipes import Recipe
@@ -112,7 +112,7 @@ def quantize_model(
     calibration: Calibration,
     *,
     seen: Survey | None = None,
-    progress: Callable[[Step], None] = lambda step: None,
+    progress: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> tuple[Model, Report]:
     """Calibrate and quantize a decoder in memory, block by block.

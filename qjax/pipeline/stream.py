@@ -38,7 +38,7 @@ from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.resume import Partial, resumable_file
 from qjax.pipeline.rounded import relative_error
 from qjax.pipeline.source import Source, SourceTensor, open_source
-from qjax.pipeline.walk import Calibration, Step, walk
+from qjax.pipeline.walk import Calibration, WeightDone, walk
 from qjax.plan import Plan, file_type_number, mix_of
 from qjax.plan.named import as_plan, is_mix
 from qjax.recipes import Recipe
@@ -77,7 +77,7 @@ def quantize_file(
     requantize: bool = False,
     pre: str | None = None,
     progress: Progress = lambda name, done, total: None,
-    walked: Callable[[Step], None] = lambda step: None,
+    walked: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Report:
     """Quantize a model into a GGUF file that llama.cpp runs, in bounded memory.
@@ -181,7 +181,7 @@ def _calibrated(
 
 def _walk(
     source: Source, out: Path, key: str, jobs: Sequence[_Job], formats: Mapping[str, tuple[Format, Recipe]],
-    calibration: Calibration, place: Layout, partial: Partial, walked: Callable[[Step], None],
+    calibration: Calibration, place: Layout, partial: Partial, walked: Callable[[WeightDone], None],
     notify: Callable[[str], None],
 ) -> None:  # fmt: skip
     names = {"/".join(w.path): w for w in weight_names(source.config)}

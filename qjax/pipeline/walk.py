@@ -68,7 +68,7 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class WeightDone:
     """What a walk reports after each weight.
 
     Attributes:
@@ -98,7 +98,7 @@ def walk(
     folder: Path | None = None,
     kept: Callable[[str], bool] = lambda path: True,
     seen: Survey | None = None,
-    progress: Callable[[Step], None] = lambda step: None,
+    progress: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Round all weights of a decoder that `formats` names.
@@ -148,7 +148,7 @@ def walk(
         line = dataclasses.replace(line, note=note) if note else line
         emit(path, q, line)
         done += 1
-        progress(Step(path, done, len(formats), line))
+        progress(WeightDone(path, done, len(formats), line))
         return dequantize(q)
 
     if seen is None:

@@ -27,7 +27,7 @@ from qjax.rounding.ranges import between, ends, gap, grouped, shrunk, single, sp
 from qjax.typing import Array, Float
 
 Parameters = dict[str, Array]
-Step = Callable[[Array, Parameters, Any, Parameters], tuple[Parameters, Any]]
+Move = Callable[[Array, Parameters, Any, Parameters], tuple[Parameters, Any]]
 
 
 def trained(
@@ -37,7 +37,7 @@ def trained(
     parameters: Parameters,
     columns_of: Callable[[Parameters], Columns] | None,
     offset_of: Callable[[Parameters], Array] | None,
-    step: Step,
+    step: Move,
     memory: Any,
     steps: int,
 ) -> State:

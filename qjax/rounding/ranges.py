@@ -60,7 +60,7 @@ def grouped(w: Float[Array, "*b n"], s: Float[Array, "*b G"]) -> Float[Array, "*
     return w.reshape(*s.shape, -1)
 
 
-def spread(per_group: Float[Array, "*b G"], w: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
+def per_weight(per_group: Float[Array, "*b G"], w: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
     """What a group's weights share, for each of them."""
     return jnp.broadcast_to(per_group[..., None], grouped(w, per_group).shape).reshape(w.shape)
 

@@ -20,7 +20,7 @@ from qjax.training.decoder.program import Teacher, program, start_state
 from qjax.training.decoder.quantization import Grid
 from qjax.training.losses.objectives import Losses
 from qjax.training.optim.optimizer import Optimizer
-from qjax.training.run.data import Tokens, Windows
+from qjax.training.run.data import Batches, Tokens
 from qjax.training.run.devices import data_on
 from qjax.training.run.loop import Run
 
@@ -54,7 +54,7 @@ def test_two_bit_qat_beats_rounding_by_a_tenth_of_a_nat(tmp_path):
             made = program(arm, CONFIG, run.steps, teacher=Teacher(CONFIG))
             return finetune(made, start_state(made, params, teacher=teacher), data_on(windows, heldout), run)
 
-        windows = Windows(Tokens(train_text, VOCAB, "chain"), CONTEXT, BATCH, seed)
+        windows = Batches(Tokens(train_text, VOCAB, "chain"), CONTEXT, BATCH, seed)
         params = jax.jit(Decoder(CONFIG).init)(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
         out = tmp_path / str(seed)
         float_arm = Arm("float", optimizer=Optimizer(3e-3))

@@ -17,7 +17,7 @@ from several_processes import free_port, run_together
 import qjax
 from qjax.errors import UserError
 from qjax.training.optim.groups import Group, partitioned
-from qjax.training.run.data import Tokens, Windows, write_tokens
+from qjax.training.run.data import Batches, Tokens, write_tokens
 from qjax.training.run.processes import start_processes
 from qjax.training.run.sharding import DECODER, distribute, global_batch, mesh, shardings
 from qjax.training.run.state import init_state, make_step
@@ -203,7 +203,7 @@ def test_distributed_trees_may_be_donated():
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 8)])
 def test_five_steps_on_a_mesh_are_five_steps_alone(rng, data, fsdp):
-    windows = Windows(Tokens(cyclic_text(rng), tiny.CONFIG.vocab, ""), tiny.CONFIG.context, batch=16)
+    windows = Batches(Tokens(cyclic_text(rng), tiny.CONFIG.vocab, ""), tiny.CONFIG.context, batch=16)
     alone, expected = tiny.train_alone(windows, 5)
     m = mesh(data, fsdp)
     state, losses = tiny.train_sharded(windows, m, 5)
@@ -255,7 +255,7 @@ def test_processes_are_started_with_all_or_nothing(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path, rng):
     tokens = write_tokens(tmp_path / "text.bin", [cyclic_text(rng)], tiny.CONFIG.vocab)
-    alone, expected = tiny.train_alone(Windows(tokens, tiny.CONFIG.context, batch=8), 5)
+    alone, expected = tiny.train_alone(Batches(tokens, tiny.CONFIG.context, batch=8), 5)
 
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import UserError
-from qjax.training.run.data import Tokens, Windows, description_of, open_tokens, verify, write_tokens
+from qjax.training.run.data import Batches, Tokens, description_of, open_tokens, verify, write_tokens
 
 
 def documents(rng, vocab, count=20):
@@ -15,7 +15,7 @@ def documents(rng, vocab, count=20):
 
 
 def windows_of(length, context, batch, seed=0):
-    return Windows(Tokens(np.arange(length, dtype=np.uint32), length, ""), context, batch, seed)
+    return Batches(Tokens(np.arange(length, dtype=np.uint32), length, ""), context, batch, seed)
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(300, "<u2"), (65536, "<u2"), (65537, "<u4"), (2**31, "<u4")])
@@ -150,7 +150,7 @@ def test_order_is_the_seeded_permutation():
 def test_batches_are_the_text_at_the_index(tmp_path, rng):
     text = np.concatenate(documents(rng, 300, 60))
     write_tokens(tmp_path / "t.bin", [text], 300)
-    windows = Windows(open_tokens(tmp_path / "t.bin"), context=16, batch=5, seed=3)
+    windows = Batches(open_tokens(tmp_path / "t.bin"), context=16, batch=5, seed=3)
     for step in (0, 7, 1000):
         batch = windows.batch_at(step)
         assert batch.dtype == np.int32 and batch.shape == (5, 17) and type(batch) is np.ndarray
@@ -161,7 +161,7 @@ def test_resuming_needs_only_the_step(tmp_path, rng):
     write_tokens(tmp_path / "t.bin", documents(rng, 300), 300)
 
     def opened(seed=0):
-        return Windows(open_tokens(tmp_path / "t.bin"), context=8, batch=6, seed=seed)
+        return Batches(open_tokens(tmp_path / "t.bin"), context=8, batch=6, seed=seed)
 
     through, orders = opened(), {}
     seen = [through.batch_at(s, orders=orders) for s in range(40)]
@@ -198,4 +198,4 @@ def test_what_cannot_be_batched():
 @pytest.mark.parametrize("values", [np.full(20, 10, np.uint16), np.full(20, -1, np.int32)])
 def test_tokens_of_another_vocabulary(values):
     with pytest.raises(UserError, match=r"step 0: token (10|-1) lies outside of the vocabulary of 10"):
-        Windows(Tokens(values, 10, ""), 4, 2).batch_at(0)
+        Batches(Tokens(values, 10, ""), 4, 2).batch_at(0)

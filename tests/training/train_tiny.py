@@ -18,7 +18,7 @@ from qjax.training.decoder.program import Compute, Teacher, program, start_state
 from qjax.training.decoder.quantization import Grid
 from qjax.training.losses.objectives import Losses
 from qjax.training.optim.optimizer import Optimizer
-from qjax.training.run.data import Tokens, Windows
+from qjax.training.run.data import Batches, Tokens
 from qjax.training.run.devices import Data
 from qjax.training.run.loop import Run
 
@@ -37,7 +37,7 @@ def model():
 def windows():
     """A text with something to learn: a walk over the tokens with short steps."""
     steps = np.random.default_rng(0).integers(1, 4, 4000)
-    return Windows(Tokens((np.cumsum(steps) % CONFIG.vocab).astype(np.uint16), CONFIG.vocab, "walk"), 16, 8, 3)
+    return Batches(Tokens((np.cumsum(steps) % CONFIG.vocab).astype(np.uint16), CONFIG.vocab, "walk"), 16, 8, 3)
 
 
 def heldout():

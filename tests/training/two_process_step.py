@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.training.run import processes, sharding
-from qjax.training.run.data import Windows, open_tokens
+from qjax.training.run.data import Batches, open_tokens
 
 CONFIG = DecoderConfig(vocab=64, dim=32, hidden=64, layers=2, heads=4, kv_heads=4, head_dim=8, context=16)
 MODEL = Decoder(CONFIG)
@@ -71,7 +71,7 @@ def main():
     assert jax.process_count() == args.processes and jax.process_index() == args.process
 
     mesh = sharding.mesh(data=2, fsdp=-1)
-    windows = Windows(open_tokens(args.tokens), CONFIG.context, args.batch)
+    windows = Batches(open_tokens(args.tokens), CONFIG.context, args.batch)
     state, losses = train_sharded(windows, mesh, args.steps, args.process, args.processes)
     kernel = state["weights"]["layers_0"]["attn"]["q"]["kernel"]
     assert len(kernel.addressable_shards) == jax.local_device_count() < len(jax.devices())

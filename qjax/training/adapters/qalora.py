@@ -22,7 +22,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.grid import Grid
-from qjax.formats.storage import FLOATS, quotient
+from qjax.formats.storage import FLOATS, over
 from qjax.formats.stores import Stored
 from qjax.lifting import lift
 from qjax.tensor import QTensor, dequantize
@@ -114,8 +114,7 @@ def _with_zeros(q: QTensor, adapter: Adapter) -> QTensor:
     s, m = fmt.columns(scales, codes.shape)
     zero = fmt.scaling.zero if isinstance(fmt, Grid) else None
     if zero is not None:
-        step = jnp.where(s > 0, quotient(delta, jnp.where(s > 0, s, 1.0)), 0.0)
-        scales = scales | zero.put(scales, zero.get(scales) - step)
+        scales = scales | zero.put(scales, zero.get(scales) - over(delta, s))
     else:
         assert m is not None
         scales = fmt.store(scales, (s, m + delta))

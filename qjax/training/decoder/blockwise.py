@@ -30,7 +30,7 @@ from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.models.model import Model
 from qjax.models.stages import stages_of
-from qjax.rounding.ranges import spread
+from qjax.rounding.ranges import per_weight
 from qjax.training.grid import weights
 from qjax.training.grid.qat import Quantized
 from qjax.training.grid.weights import Quantizers
@@ -184,7 +184,7 @@ def _signed(p: Any, grads: Any, own: Quantizers, constants: Any, lr: Array) -> A
         w = jnp.moveaxis(leaves[path], q.axis, -1)
         g = jnp.moveaxis(by_weight[path], q.axis, -1)
         scales = constants[path]["scales"] if path in constants else q.format.fit(w)
-        size = spread(jnp.abs(q.format.columns(scales, w.shape)[0]), w)
+        size = per_weight(jnp.abs(q.format.columns(scales, w.shape)[0]), w)
         moved[path] = jnp.moveaxis(w - lr * size * jnp.sign(g), -1, q.axis)
     beside = jax.tree.map(lambda x, g: x - lr * jnp.sign(g), p["scales"], grads["scales"])
     return {"weights": weights.replaced(p["weights"], moved), "scales": beside}

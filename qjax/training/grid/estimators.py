@@ -33,7 +33,7 @@ Reach = Literal["levels", "cells"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Position:
     """Where weights lie among the levels of their grid; what is not asked for is not computed.
 
     Attributes:
@@ -77,8 +77,10 @@ class Place:
         return over(x if self.m is None else x - self.m, self.s)
 
 
-def place_of(fmt: Format, scales: Scales, w: Float[Array, "*w"], w_hat: Float[Array, "*w"], axis: int = -1) -> Place:
-    """The place of weights on a stored grid, in their own arrangement: nothing of their size is transposed.
+def position_of(
+    fmt: Format, scales: Scales, w: Float[Array, "*w"], w_hat: Float[Array, "*w"], axis: int = -1
+) -> Position:
+    """The position of weights on a stored grid, in their own arrangement: nothing of their size is transposed.
 
     Args:
       fmt: the format.
@@ -89,7 +91,7 @@ def place_of(fmt: Format, scales: Scales, w: Float[Array, "*w"], w_hat: Float[Ar
     shape = (*(n for i, n in enumerate(w.shape) if i != axis % w.ndim), w.shape[axis])
     s, m = fmt.columns(scales, shape)
     w, w_hat = (in_groups(x, s.shape[-1], axis) for x in (w, w_hat))
-    return Place(fmt, w, w_hat, per_group(s, axis), None if m is None else per_group(m, axis))
+    return Position(fmt, w, w_hat, per_group(s, axis), None if m is None else per_group(m, axis))
 
 
 def in_groups(x: Float[Array, "*w"], groups: int, axis: int) -> Array:
@@ -114,14 +116,14 @@ def over_groups(x: Array, axis: int) -> Float[Array, "*b G"]:
 class Estimator(Protocol):
     """A hashable function from the gradient by w_hat and the place to the gradient by w, in groups as the place is."""
 
-    def __call__(self, g: Array, place: Place) -> Array: ...
+    def __call__(self, g: Array, place: Position) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Ste:
     """Straight through: the gradient as it is, for scales that follow the weights."""
 
-    def __call__(self, g: Array, place: Place) -> Array:
+    def __call__(self, g: Array, place: Position) -> Array:
         return g
 
 
@@ -135,7 +137,7 @@ class Clipped:
         if self.reach not in ("levels", "cells"):
             raise UserError(f"clipped: reach must be levels or cells, got {self.reach!r}")
 
-    def __call__(self, g: Array, place: Place) -> Array:
+    def __call__(self, g: Array, place: Position) -> Array:
         return jnp.where(place.inside(self.reach), g, 0.0)
 
 
@@ -149,7 +151,7 @@ class Ewgs:
         if not self.delta >= 0:
             raise UserError(f"ewgs: delta must not be negative, got {self.delta}")
 
-    def __call__(self, g: Array, place: Place) -> Array:
+    def __call__(self, g: Array, place: Position) -> Array:
         return g * (1.0 + self.delta * jnp.sign(g) * (place.u - place.T))
 
 
@@ -163,7 +165,7 @@ class Trust:
         if not self.factor > 0:
             raise UserError(f"trust: factor must be positive, got {self.factor}")
 
-    def __call__(self, g: Array, place: Place) -> Array:
+    def __call__(self, g: Array, place: Position) -> Array:
         return jnp.where(jnp.abs(place.u - place.T) <= self.factor * 0.5 * place.neighbour(), g, 0.0)
 
 
@@ -177,7 +179,7 @@ class SoftRound:
         if not self.sharpness > 0:
             raise UserError(f"soft_round: sharpness must be positive, got {self.sharpness}")
 
-    def __call__(self, g: Array, place: Place) -> Array:
+    def __call__(self, g: Array, place: Position) -> Array:
         k = self.sharpness
         # From the middle of the gap in half gaps: -1 and 1 on the levels, 0 on the border between their cells.
         away = 1.0 - 2.0 * jnp.abs(place.u - place.T) / place.neighbour()

@@ -22,7 +22,7 @@ from qjax.formats import format as get_format
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import check_length, importance_rows
-from qjax.training.grid.estimators import Estimator, place_of, ste
+from qjax.training.grid.estimators import Estimator, position_of, ste
 from qjax.typing import Array, Float
 
 
@@ -104,7 +104,7 @@ def _forward(
 
 def _backward(fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g: Array) -> tuple[Array, None, None]:
     w, w_hat, scales = residuals
-    place = place_of(fmt, scales, w, w_hat, axis)
+    place = position_of(fmt, scales, w, w_hat, axis)
     return estimator(g.reshape(place.w.shape), place).reshape(g.shape), None, None
 
 

@@ -28,7 +28,7 @@ from jax import lax
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.ranges import over
-from qjax.training.grid.estimators import Clipped, Estimator, Place, Reach, over_groups, place_of
+from qjax.training.grid.estimators import Clipped, Estimator, Position, Reach, over_groups, position_of
 from qjax.training.grid.fake_quant import decoded, rounded
 from qjax.typing import Array, Float
 
@@ -104,12 +104,12 @@ def _backward(
     fmt: Format, estimator: Estimator, axis: int, residuals: tuple, g: Array
 ) -> tuple[None, GridArrays, Array]:
     kept, scales, grid, w, w_hat = residuals
-    place = place_of(fmt, scales, w, w_hat, axis)
+    place = position_of(fmt, scales, w, w_hat, axis)
     reach = estimator.reach if isinstance(estimator, Clipped) else "cells"
     grouped = g.reshape(place.w.shape)
     if "p" in grid:
         chosen_on = _stored(fmt, kept, grid["p"], grid.get("m"))
-        back, passed = _apart(place, place_of(fmt, chosen_on, w, w_hat, axis).s, estimator, reach, grouped, axis)
+        back, passed = _apart(place, position_of(fmt, chosen_on, w, w_hat, axis).s, estimator, reach, grouped, axis)
         return None, back, passed.reshape(g.shape)
     inside = place.inside(reach)
     # s (T - u) = w_hat - w and s T = w_hat - m: no division per weight.
@@ -121,11 +121,11 @@ def _backward(
 
 
 def _apart(
-    stands: Place, p: Array, estimator: Estimator, reach: Reach, g: Array, axis: int
+    stands: Position, p: Array, estimator: Estimator, reach: Reach, g: Array, axis: int
 ) -> tuple[GridArrays, Array]:
     """The gradients where levels are chosen on p and stand on s."""
     s, m, T = stands.s, stands.m, stands.T
-    place = Place(stands.format, stands.w, p * T + (0.0 if m is None else m), p, m)
+    place = Position(stands.format, stands.w, p * T + (0.0 if m is None else m), p, m)
     passed = jnp.where(place.inside(reach), g, 0.0)
     slope = jnp.where(p == s, 1.0, s / jnp.where(p == 0, 1.0, p))  # dw_hat / dw inside
     back = {"s": over_groups(g * T, axis), "p": -over_groups(slope * passed * place.u, axis)}

@@ -22,7 +22,7 @@ from qjax.errors import UserError
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
 from qjax.tensor import QTensor, importance_rows
-from qjax.training.grid.estimators import Estimator, clipped, place_of, ste
+from qjax.training.grid.estimators import Estimator, clipped, position_of, ste
 from qjax.training.grid.fake_quant import decoded, encoded, rounded, straight_through
 from qjax.training.grid.learned_grid import encode_on, learned_quant, moved, start
 from qjax.training.grid.scale_rules import OWN, ScaleRule
@@ -120,7 +120,7 @@ class Quantizer:
 
     def saturated(self, w: Float[Array, "*w"], scales: Scales, codes: Array) -> Float[Array, ""]:
         """The share of weights outside of the cells of the grid."""
-        place = place_of(self.format, scales, self._rows(w), self.format.decode(scales, codes))
+        place = position_of(self.format, scales, self._rows(w), self.format.decode(scales, codes))
         return 1.0 - jnp.mean(place.inside("cells").astype(jnp.float32))
 
     def _rows(self, w: Array) -> Array:

@@ -20,7 +20,7 @@ from qjax.errors import UserError
 from qjax.pipeline.memory import contracted_axis, named_weight
 from qjax.plan import Plan
 from qjax.tensor import dequantize, is_qtensor
-from qjax.training.grid.estimators import Estimator, place_of
+from qjax.training.grid.estimators import Estimator, position_of
 from qjax.training.grid.quantizer import Quantizer, ScaleKind
 from qjax.training.grid.scale_rules import OWN, ScaleRule
 from qjax.typing import Array, Float
@@ -95,7 +95,7 @@ def start_weights(w: Array, q: Any, quantizer: Quantizer) -> Array:
     scales, codes = q.format.unpack(q.leaves)
     x = jnp.moveaxis(jnp.asarray(w, jnp.float32), quantizer.axis, -1)
     x_hat = q.format.decode(scales, codes)
-    place = place_of(q.format, scales, x, x_hat)
+    place = position_of(q.format, scales, x, x_hat)
     reach = (0.49 * place.neighbour() * jnp.abs(place.s)).reshape(x.shape)
     return jnp.moveaxis(x_hat + jnp.clip(x - x_hat, -reach, reach), -1, quantizer.axis)
 

@@ -2,7 +2,7 @@
 
     corpus = corpus_for(model, name, texts_of(text, heldout), out, context, count)        of a loaded model
     corpus = corpus_in(folder, tokenizer_in(folder, texts, vocab), ...)         of one that is still to be trained
-    Windows(corpus.tokens, context, batch, seed).batch_at(step)        corpus.heldout  i32[n, context + 1]
+    Batches(corpus.tokens, context, batch, seed).batch_at(step)        corpus.heldout  i32[n, context + 1]
 
 Without a text of their own, runs train on the running Python's standard library and are judged by its held-out modules.
 """

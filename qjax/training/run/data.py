@@ -9,7 +9,7 @@ epoch. Where an epoch ends inside a batch, the next one begins there. There is n
 that goes on at step s sees the batches that it would have seen, on any number of processes.
 
     write_tokens("train.bin", ([0, *tokenizer.encode(text).ids] for text in texts), vocab=4096)
-    windows = Windows(open_tokens("train.bin"), context=512, batch=64, seed=0)
+    windows = Batches(open_tokens("train.bin"), context=512, batch=64, seed=0)
     windows.batch_at(step)                                                                  i32[batch, context + 1]
 """
 
@@ -116,7 +116,7 @@ def description_of(path: str | Path) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
+class Batches:
     """Batches of windows in a new order each epoch; see the module's docstring.
 
     Attributes:
@@ -129,7 +129,7 @@ class Windows:
       UserError: fewer tokens than a window has, or a context, batch or seed out of range.
 
     >>> text = Tokens(np.arange(9, dtype=np.uint16), vocab=9, sha256="")
-    >>> windows = Windows(text, context=2, batch=2, seed=0)
+    >>> windows = Batches(text, context=2, batch=2, seed=0)
     >>> windows.count
     4
     >>> sorted([*windows.index(0).tolist(), *windows.index(1).tolist()])
@@ -153,7 +153,7 @@ class Windows:
 
     @property
     def count(self) -> int:
-        """Windows an epoch."""
+        """Batches an epoch."""
         return (len(self.tokens.values) - 1) // self.context
 
     @property

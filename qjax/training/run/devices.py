@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 from qjax.training.run.sharding import DECODER, Table, distribute, global_batch, mesh, shardings
 
 
@@ -51,7 +51,7 @@ class Data:
     distribute: Callable[[Any], Any] = lambda state: state
 
 
-def data_on(windows: Windows, heldout: np.ndarray, devices: Devices = ONE_DEVICE, table: Table = DECODER) -> Data:
+def data_on(windows: Batches, heldout: np.ndarray, devices: Devices = ONE_DEVICE, table: Table = DECODER) -> Data:
     """Batches of windows, and where the state lives, by the table.
 
     Raises:
