@@ -112,7 +112,7 @@ MUTANTS = (
     Mutant("tiles-without-their-metric", "rounding/ldlq.py", "lower=True, metric=metric", "lower=True, metric=None",
            "rounding/test_toys.py::test_feedback_and_descent_hand_over_the_metric_of_a_tile[ldlq]"),
     Mutant("outliers-rounded-again", "rounding/descend.py", "metric=own, reach=reach)", "metric=own, reach=None)",
-           "rounding/test_toys.py::test_every_stage_takes_it[E8]"),
+           "rounding/test_toys.py::test_every_stage_takes_it[table]"),
     Mutant("tables-refitted-by-one-entry", "rounding/refit.py", "if len(p) == 2:", "if len(p) > 2:\n        return p",
            "rounding/test_toys.py::test_a_table_is_refitted_to_what_least_squares_says"),
     Mutant("refit-takes-every-step", "rounding/refit.py", "better = gain > 0", "better = gain > -jnp.inf",
