@@ -12,6 +12,16 @@ from qjax.formats.protocol import Columns, Format
 from qjax.typing import Array, Float, Integer
 
 
+def group_of(format: Format, n: int) -> int:
+    """Columns of a row of n weights that share what their levels depend on; a tile at least."""
+
+    def columns(w: Array) -> Columns:
+        return format.columns(format.fit(w), w.shape)
+
+    groups = jax.tree.leaves(jax.eval_shape(columns, jax.ShapeDtypeStruct((format.rows or 1, n), jnp.float32)))
+    return max(n // groups[0].shape[-1], format.tile[1])
+
+
 def round_tiles(
     format: Format, columns: Columns, w: Float[Array, "rows n"]
 ) -> tuple[Float[Array, "rows n"], Integer[Array, "rows m"]]:

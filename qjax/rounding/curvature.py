@@ -8,7 +8,8 @@ channels do not drown the others.
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,28 @@ def damped(H: Float[Array, "n n"], damping: Float[Array, ""] | float) -> Float[A
     """H + lambda diag(H)."""
     H = alive(H)
     return H + damping * jnp.diag(jnp.diagonal(H))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """H + lambda diag(H) = c c^T, its columns in an order: what all rows under one H share, made once for them.
+
+    Attributes:
+      order: i32[n], the column that is rounded first last.
+      c: f32[n, n], lower triangular.
+      damping: lambda, f32[].
+    """
+
+    order: Any  # arrays; Any, because trees of shapes pass through here too
+    c: Any
+    damping: Any
+
+
+def ordered(H: Float[Array, "n n"], damping: float | Float[Array, ""], order: Order, tile: int, group: int) -> Factor:
+    """The factor of H for a sweep in an order; see `order_of` and `cholesky`."""
+    at = order_of(jnp.diagonal(H), order, tile, group)
+    return Factor(at, *cholesky(H[at][:, at], damping))
 
 
 def factor(

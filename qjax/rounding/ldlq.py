@@ -22,7 +22,8 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Columns, Format, Scales
-from qjax.rounding.curvature import Order, cholesky, feedback, order_of, tiles_of
+from qjax.formats.tiles import group_of
+from qjax.rounding.curvature import Factor, Order, feedback, ordered, tiles_of
 from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
 from qjax.stats import Stats
@@ -67,27 +68,28 @@ class LDLQ(Rounding):
         if self.grid == "dynamic" and not (format.block > 1 and format.rows == 1 and _blocks_stand_alone(format)):
             raise UserError(f"ldlq: {format.name} has no blocks along the row, so grid='dynamic' means nothing for it")
 
+    def factored(self, format: Format, H: Float[Array, "n n"], damping: float | Float[Array, ""]) -> Factor:
+        """See `Rounding`."""
+        size = format.block if self.grid == "dynamic" else group_of(format, H.shape[0])
+        return ordered(H, damping, self.order, format.tile[1], size)
+
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
-        H = stats.H
+        H, tile, target = stats.H, format.tile[1], state.target
         assert H is not None and state.scales is not None
-        n, (_, tile), target = H.shape[0], format.tile, state.target
-        columns = format.columns(state.scales, target.shape)
-        dynamic = self.grid == "dynamic"
-        group = format.block if dynamic else max(n // columns[0].shape[-1], tile)
-        order = order_of(jnp.diagonal(H), self.order, tile, group)
-        c, damping = cholesky(H[order][:, order], state.damping)
+        f = state.factor or self.factored(format, H, state.damping)
+        order, c = f.order, f.c
         if self.cross:
             target = corrected(target, stats.cross, self.cross, c, order)
         coupling, w = feedback(c, tile), target.T[order]
-        if dynamic:
+        if self.grid == "dynamic":
             codes, scales = _fitted_on_the_way(w, coupling, order, format, jnp.diagonal(H))
         else:
             D = tiles_of(c, tile)
             metric = None if D is None else jnp.einsum("tij,tkj->tik", D, D, precision=lax.Precision.HIGHEST)
-            grid = fixed_grid(columns, order, outer_of(tile))
+            grid = fixed_grid(format.columns(state.scales, target.shape), order, outer_of(tile))
             _, codes, _ = sweep(format, w, jnp.zeros_like(w), coupling, grid, outer_of(tile), lower=True, metric=metric)
             scales = state.scales
-        return State(scales, in_place(codes, order, tile), target, damping)
+        return State(scales, in_place(codes, order, tile), target, f.damping)
 
 
 def _blocks_stand_alone(format: Format) -> bool:

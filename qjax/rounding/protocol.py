@@ -20,7 +20,7 @@ from qjax.chain import Link
 from qjax.compiled import untuned
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.curvature import damped, factor, proxy
+from qjax.rounding.curvature import Factor, cholesky, damped, proxy
 from qjax.stats import Stats, missing
 from qjax.typing import Array, Float, Integer
 
@@ -41,6 +41,7 @@ class State:
       target: what is being rounded, f32[rows, n]: the weight, or the weight corrected for its inputs' errors.
       damping: lambda in force; NaN once H turned out too indefinite for any.
       outliers: weights that are stored exactly beside the codes: which, bool[rows, n], and what as, f32[rows, n].
+      factor: of H, for the stage that wants it, where somebody has made it already.
     """
 
     scales: Scales | None
@@ -48,6 +49,7 @@ class State:
     target: Float[Array, "rows n"]
     damping: Float[Array, ""]
     outliers: Outliers | None = None
+    factor: Factor | None = None
 
 
 class Rounding(Link):
@@ -87,6 +89,10 @@ class Rounding(Link):
     def factors(self) -> bool:
         """It factors H, and so finds a damping under which that can be done."""
         return False
+
+    def factored(self, format: Format, H: Float[Array, "n n"], damping: float | Float[Array, ""]) -> Factor:
+        """The factor that it wants, of a stage that factors."""
+        raise NotImplementedError
 
     @property
     def whole(self) -> bool:
@@ -192,6 +198,7 @@ def round_weight(
     stats: Stats,
     damping: float = DAMPING,
     heldout: Float[Array, "n n"] | None = None,
+    factor: Factor | None = None,
 ) -> Rounded:
     """Run a chain of roundings on one weight.
 
@@ -202,14 +209,15 @@ def round_weight(
       stats: what they require; rows of w share it.
       damping: lambda of H + lambda diag(H), at least.
       heldout: H of tokens that `stats` did not see, to report the loss in.
+      factor: `factor_of` these, for many parts of a weight's rows; None: made here.
 
     Returns: scales, codes and losses. Rows are independent of each other unless the format ties them together.
     """
     w = w.astype(jnp.float32)
     lam = jnp.float32(damping)
     if stats.H is not None and "H" in requires(roundings) and not any(r.factors for r in roundings):
-        _, lam = factor(stats.H, lam)  # descent alone would not notice an indefinite H
-    state = State(None, None, w, lam)
+        _, lam = cholesky(stats.H, lam)  # descent alone would not notice an indefinite H
+    state = State(None, None, w, lam, factor=factor)
     first = None
     for r in roundings:
         state = r(state, format, stats)
@@ -219,6 +227,14 @@ def round_weight(
     off = (w, errors_of(state, format), state.target - rounded_of(first, format))
     sums: Any = (jnp.float32(jnp.nan) if H is None else jnp.sum(proxy(x, H)) for H in (stats.H, heldout) for x in off)
     return Rounded(state.scales, state.codes, state.damping, *sums, outliers=state.outliers)
+
+
+def factor_of(
+    roundings: Sequence[Rounding], format: Format, stats: Stats, damping: float | Float[Array, ""] = DAMPING
+) -> Factor | None:
+    """The factor of H that a chain asks for: one for all rows of a weight, and for all weights of an input."""
+    wants = next((r for r in roundings if r.factors), None)
+    return None if wants is None or stats.H is None else wants.factored(format, stats.H, damping)
 
 
 def _share(error: Array, energy: Array) -> Array:

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
-from qjax.rounding.curvature import Order, cholesky, feedback, order_of
+from qjax.formats.tiles import group_of
+from qjax.rounding.curvature import Factor, Order, feedback, ordered
 from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.ranges import level, single
 from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
@@ -62,18 +63,21 @@ class SpQR(Rounding):
         """It climbs the damping's ladder itself."""
         return True
 
+    def factored(self, format: Format, H: Float[Array, "n n"], damping: float | Float[Array, ""]) -> Factor:
+        """See `Rounding`."""
+        return ordered(H, damping, self.order, format.tile[1], group_of(format, H.shape[0]))
+
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H, w, tile = stats.H, state.target, format.tile[1]
         assert H is not None
-        n, groups = w.shape[1], jax.eval_shape(lambda: format.columns(format.fit(w), w.shape))[0].shape[-1]
-        order = order_of(jnp.diagonal(H), self.order, tile, max(n // groups, tile))
-        c, damping = cholesky(H[order][:, order], state.damping)
+        f = state.factor or self.factored(format, H, state.damping)
+        order, c = f.order, f.c
         D = jnp.square(jnp.diagonal(c))
         in_place_D = jnp.zeros_like(D).at[order].set(D)
         live = jnp.diagonal(H) > 0  # a miss costs nothing in the other columns
         tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place_D, where=live)
         reach = jnp.where(live, jnp.sqrt(tau / jnp.where(in_place_D > 0, in_place_D, 1.0)), jnp.inf)
-        scales = format.fit(without_outliers(w, reach, n // groups, format) if self.loo else w)
+        scales = format.fit(without_outliers(w, reach, group_of(format, w.shape[1]), format) if self.loo else w)
         grid = fixed_grid(format.columns(scales, w.shape), order, outer_of(tile))
         rows = w.T[order]
         e, tiles, _ = sweep(
@@ -84,7 +88,7 @@ class SpQR(Rounding):
         codes = in_place(tiles, order, tile)
         # Rounded weights lie on the grid up to float32; outliers farther from it than their column's reach.
         missed = jnp.abs(w_hat - format.decode(scales, codes)) > 0.5 * reach[None, :]
-        return State(scales, codes, w, damping, (missed, w_hat))
+        return State(scales, codes, w, f.damping, (missed, w_hat))
 
 
 def spqr(threshold: float = 0.2, order: Order = "act", loo: bool = True) -> SpQR:
