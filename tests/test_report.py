@@ -299,3 +299,33 @@ def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, argv, said):
     assert main(["report", *argv]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_folders_are_looked_through_and_runs_in_them_are_one_result_each(tmp_path, capsys):
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "sweep" / "run" / "model").mkdir(parents=True)
+    write(RESULT, tmp_path / "gpu" / "a.json")
+    (tmp_path / "sweep" / "run" / "model" / "config.json").write_text("{}")
+    (tmp_path / "sweep" / "run" / "manifest.json").write_text('{"command": ["qjax"]}')
+    assert main(["report", str(tmp_path)]) == 2  # it is not done
+    assert "results.json" in capsys.readouterr().err
+    (tmp_path / "sweep" / "run" / "results.json").write_text('{"loss": 1.5}')
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert re.findall("^## (.*)", shown, re.M) == ["Small \\<results\\>", "run"] and "commit not recorded" in shown
+    assert main(["report", str(tmp_path / "sweep"), "-o", str(tmp_path / "b.json"), "--note", "idle"]) == 0
+    assert read(tmp_path / "b.json").note == "idle; not recorded: commit, changed, machine, device, versions, seeds"
+
+
+def test_keys_become_columns_with_units():
+    rows = [{"kl_mean": 0.1, "kl_mean_se": 0.1, "kl_p99": 0.5, "dense_seconds": 1.25, "peak_rss_mb": 3.5, "count": 2,
+             "same_top_percent": 90.0, "loss": 0.01, "heldout_loss": 0.01, "odd_share": 0.5, "what": "x"}]  # fmt: skip
+    (table,) = build(rows, title="t", command="c").tables
+    assert {c.key: (c.title, c.unit, c.digits) for c in table.columns} == {
+        "kl_mean": ("KL", "nats", 6), "kl_p99": ("KL p99", "nats", 1), "dense_seconds": ("dense", "s", 2),
+        "peak_rss_mb": ("peak rss", "MB", 1), "count": ("count", "", 0), "same_top_percent": ("same top token", "%", 2),
+        "loss": ("relative loss", "", 6), "heldout_loss": ("held-out loss", "", 6),
+        "odd_share": ("odd share", "", 1), "what": ("what", "", None),
+    }  # fmt: skip
+    (table,) = build({"losses": {"float": 3.0, "odd": 3.25}}, title="t", command="c").tables
+    assert [c.unit for c in table.columns] == ["nats", "nats"]

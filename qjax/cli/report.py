@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ class Report:
         qjax report experiments/results -o results.html     # one page: sortable tables, Pareto figures
         qjax report experiments/results/recipes.json --format latex
         qjax report runs/qat-20260101-120000                # a run: its results.json and manifest.json
+        qjax report runs/sweeps/rates -o rates.html         # all runs of a sweep
         qjax report runs/qat-20260101-120000 -o experiments/results/qat.json --title "QAT" --note "two idle cores"
 
     PATHS are result files, folders of them, and run directories. The last line makes a result file of a run: nothing is
@@ -37,8 +39,12 @@ class Report:
     paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(help=PATHS_HELP)] = ()
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="FILE", help=OUT_HELP)] = None
     format: Annotated[str, tyro.conf.arg(help=FORMAT_HELP)] = ""
-    title: Annotated[str, tyro.conf.arg(help="heading of the page, or of a run's result")] = ""
-    note: Annotated[str, tyro.conf.arg(help="what a reader of a run's result must know, such as other jobs")] = ""
+    title: Annotated[
+        str, tyro.conf.arg(help="heading of the page, or of the result file; none: as it was, or the run's name")
+    ] = ""
+    note: Annotated[
+        str, tyro.conf.arg(help="what a reader of the result file must know, such as other jobs beside it")
+    ] = ""
 
     def execute(self) -> None:
         from qjax.io.atomic import check_folder, write_text
@@ -50,11 +56,13 @@ class Report:
             raise UserError("give result files, folders of them, or run directories: qjax report experiments/results")
         if self.out is not None:
             check_folder(self.out)
-        results = list(results_in(self.paths, self.title, self.note))
+        results = list(results_in(self.paths))
         if kind == "json" and self.out is not None:
             if len(results) != 1:
                 raise UserError(f"-o {self.out}: a result file holds one result, got {len(results)}; give one run")
-            write(results[0], self.out)
+            (result,) = results
+            note = "; ".join(filter(None, (self.note, result.note)))
+            write(dataclasses.replace(result, title=self.title or result.title, note=note), self.out)
             return
         if kind == "html":
             text = page(results, self.title or ("Results" if len(results) > 1 else results[0].title))
@@ -78,12 +86,8 @@ def kind_of(out: Path | None, format: str) -> str:
     return FORMATS[out.suffix]
 
 
-def results_in(paths: Iterable[Path], title: str = "", note: str = "") -> Iterator[Result]:
-    """The results of files, of folders of files in the order of their names, and of run directories.
-
-    Args:
-      paths: of them.
-      title, note: of runs.
+def results_in(paths: Iterable[Path]) -> Iterator[Result]:
+    """The results of files, of run directories, and of folders of both in the order of their names.
 
     Raises:
       UserError: there is none, or one is damaged.
@@ -93,11 +97,19 @@ def results_in(paths: Iterable[Path], title: str = "", note: str = "") -> Iterat
 
     for path in paths:
         if (path / "manifest.json").is_file():
-            yield from_run(path, title, note)
+            yield from_run(path)
         elif path.is_dir():
-            files = sorted(path.glob("*.json"))
-            if not files:
+            inside = sorted(p.parent if p.name == "manifest.json" else p for p in _files(path))
+            if not inside:
                 raise UserError(f"{path}: neither result files (*.json) nor the manifest.json of a run")
-            yield from map(read, files)
+            yield from results_in(inside)
         else:
             yield read(path)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Result files below a folder, and of runs their manifests alone."""
+    for at, inside, names in os.walk(folder):
+        if "manifest.json" in names:
+            inside[:], names = [], ["manifest.json"]
+        yield from (Path(at) / name for name in names if name.endswith(".json") and not name.startswith("."))

@@ -15,13 +15,8 @@ from qjax.report.schema import Result, Run, Table
 WHERE = {"device", "cores", "architecture", "machine", "platform", "load", "peak_rss_mb"}  # not versions
 
 
-def from_run(folder: Path, title: str = "", note: str = "") -> Result:
-    """The result of a run directory: its manifest.json and results.json.
-
-    Args:
-      folder: the run directory.
-      title: none: its config's name, as the directory has it.
-      note: what a reader must know; what the manifest lacks is added to it.
+def from_run(folder: Path) -> Result:
+    """The result of a run directory, of its manifest.json and results.json, under the directory's name.
 
     Raises:
       UserError: one of the two is missing or damaged.
@@ -30,7 +25,7 @@ def from_run(folder: Path, title: str = "", note: str = "") -> Result:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("command"), list) or not manifest["command"]:
         raise UserError(f"{folder / 'manifest.json'}: command is missing; qjax run writes it")
     command = shlex.join(map(str, manifest["command"]))
-    return build(found, title=title or folder.resolve().name, command=command, note=note, manifest=manifest)
+    return build(found, title=folder.resolve().name, command=command, manifest=manifest)
 
 
 def build(found: Any, *, title: str, command: str, note: str = "", manifest: Mapping[str, Any] | None = None) -> Result:

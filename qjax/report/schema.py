@@ -23,8 +23,8 @@ class Column:
       title: its head.
       unit: such as "nats", "bits", "s", "%"; "" for none.
       digits: digits after the point; None for text and for yes or no.
-      interval: the key, if any, of what is shown behind ±: a standard error where it holds "_se", else half of a 95 %
-        interval. Such a key needs no column of its own.
+      interval: the key, if any, of what is shown behind ±: a standard error where "se" is a word of it (kl_mean_se),
+        else half of a 95 % interval. Such a key needs no column of its own.
     """
 
     key: str

@@ -14,7 +14,7 @@ PLUS_MINUS = " ± "
 
 def head(column: Column) -> str:
     """A column's title, its unit, and what ± stands for: "KL, nats (± s.e.)"."""
-    behind = "" if column.interval is None else " (± s.e.)" if "_se" in column.interval else " (± 95 %)"
+    behind = "" if column.interval is None else " (± s.e.)" if re.search("_se(_|$)", column.interval) else " (± 95 %)"
     return column.title + (f", {column.unit}" if column.unit else "") + behind
 
 
