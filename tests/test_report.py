@@ -324,7 +324,7 @@ def test_keys_become_columns_with_units():
     assert {c.key: (c.title, c.unit, c.digits) for c in table.columns} == {
         "kl_mean": ("KL", "nats", 6), "kl_p99": ("KL p99", "nats", 1), "dense_seconds": ("dense", "s", 2),
         "peak_rss_mb": ("peak rss", "MB", 1), "count": ("count", "", 0), "same_top_percent": ("same top token", "%", 2),
-        "loss": ("relative loss", "", 6), "heldout_loss": ("held-out loss", "", 6),
+        "loss": ("relative loss", "", 6), "heldout_loss": ("held-out relative loss", "", 6),
         "odd_share": ("odd share", "", 1), "what": ("what", "", None),
     }  # fmt: skip
     (table,) = build({"losses": {"float": 3.0, "odd": 3.25}}, title="t", command="c").tables

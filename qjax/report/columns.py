@@ -20,9 +20,9 @@ KNOWN: dict[str, tuple[str, str, int]] = {
     "gain_over_ptq": ("gain over PTQ", "nats", 4),
     "closed_percent": ("gap closed", "%", 0),
     "closed_of_tuned_percent": ("gap of tuned closed", "%", 0),
-    "heldout_loss": ("held-out loss", "", 6),
-    "first_loss": ("first loss", "", 6),
-    "first_heldout_loss": ("first held-out loss", "", 6),
+    "heldout_loss": ("held-out relative loss", "", 6),
+    "first_loss": ("relative loss of the first stage", "", 6),
+    "first_heldout_loss": ("held-out relative loss of the first stage", "", 6),
     "whole_bits": ("whole model", "bits", 3),
     "block_bits": ("block", "bits", 3),
     "layer_bits": ("layers", "bits", 3),
@@ -36,6 +36,8 @@ KNOWN: dict[str, tuple[str, str, int]] = {
     "seconds": ("time", "s", 2),
     "runs": ("time", "s", 2),
     "bytes": ("size", "bytes", 0),
+    "ratio_quartiles.0": ("ratio, 25 %", "", 3),
+    "ratio_quartiles.1": ("ratio, 75 %", "", 3),
     "rate": ("rate", "", 5),
     "weight_decay": ("weight decay", "", 2),
 }
@@ -60,7 +62,9 @@ def columns(keys: Collection[str], rows: Iterable[dict[str, Any]], table: str = 
       table: its name: losses are nats, whatever they are called.
     """
     rows = list(rows)
-    intervals = {key: found for key in keys if (found := _interval(key, keys))}
+    text = {key for key in keys if any(isinstance(row.get(key), str | bool) for row in rows)}
+    numbers = [key for key in keys if key not in text]
+    intervals = {key: found for key in numbers if (found := _interval(key, numbers))}
     return tuple(
         _column(key, [row.get(key) for row in rows], table, keys, intervals.get(key))
         for key in keys
