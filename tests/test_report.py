@@ -4,6 +4,7 @@ import dataclasses
 import html
 import html.parser
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from qjax.cli import main
 from qjax.errors import UserError
 from qjax.report.build import build
-from qjax.report.figure import FRAME, svg
+from qjax.report.figure import FRAME, linear_ticks, log_ticks, svg
 from qjax.report.labels import Box, place
 from qjax.report.page import page
 from qjax.report.pareto import Point, drawn, front, points
@@ -37,7 +38,7 @@ SMALL = Table(
         {"name": "b", "kl": 0.00002, "kl_half_interval": None, "share": None},
     ),
 )
-RESULT = Result("Small <results>", "qjax run a.toml --name '<b>'", "not recorded: all & more", Run(), (SMALL,))
+RESULT = Result("Small <results>", "qjax run a.toml --name '<b>'", "not recorded: <u>all</u> & more", Run(), (SMALL,))
 
 
 def test_markdown():
@@ -198,7 +199,7 @@ def test_rows_become_points():
     found = points(table, "kl")
     assert found == [Point(32.0, 0.0, 0.0, "float32"), Point(4.5, 0.01, 0.001, "Q4_K")]
     assert drawn(found) == ([found[1]], [found[0]]) and points(table, "perplexity") == []
-    assert svg(found, "kl") == ""
+    assert svg(found, "kl") == "" and drawn([Point(32.0, 1e-6, 0.0, "bf16")])[0] == []
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -210,8 +211,22 @@ def test_labels_of_the_figure_lie_apart(seed):
     assert not any(a.meets(b) for n, a in enumerate(boxes) for b in boxes[:n])
     inside = Box(FRAME.x - 0.1, FRAME.y - 0.1, FRAME.width + 0.2, FRAME.height + 0.2)
     assert all(box.within(inside) for box in boxes)
+    marks = re.findall("<circle class=(best|other)", drawing)
+    assert marks == sorted(marks), "the front takes its places first"
     assert "Not on the axes: float32 (32 bits, 0)." in drawing
     assert drawing.count("class=whisker") == 40 and "KL to the float model, nats a token" in drawing
+
+
+def test_an_interval_that_reaches_zero_ends_at_a_tenth():
+    drawing = svg([Point(2.0, 0.5, 1.0, "a"), Point(3.0, 0.1, 0.0, "b<")], "perplexity")
+    assert drawing.count("class=whisker") == 1 and "a: 2.000 bits, 0.5 ± 1" in drawing and "b&lt;" in drawing
+
+
+def test_ticks_are_round():
+    assert linear_ticks(1.9, 5.2) == [2.0, 3.0, 4.0, 5.0]
+    assert linear_ticks(-0.01, 0.1) == [0.0, 0.05, 0.1]
+    assert log_ticks(-2.1, -0.9) == pytest.approx([0.01, 0.02, 0.05, 0.1])
+    assert log_ticks(math.log10(23.84), math.log10(23.99)) == pytest.approx([23.85, 23.9, 23.95])
 
 
 def test_labels_keep_off_points_and_give_up_where_it_is_full():
@@ -236,11 +251,12 @@ class Elements(html.parser.HTMLParser):
 
 
 def test_the_page_stands_alone_and_has_every_table():
-    results = [*map(read, FILES[::3]), RESULT]
+    named = dataclasses.replace(RESULT, tables=(dataclasses.replace(SMALL, name="<u>rows</u>"),))
+    results = [*map(read, FILES[::3]), named]
     made = Elements(page(results))
     tags = [tag for tag, _ in made.tags]
     assert tags.count("table") == sum(len(r.tables) for r in results) and tags.count("section") == len(results)
-    assert not {"link", "img", "iframe", "object", "i", "b"} & set(tags)
+    assert not {"link", "img", "iframe", "object", "i", "b", "u"} & set(tags)
     for tag, attrs in made.tags:
         assert "src" not in attrs and str(attrs.get("href", "#")).startswith("#"), tag
     assert "@import" not in made.text and "url(" not in made.text
@@ -329,3 +345,23 @@ def test_keys_become_columns_with_units():
     }  # fmt: skip
     (table,) = build({"losses": {"float": 3.0, "odd": 3.25}}, title="t", command="c").tables
     assert [c.unit for c in table.columns] == ["nats", "nats"]
+
+
+def test_the_interval_over_windows_is_preferred_and_what_holds_only_facts_is_the_run():
+    rows = [{"name": "x", "nll": 3.0, "nll_se": 0.1, "nll_se_clustered": 0.2, "runs": [1.0, 2.0, 3.0]}] * 2
+    found = {"rows": rows, "cores": 2, "versions": {"jax": "1", "machine": "x86_64"}}
+    result = build(found, title="t", command="c", note="idle.")
+    assert [(c.key, c.interval) for c in result.tables[0].columns][1:] == [
+        ("nll", "nll_se_clustered"),
+        ("nll_se", None),
+    ]
+    assert [row["of"] for row in result.tables[1].rows] == [
+        "1",
+        "1",
+        "1",
+        "2",
+        "2",
+        "2",
+    ]  # names that are not their own
+    assert result.run == Run(machine={"architecture": "x86_64", "cores": 2}, versions={"jax": "1"})
+    assert result.note == "idle; not recorded: commit, changed, device, seeds"

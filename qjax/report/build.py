@@ -38,19 +38,17 @@ def build(found: Any, *, title: str, command: str, note: str = "", manifest: Map
     """
     found = dict(found) if isinstance(found, dict) else {"rows": found}
     facts = {"versions": found.pop("versions", None), "cores": found.pop("cores", None), **(manifest or {})}
-    machine = found.pop("machine", None)
+    machine = found.pop("machine") if isinstance(found.get("machine"), dict) else {}
     rows = [row for value in found.values() if isinstance(value, list) for row in value if isinstance(row, dict)]
-    run = _run(facts, machine if isinstance(machine, dict) else {}, [row["seed"] for row in rows if "seed" in row])
+    run = _run(facts, machine, [row["seed"] for row in rows if "seed" in row])
     lacks = [name for name in Run.__dataclass_fields__ if getattr(run, name) is None]
     notes = [note.rstrip(".")] * bool(note) + [f"not recorded: {', '.join(lacks)}"] * bool(lacks)
     return Result(title, command, "; ".join(notes), run, tuple(_tables(found)))
 
 
 def _run(facts: Mapping[str, Any], machine: Mapping[str, Any], rows_seeds: Sequence[Any]) -> Run:
-    git, device = (
-        facts.get("git") or {},
-        facts.get("device") or ({"kind": machine["device"]} if "device" in machine else {}),
-    )
+    git = facts.get("git") or {}
+    device = facts.get("device") or ({"kind": machine["device"]} if "device" in machine else None)
     versions = {**{k: v for k, v in machine.items() if k not in WHERE}, **(facts.get("versions") or {})}
     where = {"platform": facts.get("platform"), "architecture": machine.get("machine") or versions.pop("machine", None),
              "cores": facts.get("cores") or facts.get("cpu_count")}  # fmt: skip
@@ -62,7 +60,7 @@ def _run(facts: Mapping[str, Any], machine: Mapping[str, Any], rows_seeds: Seque
         git.get("commit"),
         git.get("changed"),
         {k: v for k, v in where.items() if v is not None} or None,
-        device or None,
+        device,
         versions or None,
         seeds or None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 from collections.abc import Sequence
@@ -27,37 +28,40 @@ def svg(found: Sequence[Point], measure: str) -> str:
     best = front(kept)
     order = sorted(range(len(kept)), key=lambda n: (not best[n], kept[n].bits, kept[n].loss))  # the front chooses first
     kept, best = [kept[n] for n in order], [best[n] for n in order]
-    low_x, high_x = _padded([p.bits for p in kept], 0.06)
-    low_y, high_y = _padded([math.log10(v) for p in kept for v in _reach(p)], 0.08)
-    at_x = lambda bits: FRAME.x + (bits - low_x) / (high_x - low_x) * FRAME.width  # noqa: E731
-    at_y = lambda loss: FRAME.y + (high_y - math.log10(loss)) / (high_y - low_y) * FRAME.height  # noqa: E731
-    marks = [(at_x(p.bits), at_y(p.loss)) for p in kept]
+    x = _scale([p.bits for p in kept], 0.06, FRAME.x, FRAME.width)
+    y = _scale([math.log10(v) for p in kept for v in _reach(p)], 0.08, FRAME.y + FRAME.height, -FRAME.height)
+    marks = [(x.at(p.bits), y.at(math.log10(p.loss))) for p in kept]
     texts = [p.name if len(p.name) <= LONGEST else p.name[: LONGEST - 1] + "…" for p in kept]
     labels = place(marks, texts, FRAME)
-    parts = [f'<rect class=frame x="{FRAME.x}" y="{FRAME.y}" width="{FRAME.width}" height="{FRAME.height}"/>']
-    parts += [_tick_x(at_x(v), f"{v:g}") for v in linear_ticks(low_x, high_x)]
-    parts += [_tick_y(at_y(v), f"{v:g}") for v in log_ticks(low_y, high_y)]
-    steps = " ".join(f"{x:.1f},{y:.1f}" for (x, y), on in zip(marks, best, strict=True) if on)
-    parts.append(f'<polyline class=front points="{steps}"/>')
+    steps = " ".join(f"{across:.1f},{down:.1f}" for (across, down), on in zip(marks, best, strict=True) if on)
+    parts = [*_axes(x, y, TITLES[measure]), f'<polyline class=front points="{steps}"/>']
     for point, mark, on, text, label in zip(kept, marks, best, texts, labels, strict=True):
-        parts.append(_mark(point, mark, [at_y(v) for v in _reach(point)], on) + _label(text, mark, label, on))
-    parts.append(
-        f'<text class=axis x="{FRAME.x + FRAME.width / 2}" y="{HIGH - 12}">bits per weight, whole model</text>'
-    )
-    parts.append(
-        f'<text class=axis transform="translate(18 {FRAME.y + FRAME.height / 2}) rotate(-90)">{TITLES[measure]}</text>'
-    )
+        ends = [y.at(math.log10(v)) for v in _reach(point)]
+        parts += [_mark(point, mark, ends, on), _label(text, mark, label, on)]
     name = f"{TITLES[measure]} against bits per weight of the whole model"
     picture = f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
     return f"<figure><div class=wide>{picture}</div><figcaption>{_caption(left, labels)}</figcaption></figure>"
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Values from low to high over pixels: from a start, some length, negative for upwards."""
+
+    low: float
+    high: float
+    start: float
+    length: float
+
+    def at(self, value: float) -> float:
+        """The pixel of a value."""
+        return self.start + (value - self.low) / (self.high - self.low) * self.length
+
+
 def linear_ticks(low: float, high: float) -> list[float]:
-    """Round values between two, four to ten of them."""
+    """Round values between two, about five of them."""
     raw = (high - low) / 5
-    step = next(
-        s * 10.0 ** math.floor(math.log10(raw)) for s in (1, 2, 5, 10) if s * 10.0 ** math.floor(math.log10(raw)) >= raw
-    )
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next((n * power for n in (1, 2, 5) if n * power >= raw), 10 * power)
     return [round(n * step, 10) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -68,10 +72,22 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks if len(ticks) >= 3 else [v for v in linear_ticks(10**low, 10**high) if v > 0]
 
 
-def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
+def _scale(values: Sequence[float], share: float, start: float, length: float) -> Scale:
+    """The scale of values with a share of their range free at both ends."""
     low, high = min(values), max(values)
     more = (high - low) * share or 0.1
-    return low - more, high + more
+    return Scale(low - more, high + more, start, length)
+
+
+def _axes(x: Scale, y: Scale, title: str) -> list[str]:
+    middle, centre = FRAME.x + FRAME.width / 2, FRAME.y + FRAME.height / 2
+    return [
+        f'<rect class=frame x="{FRAME.x}" y="{FRAME.y}" width="{FRAME.width}" height="{FRAME.height}"/>',
+        *(_tick_x(x.at(v), f"{v:g}") for v in linear_ticks(x.low, x.high)),
+        *(_tick_y(y.at(math.log10(v)), f"{v:g}") for v in log_ticks(y.low, y.high)),
+        f'<text class=axis x="{middle}" y="{HIGH - 12}">bits per weight, whole model</text>',
+        f'<text class=axis transform="translate(18 {centre}) rotate(-90)">{title}</text>',
+    ]
 
 
 def _reach(point: Point) -> tuple[float, float]:
