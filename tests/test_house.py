@@ -32,6 +32,7 @@ LAYERS = [
     {"pipeline"},
     {"training"},
     {"config", "rundir", "runs", "sweep"},
+    {"report"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,66 @@
+"""Which models are worth their bits: KL or perplexity against the bits of the whole model, and the Pareto front."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from qjax.report.schema import Table
+
+BITS = "whole_bits"
+MEASURES = {"kl": ("kl", "kl_mean"), "perplexity": ("perplexity",)}
+TITLES = {"kl": "KL to the float model, nats a token", "perplexity": "perplexity"}
+NAMES = ("name", "method", "recipe", "mix", "format")
+FLOAT_BITS = 32.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A model: its bits, its loss, half its interval (0 where there is none), its name."""
+
+    bits: float
+    loss: float
+    half: float
+    name: str
+
+
+def points(tables: Iterable[Table], measure: str) -> list[Point]:
+    """The points of all rows that have bits and a measure.
+
+    Args:
+      tables: of any results.
+      measure: "kl" or "perplexity".
+    """
+    found = []
+    for table in tables:
+        intervals = {c.key: c.interval for c in table.columns if c.digits is not None}
+        key = next((k for k in MEASURES[measure] if k in intervals), None)
+        if key is None or BITS not in intervals:
+            continue
+        for row in table.rows:
+            bits, loss, half = row.get(BITS), row.get(key), row.get(intervals[key] or "")
+            if isinstance(bits, int | float) and isinstance(loss, int | float):
+                name = next((row[k] for k in NAMES if isinstance(row.get(k), str)), "")
+                found.append(
+                    Point(float(bits), float(loss), float(half) if isinstance(half, int | float) else 0.0, str(name))
+                )
+    return found
+
+
+def front(found: Sequence[Point]) -> list[bool]:
+    """Which points no other beats: none with as few bits and as little loss that has less of one."""
+    best, kept = float("inf"), set()
+    for bits, loss in sorted({(p.bits, p.loss) for p in found}):
+        if loss < best:
+            best = loss
+            kept.add((bits, loss))
+    return [(p.bits, p.loss) in kept for p in found]
+
+
+def drawn(found: Iterable[Point]) -> tuple[list[Point], list[Point]]:
+    """(points with a place on the axes, those without: float models, and losses of zero, which have no logarithm)."""
+    kept: list[Point] = []
+    left: list[Point] = []
+    for point in found:
+        (kept if point.bits < FLOAT_BITS and point.loss > 0 else left).append(point)
+    return kept, left
