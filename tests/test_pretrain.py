@@ -11,7 +11,7 @@ import qjax
 from qjax.cli.run import load_script
 from qjax.config import read
 from qjax.models import stdlib_text
-from qjax.training.run.data import Windows
+from qjax.training.run.data import Batches
 
 pretrain, _ = load_script(read(Path(__file__).parents[1] / "configs" / "pretrain_reference.toml"))
 
@@ -36,17 +36,17 @@ def rows(out: Path) -> list[dict]:
 @pytest.mark.slow
 def test_resumes_exactly(tmp_path, monkeypatch, small_text):
     whole = pretrain.run(CONFIG, tmp_path / "whole")
-    batch_at = Windows.batch_at
+    batch_at = Batches.batch_at
 
-    def killed(windows, step):
+    def killed(batches, step, *orders, **named):
         if step == 4:
             raise KeyboardInterrupt
-        return batch_at(windows, step)
+        return batch_at(batches, step, *orders, **named)
 
-    monkeypatch.setattr(Windows, "batch_at", killed)
+    monkeypatch.setattr(Batches, "batch_at", killed)
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(CONFIG, tmp_path / "broken")
-    monkeypatch.setattr(Windows, "batch_at", batch_at)
+    monkeypatch.setattr(Batches, "batch_at", batch_at)
     resumed = pretrain.run(CONFIG, tmp_path / "broken")
 
     assert resumed["heldout_loss"] == whole["heldout_loss"]

@@ -175,11 +175,11 @@ def test_ctrl_c_ends_the_runs_under_way(folder):
     read(folder, "wait = 60\n[sweep]\ngrid.seed = [1, 2, 3]\n")
     argv = [sys.executable, "-m", "qjax", "sweep", "s.toml", "--scripts", ".", "--out", "out", "--jobs", "2"]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while len(list(Path("out").glob("*/began"))) < 2 and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=180)[1]
     assert process.returncode == 130 and "the same command continues" in said
     found = list(runs.found([Path("out")]))
     assert [r.state for r in found] == ["interrupted"] * 2

@@ -159,6 +159,6 @@ def test_descend_and_refit_on_tiles_never_raise_the_loss(tile, stage):
 def test_a_lattice_of_one_dimension_more_is_no_worse_than_its_cube():
     """LDLQ on D4 with the cube's density: the lattice's gain (0.37 dB) is there behind the feedback too."""
     w, H = problem(64, 128)
-    cube, lattice = Cubic(4, step=0.25), Checkerboard(4, step=0.25 * 2**-0.25)
+    cube, lattice = Cubic(4, scale_of_rms=0.25), Checkerboard(4, scale_of_rms=0.25 * 2**-0.25)
     loss = [float(round_weight(w, f, (nearest(), ldlq()), Stats(H=H), DAMPING).loss) for f in (cube, lattice)]
     assert loss[1] < loss[0]
