@@ -136,6 +136,9 @@ def quantize(
     if w.size == 0:
         raise UserError(f"an array of shape {w.shape} has no weights to quantize")
     check_length(fmt, w.shape[axis], f"axis {axis} of shape {tuple(w.shape)}")
+    rows = w.shape[-2 if axis == -1 else -1] if w.ndim > 1 else 1
+    if fmt.rows > 1 and rows % fmt.rows:
+        raise UserError(f"{fmt.name} holds {fmt.rows} rows together, and got {rows} (shape {tuple(w.shape)})")
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
     _check_finite(w, "w")
     leaves, overflowed = _encode(w, importance_rows(weight, w, axis), fmt)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qjax.evaluate.judge import Judgement
 from qjax.evaluate.sizes import TensorRow
+from qjax.html_page import standalone
 from qjax.io.atomic import atomic_file, write_text
 from qjax.tables import size
 
@@ -108,7 +109,7 @@ def html_report(
         body.append(f"<details open><summary>Config</summary><pre>{_e(_text(config))}</pre></details>")
     if manifest is not None:
         body.append(f"<details><summary>Manifest</summary><pre>{_e(_text(manifest))}</pre></details>")
-    return _PAGE.replace("{title}", _e(title)).replace("{body}", "\n".join(body))
+    return standalone(title, "\n".join(body))
 
 
 def write_report(
@@ -193,48 +194,3 @@ def _text(value: str | Mapping[str, Any]) -> str:
 
 def _e(text: str) -> str:
     return html.escape(str(text))
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #d1495b; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .28rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-td.text, th:first-child { text-align: left; }
-tbody tr:hover { background: var(--soft); }
-th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 2px solid var(--accent); }
-th[aria-sort] button { color: var(--accent); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-.note, figcaption { opacity: .75; font-size: .88rem; }
-figure { margin: 1.6rem 0; }
-img { max-width: 100%; border-radius: 6px; border: 1px solid var(--line); }
-details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
-pre { background: var(--soft); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
-</style></head><body>
-{body}
-<script>
-for (const button of document.querySelectorAll("th button")) button.onclick = () => {
-  const th = button.parentElement, table = th.closest("table"), body = table.tBodies[0];
-  const up = th.getAttribute("aria-sort") !== "ascending", column = th.cellIndex;
-  for (const other of th.parentElement.cells) other.removeAttribute("aria-sort");
-  th.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const key = row => {
-    const cell = row.cells[column], raw = cell.dataset.key;
-    return cell.className === "text" ? raw.toLowerCase() : raw === "" ? NaN : Number(raw.replace("inf", "Infinity"));
-  };
-  body.append(...[...body.rows].sort((a, b) => {
-    const x = key(a), y = key(b);
-    if (x !== x || y !== y) return (x !== x) - (y !== y);
-    return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1);
-  }));
-};
-</script>
-</body></html>
-"""

@@ -1,6 +1,6 @@
 """The format of most families: Levels x Scaling x Layout, and all that follows from the three.
 
-    w_hat = s T + m        T = level((w - m) / s)        Grid("Q4_0", Integers(-8, 7), Peak(...), Blocks(...))
+    w_hat = s T + m        T = level((w - m) / s)        Grid("Q4_0", Integers(-8, 7), OneScale(...), Blocks(...))
 
 levels.py says which values codes take, a `Scaling` how s and m are found and stored, a `Layout` how bits lie in memory.
 What a rounding asks of a format (`columns`, `round`, `basis`: protocol.py) is derived here once.
@@ -148,7 +148,9 @@ class Grid(Link):
     layout: Layout
     about: str = ""
 
-    tile: Tile = dataclasses.field(default=(1, 1), init=False, repr=False)
+    @property
+    def tile(self) -> Tile:
+        return 1, 1
 
     @property
     def block(self) -> int:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from qjax.html_page import standalone
 from qjax.report.figure import svg
 from qjax.report.pareto import MEASURES, points
 from qjax.report.schema import Result, Run
@@ -23,7 +24,7 @@ def page(results: Sequence[Result], title: str = "Results") -> str:
     links = "".join(f'<li><a href="#r{n}">{_e(r.title)}</a></li>' for n, r in enumerate(results))
     body = [f"<h1>{_e(title)}</h1>", f"<nav><ul>{links}</ul></nav>" if len(results) > 1 else ""]
     body += [_section(result, n) for n, result in enumerate(results)]
-    return f"{_HEAD.replace('{title}', _e(title))}{chr(10).join(filter(None, body))}\n{_FOOT}"
+    return standalone(title, "\n".join(filter(None, body)), _FIGURES)
 
 
 def markdown_page(results: Sequence[Result]) -> str:
@@ -93,34 +94,7 @@ def _e(text: str) -> str:
     return html.escape(text)
 
 
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root { color-scheme: light dark; --text: #1c1e21; --back: #fff; --soft: #f1f2f4; --line: #d9dce0; --dim: #5c636b;
-  --best: #b3263f; --other: #5f7d9c; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e6e9; --back: #16181b; --soft: #22262a; --line: #3a3f45;
-  --dim: #a0a7af; --best: #ff7d8e; --other: #8fb0d3; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1.2rem; color: var(--text);
-  background: var(--back); overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
-a { color: var(--best); }
-nav ul { columns: 18rem; padding-left: 1.2rem; }
-.wide { overflow-x: auto; max-width: 100%; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: .4rem 0; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th.text, td.text { text-align: left; }
-tbody tr:hover { background: var(--soft); }
-th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 2px solid var(--best); }
-th[aria-sort] button { color: var(--best); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-.note, figcaption, small { color: var(--dim); font-size: .88rem; }
-summary { cursor: pointer; font-weight: 600; margin: .6rem 0; }
-pre { background: var(--soft); padding: .6rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
-figure { margin: 1rem 0; }
+_FIGURES = """
 svg { display: block; width: 100%; min-width: 700px; max-width: 900px; font: 11px system-ui, sans-serif; }
 svg text { fill: var(--text); } svg .tick { text-anchor: middle; fill: var(--dim); } svg .side { text-anchor: end; }
 svg .axis { text-anchor: middle; font-size: 13px; }
@@ -130,22 +104,4 @@ svg .frame { fill: none; stroke: var(--line); } svg .grid { stroke: var(--line);
 svg .front { fill: none; stroke: var(--best); stroke-dasharray: 4 3; }
 svg .leader { stroke: var(--dim); stroke-width: .6; }
 svg circle.best { fill: var(--best); } svg circle.other { fill: var(--other); } svg .whisker { stroke: var(--dim); }
-</style></head><body>
-"""
-
-_FOOT = """<script>
-for (const button of document.querySelectorAll("th button")) button.onclick = () => {
-  const th = button.parentElement, body = th.closest("table").tBodies[0], column = th.cellIndex;
-  const up = th.getAttribute("aria-sort") !== "ascending" ? 1 : -1;
-  for (const other of th.parentElement.cells) other.removeAttribute("aria-sort");
-  th.setAttribute("aria-sort", up > 0 ? "ascending" : "descending");
-  const key = row => row.cells[column].dataset.key, text = th.className === "text";
-  body.append(...[...body.rows].sort((a, b) => {
-    const x = key(a), y = key(b);
-    if (x === "" || y === "") return (x === "") - (y === "");
-    return (text ? x.localeCompare(y) : x - y) * up;
-  }));
-};
-</script>
-</body></html>
 """

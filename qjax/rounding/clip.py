@@ -23,6 +23,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Columns, Format, Scales
+from qjax.rounding.curvature import tiles_of
 from qjax.rounding.descend import chosen
 from qjax.rounding.protocol import Rounding, State, errors_of, metric
 from qjax.rounding.ranges import between, shrunk, span
@@ -136,5 +137,4 @@ def _weight(kind: Metric, state: State, stats: Stats, size: int) -> Array | None
         assert h is not None
         return h.reshape(-1, size)
     H = metric(state, stats)
-    at = jnp.arange(H.shape[0]).reshape(-1, size)
-    return H[at[:, :, None], at[:, None, :]]
+    return tiles_of(H, size)

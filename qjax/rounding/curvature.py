@@ -65,14 +65,6 @@ def ordered(H: Float[Array, "n n"], damping: float | Float[Array, ""], order: Or
     return Factor(at, *cholesky(H[at][:, at], damping))
 
 
-def factor(
-    H: Float[Array, "n n"], damping: float | Float[Array, ""], tile: int = 1
-) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """The feedback L - 1 of H + lambda diag(H) = L D L^T, D in tiles, and the lambda used; see `cholesky`."""
-    c, used = cholesky(H, damping)
-    return feedback(c, tile), used
-
-
 def cholesky(H: Float[Array, "n n"], damping: float | Float[Array, ""]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     """The lower factor of H + lambda diag(H) = c c^T, with the first lambda on the ladder that is enough.
 
@@ -116,11 +108,16 @@ def feedback(c: Float[Array, "n n"], tile: int = 1) -> Float[Array, "n n"]:
     n = c.shape[0]
     if tile == 1:
         return c / jnp.diagonal(c)[None, :] * (1.0 - jnp.eye(n, dtype=c.dtype))
-    at = jnp.arange(n).reshape(-1, tile)
-    diagonal = c[at[:, :, None], at[:, None, :]]  # [n / tile, tile, tile]
+    diagonal = tiles_of(c, tile)
     columns = c.reshape(n, -1, tile).transpose(1, 2, 0)  # [n / tile, tile, n]
     solved = jax.vmap(lambda d, x: jax.scipy.linalg.solve_triangular(d, x, lower=True, trans=1))(diagonal, columns)
     return solved.transpose(2, 0, 1).reshape(n, n) * off_tiles(n, tile)
+
+
+def own_metric(c: Float[Array, "n n"], tile: int) -> Float[Array, "t k k"]:
+    """D of c c^T = L D L^T, its tiles: what is left of H for each of them once feedback makes up for it."""
+    d = tiles_of(c, tile)
+    return jnp.einsum("tij,tkj->tik", d, d, precision=lax.Precision.HIGHEST)
 
 
 def off_tiles(n: int, tile: int) -> Array:
@@ -129,10 +126,8 @@ def off_tiles(n: int, tile: int) -> Array:
     return (at[:, None] != at[None, :]).astype(jnp.float32)
 
 
-def tiles_of(H: Float[Array, "n n"], tile: int) -> Float[Array, "t k k"] | None:
-    """The diagonal tiles of H; None for single columns, whose metric is one number."""
-    if tile == 1:
-        return None
+def tiles_of(H: Float[Array, "n n"], tile: int) -> Float[Array, "t k k"]:
+    """The diagonal tiles of H."""
     at = jnp.arange(H.shape[0]).reshape(-1, tile)
     return H[at[:, :, None], at[:, None, :]]
 
@@ -146,9 +141,8 @@ def over_tiles(a: Float[Array, "k n"], H: Float[Array, "n n"], tile: int) -> Flo
     """a_{.,J} H_JJ^{-1} for each tile J."""
     if tile == 1:
         return a / jnp.diagonal(H)[None, :]
-    at = jnp.arange(H.shape[0]).reshape(-1, tile)
     columns = a.reshape(a.shape[0], -1, tile).transpose(1, 2, 0)  # [n / tile, tile, k]
-    return jnp.linalg.solve(H[at[:, :, None], at[:, None, :]], columns).transpose(2, 0, 1).reshape(a.shape)
+    return jnp.linalg.solve(tiles_of(H, tile), columns).transpose(2, 0, 1).reshape(a.shape)
 
 
 def order_of(h: Float[Array, "n"], order: Order, tile: int, group: int) -> Int[Array, "n"]:

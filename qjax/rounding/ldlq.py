@@ -23,11 +23,11 @@ from jax import lax
 from qjax.errors import UserError
 from qjax.formats.protocol import Columns, Format, Scales
 from qjax.formats.tiles import group_of
-from qjax.rounding.curvature import Factor, Order, feedback, ordered, tiles_of
+from qjax.rounding.curvature import Factor, Order, feedback, ordered, own_metric
 from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
 from qjax.stats import Stats
-from qjax.typing import Array, Float, Int
+from qjax.typing import Array, Float, Int, Integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +80,35 @@ class LDLQ(Rounding):
         order, c = f.order, f.c
         if self.cross:
             target = corrected(target, stats.cross, self.cross, c, order)
-        coupling, w = feedback(c, tile), target.T[order]
         if self.grid == "dynamic":
-            codes, scales = _fitted_on_the_way(w, coupling, order, format, jnp.diagonal(H))
-        else:
-            D = tiles_of(c, tile)
-            metric = None if D is None else jnp.einsum("tij,tkj->tik", D, D, precision=lax.Precision.HIGHEST)
-            grid = fixed_grid(format.columns(state.scales, target.shape), order, outer_of(tile))
-            _, codes, _ = sweep(format, w, jnp.zeros_like(w), coupling, grid, outer_of(tile), lower=True, metric=metric)
-            scales = state.scales
-        return State(scales, in_place(codes, order, tile), target, f.damping)
+            tiles, scales = _fitted_on_the_way(target.T[order], f, format, jnp.diagonal(H))
+            return State(scales, in_place(tiles, order, tile), target, f.damping)
+        _, codes = fed_back(format, target, format.columns(state.scales, target.shape), f)
+        return State(state.scales, codes, target, f.damping)
+
+
+def fed_back(
+    format: Format,
+    w: Float[Array, "rows n"],
+    columns: Columns,
+    factor: Factor,
+    reach: Float[Array, "n"] | None = None,
+) -> tuple[Float[Array, "rows n"], Integer[Array, "rows m"]]:
+    """w with each column's error fed into those still to come: what it became, and its codes.
+
+    Args:
+      columns: the grid.
+      factor: of H.
+      reach: of each column, see `sweep`; None: all weights are rounded.
+    """
+    tile, order = format.tile[1], factor.order
+    x = w.T[order]
+    e, tiles, _ = sweep(
+        format, x, jnp.zeros_like(x), feedback(factor.c, tile), fixed_grid(columns, order, outer_of(tile)),
+        outer_of(tile), lower=True, metric=own_metric(factor.c, tile),
+        reach=None if reach is None else reach[order][:, None],
+    )  # fmt: skip
+    return jnp.zeros_like(x).at[order].set(x - e).T, in_place(tiles, order, tile)
 
 
 def _blocks_stand_alone(format: Format) -> bool:
@@ -121,9 +140,10 @@ def corrected(
     return w + alpha * jnp.zeros_like(solved).at[order].set(solved).T
 
 
-def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, h: Array) -> tuple[Array, Scales]:
+def _fitted_on_the_way(w: Array, factor: Factor, format: Format, h: Array) -> tuple[Array, Scales]:
     """The sweep with each block's scales fitted to what the feedback has made of it: codes by tile, and scales."""
-    block = format.block
+    block, tile, order = format.block, format.tile[1], factor.order
+    coupling = feedback(factor.c, tile)
 
     def free(targets: Array, w: Array, inside: Array) -> Array:
         """A block as the feedback would leave it if nothing in it were rounded: what GPTQ has in its place by then.
@@ -143,7 +163,9 @@ def _fitted_on_the_way(w: Array, coupling: Array, order: Array, format: Format, 
         columns = format.columns(scales, x.shape)
         return jax.tree.map(lambda a: jnp.repeat(a, block // a.shape[1], axis=1).T[back], columns), scales
 
-    _, codes, fitted = sweep(format, w, jnp.zeros_like(w), coupling, columns_of, block, lower=True)
+    _, codes, fitted = sweep(
+        format, w, jnp.zeros_like(w), coupling, columns_of, block, lower=True, metric=own_metric(factor.c, tile)
+    )
 
     def whole(leaf: Array) -> Array:
         """[blocks in their order, rows, x, ...] -> [rows, blocks x, ...]."""

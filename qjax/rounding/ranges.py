@@ -67,11 +67,11 @@ def per_weight(per_group: Float[Array, "*b G"], w: Float[Array, "*b n"]) -> Floa
 
 def units(x: Float[Array, "*b G size"], s: Array, m: Array | None) -> Float[Array, "*b G size"]:
     """(x - m) / s, the argument of `level`; 0 where s is."""
-    return over(x if m is None else x - m[..., None], s[..., None])
+    return by_inverse(x if m is None else x - m[..., None], s[..., None])
 
 
-def over(x: Array, s: Array) -> Array:
-    """x / s for an s that broadcasts against x; 0 where s is."""
+def by_inverse(x: Array, s: Array) -> Array:
+    """x (1 / s) for an s that broadcasts against x, one division for many products; 0 where s is."""
     return jnp.where(s == 0, 0.0, 1.0 / jnp.where(s == 0, 1.0, s)) * x
 
 

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.formats.tiles import group_of
-from qjax.rounding.curvature import Factor, Order, feedback, ordered
+from qjax.rounding.curvature import Factor, Order, ordered
+from qjax.rounding.ldlq import fed_back
 from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.ranges import level, single
-from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
 from qjax.stats import Stats
 from qjax.typing import Array, Float
 
@@ -68,24 +68,16 @@ class SpQR(Rounding):
         return ordered(H, damping, self.order, format.tile[1], group_of(format, H.shape[0]))
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
-        H, w, tile = stats.H, state.target, format.tile[1]
+        H, w = stats.H, state.target
         assert H is not None
         f = state.factor or self.factored(format, H, state.damping)
-        order, c = f.order, f.c
-        D = jnp.square(jnp.diagonal(c))
-        in_place_D = jnp.zeros_like(D).at[order].set(D)
+        D = jnp.square(jnp.diagonal(f.c))
+        D = jnp.zeros_like(D).at[f.order].set(D)  # of the columns in their places
         live = jnp.diagonal(H) > 0  # a miss costs nothing in the other columns
-        tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * in_place_D, where=live)
-        reach = jnp.where(live, jnp.sqrt(tau / jnp.where(in_place_D > 0, in_place_D, 1.0)), jnp.inf)
+        tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * D, where=live)
+        reach = jnp.where(live, jnp.sqrt(tau / jnp.where(D > 0, D, 1.0)), jnp.inf)
         scales = format.fit(without_outliers(w, reach, group_of(format, w.shape[1]), format) if self.loo else w)
-        grid = fixed_grid(format.columns(scales, w.shape), order, outer_of(tile))
-        rows = w.T[order]
-        e, tiles, _ = sweep(
-            format, rows, jnp.zeros_like(rows), feedback(c, tile), grid, outer_of(tile), lower=True,
-            reach=reach[order][:, None],
-        )  # fmt: skip
-        w_hat = jnp.zeros_like(rows).at[order].set(rows - e).T
-        codes = in_place(tiles, order, tile)
+        w_hat, codes = fed_back(format, w, format.columns(scales, w.shape), f, reach)
         # Rounded weights lie on the grid up to float32; outliers farther from it than their column's reach.
         missed = jnp.abs(w_hat - format.decode(scales, codes)) > 0.5 * reach[None, :]
         return State(scales, codes, w, f.damping, (missed, w_hat))

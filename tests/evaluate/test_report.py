@@ -88,7 +88,7 @@ def test_the_page_stands_alone_and_shows_everything(rows, tensors):
     assert [a["src"] for tag, a in tags if tag == "img"] == ["data:image/png;base64,iVBORw=="]
     for said in ("A &amp; B", "&lt;b&gt;&amp;x", "x = &quot;&lt;y&gt;&quot;", "&quot;seed&quot;: 3", "91.23"):
         assert said in page
-    assert "prefers" not in page and "color-scheme: light dark" in page
+    assert "color-scheme: light dark" in page and "prefers-color-scheme: dark" in page
     assert "4 windows of 512 tokens, 1020 tokens scored; baseline perplexity 10.000" in page
     keys = [a["data-key"] for tag, a in tags if tag == "td"][: 10 * len(rows)]
     assert keys[:3] == ["F32", "31.75", "32.0"] and keys[9] == ""  # what sorting reads: no encode time

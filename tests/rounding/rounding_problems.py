@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax.rounding.curvature import cholesky, feedback
 from qjax.rounding.protocol import DAMPING, State
 from qjax.stats import Stats
 
@@ -44,6 +45,12 @@ def damped64(H, damping: float) -> np.ndarray:
     """H + lambda diag(H)."""
     H = np.asarray(H, np.float64)
     return H + damping * np.diag(np.diag(H))
+
+
+def factor(H, damping: float, tile: int = 1):
+    """The feedback L - 1 of H + lambda diag(H) = L D L^T, D in tiles, and the lambda used."""
+    c, used = cholesky(H, damping)
+    return feedback(c, tile), used
 
 
 def losses(w, w_hat, H) -> np.ndarray:

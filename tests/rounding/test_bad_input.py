@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from rounding_problems import damped64, losses, marked, problem, with_eigenvalue
+from rounding_problems import damped64, factor, losses, marked, problem, with_eigenvalue
 
 import qjax
 from qjax.errors import UserError
 from qjax.pipeline.rounded import round_leaf
 from qjax.recipes import recipe
 from qjax.rounding import check_chain, clip, descend, ldlq, learned, learned_clipping, nearest, refit, round_weight
-from qjax.rounding.curvature import damped, descent, factor
+from qjax.rounding.curvature import damped, descent
 from qjax.stats import Stats
 
 ROWS, N = 8, 256

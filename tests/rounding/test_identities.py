@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding_problems import damped64, float64, losses, marked, problem, second_moment
+from rounding_problems import damped64, factor, float64, losses, marked, problem, second_moment
 from rounding_reference import gptq
 
 import qjax
 from qjax.rounding import descend, ldlq, nearest, refit, round_weight
-from qjax.rounding.curvature import cholesky, factor, order_of
+from qjax.rounding.curvature import cholesky, order_of
 from qjax.rounding.ldlq import corrected
 from qjax.stats import Stats
 

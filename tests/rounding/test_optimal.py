@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding_problems import damped64, losses, marked, problem, second_moment
+from rounding_problems import damped64, factor, losses, marked, problem, second_moment
 from rounding_reference import block_ldl, block_ldlq
 from rounding_toys import Checkerboard, Few, even_integers
 
 from qjax.formats.protocol import Format
 from qjax.rounding import descend, ldlq, nearest, refit, round_weight
-from qjax.rounding.curvature import factor
 from qjax.stats import Stats
 
 DAMPING = 0.05

@@ -30,6 +30,9 @@ STAGES = {  # what stands before it, and the stage
 }
 
 
+CHAINS = (spqr(float("inf")),), (nearest(), ldlq())
+
+
 @pytest.fixture(scope="module")
 def w_H():
     return problem(ROWS, N)
@@ -139,6 +142,25 @@ def test_the_trellis_closes_and_is_near_the_best_of_tiny_ones():
     np.testing.assert_array_equal(again, value)
     mse = float(jnp.mean((value - u) ** 2))
     assert mse < 0.355  # one bit a weight: 0.363 is the best that two levels can, D(R) 0.25
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_it_is_a_tensor_like_any(name, w_H):
+    w, _ = w_H
+    fmt = TOYS[name]
+    q = qjax.quantize(w, fmt)
+    assert q.shape == w.shape
+    np.testing.assert_array_equal(qjax.dequantize(q), fmt.decode(*fmt.encode(w)))
+    if fmt.rows > 1:
+        with pytest.raises(UserError, match="trellis holds 16 rows together, and got 24"):
+            qjax.quantize(w[:24], fmt)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_spqr_without_outliers_is_ldlq(name, w_H):
+    w, H = w_H
+    ours, theirs = (round_weight(w, TOYS[name], chain, Stats(H=H)).codes for chain in CHAINS)
+    assert np.mean(np.asarray(ours) != np.asarray(theirs)) < 1e-3
 
 
 def test_what_would_throw_codes_away_is_refused():

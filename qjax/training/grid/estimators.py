@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
 from qjax.rounding.gradient import cells
-from qjax.rounding.ranges import ends, gap, level, over
+from qjax.rounding.ranges import by_inverse, ends, gap, level
 from qjax.typing import Array, Float
 
 Reach = Literal["levels", "cells"]
@@ -74,7 +74,7 @@ class Position:
         return gap(self.format, t, ((self.u > t) | (t == lo)) & (t < hi))
 
     def _units(self, x: Array) -> Array:
-        return over(x if self.m is None else x - self.m, self.s)
+        return by_inverse(x if self.m is None else x - self.m, self.s)
 
 
 def position_of(

@@ -27,7 +27,7 @@ from jax import lax
 
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
-from qjax.rounding.ranges import over
+from qjax.rounding.ranges import by_inverse
 from qjax.training.grid.estimators import Clipped, Estimator, Position, Reach, over_groups, position_of
 from qjax.training.grid.fake_quant import decoded, rounded
 from qjax.typing import Array, Float
@@ -114,7 +114,7 @@ def _backward(
     inside = place.inside(reach)
     # s (T - u) = w_hat - w and s T = w_hat - m: no division per weight.
     reached = place.w_hat if place.m is None else place.w_hat - place.m
-    back = {"s": over_groups(over(grouped * jnp.where(inside, place.w_hat - place.w, reached), place.s), axis)}
+    back = {"s": over_groups(by_inverse(grouped * jnp.where(inside, place.w_hat - place.w, reached), place.s), axis)}
     if place.m is not None:
         back["m"] = over_groups(jnp.where(inside, 0.0, grouped), axis)
     return None, back, estimator(grouped, place).reshape(g.shape)
