@@ -25,6 +25,7 @@ COMMANDS = {
     "sweep": ("qjax.cli.sweep", "Sweep", "run an experiment over values of its config's keys, several at once"),
     "runs": ("qjax.cli.runs", "Runs", "list finished and unfinished runs, or what two of them differ in"),
     "report": ("qjax.cli.report", "Report", "results as Markdown, LaTeX or one HTML page; a run as a result file"),
+    "fill": ("qjax.cli.fill", "Fill", "fill the numbers of documents in from result files"),
     "quantize": ("qjax.cli.quantize", "Quantize", "quantize a model and write it as GGUF or HF directory"),
     "fuse": ("qjax.cli.fuse", "Fuse", "fold a rotation or channel scales into a model's weights"),
     "eval": ("qjax.cli.evaluate", "Evaluate", "perplexity, and KL divergence to a baseline model, on a text"),

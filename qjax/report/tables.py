@@ -28,8 +28,10 @@ def cell(row: Mapping[str, Cell], column: Column) -> str:
     if isinstance(value, str) or column.digits is None:
         return str(value)
     half = row.get(column.interval) if column.interval else None
-    behind = "" if not isinstance(half, int | float) else PLUS_MINUS + number(half, column.digits)
-    return number(value, column.digits) + behind
+    if not isinstance(half, int | float):
+        return number(value, column.digits)
+    close = f"{half:.{column.digits}f}"
+    return number(value, column.digits) + PLUS_MINUS + (close if float(close) else number(half, column.digits))
 
 
 def number(value: int | float, digits: int) -> str:
@@ -90,12 +92,19 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
 
 
-def _latex_cell(row: Mapping[str, Cell], column: Column) -> str:
-    text = cell(row, column)
-    if column.digits is None or text == MISSING:
-        return escape_latex(text)
+def latex_number(text: str) -> str:
+    """What `cell` shows of a number, in math mode.
+
+    >>> latex_number("0.25 ± 0.01"), latex_number("2.0e-05")
+    ('$0.25 \\\\pm 0.01$', '$2.0 \\\\times 10^{-5}$')
+    """
     power: Callable[[re.Match[str]], str] = lambda m: rf" \times 10^{{{int(m[1])}}}"  # noqa: E731
     return "$" + re.sub(r"e([+-]\d+)", power, text).replace("±", r"\pm") + "$"
+
+
+def _latex_cell(row: Mapping[str, Cell], column: Column) -> str:
+    text = cell(row, column)
+    return escape_latex(text) if column.digits is None or text == MISSING else latex_number(text)
 
 
 def _side(column: Column) -> str:
