@@ -45,7 +45,7 @@ def test_answer(query, text):
 
 
 def test_view():
-    found = view("table r/rows name=who kl where bits!=4 :sort=-kl :digits=1", RESULTS)
+    found = view("table r/rows name=who kl=KL:1 where bits!=4 :sort=-kl :digits=2", RESULTS)
     assert [c.title for c in found.columns] == ["who", "KL"]
     assert [c.digits for c in found.columns] == [None, 1]
     assert [row["kl"] for row in found.rows] == [0.5, 0.25, -0.125]

@@ -32,7 +32,7 @@ class Fill:
         FILE/TABLE COLUMN KEY=VALUE KEY=ONE|OTHER KEY!=VALUE      the cell of one row, with its ±
         ... over KEY=VALUE, ... minus KEY=VALUE                   divided by, less the same column of another row
         :of=max (min, mean, count)  :digits=3  :times=-1  :bare   of several rows; how it is written; without ±
-        table FILE/TABLE COLUMN=TITLE ... where KEY=VALUE ... :sort=-COLUMN
+        table FILE/TABLE COLUMN=TITLE:DIGITS ... where KEY=VALUE ... :sort=-COLUMN
         pivot FILE/TABLE CELLS ROWS COLUMNS where KEY=VALUE ...
 
     FILE is a result file's name without .json. `qjax report FILE` shows its tables.

@@ -3,7 +3,7 @@
     recipes/rows kl_mean name=gptq:Q3_K_M                         a cell, with what stands behind its ±
     bench/median seconds name=qjax over name=torch :digits=2      two cells, divided (`minus`: subtracted)
     share/rows difference share=0.1|0.2 :of=max :times=-1         of several rows: min, max, mean, count
-    table recipes/rows name=format kl_mean where bits!=32 :sort=-bits       columns (=title) of rows
+    table recipes/rows name=format kl_mean=KL:4 where bits!=32 :sort=-bits  columns of rows (=title:digits)
     pivot against/summary kl_mean mix recipe                      a column's cells by two others: rows, columns
 
 Words are split as a shell does. FILE/TABLE is a result file without its suffix and a table of it.
@@ -125,9 +125,11 @@ def _column(table: Table, key: str) -> Column:
 
 
 def _titled(table: Table, word: str, options: Mapping[str, str]) -> Column:
-    key, _, title = word.partition("=")
+    key, _, said = word.partition("=")
+    title, _, own = said.partition(":")
     column = _column(table, key)
-    digits = None if column.digits is None else _integer(options, "digits", column.digits)
+    wanted = {**options, "digits": own} if own else options
+    digits = None if column.digits is None else _integer(wanted, "digits", column.digits)
     interval = None if "bare" in options else column.interval
     return dataclasses.replace(column, title=title or column.title, digits=digits, interval=interval)
 

@@ -15,7 +15,7 @@ PLUS_MINUS = " ± "
 def head(column: Column) -> str:
     """A column's title, its unit, and what ± stands for: "KL, nats (± s.e.)"."""
     behind = "" if column.interval is None else " (± s.e.)" if re.search("_se(_|$)", column.interval) else " (± 95 %)"
-    return column.title + (f", {column.unit}" if column.unit else "") + behind
+    return column.title + (f", {column.unit}" if column.unit not in ("", column.title) else "") + behind
 
 
 def cell(row: Mapping[str, Cell], column: Column) -> str:
@@ -30,8 +30,9 @@ def cell(row: Mapping[str, Cell], column: Column) -> str:
     half = row.get(column.interval) if column.interval else None
     if not isinstance(half, int | float):
         return number(value, column.digits)
-    close = f"{half:.{column.digits}f}"
-    return number(value, column.digits) + PLUS_MINUS + (close if float(close) else number(half, column.digits))
+    near, close = (f"{v:.{column.digits}f}" for v in (value, half))
+    shown = (near, close) if float(close) else (number(value, column.digits), number(half, column.digits))
+    return PLUS_MINUS.join(shown)
 
 
 def number(value: int | float, digits: int) -> str:
