@@ -40,7 +40,8 @@ from qjax.io.text import read_text
 from qjax.models import stdlib_text
 from qjax.models.model import Model, forward
 from qjax.models.weight_names import weight_names
-from qjax.pipeline.calibrated import calibration_text, quantize_model, survey_model
+from qjax.pipeline.calibrated import quantize_model, survey_model
+from qjax.pipeline.windows import calibration_text
 from qjax.plan.mixes import mix as plan_of_mix
 
 THEIRS = "llama.cpp + imatrix"

@@ -30,7 +30,8 @@ from qjax.io.checkpoint import load
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
 from qjax.models.model import Model
-from qjax.pipeline.calibrated import Calibration, calibration_text, quantize_model, survey_model
+from qjax.pipeline.calibrated import quantize_model, survey_model
+from qjax.pipeline.windows import Calibration, calibration_text
 from qjax.plan import Plan, decoder_weights
 from qjax.recipes import Recipe
 

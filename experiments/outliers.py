@@ -23,7 +23,7 @@ from qjax.models import stdlib_text
 from qjax.models.fuse import fuse_scale
 from qjax.models.graph import edges
 from qjax.models.model import Model, forward
-from qjax.pipeline.calibrated import calibration_text
+from qjax.pipeline.windows import calibration_text
 from qjax.reparam import awq_scale, hadamard, smooth
 
 

@@ -32,9 +32,10 @@ from qjax.io.checkpoint import load, save
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
 from qjax.models.model import Model
-from qjax.pipeline.calibrated import Calibration, calibration_text, quantize_model, survey_model
+from qjax.pipeline.calibrated import quantize_model, survey_model
 from qjax.pipeline.memory import quantize_params
 from qjax.pipeline.survey import Survey
+from qjax.pipeline.windows import Calibration, calibration_text
 from qjax.plan import Plan, decoder_weights
 from qjax.plan.named import plan_named
 from qjax.recipes import Recipe

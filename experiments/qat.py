@@ -22,7 +22,8 @@ from qjax.errors import UserError
 from qjax.formats import BlockFormat
 from qjax.io.checkpoint import load, save
 from qjax.models.model import Model
-from qjax.pipeline.calibrated import calibration_of, quantize_model
+from qjax.pipeline.calibrated import quantize_model
+from qjax.pipeline.windows import calibration_of
 from qjax.plan import decoder_weights
 from qjax.tensor import is_qtensor
 from qjax.training.decoder.arm import Arm

@@ -36,7 +36,8 @@ from qjax.io.atomic import write_text
 from qjax.io.checkpoint import load, save
 from qjax.io.tokenizer_hf import read_tokenizer
 from qjax.models.model import Model
-from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
+from qjax.pipeline.calibrated import quantize_model
+from qjax.pipeline.windows import Calibration, calibration_of
 from qjax.plan import Plan
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.blockwise import BlockTuning, tune_blocks

@@ -120,7 +120,8 @@ class Quantize:
         from qjax.pipeline.source import open_source
         from qjax.plan import Plan
 
-        importance, calibration = self._importance(open_source(path).config), self._calibration(path)
+        source = open_source(path)
+        importance, calibration = self._importance(source.config), self._calibration(source)
         plan: Plan | str = Plan.from_toml(self.plan) if self.plan is not None else str(self.type)
         bars = bytes_bar(f"quantize {self.model}"), steps_bar(f"{self.recipe} {self.model}")
         with in_turn(*bars) as (progress, walked):
@@ -144,7 +145,7 @@ class Quantize:
         plan = Plan.from_toml(self.plan) if self.plan is not None else plan_named(str(self.type), model.config, known)
         if self.requantize:
             model = dataclasses.replace(model, params=model.dense)
-        calibration = self._calibration(path)
+        calibration = self._calibration(model)
         if calibration is None:
             stats = {p: jnp.asarray(h) for p, h in self._importance(model.config).items()}
             with in_turn(bytes_bar(f"quantize {self.model}")) as (progress,):
@@ -161,18 +162,17 @@ class Quantize:
         save(model, self.out)
         return report
 
-    def _calibration(self, path: Path) -> Any:
+    def _calibration(self, model: Any) -> Any:
         if self.calib is None:
             return None
         from qjax.config import check_seed
-        from qjax.io.checkpoint import load
         from qjax.io.text import read_text
         from qjax.pipeline import calibration_text
 
         check_seed("--seed", self.seed)
-
-        text, model = read_text(self.calib), load(path)
-        return calibration_text(model, text, context=self.calib_ctx, limit=self.calib_windows, seed=self.seed)
+        return calibration_text(
+            model, read_text(self.calib), context=self.calib_ctx, limit=self.calib_windows, seed=self.seed
+        )
 
     def _importance(self, config: Any) -> dict[str, Any]:
         """{path: f32[in]} of the importance file."""

@@ -123,7 +123,8 @@ def as_float(leaf: Any) -> Array:
 
 @jax.jit
 def _squares(w_hat: Array, w: Array) -> tuple[Array, Array]:
-    return jnp.sum((w_hat - w) ** 2), jnp.sum(w * w)
+    top = jnp.maximum(jnp.max(jnp.abs(w), initial=0.0), 1e-30)  # so that the squares of large weights stay finite
+    return jnp.sum(jnp.square((w_hat - w) / top)), jnp.sum(jnp.square(w / top))
 
 
 def _bytes(leaf: Any) -> int:

@@ -1,6 +1,7 @@
 """A decoder cut where its residual stream can be stored: embedding, blocks, head, each a pure function.
 
     x_0 = embed(tokens)      x_{i+1} = block_i(x_i)      logits = head(x_L)             == Decoder(config)(tokens)
+    head(x) = scores(norm(x)), and scores of a part of the vocabulary exist without those of the rest
 
 A piece is run with its own weights only, so a model larger than memory can pass through one piece at a time.
 """
@@ -30,13 +31,20 @@ class Stages:
       embed: ({"embed"}, tokens i32[b, t]) -> x f32[b, t, dim].
       blocks: one function a layer: (params["layers_i"], x) -> x. Layers that do the same are the same function.
       head: ({"final_norm", "head" or, tied, "embed"}, x) -> logits f32[b, t, vocab].
+      norm: the head's first half: (its params, x) -> n f32[b, t, dim].
+      scores: its second: (its params, n, start, count) -> f32[*b, count], the logits of `count` tokens from `start` on.
       tied: whether the head is the embedding.
+      vocab, dim: tokens of the vocabulary, width of the residual stream.
     """
 
     embed: Apply
     blocks: tuple[Apply, ...]
     head: Apply
+    norm: Apply
+    scores: Callable[[Any, Array, Any, int], Array]
     tied: bool
+    vocab: int
+    dim: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,10 +75,16 @@ def stages_of(config: DecoderConfig) -> Stages:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
         return x * jnp.asarray(c.dim**0.5, x.dtype) if c.embed_scale else x
 
-    def head(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        y: Any = RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
-        w = params["embed"]["embedding"] if c.tied else params["head"]["kernel"]
-        logits = lax.dot_general(y, w, (((2,), (1 if c.tied else 0,)), ((), ())))
+    def norm(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)  # type: ignore[return-value]
+
+    def scores(params: Any, n: Float[Array, "*b d"], start: Any, count: int) -> Float[Array, "*b v"]:
+        w, axis = (params["embed"]["embedding"], 0) if c.tied else (params["head"]["kernel"], 1)
+        w = w if count == c.vocab else lax.dynamic_slice_in_dim(w, start, count, axis)
+        logits = lax.dot_general(n, w, (((n.ndim - 1,), (1 - axis,)), ((), ())))
         return softcapped(logits, c.logit_softcap)
 
-    return Stages(embed, tuple(blocks), head, c.tied)
+    def head(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        return scores(params, norm(params, x), 0, c.vocab)
+
+    return Stages(embed, tuple(blocks), head, norm, scores, c.tied, c.vocab, c.dim)

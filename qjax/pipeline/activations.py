@@ -33,6 +33,20 @@ class Activations:
             self.path.unlink(missing_ok=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The residual stream behind the rounded weights and, for the cross term, in the float model."""
+
+    x: Activations
+    x_float: Activations | None = None
+
+    def drop(self) -> None:
+        """Delete their files."""
+        self.x.drop()
+        if self.x_float is not None:
+            self.x_float.drop()
+
+
 class Writer:
     """Activations being written; `done()` gives them their name."""
 

@@ -24,7 +24,7 @@ from qjax.formats import format as get_format
 from qjax.models.fuse import fuse_scale
 from qjax.models.graph import Edge, edges
 from qjax.models.model import Model, forward
-from qjax.pipeline.walk import Calibration
+from qjax.pipeline.windows import Calibration
 from qjax.reparam import Reparam, Site
 from qjax.reparam.scale import Scaled
 from qjax.stats import Stats

@@ -21,16 +21,16 @@ from jax import Array
 from qjax.calibrate import check_stats
 from qjax.chain import Chain
 from qjax.errors import UserError
+from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import BlockFormat
 from qjax.lifting import report
 from qjax.pipeline.encode import check_finite, compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
-from qjax.pipeline.rounded import LOOKED_UP, of_embedding, relative_error, round_leaf
+from qjax.pipeline.rounded import LOOKED_UP, of_embedding, round_leaf
 from qjax.plan import Assignment, Plan, Weight
 from qjax.plan.named import as_plan
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
-from qjax.rounding.nearest import Nearest
 from qjax.stats import Stats, missing
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
 
@@ -88,7 +88,7 @@ def quantize_params(
             dict.fromkeys(
                 (a.format, np.dtype(leaf.dtype), a.weight.path in stats)
                 for (_, leaf), a in zip(leaves, assigned, strict=True)
-                if isinstance(a.format, BlockFormat) and not is_qtensor(leaf) and _is_plain(a.recipe or recipe)
+                if isinstance(a.format, BlockFormat) and not is_qtensor(leaf) and (a.recipe or recipe).is_plain
             ),
         )
         for (_, leaf), assignment in zip(leaves, assigned, strict=True):
@@ -133,11 +133,6 @@ def contracted_axes(
     return found
 
 
-def _is_plain(recipe: Recipe) -> bool:
-    """Whether `quantize` alone does what the recipe says: scales fitted, with importance if there is one, nearest."""
-    return not recipe.reparams and len(recipe.roundings) == 1 and isinstance(recipe.roundings[0], Nearest)
-
-
 def named_weight(path: str, leaf: Any, axes: Mapping[str, int]) -> Weight:
     """A leaf as a plan sees it: its contracted axis last; `axes` says which where the name does not."""
     shape = list(leaf.shape)
@@ -162,12 +157,12 @@ def _quantize_leaf(
     if w.path.rsplit("/", 1)[-1] == "embedding":
         note = LOOKED_UP if recipe.reparams else ""
         recipe = of_embedding(recipe)
-    if not _is_plain(recipe):
+    if not recipe.is_plain:
         seen = stats if isinstance(stats, Stats) else Stats(h=stats)
         check_stats(seen, str(w))
         q, line = round_leaf(str(w), leaf, axis, fmt, recipe, seen)
         line = dataclasses.replace(line, note=note) if note else line
-        return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, relative_error(leaf, q), calibration=line)
+        return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, relative_rmse(q, leaf), calibration=line)
     importance = stats.importance if isinstance(stats, Stats) else stats
     if importance is None and recipe.requires:
         raise UserError(f"{w}: {missing('h')}")
@@ -182,16 +177,7 @@ def _quantize_leaf(
             q = quantize(leaf, fmt, axis=axis, weight=importance)
         except UserError as e:
             raise UserError(f"{w}: {e}") from None
-        error = float(np.sqrt(np.asarray(_square_ratio(leaf, q))))
+        error = relative_rmse(q, leaf)
         if not np.isfinite(error):
             raise UserError(f"{w}: its values are too large for {fmt.name}")
     return q, TensorReport(w.path, w.shape, fmt.name, q.nbytes, error)
-
-
-@jax.jit
-def _square_ratio(leaf: Array, q: QTensor) -> Array:
-    w = leaf.astype(jnp.float32)
-    d = w - dequantize(q)
-    # Scaled by absmax, so that the squares of large weights stay finite; 0 / tiny for all zeros.
-    top = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
-    return jnp.sum((d / top) ** 2) / jnp.maximum(jnp.sum((w / top) ** 2), 1e-30)

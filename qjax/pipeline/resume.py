@@ -54,6 +54,10 @@ class Partial:
             os.fsync(self._fd)
             self._unsynced = 0
 
+    def read(self, offset: int, nbytes: int) -> np.ndarray:
+        """Bytes of a finished part."""
+        return np.frombuffer(os.pread(self._fd, nbytes, offset), np.uint8)
+
 
 @contextmanager
 def resumable_file(

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibrate.moments import SAMPLES
-from qjax.compiled import UNTUNED, untuned
 from qjax.errors import UserError
+from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import Format
-from qjax.pipeline.encode import broken_weights, workers
+from qjax.pipeline.encode import broken_weights
+from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
 from qjax.reparam import Applied, Site, reparametrize, restore, settle
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.split import Sparse, sparse_of
-from qjax.rounding import Rounded, Rounding, check_chain, nearest, round_weight
-from qjax.rounding.curvature import Factor, proxy
-from qjax.rounding.protocol import factor_of, requires
+from qjax.rounding import Rounded, check_chain, nearest, round_weight
+from qjax.rounding.curvature import proxy
+from qjax.rounding.protocol import requires
 from qjax.stats import Stats, missing
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import QTensor
 from qjax.typing import Array
-
-_SHORT, _TALL = 256, 2048  # rows rounded at a time; few where n is small and a part is soon done
-_WIDE, _MOST_WIDE = 2048, 8192  # columns from which parts are tall; beyond which they take turns, for memory's sake
 
 
 def round_leaf(
@@ -84,7 +78,7 @@ def round_leaf(
             "are broken: collect them again in float32"
         )
     q = QTensor(format.pack(made.scales, made.codes), format, axis, applied)
-    if not np.isfinite(relative_error(rows, dataclasses.replace(q, axis=-1))):
+    if not np.isfinite(relative_rmse(dataclasses.replace(q, axis=-1), rows)):
         raise UserError(f"{name}: its values are too large for {format.name}")
     count = int(np.min(np.asarray(stats.count)))
     note = f"saw {count} tokens, fewer than its {n} inputs" if recipe.requires and 0 < count < n else ""
@@ -99,12 +93,6 @@ def _count(stats: Stats) -> Any:
 def plain(recipe: Recipe) -> Recipe:
     """What is left of a recipe for a weight without statistics: nearest, unweighted."""
     return Recipe((nearest(),), recipe.format, name="rtn")
-
-
-def relative_error(leaf: Any, q: QTensor) -> float:
-    """sqrt(sum (w - w_hat)^2 / sum w^2)."""
-    square, error = (float(np.asarray(v)) for v in _squares(jnp.asarray(leaf, jnp.float32), dequantize(q)))
-    return (error / square) ** 0.5 if square else 0.0
 
 
 def _stacked(
@@ -159,7 +147,7 @@ def _one(
 ) -> tuple[Rounded, tuple[Applied, ...]]:
     """One matrix, behind the recipe's reparametrizations; losses are those of the weight as it was."""
     if not recipe.reparams:
-        made = _in_parts(w, format, recipe, stats, heldout)
+        made = in_parts(w, format, recipe, stats, heldout)
         return (made, ()) if made.outliers is None else _with_outliers(made, format, ())
     roundings = recipe.roundings
 
@@ -168,7 +156,7 @@ def _one(
 
     kept = requires(roundings) | ({"H"} if stats.H is not None else frozenset())
     site, applied, found = reparametrize(recipe.reparams, Site(w, stats, format, loss), kept)
-    made = _in_parts(site.w, format, recipe, site.stats, None)
+    made = in_parts(site.w, format, recipe, site.stats, None)
     w_hat = format.decode(made.scales, made.codes)
     if made.outliers is not None:
         w_hat = jnp.where(*made.outliers, w_hat)
@@ -193,71 +181,6 @@ def _with_outliers(made: Rounded, format: Format, applied: tuple[Applied, ...]) 
     part = sparse_of(values, np.asarray(mask), format.decode(made.scales, made.codes))
     last = applied[-1:] if applied and isinstance(applied[-1], RoundedInput) else ()
     return dataclasses.replace(made, outliers=None), (*applied[: len(applied) - len(last)], part, *last)
-
-
-def _in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None) -> Rounded:
-    """`round_weight` on parts of its rows: one compiled program for all heights, and every core at work.
-
-    The parts' height depends on n alone, so the same weight gives the same bytes on every number of cores. Accelerators
-    take all rows at once.
-    """
-    rows, n = w.shape
-    height = _SHORT if n < _WIDE else _TALL
-    tied = format.rows == 0 or height % format.rows or rows % format.rows
-    whole = tied or any(r.whole for r in recipe.roundings)
-    if jax.default_backend() != "cpu" or whole:
-        return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout)
-    grid: Any = format  # hashable, which its protocol cannot say
-    seen = {kind: jnp.asarray(np.asarray(getattr(stats, kind))) for kind in stats.kinds}  # off other devices
-    factor = None if stats.H is None else _factored(seen["H"], grid, recipe.roundings, recipe.damping)
-    program = _program(height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None)
-    heldout = None if heldout is None else jnp.asarray(np.asarray(heldout))
-    padded = jnp.pad(w, ((0, -rows % height), (0, 0)))
-    parts = [padded[at : at + height] for at in range(0, len(padded), height)]
-    with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
-        made = list(pool.map(lambda part: program(part, seen, heldout, factor), parts))
-    joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded) if f.name != "outliers"}
-    scales = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:rows], *joined.pop("scales"))
-    codes = jnp.concatenate(joined.pop("codes"))[:rows]
-    damping = jnp.max(jnp.stack(joined.pop("damping")))
-    return Rounded(scales, codes, damping, **{name: sum(parts[1:], parts[0]) for name, parts in joined.items()})
-
-
-@lru_cache(maxsize=64)
-def _program(
-    height: int,
-    n: int,
-    format: Format,
-    roundings: tuple[Rounding, ...],
-    damping: float,
-    kinds: tuple[str, ...],
-    heldout: bool,
-) -> Callable[[Array, dict[str, Array], Array | None, Factor | None], Rounded]:
-    """`round_weight` compiled for parts of one height, before the threads begin: each would compile it for itself."""
-
-    def f32(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    shapes = {"H": (n, n), "cross": (n, n), "h": (n,), "absmean": (n,), "absmax": (n,), "samples": (SAMPLES, n)}
-    seen = {kind: f32(*shapes[kind]) for kind in kinds}
-
-    def part(w: Array, seen: dict[str, Array], heldout: Array | None, factor: Factor | None) -> Rounded:
-        return round_weight(w, format, roundings, Stats(**seen), damping, heldout, factor)
-
-    factor = jax.eval_shape(lambda H: factor_of(roundings, format, Stats(H=H), damping), seen.get("H"))
-    shapes_of = f32(height, n), seen, f32(n, n) if heldout else None, factor
-    return jax.jit(part, compiler_options=UNTUNED).lower(*shapes_of).compile()
-
-
-@partial(untuned, static_argnames=("format", "roundings", "damping"))
-def _factored(H: Array, format: Format, roundings: tuple[Rounding, ...], damping: float) -> Factor | None:
-    return factor_of(roundings, format, Stats(H=H), damping)
-
-
-@jax.jit
-def _squares(w: Array, w_hat: Array) -> tuple[Array, Array]:
-    top = jnp.maximum(jnp.max(jnp.abs(w)), 1e-30)
-    return jnp.sum(jnp.square(w / top)), jnp.sum(jnp.square((w - w_hat) / top))
 
 
 def _mean(loss: Array) -> float | None:

@@ -1,109 +1,30 @@
-"""Where the weights come from: the tensors of a model under their GGUF names, mapped into memory one at a time.
-
-A tensor's range of the file is mapped when it is asked for and unmapped when its array is dropped, so the memory in use
-is that of the tensors being worked on, not of the file.
-"""
+"""Where weights come from: an opened model, its tensors under their GGUF names, its parts as a params tree."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import mmap
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.checkpoint import locate
 from qjax.io.gguf_model import ROPE_FREQS, metadata_of, open_gguf_model
-from qjax.io.gguf_types import DENSE
 from qjax.io.huggingface import file_shape, get_leaf, open_model
 from qjax.io.llama2c import load_llama2c
-from qjax.io.rope_rows import to_pairs
 from qjax.io.safetensors import FLOATS
-from qjax.io.tokenizer import Tokenizer
+from qjax.io.tokenizer import Tokenizer, tokenizer_from_gguf
 from qjax.io.tokenizer_hf import read_json, read_tokenizer
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, rope_freqs, weight_names
+from qjax.pipeline.source_tensor import SourceTensor
 from qjax.plan import Weight
-from qjax.tensor import dequantize, from_bytes
-
-_ROWS = 1 << 22  # weights unpacked at a time
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SourceTensor:
-    """One tensor of a model.
-
-    Attributes:
-      weight: its names and its shape (out, in).
-      type: the ggml type it has.
-      file, offset, nbytes: where it lies; or
-      values: the tensor itself, where no file holds it in this form.
-      rope_heads: heads whose rows are permuted on the way into a GGUF file (see `WeightName`).
-      add: what is added to every value on that way.
-    """
-
-    weight: Weight
-    type: str
-    file: Path = Path()
-    offset: int = 0
-    nbytes: int = 0
-    values: np.ndarray | None = None
-    rope_heads: int | None = None
-    add: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.weight.gguf or self.weight.path
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether its bytes in a GGUF file differ from those here."""
-        return self.rope_heads is not None or self.add != 0.0
-
-    def raw(self) -> np.ndarray:
-        """Its bytes: u8[nbytes], mapped. A hint asks the disk to have them ready."""
-        if self.values is not None:
-            return self.values.reshape(-1).view(np.uint8)
-        with open(self.file, "rb") as f:
-            if os.fstat(f.fileno()).st_size < self.offset + self.nbytes:  # touching the rest would kill the process
-                raise UserError(f"{self.file}: tensor {self.name!r} ends beyond the file's end; the file is truncated")
-            if self.nbytes == 0:
-                return np.empty(0, np.uint8)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(f.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
-            skip = self.offset % mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(f.fileno(), skip + self.nbytes, access=mmap.ACCESS_READ, offset=self.offset - skip)
-        return np.frombuffer(mapped, np.uint8)[skip:]
-
-    def read(self) -> np.ndarray:
-        """Its values (out, in) as a GGUF file holds them: a view of the mapped file where nothing has to be done."""
-        shape = self.weight.shape
-        if self.type in DENSE:
-            raw, dtype = self.raw(), DENSE[self.type]
-            raw = raw.copy() if self.values is None and self.offset % dtype.itemsize else raw
-            w = raw.view(dtype).reshape(shape)
-        else:
-            w = self._unpacked()
-        if self.rope_heads is not None:
-            w = to_pairs(w, self.rope_heads)
-        return (w.astype(np.float32) + np.float32(self.add)) if self.add else w
-
-    def _unpacked(self) -> np.ndarray:
-        shape = self.weight.shape
-        out = np.empty(shape, np.float32)
-        flat = out.reshape(-1, shape[-1])
-        raw = self.raw().reshape(len(flat), -1)
-        step = max(1, _ROWS // shape[-1])
-        for at in range(0, len(flat), step):
-            q = from_bytes(self.type, raw[at : at + step].reshape(-1), flat[at : at + step].shape)
-            flat[at : at + step] = np.asarray(dequantize(q))
-        return out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,6 +37,7 @@ class Source:
       metadata: the keys of a GGUF file of this model, tokenizer included.
       tensors: all of them, in no particular order.
       is_gguf: kept tensors keep their types; otherwise vectors become F32, as llama.cpp wants them.
+      read_tokenizer: what `tokenizer` is the result of.
     """
 
     path: Path
@@ -123,6 +45,34 @@ class Source:
     metadata: Mapping[str, Any]
     tensors: tuple[SourceTensor, ...]
     is_gguf: bool
+    read_tokenizer: Callable[[], Tokenizer | None]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Read when it is first asked for."""
+        return self.read_tokenizer()
+
+    def part(self, name: str) -> dict[str, Any]:
+        """A part of the params tree, read now: "embed", "layers_3", "final_norm", "head"; float32."""
+        tree: dict[str, Any] = {}
+        for w in self._names[name]:
+            at = tree
+            for key in w.path[1:-1]:
+                at = at.setdefault(key, {})
+            leaf = self._by_path["/".join(w.path)].flax_leaf(w, self.is_gguf)
+            at[w.path[-1]] = jnp.asarray(leaf)
+        return tree
+
+    @cached_property
+    def _names(self) -> dict[str, list[WeightName]]:
+        parts: dict[str, list[WeightName]] = {}
+        for w in weight_names(self.config):
+            parts.setdefault(w.path[0], []).append(w)
+        return parts
+
+    @cached_property
+    def _by_path(self) -> dict[str, SourceTensor]:
+        return {t.weight.path: t for t in self.tensors}
 
     def fingerprint(self) -> str:
         """Changes when the weights may have: a hash of every tensor's place, of the files' sizes and times of change,
@@ -193,7 +143,7 @@ def _converted(
         weight = Weight(ROPE_FREQS, freqs.shape, ROPE_FREQS)
         tensors.append(SourceTensor(weight, "F32", values=freqs, nbytes=freqs.nbytes))
     metadata = metadata_of(config, tokenizer, pre, path.resolve().stem, "F32")
-    return Source(path, config, metadata, tuple(tensors), is_gguf=False)
+    return Source(path, config, metadata, tuple(tensors), False, lambda: tokenizer)
 
 
 def _open_gguf(path: Path, pre: str | None) -> Source:
@@ -206,4 +156,4 @@ def _open_gguf(path: Path, pre: str | None) -> Source:
             yield SourceTensor(weight, e.type, path, e.offset, e.nbytes)
 
     metadata = dict(file.metadata) | ({} if pre is None else {"tokenizer.ggml.pre": pre})
-    return Source(path, config, metadata, tuple(tensors()), is_gguf=True)
+    return Source(path, config, metadata, tuple(tensors()), True, lambda: tokenizer_from_gguf(file.metadata, pre))

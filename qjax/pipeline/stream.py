@@ -13,55 +13,50 @@ its place in the same file as soon as it is done.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.chain import Chain
 from qjax.errors import UserError
-from qjax.formats import Format
-from qjax.formats import format as get_format
+from qjax.evaluate.sizes import relative_rmse
+from qjax.formats import BlockFormat, Format
 from qjax.io.gguf_model import to_rows
 from qjax.io.gguf_types import DENSE
-from qjax.io.gguf_write import Layout, TensorInfo, layout, tensor_order
-from qjax.models.families import weight_names
-from qjax.models.family_table import family_of
+from qjax.io.gguf_write import Layout, layout
+from qjax.io.rope_rows import to_halves
+from qjax.models.families import WeightName, weight_names
 from qjax.models.stages import stages_of
-from qjax.pipeline.calibrated import key_of, loader, walk_folder
 from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, compile_ahead, encode_tensor, workers
+from qjax.pipeline.jobs import (
+    Job,
+    importance_by_name,
+    jobs_of,
+    key_of_file,
+    metadata_of_file,
+    source_mix,
+    walked_formats,
+)
 from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.resume import Partial, resumable_file
-from qjax.pipeline.rounded import relative_error
-from qjax.pipeline.source import Source, SourceTensor, open_source
-from qjax.pipeline.walk import Calibration, WeightDone, walk
-from qjax.plan import Plan, file_type_number, mix_of
+from qjax.pipeline.source import Source, open_source
+from qjax.pipeline.source_tensor import SourceTensor
+from qjax.pipeline.walk import WeightDone, walk
+from qjax.pipeline.walk_folder import key_of, walk_folder
+from qjax.pipeline.windows import Calibration
+from qjax.plan import Plan
 from qjax.plan.named import as_plan, is_mix
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
-from qjax.rounding import check_grid
-from qjax.rounding.nearest import Nearest
 from qjax.tensor import QTensor
 
 Progress = Callable[[str, int, int], None]
 _AHEAD = 3  # tensors in memory: one being encoded, one before it being written, one behind it being fetched
 _HEADER = "the header"
-_OFTEN_MISSING = ("token_embd.weight", "output.weight")  # llama-imatrix sees no lookup, and the head only if asked
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One tensor of the output: where it comes from, what it becomes (format None: its bytes are copied)."""
-
-    tensor: SourceTensor
-    info: TensorInfo
-    format: Format | None
-    kept: str | None
-    recipe: Recipe
 
 
 def quantize_file(
@@ -106,18 +101,18 @@ def quantize_file(
     files = {source.path} | {t.file for t in source.tensors if t.values is None}
     if out.exists() and any(out.samefile(file) for file in files):
         raise UserError(f"{out} is the model itself; write to another file")
-    importance = _by_gguf_name(source, importance or {})
+    importance = importance_by_name(source, importance or {})
     if isinstance(plan, str) and is_mix(plan):
         plan = source_mix(source, plan, has_imatrix=bool(importance or recipe.requires), pure=pure, overrides=overrides)
     elif pure or overrides:
         raise UserError("pure and overrides change a file type's choices; a plan says everything itself")
     plan = as_plan(plan, source.config)
-    jobs = _jobs(source, plan, recipe, requantize)
-    formats = _calibrated(jobs, importance, calibration, notify)
+    jobs = jobs_of(source, plan, recipe, requantize)
+    formats = walked_formats(jobs, importance, calibration, notify)
     if plan.note:
         notify(plan.note)
-    place = layout(_metadata(source, plan, jobs), [job.info for job in jobs])
-    key = _key(source, place, importance, key_of(formats, calibration if formats else None))
+    place = layout(metadata_of_file(source, plan, jobs), [job.info for job in jobs])
+    key = key_of_file(source, place, importance, key_of(formats, calibration if formats else None))
     with resumable_file(out, key, place.size, notify) as partial:
         if _HEADER not in partial.finished:
             partial.write(_HEADER, 0, place.header)
@@ -130,131 +125,55 @@ def quantize_file(
         )
 
 
-def source_mix(source: Source, name: str, **options: Any) -> Plan:
-    """A file type's plan for an opened model; options as for `qjax.plan.mix`."""
-    c = source.config
-    return mix_of(
-        name,
-        [t.weight for t in source.tensors],
-        layers=c.layers,
-        heads=c.heads,
-        kv_heads=c.kv_heads,
-        arch=family_of(c).arch,
-        **options,
-    )
-
-
-def _calibrated(
-    jobs: Sequence[_Job],
-    importance: Mapping[str, np.ndarray],
-    calibration: Calibration | None,
-    notify: Callable[[str], None],
-) -> dict[str, tuple[Format, Recipe]]:
-    """{path: (format, recipe)} of the weights that take a walk."""
-    formats = {}
-    for job in jobs:
-        needs = job.recipe.requires - ({"h"} if job.info.name in importance else frozenset())
-        if importance and needs == {"h"} and job.info.name in _OFTEN_MISSING:
-            notify(f"{job.info.name} is not in the importance matrix; rounded without")
-            needs = frozenset()
-        simple = len(job.recipe.roundings) == 1 and isinstance(job.recipe.roundings[0], Nearest) and not needs
-        if job.format is None or job.kept:
-            continue
-        if job.recipe.reparams:
-            raise UserError(
-                f"{job.info.name}: a GGUF file has no place for {job.recipe.reparams[0].name}; fuse it into the "
-                "model's weights first, or quantize in memory"
-            )
-        if simple:
-            continue
-        check_grid(job.recipe.roundings, job.format, job.info.name)
-        if calibration is None and needs:
-            raise UserError(
-                f"{job.info.name}: recipe {job.recipe.name or job.recipe} needs {', '.join(sorted(needs))} of its "
-                "input: give a calibration text"
-            )
-        formats[job.tensor.weight.path] = (job.format, job.recipe)
-    if formats and calibration is None:
-        raise UserError("this recipe walks the model and needs a calibration text")
-    return formats
-
-
 def _walk(
-    source: Source, out: Path, key: str, jobs: Sequence[_Job], formats: Mapping[str, tuple[Format, Recipe]],
+    source: Source, out: Path, key: str, jobs: Sequence[Job], formats: Mapping[str, tuple[Format, Recipe]],
     calibration: Calibration, place: Layout, partial: Partial, walked: Callable[[WeightDone], None],
     notify: Callable[[str], None],
 ) -> None:  # fmt: skip
     names = {"/".join(w.path): w for w in weight_names(source.config)}
-    load = loader(source)
 
-    def emit(path: str, q: QTensor, line: CalibrationReport | None) -> None:
+    def emit(path: str, leaf: Any, q: QTensor, line: CalibrationReport | None) -> None:
         w = names[path]
+        note = {"error": relative_rmse(q, leaf), "calibration": None if line is None else dataclasses.asdict(line)}
         rows = to_rows(w, q, q.format.name)
-        whole = load(w.path[0])
-        for name in w.path[1:]:
-            whole = whole[name]
-        note = {"error": relative_error(whole, q), "calibration": None if line is None else dataclasses.asdict(line)}
         partial.write(w.gguf, place.offsets[w.gguf], np.ascontiguousarray(rows).reshape(-1), note)
 
+    earlier = _Earlier({path: names[path] for path in formats}, jobs, place, partial)
     with walk_folder(out, key, notify) as folder:
         walk(
-            stages_of(source.config), load, formats, calibration, emit,
-            folder=folder, kept=lambda path: names[path].gguf in partial.finished, progress=walked, notify=notify,
+            stages_of(source.config), source.part, formats, calibration, emit,
+            folder=folder, earlier=earlier, progress=walked, notify=notify,
         )  # fmt: skip
 
 
-def _jobs(source: Source, plan: Plan, recipe: Recipe, requantize: bool) -> tuple[_Job, ...]:
-    tensors = sorted(source.tensors, key=lambda t: tensor_order(t.name))
-    assigned = plan.assign(t.weight for t in tensors)
-    return tuple(
-        _job(source, t, a.format, a.reason, a.recipe or recipe, requantize)
-        for t, a in zip(tensors, assigned, strict=True)
-    )
+class _Earlier(Mapping[str, QTensor]):
+    """Those of some packed weights that the partial file holds, by their paths; each read when it is asked for."""
 
+    def __init__(self, names: Mapping[str, WeightName], jobs: Sequence[Job], place: Layout, partial: Partial):
+        self._names, self._place, self._partial = names, place, partial
+        self._jobs = {job.info.name: job for job in jobs}
 
-def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, recipe: Recipe, requantize: bool) -> _Job:
-    if fmt is None and t.weight.is_vector and not source.is_gguf:
-        fmt = get_format("F32")
-    elif fmt is not None and fmt.name == t.type:
-        fmt, reason = None, f"is {t.type} already"
-    if fmt is not None and t.type not in DENSE and fmt.name not in DENSE and not requantize:
-        raise UserError(
-            f"{source.path}: {t.name} is {t.type} already; quantizing twice loses more than once from the original "
-            "weights: start from those, or allow it: requantize=True, on the command line --requantize"
-        )
-    kept = reason or None
-    if fmt is None and t.is_changed:
-        fmt = get_format(t.type)
-    info = TensorInfo(t.name, t.weight.shape, t.type if fmt is None else fmt.name)
-    return _Job(t, info, fmt, kept, recipe)
+    def __contains__(self, path: object) -> bool:
+        return path in self._names and self._names[str(path)].gguf in self._partial.finished
 
+    def __getitem__(self, path: str) -> QTensor:
+        w = self._names[path]
+        info, format = self._jobs[w.gguf].info, self._jobs[w.gguf].format
+        assert isinstance(format, BlockFormat)
+        raw = self._partial.read(self._place.offsets[w.gguf], info.nbytes)
+        rows = raw.reshape(info.shape[0], info.shape[1] // format.block, format.block_bytes)
+        rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
+        return QTensor({"blocks": jnp.asarray(rows)}, format, -2 if w.transposed else -1)
 
-def _metadata(source: Source, plan: Plan, jobs: Sequence[_Job]) -> dict[str, Any]:
-    types: dict[str, int] = {}
-    for job in jobs:
-        types[job.info.type] = types.get(job.info.type, 0) + int(np.prod(job.info.shape))
-    return dict(source.metadata) | {
-        "general.quantization_version": 2,
-        "general.file_type": file_type_number(plan, types),
-    }
+    def __iter__(self) -> Iterator[str]:
+        return (path for path in self._names if path in self)
 
-
-def _key(source: Source, place: Layout, importance: Mapping[str, np.ndarray], recipes: str) -> str:
-    """Identifies the output: the same key means the same bytes (docs/reliability.md)."""
-    h = hashlib.sha256(place.header)
-    h.update(source.fingerprint().encode() + recipes.encode())
-    for name in sorted(importance):
-        h.update(name.encode() + np.ascontiguousarray(importance[name], np.float32).tobytes())
-    for package in ("qjax", "jax"):
-        try:
-            h.update(version(package).encode())
-        except Exception:  # run from a checkout that is not installed
-            h.update(b"?")
-    return h.hexdigest()
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _run(
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     place: Layout,
     importance: Mapping[str, np.ndarray],
     partial: Partial,
@@ -263,7 +182,7 @@ def _run(
     total = sum(job.tensor.nbytes for job in jobs)
     done = 0
 
-    def finish(job: _Job, work: Encoding | None) -> None:
+    def finish(job: Job, work: Encoding | None) -> None:
         nonlocal done
         name = job.info.name
         if name not in partial.finished:
@@ -273,7 +192,7 @@ def _run(
         progress(name, done, total)
 
     pool = ThreadPoolExecutor(workers())
-    waiting: list[tuple[_Job, Encoding | None]] = []
+    waiting: list[tuple[Job, Encoding | None]] = []
     try:
         todo = [job for job in jobs if job.format is not None and job.info.name not in partial.finished]
         compile_ahead(pool, dict.fromkeys(_kind(job, importance) for job in todo))
@@ -290,7 +209,7 @@ def _run(
         pool.shutdown(cancel_futures=True)
 
 
-def _kind(job: _Job, importance: Mapping[str, np.ndarray]) -> tuple[Format, np.dtype, bool]:
+def _kind(job: Job, importance: Mapping[str, np.ndarray]) -> tuple[Format, np.dtype, bool]:
     assert job.format is not None
     is_plain = job.tensor.type in DENSE and not job.tensor.add
     dtype = DENSE[job.tensor.type] if is_plain else np.dtype(np.float32)
@@ -308,17 +227,9 @@ def _copied(t: SourceTensor) -> np.ndarray:
     return raw
 
 
-def _line(job: _Job, note: Any) -> TensorReport:
+def _line(job: Job, note: Any) -> TensorReport:
     error, line = note, None
     if isinstance(note, dict):
         error, calibration = note["error"], note["calibration"]
         line = None if calibration is None else CalibrationReport(**calibration)
     return TensorReport(job.info.name, job.info.shape, job.info.type, job.info.nbytes, error, job.kept, line)
-
-
-def _by_gguf_name(source: Source, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    names = {name: t.name for t in source.tensors for name in t.weight.names}
-    for name in importance:
-        if name not in names:
-            raise UserError(f"importance: {source.path} has no tensor called {name!r}")
-    return {names[name]: value for name, value in importance.items()}

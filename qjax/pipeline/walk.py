@@ -14,23 +14,24 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibrate import add, check_stats, means, sums
-from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.formats import Format
-from qjax.lifting import Use, watch
+from qjax.lifting import Use
 from qjax.models.stages import Apply, Stages
-from qjax.pipeline.activations import batches
+from qjax.pipeline.activations import Streams
+from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
-from qjax.pipeline.survey import Load, Survey, checked, groups_of, head_weights, run_piece, survey
-from qjax.pipeline.walk_state import Streams, commit, resumed, save_survey, saved_survey
+from qjax.pipeline.survey import Survey, survey
+from qjax.pipeline.walk_state import commit, resumed, save_survey, saved_survey
+from qjax.pipeline.windows import Calibration
 from qjax.recipes import Recipe
 from qjax.rounding.ldlq import LDLQ
 from qjax.stats import Stats
@@ -38,33 +39,6 @@ from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
 
 EMBEDDING = "embed/embedding"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Calibration:
-    """The text a model is calibrated on.
-
-    Attributes:
-      tokens: i32[windows, context].
-      heldout: the last so many windows are not used to round, only to report the loss in.
-      batch: windows a step; it does not change the result beyond float32's last digits.
-      seed: of the labels drawn from the model.
-    """
-
-    tokens: np.ndarray
-    heldout: int = 0
-    batch: int = 8
-    seed: int = 0
-
-    @property
-    def used(self) -> int:
-        """Windows that make statistics."""
-        return len(self.tokens) - self.heldout
-
-    @property
-    def steps(self) -> list[slice]:
-        """Batches of windows, none both used and held out."""
-        return list(batches(len(self.tokens), self.batch, (self.used,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +58,19 @@ class WeightDone:
 
 
 Formats = Mapping[str, tuple[Format, Recipe]]
-Emit = Callable[[str, QTensor, CalibrationReport | None], None]
+Emit = Callable[[str, Any, QTensor, CalibrationReport | None], None]  # path, float weight, what became of it
 Round = Callable[[str, Any, int, Stats | None, Stats | None], Array]  # -> the rounded weight, dense
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is the same for every piece: see `walk`; `observe` takes what `observe_input` takes behind the kinds."""
+
+    formats: Formats
+    earlier: Mapping[str, QTensor]
+    sequential: bool
+    observe: Callable[..., tuple[Stats, Stats | None]]
+    round_one: Round
 
 
 def walk(
@@ -96,7 +81,7 @@ def walk(
     emit: Emit,
     *,
     folder: Path | None = None,
-    kept: Callable[[str], bool] = lambda path: True,
+    earlier: Mapping[str, QTensor] = MappingProxyType({}),
     seen: Survey | None = None,
     progress: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
@@ -108,9 +93,10 @@ def walk(
       load: name of a part of the params tree -> its float32 weights; each is asked for a few times.
       formats: {path: (format, recipe)}.
       calibration: the text.
-      emit: takes each rounded weight; called again with the same weights after a resume within a block.
+      emit: takes each weight, as it was and rounded.
       folder: where to keep the state; a second call with the same arguments continues there.
-      kept: whether a weight that an earlier run has emitted is still there; if not, it starts over.
+      earlier: what another run with these arguments has emitted: not rounded again. Where one behind the state is
+        missing, the walk begins at the first block.
       seen: the survey of this calibration, where one has been made already.
       progress: called after each weight.
       notify: told in one line what the walk is doing before it reaches the blocks.
@@ -118,18 +104,18 @@ def walk(
     Raises:
       UserError: as `round_leaf`; NaN or Inf in any weight or activation, or nothing but zeros; it names the weight.
     """
-    if not formats:
+    if all(path in earlier for path in formats):
         return
     load = checked(load)
     recipes = [recipe for _, recipe in formats.values()]
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
     both = "cross" in kinds
-    shape = (*calibration.tokens.shape, load("embed")["embedding"].shape[-1])
+    shape = (*calibration.tokens.shape, stages.dim)
     start, streams = resumed(folder, shape, both, notify)
     order = ["embed", *stages.names]
     behind = [p for p in formats if p.startswith(tuple(f"{name}/" for name in order[: 1 + start]))] if streams else []
-    if not all(map(kept, behind)):
+    if not all(path in earlier for path in behind):
         notify("earlier weights are gone; starting over")
         start, streams, behind = 0, None, []
     done = len(behind)
@@ -138,6 +124,10 @@ def walk(
 
     def round_one(path: str, leaf: Any, axis: int, stats: Stats | None, heldout: Stats | None) -> Array:
         nonlocal done
+        done += 1
+        if path in earlier:
+            progress(WeightDone(path, done, len(formats)))
+            return dequantize(earlier[path])
         format, recipe = formats[path]
         blind = stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
         note = LOOKED_UP if path == EMBEDDING and recipe.reparams else ""
@@ -146,26 +136,26 @@ def walk(
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
         line = dataclasses.replace(line, note=note) if note else line
-        emit(path, q, line)
-        done += 1
+        emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
         return dequantize(q)
 
     if seen is None:
         seen = _surveyed(stages, load, formats, calibration, shape, folder, notify)
     if streams is None:
-        embedding = _rounded_embedding(stages, load, formats, seen, round_one)
         floats = {"embed": load("embed")}
+        embedding = _rounded_embedding(stages, floats, formats, seen, round_one)
         tokens, steps = calibration.tokens, calibration.steps
         x = run_piece(stages.embed, embedding if sequential else floats, tokens, shape, steps, folder, "x_0")
         x_float = run_piece(stages.embed, floats, tokens, shape, steps, folder, "float_x_0") if both else None
         streams = Streams(x, x_float)
         commit(folder, 0, streams)
-    observe = partial(_observe, calibration, kinds)
+
+    how = _How(formats, earlier, sequential, partial(observe_input, calibration, kinds), round_one)
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
         weight = None if seen is None else seen.sensitivity[i]
-        now = _rounded_piece(stages.names[i], apply, floats, streams, weight, formats, sequential, observe, round_one)
+        now = _rounded_piece(stages.names[i], apply, floats, streams, weight, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
@@ -176,22 +166,8 @@ def walk(
     if not stages.tied:
         weight = None if seen is None else seen.head_sensitivity[None]
         floats = head_weights(stages, load)
-        _rounded_piece("", stages.head, floats, streams, weight, formats, sequential, observe, round_one)
+        _rounded_piece("", stages.head, floats, streams, weight, how)
     streams.drop()
-
-
-def survey_of(
-    stages: Stages,
-    load: Load,
-    calibration: Calibration,
-    folder: Path | None = None,
-    notify: Callable[[str], None] = lambda message: None,
-) -> Survey:
-    """`survey` of a calibration text."""
-    c = calibration
-    return survey(
-        stages, checked(load), c.tokens, c.steps, c.used, c.seed, folder, lambda what: notify(f"float model: {what}")
-    )  # fmt: skip
 
 
 def _surveyed(
@@ -209,15 +185,14 @@ def _surveyed(
         return None
     made = saved_survey(folder, len(stages.blocks), shape, notify)
     if made is None:
-        made = survey_of(stages, load, calibration, folder, notify)
+        made = survey(stages, load, calibration, folder, notify)
         if folder is not None:
             save_survey(folder, made)
     return made
 
 
-def _rounded_embedding(stages: Stages, load: Load, formats: Formats, seen: Survey | None, round_one: Round) -> Any:
+def _rounded_embedding(stages: Stages, params: Any, formats: Formats, seen: Survey | None, round_one: Round) -> Any:
     """The embedding, rounded in the curvature of its output; a tied one in that of both its uses."""
-    params = {"embed": load("embed")}
     if EMBEDDING not in formats:
         return params
     stats = None
@@ -233,77 +208,22 @@ def _rounded_piece(
     floats: Any,
     streams: Streams,
     sensitivity: np.ndarray | None,
-    formats: Formats,
-    sequential: bool,
-    observe: Callable[..., tuple[Stats, Stats | None]],
-    round_one: Round,
+    how: _How,
 ) -> Any:
     """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
     now = floats
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
     for g, group in enumerate(groups_of(apply, floats, example)):
-        todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in formats}
+        todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats}
         stats = heldout = None
-        if any(formats[name][1].requires for name in todo):
-            sensitive = any(formats[name][1].sensitive for name in todo)
+        if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
+            sensitive = any(how.formats[name][1].sensitive for name in todo)
             weight = sensitivity[g] if sensitivity is not None and sensitive else None
-            stats, heldout = observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
+            stats, heldout = how.observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
         for name, use in todo.items():
-            w_hat = round_one(name, _get(floats, use.path), _axis(use), stats, heldout)
-            now = _put(now, use.path, w_hat) if sequential else now
+            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), stats, heldout)
+            now = _put(now, use.path, w_hat) if how.sequential else now
     return now
-
-
-def _observe(
-    calibration: Calibration,
-    kinds: tuple[str, ...],
-    apply: Apply,
-    source: int,
-    params: Any,
-    floats: Any,
-    streams: Streams,
-    weight: np.ndarray | None,
-    name: str,
-) -> tuple[Stats, Stats | None]:
-    """Means at one input over the windows that are used, and over those held out."""
-    totals: list[Stats | None] = [None, None]
-    both = streams.x_float is not None
-    for at in calibration.steps:
-        x_float = jnp.asarray(streams.x_float.array[at]) if streams.x_float is not None else None
-        v = None if weight is None else jnp.asarray(weight[at])
-        x = jnp.asarray(streams.x.array[at])
-        part = _observe_step(apply, source, kinds, params, floats if both else None, x, x_float, v)
-        which = int(at.start >= calibration.used)
-        before = totals[which]
-        totals[which] = part if before is None else add(before, part)
-    used, held = totals
-    assert used is not None
-    stats = means(used)
-    if not float(used.count if used.count is not None else 1):  # tokens pass every block of a decoder
-        raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
-    check_stats(stats, name)
-    return stats, None if held is None else means(held)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-@full_float32
-def _observe_step(
-    apply: Apply,
-    source: int,
-    kinds: tuple[str, ...],
-    params: Any,
-    floats: Any,
-    x: Array,
-    x_float: Array | None,
-    weight: Array | None,
-) -> Stats:
-    """The sums of one source for one batch; what lies behind it is dead code."""
-
-    def inputs(params: Any, x: Array) -> Array:
-        return watch(apply, lambda use, v: v if use.source == source else None)(params, x)[1][source]
-
-    there = None if x_float is None else inputs(floats, x_float)
-    return sums(inputs(params, x), kinds, there, weight)
 
 
 def _of_embedding(recipe: Recipe) -> Recipe:

@@ -9,7 +9,6 @@ What is damaged is named, and done again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import zlib
 from collections.abc import Callable
@@ -20,23 +19,8 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_file, write_text
 from qjax.io.npz import read_arrays
-from qjax.pipeline.activations import Activations, reopen
+from qjax.pipeline.activations import Activations, Streams, reopen
 from qjax.pipeline.survey import Survey
-
-
-@dataclasses.dataclass(frozen=True)
-class Streams:
-    """The residual stream behind the rounded weights and, for the cross term, in the float model."""
-
-    x: Activations
-    x_float: Activations | None = None
-
-    def drop(self) -> None:
-        """Delete their files."""
-        self.x.drop()
-        if self.x_float is not None:
-            self.x_float.drop()
-
 
 Notify = Callable[[str], None]
 

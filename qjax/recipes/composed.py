@@ -15,6 +15,7 @@ from qjax.formats import format as get_format
 from qjax.reparam import Reparam
 from qjax.reparam.inputs import Act
 from qjax.rounding import Rounding
+from qjax.rounding.nearest import Nearest
 from qjax.rounding.protocol import DAMPING, requires
 
 
@@ -54,6 +55,11 @@ class Recipe:
     def requires(self) -> frozenset[str]:
         """The statistics its stages cannot do without."""
         return requires(self.roundings).union(*(r.requires for r in self.reparams))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a format's own `encode` is all it says: scales fitted, with importance if there is one, nearest."""
+        return not self.reparams and len(self.roundings) == 1 and isinstance(self.roundings[0], Nearest)
 
     def on(self, format: str | Format) -> Recipe:
         """The same roundings on a format."""

@@ -14,8 +14,8 @@ from qjax.models import stdlib_text
 from qjax.models.fuse import fuse_scale, rotated
 from qjax.models.graph import edges
 from qjax.pipeline import quantize_model
-from qjax.pipeline.calibrated import calibration_text
 from qjax.pipeline.fused import fused_scales
+from qjax.pipeline.windows import calibration_text
 from qjax.plan import Plan
 from qjax.reparam import awq_scale, hadamard, rescale, smooth
 

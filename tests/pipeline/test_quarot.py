@@ -6,7 +6,8 @@ import pytest
 import qjax
 from qjax.models import stdlib_text
 from qjax.models.fuse import rotated
-from qjax.pipeline.calibrated import calibration_of, quantize_model
+from qjax.pipeline.calibrated import quantize_model
+from qjax.pipeline.windows import calibration_of
 from qjax.plan import Plan
 from qjax.training.decoder.finetune import heldout_loss
 from qjax.training.decoder.forward import Forward

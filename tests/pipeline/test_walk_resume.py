@@ -18,8 +18,8 @@ import qjax
 from qjax.errors import UserError
 from qjax.pipeline import quantize_file, quantize_model
 from qjax.pipeline.activations import Writer
-from qjax.pipeline.calibrated import key_of, walk_folder
 from qjax.pipeline.survey import Survey
+from qjax.pipeline.walk_folder import key_of, walk_folder
 from qjax.pipeline.walk_state import resumed, save_survey, saved_survey
 
 RECIPE = "nearest('h') >> ldlq('act', cross=1.0) >> options(sensitive=True)"

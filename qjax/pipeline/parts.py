@@ -1,0 +1,86 @@
+"""A matrix through a chain of roundings in parts of its rows: one program for all heights, every core at work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.calibrate.moments import SAMPLES
+from qjax.compiled import UNTUNED, untuned
+from qjax.formats import Format
+from qjax.pipeline.encode import workers
+from qjax.recipes import Recipe
+from qjax.rounding import Rounded, Rounding, round_weight
+from qjax.rounding.curvature import Factor
+from qjax.rounding.protocol import factor_of
+from qjax.stats import Stats
+from qjax.typing import Array
+
+_SHORT, _TALL = 256, 2048  # rows rounded at a time; few where n is small and a part is soon done
+_WIDE, _MOST_WIDE = 2048, 8192  # columns from which parts are tall; beyond which they take turns, for memory's sake
+
+
+def in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None) -> Rounded:
+    """`round_weight` on parts of its rows: one compiled program for all heights, and every core at work.
+
+    The parts' height depends on n alone, so the same weight gives the same bytes on every number of cores. Accelerators
+    take all rows at once.
+    """
+    rows, n = w.shape
+    height = _SHORT if n < _WIDE else _TALL
+    tied = format.rows == 0 or height % format.rows or rows % format.rows
+    whole = tied or any(r.whole for r in recipe.roundings)
+    if jax.default_backend() != "cpu" or whole:
+        return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout)
+    grid: Any = format  # hashable, which its protocol cannot say
+    seen = {kind: jnp.asarray(np.asarray(getattr(stats, kind))) for kind in stats.kinds}  # off other devices
+    factor = None if stats.H is None else _factored(seen["H"], grid, recipe.roundings, recipe.damping)
+    program = _program(height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None)
+    heldout = None if heldout is None else jnp.asarray(np.asarray(heldout))
+    padded = jnp.pad(w, ((0, -rows % height), (0, 0)))
+    parts = [padded[at : at + height] for at in range(0, len(padded), height)]
+    with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
+        made = list(pool.map(lambda part: program(part, seen, heldout, factor), parts))
+    joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded) if f.name != "outliers"}
+    scales = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:rows], *joined.pop("scales"))
+    codes = jnp.concatenate(joined.pop("codes"))[:rows]
+    damping = jnp.max(jnp.stack(joined.pop("damping")))
+    return Rounded(scales, codes, damping, **{name: sum(parts[1:], parts[0]) for name, parts in joined.items()})
+
+
+@lru_cache(maxsize=64)
+def _program(
+    height: int,
+    n: int,
+    format: Format,
+    roundings: tuple[Rounding, ...],
+    damping: float,
+    kinds: tuple[str, ...],
+    heldout: bool,
+) -> Callable[[Array, dict[str, Array], Array | None, Factor | None], Rounded]:
+    """`round_weight` compiled for parts of one height, before the threads begin: each would compile it for itself."""
+
+    def f32(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    shapes = {"H": (n, n), "cross": (n, n), "h": (n,), "absmean": (n,), "absmax": (n,), "samples": (SAMPLES, n)}
+    seen = {kind: f32(*shapes[kind]) for kind in kinds}
+
+    def part(w: Array, seen: dict[str, Array], heldout: Array | None, factor: Factor | None) -> Rounded:
+        return round_weight(w, format, roundings, Stats(**seen), damping, heldout, factor)
+
+    factor = jax.eval_shape(lambda H: factor_of(roundings, format, Stats(H=H), damping), seen.get("H"))
+    shapes_of = f32(height, n), seen, f32(n, n) if heldout else None, factor
+    return jax.jit(part, compiler_options=UNTUNED).lower(*shapes_of).compile()
+
+
+@partial(untuned, static_argnames=("format", "roundings", "damping"))
+def _factored(H: Array, format: Format, roundings: tuple[Rounding, ...], damping: float) -> Factor | None:
+    return factor_of(roundings, format, Stats(H=H), damping)

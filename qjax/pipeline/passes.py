@@ -1,0 +1,148 @@
+"""What is done to one piece of a decoder with all windows: run it, look at an input of it, go through it backwards.
+
+Each is one program a shape, whatever the layer; weights come in, a piece at a time, and leave again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.calibrate import add, check_stats, means, sums
+from qjax.compiled import full_float32
+from qjax.errors import UserError
+from qjax.lifting import Use, report, tap, tap_shapes, watch
+from qjax.models.stages import Apply, Stages
+from qjax.pipeline.activations import Activations, Streams, Writer
+from qjax.pipeline.encode import check_finite
+from qjax.pipeline.windows import Calibration
+from qjax.stats import Stats
+from qjax.typing import Array
+
+Load = Callable[[str], Any]  # a name of the params tree ("embed", "layers_3", "final_norm", "head") -> its weights
+
+
+def checked(load: Load) -> Load:
+    """The same weights, each part looked through for NaN and Inf when it is first asked for: what is broken is named
+    before it has spread into activations and gradients."""
+    seen: set[str] = set()
+
+    def look(name: str) -> Any:
+        part = load(name)
+        if name not in seen:
+            check_finite(part, f"{name}/")
+            seen.add(name)
+        return part
+
+    return look
+
+
+def groups_of(apply: Apply, params: Any, x: Any) -> tuple[tuple[Use, ...], ...]:
+    """The contractions of a piece in the order of execution, those with the same input together."""
+    found: dict[int, list[Use]] = {}
+    for use in report(apply, params, x):
+        if use.kind == "dot":
+            found.setdefault(use.source, []).append(use)
+    return tuple(tuple(uses) for uses in found.values())
+
+
+def head_weights(stages: Stages, load: Load) -> dict[str, Any]:
+    """What `stages.head` needs."""
+    name = "embed" if stages.tied else "head"
+    return {"final_norm": load("final_norm"), name: load(name)}
+
+
+def run_piece(
+    apply: Apply, params: Any, x: np.ndarray, shape: tuple[int, ...], steps: list[slice], folder: Path | None, name: str
+) -> Activations:
+    """apply(params, x) of all windows, stored."""
+    out = Writer(folder, name, shape)
+    for at in steps:
+        out.array[at] = np.asarray(_apply(apply, params, jnp.asarray(x[at])))
+    return out.done()
+
+
+@partial(jax.jit, static_argnums=0)
+@full_float32
+def _apply(apply: Apply, params: Any, x: Array) -> Array:
+    return apply(params, x)
+
+
+def observe_input(
+    calibration: Calibration,
+    kinds: tuple[str, ...],
+    apply: Apply,
+    source: int,
+    params: Any,
+    floats: Any,
+    streams: Streams,
+    weight: np.ndarray | None,
+    name: str,
+) -> tuple[Stats, Stats | None]:
+    """Means at one input over the windows that are used, and over those held out."""
+    totals: list[Stats | None] = [None, None]
+    both = streams.x_float is not None
+    for at in calibration.steps:
+        x_float = jnp.asarray(streams.x_float.array[at]) if streams.x_float is not None else None
+        v = None if weight is None else jnp.asarray(weight[at])
+        x = jnp.asarray(streams.x.array[at])
+        part = _observe_step(apply, source, kinds, params, floats if both else None, x, x_float, v)
+        which = int(at.start >= calibration.used)
+        before = totals[which]
+        totals[which] = part if before is None else add(before, part)
+    used, held = totals
+    assert used is not None
+    stats = means(used)
+    if not float(used.count if used.count is not None else 1):  # tokens pass every block of a decoder
+        raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
+    check_stats(stats, name)
+    return stats, None if held is None else means(held)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+@full_float32
+def _observe_step(
+    apply: Apply,
+    source: int,
+    kinds: tuple[str, ...],
+    params: Any,
+    floats: Any,
+    x: Array,
+    x_float: Array | None,
+    weight: Array | None,
+) -> Stats:
+    """The sums of one source for one batch; what lies behind it is dead code."""
+
+    def inputs(params: Any, x: Array) -> Array:
+        return watch(apply, lambda use, v: v if use.source == source else None)(params, x)[1][source]
+
+    there = None if x_float is None else inputs(floats, x_float)
+    return sums(inputs(params, x), kinds, there, weight)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+@full_float32
+def block_step(apply: Apply, keys: tuple[tuple[str, ...], ...], params: Any, x: Array, g: Array) -> tuple[Array, Array]:
+    """dL/dx, and |dL/dy|^2 of each group of weights, token by token: f32[groups, b, t]."""
+    taps = {k: jnp.zeros(s.shape, s.dtype) for k, s in tap_shapes(apply, params, x).items()}
+    _, back = jax.vjp(lambda taps, x: tap(apply)(params, taps, x), taps, x)
+    by_output, by_input = back(g)
+    sizes = [sum(jnp.sum(jnp.square(by_output[k]), axis=-1) for k in group) for group in keys]
+    return by_input, jnp.stack(sizes)
+
+
+@partial(jax.jit, static_argnums=0)
+@full_float32
+def embed_step(apply: Apply, params: Any, tokens: Array, g: Array) -> Array:
+    """sum of c c^T, c the gradient at the looked-up row."""
+    taps = {k: jnp.zeros(s.shape, s.dtype) for k, s in tap_shapes(apply, params, tokens).items()}
+    _, back = jax.vjp(lambda taps: tap(apply)(params, taps, tokens), taps)
+    (c,) = (c.reshape(-1, c.shape[-1]) for c in back(g)[0].values())
+    return lax.dot_general(c, c, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)

@@ -1,0 +1,108 @@
+"""One tensor of a model's files, mapped into memory when it is asked for and unmapped when its array is dropped.
+
+So the memory in use is that of the tensors being worked on, not of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.io.gguf_types import DENSE
+from qjax.io.rope_rows import to_halves, to_pairs
+from qjax.models.families import WeightName
+from qjax.plan import Weight
+from qjax.tensor import dequantize, from_bytes
+
+_ROWS = 1 << 22  # weights unpacked at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SourceTensor:
+    """One tensor of a model.
+
+    Attributes:
+      weight: its names and its shape (out, in).
+      type: the ggml type it has.
+      file, offset, nbytes: where it lies; or
+      values: the tensor itself, where no file holds it in this form.
+      rope_heads: heads whose rows are permuted on the way into a GGUF file (see `WeightName`).
+      add: what is added to every value on that way.
+    """
+
+    weight: Weight
+    type: str
+    file: Path = Path()
+    offset: int = 0
+    nbytes: int = 0
+    values: np.ndarray | None = None
+    rope_heads: int | None = None
+    add: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.weight.gguf or self.weight.path
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether its bytes in a GGUF file differ from those here."""
+        return self.rope_heads is not None or self.add != 0.0
+
+    def raw(self) -> np.ndarray:
+        """Its bytes: u8[nbytes], mapped. A hint asks the disk to have them ready."""
+        if self.values is not None:
+            return self.values.reshape(-1).view(np.uint8)
+        with open(self.file, "rb") as f:
+            if os.fstat(f.fileno()).st_size < self.offset + self.nbytes:  # touching the rest would kill the process
+                raise UserError(f"{self.file}: tensor {self.name!r} ends beyond the file's end; the file is truncated")
+            if self.nbytes == 0:
+                return np.empty(0, np.uint8)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(f.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+            skip = self.offset % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(f.fileno(), skip + self.nbytes, access=mmap.ACCESS_READ, offset=self.offset - skip)
+        return np.frombuffer(mapped, np.uint8)[skip:]
+
+    def read(self) -> np.ndarray:
+        """Its values (out, in) as a GGUF file holds them: a view of the mapped file where nothing has to be done."""
+        shape = self.weight.shape
+        if self.type in DENSE:
+            raw, dtype = self.raw(), DENSE[self.type]
+            raw = raw.copy() if self.values is None and self.offset % dtype.itemsize else raw
+            w = raw.view(dtype).reshape(shape)
+        else:
+            w = self._unpacked()
+        if self.rope_heads is not None:
+            w = to_pairs(w, self.rope_heads)
+        return (w.astype(np.float32) + np.float32(self.add)) if self.add else w
+
+    def _unpacked(self) -> np.ndarray:
+        shape = self.weight.shape
+        out = np.empty(shape, np.float32)
+        flat = out.reshape(-1, shape[-1])
+        raw = self.raw().reshape(len(flat), -1)
+        step = max(1, _ROWS // shape[-1])
+        for at in range(0, len(flat), step):
+            q = from_bytes(self.type, raw[at : at + step].reshape(-1), flat[at : at + step].shape)
+            flat[at : at + step] = np.asarray(dequantize(q))
+        return out
+
+    def flax_leaf(self, w: WeightName, is_gguf: bool) -> np.ndarray:
+        """Its values as the decoder holds them: f32, kernels (in, out), rotary rows in halves, no offset.
+
+        Args:
+          w: the weight.
+          is_gguf: whether the file holds them as GGUF does.
+        """
+        if is_gguf:
+            rows = self.read().astype(np.float32)
+            rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
+            rows = rows - np.float32(w.offset) if w.offset else rows
+        else:
+            rows = dataclasses.replace(self, rope_heads=None, add=0.0).read().astype(np.float32)
+        return rows.T if w.transposed else rows
