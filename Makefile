@@ -1,8 +1,11 @@
 # make demo: every format on the reference model, a report and a GGUF file (about 3 minutes after installation)
 # make test: every part of the library, in minutes; `make test-slow`: the rest, what takes longer or wants a peer
-# make results: the numbers of README and docs, filled in from experiments/results (tests/test_documents.py checks them)
+# make results: the numbers of README, docs and paper, filled in from experiments/results (tests/test_documents.py and
+#               tests/test_paper.py check them)
 # make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 7 minutes)
 # make chaos: a hundred times as many damaged files, kills and failing disks as the tests try (tests/chaos; an hour or more)
+# make paper: paper/build/main.pdf, its numbers filled in first (wants TeX: on Debian latexmk texlive-latex-recommended
+#             texlive-pictures lmodern)
 # All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
 # Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each. What was
@@ -11,7 +14,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-env results mutants chaos lint clean
+.PHONY: demo test test-slow test-env results mutants chaos paper lint clean
 
 demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
@@ -25,13 +28,17 @@ test-slow: test-env
 test-env: .venv/.test
 
 results: .venv/.report
-	$(BIN)/qjax fill README.md docs
+	$(BIN)/qjax fill README.md docs paper
 
 mutants: test-env
 	@$(BIN)/python scripts/mutate.py
 
 chaos: test-env
 	@QJAX_CHAOS=$(or $(N),100) $(BIN)/python -m pytest tests/chaos -m "slow or not slow" -rP
+
+paper: .venv/.report
+	$(BIN)/qjax fill paper
+	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error -outdir=build paper/main.tex
 
 lint: test-env
 	$(BIN)/ruff check .

@@ -76,11 +76,15 @@ def test_view():
         ("table r/rows kl where bits=9", "no row has bits=9"),
         ("pivot r/rows kl name on", "two rows have name=c and on=no"),
         ("pivot r/rows kl bits", "three columns"),
+        ("table r/rows kl=KL:one", "whole number"),
+        ("points r/rows bits kl name", "two columns"),
+        ("points r/rows bits kl", "a cell of kl is none"),
+        ("points r/rows name kl where bits=2", "a cell of name is none"),
     ],
 )
 def test_what_is_wrong_with_a_query_is_said(query, said):
     with pytest.raises(UserError, match=said):
-        (view if query.startswith(("table", "pivot")) else answer)(query, RESULTS)
+        (view if query.startswith(("table", "pivot", "points")) else answer)(query, RESULTS)
 
 
 def test_marks_of_markdown():
@@ -105,12 +109,20 @@ def test_marks_of_latex():
     assert fill(made, RESULTS, Path("a.tex")) == made
 
 
+def test_points_of_a_figure():
+    text = "\\addplot coordinates {\n%= points r/rows bits kl where bits=2|3 :sort=bits\n%/\n};\n"
+    made = fill(text, RESULTS, Path("a.tex"))
+    assert "(2,0.5) +- (0,0.01)\n(2,-0.125) +- (0,0.001)\n(3,0.25)\n%/" in made
+    assert fill(made, RESULTS, Path("a.tex")) == made
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("a.md", "\n<!--= r/rows kl on=yes -->9", "a.md: as many marks"),
         ("a.md", "<!--= r/rows kl on=yes -->9 <!--= r/rows kl on=yes --><!--/--><!--/-->", "a.md:1: .*not closed"),
         ("a.md", "\n\n<!--= r/rows kl -->9<!--/-->", "a.md:3: r/rows kl: 4 rows"),
+        ("a.md", "<!--= points r/rows bits kl --><!--/-->", "for LaTeX"),
         ("a.tex", "%= r/rows kl on=yes\n%/\n", "number in"),
         ("a.tex", "\\result{table r/rows kl}{}", "table stands between"),
         ("a.txt", "", "a.txt: a document"),

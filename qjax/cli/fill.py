@@ -34,6 +34,7 @@ class Fill:
         :of=max (min, mean, count)  :digits=3  :times=-1  :bare   of several rows; how it is written; without ±
         table FILE/TABLE COLUMN=TITLE:DIGITS ... where KEY=VALUE ... :sort=-COLUMN
         pivot FILE/TABLE CELLS ROWS COLUMNS where KEY=VALUE ...
+        points FILE/TABLE X Y where KEY=VALUE ...                 coordinates for pgfplots, in LaTeX alone
 
     FILE is a result file's name without .json. `qjax report FILE` shows its tables.
     """

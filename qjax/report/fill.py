@@ -15,6 +15,12 @@ LaTeX, where \\result is a macro that sets its second argument:
     %= table recipes/rows name kl_mean
     \\begin{tabular} ...
     %/
+
+    \\addplot coordinates {
+    %= points recipes/rows whole_bits kl_mean
+    (4.251,0.0051)
+    %/
+    };
 """
 
 from __future__ import annotations
@@ -24,9 +30,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qjax.errors import UserError
-from qjax.report.query import answer, is_table, view
-from qjax.report.schema import Result
-from qjax.report.tables import escape_markdown, latex, latex_number, markdown
+from qjax.report.query import answer, is_table, kind_of, view
+from qjax.report.schema import Result, Table
+from qjax.report.tables import coordinates, escape_markdown, latex, latex_number, markdown
 
 MARKDOWN = re.compile(r"(?P<head><!--=(?P<query>.*?)-->)(?P<old>.*?)(?P<tail><!--/-->)", re.S)
 LATEX = re.compile(
@@ -79,6 +85,8 @@ def documents(paths: list[Path]) -> list[Path]:
 
 
 def _markdown(query: str, results: Mapping[str, Result]) -> str:
+    if kind_of(query) == "points":
+        raise UserError("points are for LaTeX: pgfplots draws them")
     if is_table(query):
         return "\n" + markdown(view(query, results))
     return escape_markdown(answer(query, results))
@@ -87,5 +95,7 @@ def _markdown(query: str, results: Mapping[str, Result]) -> str:
 def _latex(query: str, results: Mapping[str, Result], block: bool) -> str:
     if block != is_table(query):
         raise UserError("a table stands between %= and %/, a number in \\result")
-    made: Callable[..., str] = latex if block else latex_number
-    return made(view(query, results) if block else answer(query, results))
+    if not block:
+        return latex_number(answer(query, results))
+    made: Callable[[Table], str] = coordinates if kind_of(query) == "points" else latex
+    return made(view(query, results))

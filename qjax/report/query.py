@@ -5,6 +5,7 @@
     share/rows difference share=0.1|0.2 :of=max :times=-1         of several rows: min, max, mean, count
     table recipes/rows name=format kl_mean=KL:4 where bits!=32 :sort=-bits  columns of rows (=title:digits)
     pivot against/summary kl_mean mix recipe                      a column's cells by two others: rows, columns
+    points methods_3bit/rows layer_bits kl where method=rtn       of a figure: x, y and y's ±
 
 Words are split as a shell does. FILE/TABLE is a result file without its suffix and a table of it.
 """
@@ -21,6 +22,7 @@ from qjax.report.tables import cell, number
 
 Row = Mapping[str, Cell]
 OPTIONS = ("digits", "times", "of", "bare", "sort")
+BLOCKS = ("table", "pivot", "points")
 OF: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min, "max": max, "mean": lambda found: sum(found) / len(found), "count": lambda found: float(len(found)),
 }  # fmt: skip
@@ -28,7 +30,12 @@ OF: dict[str, Callable[[Sequence[float]], float]] = {
 
 def is_table(query: str) -> bool:
     """Whether the answer is a table, not a number or a word."""
-    return query.split(maxsplit=1)[0] in ("table", "pivot") if query.strip() else False
+    return kind_of(query) in BLOCKS
+
+
+def kind_of(query: str) -> str:
+    """A query's first word: which of BLOCKS it asks for, where it is one of them."""
+    return query.split(maxsplit=1)[0] if query.strip() else ""
 
 
 def answer(query: str, results: Mapping[str, Result]) -> str:
@@ -60,10 +67,10 @@ def answer(query: str, results: Mapping[str, Result]) -> str:
 
 
 def view(query: str, results: Mapping[str, Result]) -> Table:
-    """The table that a query of `table` or `pivot` asks for.
+    """The table that a query of `table`, `pivot` or `points` asks for.
 
     Raises:
-      UserError: as `answer`, or a cross table with two rows for a cell.
+      UserError: as `answer`, a cross table with two rows for a cell, or points that are not of two columns of numbers.
     """
     (kind, *words), options = _words(query)
     where = words[words.index("where") + 1 :] if "where" in words else []
@@ -80,6 +87,8 @@ def view(query: str, results: Mapping[str, Result]) -> Table:
     if kind == "pivot":
         return _pivot(table, rows, words[1:], options)
     shown = tuple(_titled(table, word, options) for word in words[1:])
+    if kind == "points":
+        _need_two_numbers(shown, rows)
     return Table(table.name, shown, tuple(rows))
 
 
@@ -97,6 +106,14 @@ def _pivot(table: Table, rows: Sequence[Row], words: Sequence[str], options: Map
         line[name] = cell(row, value)
     heads = (Column(name, name) for name in names)
     return Table(table.name, (dataclasses.replace(side, digits=None, interval=None), *heads), tuple(made.values()))
+
+
+def _need_two_numbers(shown: Sequence[Column], rows: Sequence[Row]) -> None:
+    if len(shown) != 2:
+        raise UserError("points want two columns: x and y")
+    for column in shown:
+        if column.digits is None or not all(isinstance(row.get(column.key), int | float) for row in rows):
+            raise UserError(f"points want numbers, and a cell of {column.key} is none; say more behind where")
 
 
 def _words(query: str) -> tuple[list[str], dict[str, str]]:

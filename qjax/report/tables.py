@@ -63,6 +63,18 @@ def latex(table: Table) -> str:
     return "\n".join((begin, r"\toprule", rf"{heads} \\", r"\midrule", *rows, r"\bottomrule", end)) + "\n"
 
 
+def coordinates(table: Table) -> str:
+    """Coordinates for pgfplots, a row a point: the first column is x, the second y with what stands behind its ±."""
+    x, y = table.columns
+
+    def point(row: Mapping[str, Cell]) -> str:
+        half = row.get(y.interval) if y.interval else None
+        bar = f" +- (0,{half:.4g})" if isinstance(half, int | float) else ""
+        return f"({row[x.key]:.4g},{row[y.key]:.4g}){bar}"
+
+    return "\n".join(map(point, table.rows)) + "\n"
+
+
 def html_table(table: Table) -> str:
     """A table whose heads are buttons that sort, by the values in `data-key`, with the page's script."""
     heads = "".join(f"<th{_side(c)}><button>{html.escape(head(c))}</button></th>" for c in table.columns)
