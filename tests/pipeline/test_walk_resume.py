@@ -16,7 +16,7 @@ from tiny_walks import CONFIG, plan_of, tiny_calibration
 
 import qjax
 from qjax.errors import UserError
-from qjax.pipeline import quantize_file, quantize_model
+from qjax.pipeline import quantize_file, quantize_model, walk
 from qjax.pipeline.activations import Writer
 from qjax.pipeline.survey import Survey
 from qjax.pipeline.walk_folder import key_of, walk_folder
@@ -71,23 +71,31 @@ def without_time(report):
     ]
 
 
-STOPS = {  # behind which weight -> (blocks that are done, weights that are not done again)
+STOPS = {  # behind which weight -> (blocks that are done, weights that are not walked past again)
     "embed/embedding": (0, 0),
     "layers_0/attn/v/kernel": (0, 1),
     "layers_1/attn/o/kernel": (1, 7),
-    "head/kernel": (2, 14),
+    "head/kernel": (0, 15),  # all weights: between the walk and the file's name
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("behind", STOPS)
-def test_an_interrupted_walk_is_continued(model, whole, tmp_path, behind):
+def test_an_interrupted_walk_is_continued(model, whole, tmp_path, behind, monkeypatch):
     raw, report, all_steps = whole
     blocks, skipped = STOPS[behind]
     out = tmp_path / "q.gguf"
     interrupt(model, out, behind)
-    messages, steps = [], []
+    messages, steps, rounded = [], [], []
+
+    def round_leaf(name, *args):
+        rounded.append(name)
+        return real(name, *args)
+
+    real = walk.round_leaf
+    monkeypatch.setattr(walk, "round_leaf", round_leaf)
     again = run(model, out, notify=messages.append, walked=steps.append)
+    assert rounded == [s.path for s in all_steps[[s.path for s in all_steps].index(behind) + 1 :]]
     assert out.read_bytes() == raw
     assert os.listdir(tmp_path) == ["q.gguf"]
     assert any(m.endswith(f"continuing behind block {blocks} of 2") for m in messages) == (blocks > 0), messages
@@ -212,7 +220,7 @@ def test_the_number_of_cores_is_a_part_of_the_key(monkeypatch):
     """It shows in the bytes of what is calibrated: sums over tokens are cut into as many parts. Nowhere else."""
     formats = {"w": (qjax.format("Q4_0"), qjax.recipe("best_gguf"))}
     plain, calibrated = key_of(formats, None), key_of(formats, CALIBRATION)
-    monkeypatch.setattr("qjax.pipeline.calibrated.workers", lambda: 97)
+    monkeypatch.setattr("qjax.pipeline.walk_folder.workers", lambda: 97)
     assert key_of(formats, CALIBRATION) != calibrated and key_of(formats, None) == plain
 
 
