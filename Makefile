@@ -1,5 +1,6 @@
 # make demo: every format on the reference model, a report and a GGUF file (about 3 minutes after installation)
 # make test: every part of the library, in minutes; `make test-slow`: the rest, what takes longer or wants a peer
+# make notebooks: executes notebooks/ and writes each .ipynb from its .py; ONLY=4 for those whose name begins so
 # make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 7 minutes)
 # make chaos: a hundred times as many damaged files, kills and failing disks as the tests try (tests/chaos; an hour or more)
 # All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-env mutants chaos lint clean
+.PHONY: demo test test-slow test-env notebooks mutants chaos lint clean
 
 demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
@@ -22,6 +23,9 @@ test-slow: test-env
 	@$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 test-env: .venv/.test
+
+notebooks: test-env
+	@$(BIN)/python scripts/notebooks.py $(ONLY)
 
 mutants: test-env
 	@$(BIN)/python scripts/mutate.py
