@@ -47,8 +47,8 @@ rows = [
 HTML(html_table("Kurtosis", ("layer", "weights", "inputs"), rows, (1, 2)))
 
 # %% [markdown]
-# The weights' histogram, logarithmic, and the four levels of the group with the largest outlier. **Before the rotation
-# one level takes more than nine tenths of the group; behind it none takes six tenths.**
+# The weights' histogram, logarithmic, and the levels that the group with the largest outlier takes. **Before the
+# rotation one level takes more than nine tenths of the group; behind it none takes six tenths.**
 
 # %%
 grid = affine(2, group=64)

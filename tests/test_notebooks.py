@@ -74,5 +74,5 @@ def test_every_assertion_holds(script, monkeypatch):
 
 @pytest.mark.slow
 def test_a_claim_that_is_wrong_fails():
-    with pytest.raises(CellExecutionError, match="AssertionError: two"):
+    with pytest.raises(CellExecutionError, match=": two"):
         notebooks.execute(notebooks.of_script('# %% [markdown]\n# One is two.\n\n# %%\nassert 1 == 2, "two"\n'))
