@@ -2,6 +2,7 @@
 # make test: every part of the library, in minutes; `make test-slow`: the rest, what takes longer or wants a peer
 # make results: the numbers of README, docs and paper, filled in from experiments/results (tests/test_documents.py and
 #               tests/test_paper.py check them)
+# make notebooks: executes notebooks/ and writes each .ipynb from its .py; ONLY=4 for those whose name begins so
 # make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 7 minutes)
 # make chaos: a hundred times as many damaged files, kills and failing disks as the tests try (tests/chaos; an hour or more)
 # make paper: paper/build/main.pdf, its numbers filled in first (wants TeX: on Debian latexmk texlive-latex-recommended
@@ -14,7 +15,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-env results mutants chaos paper lint clean
+.PHONY: demo test test-slow test-env results notebooks mutants chaos paper lint clean
 
 demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
@@ -29,6 +30,9 @@ test-env: .venv/.test
 
 results: .venv/.report
 	$(BIN)/qjax fill README.md docs paper
+
+notebooks: test-env
+	@$(BIN)/python scripts/notebooks.py $(ONLY)
 
 mutants: test-env
 	@$(BIN)/python scripts/mutate.py

@@ -21,6 +21,7 @@ from qjax.formats import sound
 from qjax.formats.protocol import BlockFormat, Format, Leaves
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.protocol import restore, through
+from qjax.tables import html_table, size
 from qjax.typing import Array, Float, Shaped
 
 
@@ -94,6 +95,24 @@ class QTensor:
             return f"QTensor({self.format.name}, shape={self.shape}, {self.bits_per_weight:.4g} bits per weight{under})"
         except Exception:  # a tree of something else than arrays (shardings, None) in place of the leaves
             return f"QTensor({self.format.name}, leaves={self.leaves})"
+
+    def _repr_html_(self) -> str:
+        """What is stored: codes, scales, and what reparametrizations keep."""
+        parts = [("", self.leaves), *((f"{type(one).__name__}/", one) for one in self.applied or ())]
+        rows = [
+            (under + jax.tree_util.keystr(path, simple=True, separator="/"), *_stored(leaf))
+            for under, part in parts
+            for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]
+        ]
+        return html_table(repr(self), ("stored", "type", "shape", "size"), rows, (2, 3))
+
+
+def _stored(leaf: Any) -> tuple[str, str, str]:
+    """Type, shape and size of a leaf, where it is an array."""
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        return type(leaf).__name__, "", ""
+    shape = " x ".join(map(str, leaf.shape))
+    return str(leaf.dtype), shape, size(math.prod(leaf.shape) * leaf.dtype.itemsize)
 
 
 def is_qtensor(x: Any) -> bool:

@@ -170,6 +170,11 @@ MUTANTS = (
            "training/test_qat.py::test_it_goes_on_from_any_recipe"),
     Mutant("KL-the-other-way-round", "evaluate/divergence.py", "d = z - z_base", "d = z_base - z",
            "evaluate/test_judging.py::test_kl_keeps_its_digits_where_it_is_tiny"),
+    Mutant("html-without-reparametrizations", "tensor.py", "for one in self.applied or ())]", "for one in ())]",
+           "test_reprs.py::test_a_packed_weight_shows_what_is_stored"),
+    Mutant("html-without-options", "recipes/composed.py",
+           "for field, value in self._chosen]", "for field, value in ()]",
+           "test_reprs.py::test_a_recipe_shows_its_steps"),
 )
 # fmt: on
 

@@ -1,5 +1,8 @@
 """What prints itself: short in a terminal, a table in a notebook, and never a model's weights."""
 
+import html
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,12 @@ STATS = qjax.Stats(H=jnp.eye(64), h=jnp.ones(64), count=jnp.float32(128))
 PLAN = qjax.Plan(tuple(qjax.Rule(f"layers_{i}/a", "Q4_0" if i else "Q8_0") for i in range(200)), "mine")
 
 
+def cells(page: str) -> list[list[str]]:
+    """The rows of a table in HTML."""
+    rows = re.findall("<tr>(.*?)</tr>", page)
+    return [[html.unescape(cell) for cell in re.findall(">([^<]*)</t[hd]>", row)] for row in rows]
+
+
 @pytest.mark.parametrize("thing, line", [
     (MODEL, "Model(llama, 2.11 k weights, 2 layers of 64, vocabulary 96, 5.333 bits per weight: "
             "Q4_0 2.05 k, float32 64, no tokenizer)"),
@@ -51,6 +60,36 @@ def test_reprs_survive_trees_of_something_else(without_type_checks):
     assert repr(Model(CONFIG, {"a": object()})) == "Model(llama, dict of params)"
     stacked = qjax.Stats(h=jnp.ones((2, 64)), count=jnp.asarray([3.0, 5.0]))
     assert repr(stacked) == "Stats(h 2 x 64, 3 to 5 tokens)" and repr(qjax.Stats()) == "Stats()"
+    shapes = jax.eval_shape(lambda q: q, qjax.quantize(W, "Q4_0"))
+    assert "<td>" not in shapes._repr_html_() and "64 x 1 x 18" in shapes._repr_html_()
+    assert "object" in jax.tree.map(lambda a: object(), shapes)._repr_html_()
+
+
+def test_a_packed_weight_shows_what_is_stored():
+    rotated = qjax.Plan((qjax.Rule("w", "hadamard('in') >> uint2_g64 >> nearest()"),))
+    q = qjax.quantize_params({"w": W}, rotated)[0]["w"]
+    assert q._repr_html_().startswith(f"<div>{q}</div>")
+    assert cells(q._repr_html_())[1:] == [
+        ["codes", "uint8", "32 x 1 x 16", "512 B"],
+        ["scale", "float16", "32 x 1", "64 B"],
+        ["zero", "uint8", "32 x 1", "32 B"],
+        ["Rotated/seed", "uint32", "", "4 B"],
+    ]
+    assert q.nbytes == 512 + 64 + 32 + 4
+
+
+def test_a_recipe_shows_its_steps():
+    page = qjax.recipe("hadamard() >> gptq(bits=3) >> options(damping=0.1)")._repr_html_()
+    assert page.startswith("<div>Recipe: needs H</div>")
+    assert cells(page)[1:] == [
+        ["reparametrize", "hadamard()"],
+        ["represent", "uint3_g128"],
+        ["round", "nearest(weight='none')"],
+        ["round", "ldlq(order='act', grid='static', cross=0.0)"],
+        ["damping", "0.1"],
+    ]
+    named = qjax.recipe("rtn")._repr_html_()
+    assert named.startswith("<div>Recipe rtn: needs no statistics</div>") and "as the plan says" in named
 
 
 def test_a_report_is_printed_by_format():

@@ -17,6 +17,7 @@ from qjax.reparam.inputs import Act
 from qjax.rounding import Rounding
 from qjax.rounding.nearest import Nearest
 from qjax.rounding.protocol import DAMPING, requires
+from qjax.tables import html_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +76,24 @@ class Recipe:
         """The line `recipe` reads back."""
         head = [_call(r) for r in self.reparams]
         head += [] if self.format is None else [self.format.name]
-        options = []
-        for field in _OPTIONS:
-            value = getattr(self, field)
-            if value != getattr(Recipe, field):
-                options.append(f"{field}={value!r}")
-        tail = [f"options({', '.join(options)})"] if options else []
+        options = ", ".join(f"{field}={value!r}" for field, value in self._chosen)
+        tail = [f"options({options})"] if options else []
         return " >> ".join([*head, *(_call(r) for r in self.roundings), *tail])
+
+    @property
+    def _chosen(self) -> list[tuple[str, Any]]:
+        """The options that are not as they are by default."""
+        return [(k, getattr(self, k)) for k in _OPTIONS if getattr(self, k) != getattr(Recipe, k)]
+
+    def _repr_html_(self) -> str:
+        """A row a step, in their order."""
+        rows = [("reparametrize", _call(r)) for r in self.reparams]
+        rows += [("represent", "as the plan says" if self.format is None else self.format.name)]
+        rows += [("round", _call(r)) for r in self.roundings]
+        rows += [(field, repr(value)) for field, value in self._chosen]
+        title = f"Recipe {self.name}" if self.name else "Recipe"
+        needs = ", ".join(sorted(self.requires)) or "no statistics"
+        return html_table(f"{title}: needs {needs}", ("step", "by"), rows)
 
 
 _OPTIONS = ("damping", "sequential", "sensitive")
@@ -112,7 +124,7 @@ def joined(*parts: Link | Chain | Recipe | dict[str, Any], line: str = "") -> Re
         elif isinstance(part, Recipe):
             for piece in (*part.reparams, *([part.format] if part.format else []), *part.roundings):
                 add(piece)
-            add({k: getattr(part, k) for k in _OPTIONS if getattr(part, k) != getattr(Recipe, k)})
+            add(dict(part._chosen))
         elif isinstance(part, dict):
             for key, value in part.items():
                 if options.setdefault(key, value) != value:

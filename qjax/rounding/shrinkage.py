@@ -12,7 +12,7 @@ held-out tokens a share t of it leaves const - 2 t tr(W C' Delta^T) + t^2 tr(Del
 
 Then the split is forgotten: H and C of all tokens, shrunk by a and t.
 
-Source: ours; the error model is LDLQ's (QuIP, arXiv:2307.13304, section 3). Shrinkage toward a diagonal: Ledoit and Wolf,
+Source: ours; the error model is LDLQ's (QuIP, arXiv:2307.13304, section 3). Shrinking to a diagonal: Ledoit and Wolf,
 "A well-conditioned estimator for large-dimensional covariance matrices", 2004; here chosen by held-out loss.
 """
 
