@@ -26,7 +26,7 @@ from qjax import recipes, rundir
 from qjax.errors import UserError
 from qjax.evaluate.intervals import half_interval
 from qjax.evaluate.judge import baseline_of, judge
-from qjax.io.checkpoint import load
+from qjax.io.checkpoint import load_float
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
 from qjax.models.model import Model
@@ -52,7 +52,7 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Fill `out` with metrics.jsonl; returns every run and the table."""
-    model = load(config.model)
+    model = load_float(config.model)
     entries = {name: entry(name) for name in config.methods}
     plans = {name: plan_of(recipe, config.outside) for name, recipe in entries.items()}
     for plan in plans.values():  # what does not fit fails before any work

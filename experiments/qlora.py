@@ -22,7 +22,7 @@ from rich.table import Table
 
 from qjax import rundir
 from qjax.evaluate.intervals import half_interval
-from qjax.io.checkpoint import load
+from qjax.io.checkpoint import load_float
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.training.adapters.adapted import Adapted
@@ -65,7 +65,7 @@ class Config:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Train every entry on every seed, each in a folder of its own; a killed run continues."""
-    model = load(config.model)
+    model = load_float(config.model)
     texts = texts_of(config.text, config.heldout, config.characters)
     corpus = corpus_for(model, config.model, texts, out, config.context, config.eval_windows)
     start = heldout_loss(Forward(model.config), model.params, corpus.heldout)

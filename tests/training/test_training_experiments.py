@@ -105,7 +105,8 @@ def identity_of(monkeypatch, tmp_path):
         script, _ = load_script(read(CONFIGS.parent / f"{name}.toml"))
         config = dataclasses.replace(script.Config(steps=200, batch=4, context=8), **changes)
         stubs = {
-            "load": lambda *_: model, "fresh_model": lambda *_: model, "texts_of": lambda *_: ([], ""),
+            "load": lambda *_: model, "load_float": lambda *_: model, "fresh_model": lambda *_: model,
+            "texts_of": lambda *_: ([], ""),
             "tokenizer_in": lambda *_: type("Tokenizer", (), {"get_vocab_size": lambda self: 64})(),
             "corpus_for": lambda *_: corpus, "corpus_in": lambda *_: corpus,
             "heldout_loss": lambda *_: 0.0, "mean_loss": lambda *_: 0.0, "cache_teacher": lambda *_: None,
