@@ -26,6 +26,7 @@ KNOWN: dict[str, tuple[str, str, int]] = {
     "first_heldout_loss": ("held-out relative loss of the first stage", "", 6),
     "whole_bits": ("whole model", "bits", 3),
     "block_bits": ("block", "bits", 3),
+    "at_most_bits": ("at most", "bits", 1),
     "layer_bits": ("layers", "bits", 3),
     "bits": ("size", "bits", 3),
     "perplexity": ("perplexity", "", 3),
@@ -41,6 +42,7 @@ KNOWN: dict[str, tuple[str, str, int]] = {
     "bytes": ("size", "bytes", 0),
     "ratio_quartiles.0": ("ratio, 25 %", "", 3),
     "ratio_quartiles.1": ("ratio, 75 %", "", 3),
+    "p_value": ("p", "", 5),
     "rate": ("rate", "", 5),
     "weight_decay": ("weight decay", "", 2),
 }
