@@ -28,7 +28,7 @@ from qjax.evaluate import plots, report
 from qjax.evaluate.judge import Judgement, baseline_of, judge
 from qjax.evaluate.perplexity import PROTOCOLS
 from qjax.evaluate.sizes import TensorRow, named_leaves, tensor_rows
-from qjax.io.checkpoint import load, save
+from qjax.io.checkpoint import load_float, save
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
 from qjax.models.model import Model
@@ -66,7 +66,7 @@ def run(config: Config, out: Path) -> dict:
     for key in ("gguf", "shown"):
         if getattr(config, key) not in ("", *config.formats):
             raise UserError(f"{key}: {getattr(config, key)!r} is not among the formats")
-    model = load(config.model)
+    model = load_float(config.model)
     plans = {
         name: plan_named(kind, model.config, has_imatrix=bool(how.requires))
         for name, (how, kind) in ((name, split(name)) for name in config.formats)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from qjax.errors import UserError
 from qjax.formats import BlockFormat
-from qjax.io.checkpoint import load, save
+from qjax.io.checkpoint import load_float, save
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import quantize_model
 from qjax.pipeline.windows import calibration_of
@@ -75,12 +75,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """Train, log, checkpoint and export under `out`; resumes when `out` holds checkpoints."""
     if not config.arm.grid.format:
         raise UserError('arm.grid.format: name what the weights become, as in format = "Q4_0"')
-    model = load(config.model)
+    model = load_float(config.model)
     if config.export == "gguf":  # before any work
         for assigned in config.arm.grid.plan(model.config).assign(decoder_weights(model.config)):
             if assigned.format is not None and not isinstance(assigned.format, BlockFormat):
                 raise UserError(f'{assigned.weight}: GGUF has no type {assigned.format.name}; export = "hf" has')
-    teacher = load(config.teacher) if config.teacher else model
+    teacher = load_float(config.teacher) if config.teacher else model
     with chief_first("corpus"):
         texts = texts_of(config.text, config.heldout, config.characters)
         corpus = corpus_for(model, config.model, texts, out, config.context, config.eval_windows)

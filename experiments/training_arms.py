@@ -4,7 +4,8 @@
 
 For every seed a small Llama is pretrained on the standard library's sources (once for all configs that share `models`),
 then every arm starts from it and takes `steps` more steps. An arm without a format goes on in float; it is the control,
-and `ptq` recipes are applied to it, so that everyone has seen the same tokens. `closed` is the share of the gap between
+and `ptq` recipes are applied to it, so that everyone has seen the same tokens. A float arm may have recipes of its own,
+which make rows but are no rivals: the student of a teacher, rounded. `closed` is the share of the gap between
 the best of these recipes and the continued float model that an arm closes, `of tuned` the same where block-wise tuning
 of its format (`block_tuned`) is a rival too. All numbers are those of the exported files. Tables give means over seeds
 and the half-width of the 95 % interval (Student's t) of the paired difference to the arm named by `against`. An
@@ -83,6 +84,7 @@ class Contestant:
     steps: int = 0  # 0: the config's
     teacher: str = ""  # "start": the float model it starts from; "continued": the float model trained on
     group: str = ""  # the recipes of `ptq` with this name are its rivals, and `block_tuned` of its format
+    ptq: dict[str, str] = dataclasses.field(default_factory=dict)  # of a float arm: as the config's, of what it became
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     for c in config.arms:
         if c.teacher not in ("", "start", "continued"):
             raise UserError(f"arm {c.arm.name!r}: teacher must be start or continued, got {c.teacher!r}")
+        if c.ptq and c.arm.grid.format:
+            raise UserError(f"arm {c.arm.name!r}: ptq rounds a float arm, and this one has {c.arm.grid.format} already")
+        for name in c.ptq:
+            if name.split(":")[0] not in groups:
+                raise UserError(f"arm {c.arm.name!r}: its ptq {name!r} names no group; there are {sorted(groups)}")
     leans = config.ptq or config.block_tuned or any(c.teacher == "continued" or c.group for c in config.arms)
     if leans and names[0] != "continued":
         raise UserError('recipes, block tuning and the teacher "continued" need the arm "continued" to come first')
@@ -202,6 +209,10 @@ def one_seed(
         row_of(name, partial(train_arm, config, contestant, model, teachers, tokens, corpus, programs, folder / name))
         if name == "continued":
             teachers["continued"] = load(folder / name / "model")
+        for label, line in contestant.ptq.items():
+            where = folder / f"{name}, rounded: {label.replace(':', ',')}"
+            trained = load(folder / name / "model")
+            row_of(where.name, partial(round_control, config, label, line, trained, tokens, corpus, where))
     control = teachers.get("continued")
     for name, line in config.ptq.items():
         where = folder / f"ptq {name}"
@@ -241,7 +252,7 @@ def train_arm(
 def round_control(
     config: Config, name: str, line: str, control: Model, tokens: Batches, corpus: Corpus, folder: Path
 ) -> dict[str, Any]:
-    """The continued float model, rounded by a recipe."""
+    """A float model, rounded by a recipe."""
     recipe = recipes.recipe(line)
     if recipe.format is None:
         raise UserError(f"ptq: {line!r} names no format; write {line}:int2_g64_mid_mse")

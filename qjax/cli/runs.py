@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from qjax.cli.targets import check_json
 from qjax.errors import UserError
 from qjax.runs import Run, differences, found, read
 
+TENSORBOARD_HELP = "write the runs for TensorBoard into a new folder: logs as scalars, configs and results as hparams"
 SHOW_HELP = "numbers to show, by their dotted keys in results.json (losses.student); none: the first three"
 
 
@@ -24,6 +26,7 @@ class Runs:
     qjax runs                                        # those in runs/
     qjax runs runs/sweeps/rates --show losses.student
     qjax runs --diff runs/a runs/b                   # keys, versions and numbers in which they differ
+    qjax runs runs/sweeps/rates --tensorboard OUT    # tensorboard --logdir OUT
     """
 
     paths: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
@@ -32,6 +35,7 @@ class Runs:
     )
     show: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY", help=SHOW_HELP)] = ()
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
+    tensorboard: Annotated[Path | None, tyro.conf.arg(metavar="OUT", help=TENSORBOARD_HELP)] = None
 
     def execute(self) -> None:
         check_json(self.json)
@@ -43,6 +47,12 @@ class Runs:
             raise UserError(
                 f"{', '.join(map(str, self.paths))}: no run there yet; make one with qjax run or qjax sweep"
             )
+        if self.tensorboard is not None:
+            from qjax.report.tensorboard import export
+
+            export(named(runs), self.tensorboard)
+            print(f"{self.tensorboard}: {len(runs)} runs; see them with: tensorboard --logdir {self.tensorboard}")
+            return
         rows = [_facts(run) for run in runs]
         if output.write_json(self.json, {"runs": rows}):
             return
@@ -94,6 +104,13 @@ def keys_of(runs: Sequence[Run], most: int = 3) -> tuple[str, ...]:
     """The first few numbers that runs have and were not told, those of nested lists last."""
     keys = dict.fromkeys(k for run in runs for k in run.numbers if k not in run.config)
     return tuple(sorted(keys, key=lambda k: (k.count("."), any(part.isdigit() for part in k.split(".")))))[:most]
+
+
+def named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by their directories, as short as tells them apart."""
+    paths = [run.path.resolve() for run in runs]
+    top = Path(os.path.commonpath([path.parent for path in paths]))
+    return {str(path.relative_to(top)): run for path, run in zip(paths, runs, strict=True)}
 
 
 def _read(path: Path) -> Run:

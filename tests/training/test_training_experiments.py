@@ -45,6 +45,13 @@ entries = [
   { method = "qalora", format = "uint4_g32_zf16", rank = 1 },
   { method = "loraqat", format = "int4_g32", rank = 4 },
 ]
+losses.terms = "0.5*ce + 0.5*fkl"
+ptq = { "rtn" = "rtn:int4_g32", "4 bits, affine" = "rtn:uint4_g32_zf16" }
+[[smoke.arms]]
+name = "scales"
+grid = { format = "int4_g32", outside = "keep", scales = "learned" }
+optimizer.trains = ["scales"]
+losses.terms = "0.5*ce + 0.5*fkl"
 """
 ARMS = """seeds = [1]
 calibration_windows = 4
@@ -61,6 +68,10 @@ group = "2 bits"
 name = "2 bits, qat + kd"
 grid = { format = "int2_g64_mid_mse", scales = "learned", init = "nearest('h') >> ldlq() >> refit(2, 2)" }
 losses.terms = "0.5*ce + 0.5*fkl"
+[[smoke.arms]]
+arm = { name = "float + kd", losses = { terms = "0.5*ce + 0.5*fkl" } }
+teacher = "continued"
+ptq = { "2 bits: rtn" = "rtn:int2_g64_mid_mse" }
 """
 
 
@@ -105,7 +116,8 @@ def identity_of(monkeypatch, tmp_path):
         script, _ = load_script(read(CONFIGS.parent / f"{name}.toml"))
         config = dataclasses.replace(script.Config(steps=200, batch=4, context=8), **changes)
         stubs = {
-            "load": lambda *_: model, "fresh_model": lambda *_: model, "texts_of": lambda *_: ([], ""),
+            "load": lambda *_: model, "load_float": lambda *_: model, "fresh_model": lambda *_: model,
+            "texts_of": lambda *_: ([], ""),
             "tokenizer_in": lambda *_: type("Tokenizer", (), {"get_vocab_size": lambda self: 64})(),
             "corpus_for": lambda *_: corpus, "corpus_in": lambda *_: corpus,
             "heldout_loss": lambda *_: 0.0, "mean_loss": lambda *_: 0.0, "cache_teacher": lambda *_: None,
@@ -168,6 +180,24 @@ def test_distill(tiny, tmp_path):
     assert results["rows"][-1]["fkl"] > 0 and (tmp_path / "teacher").is_dir()
 
 
+def test_shares_are_compared_with_the_control_that_its_best_recipe_rounds():
+    script, _ = load_script(read(CONFIGS / "share.toml"))
+    losses = {"share 0": (4.0, 4.2), "share 0.2": (3.5, 3.6), "float as 0.2: rtn": (3.9, 3.5),
+              "float as 0.2: gptq": (3.6, 3.7), "float as 0.4: rtn": (1.0, 1.0)}  # fmt: skip
+    runs = [
+        {"seed": seed, "name": name, "share": 0.2, "fused": True, "loss": loss}
+        for name, each in losses.items()
+        for seed, loss in enumerate(each)
+    ]
+    rows = {r["name"]: r for r in script.summary(runs, script.Config(controls=(0.2, 0.4)))}
+    assert rows["share 0.2"]["difference"] == pytest.approx(-0.55)
+    assert rows["share 0.2"]["over_control"] == pytest.approx(-0.1)  # gptq's: the lowest mean, of the first control
+    assert rows["float as 0.2: rtn"]["over_control"] == pytest.approx(0.05)
+    for wrong, said in (({"controls": (1.0,)}, "between 0 and 1"), ({"roundings": ("rtn:Q4_0",)}, "names a format")):
+        with pytest.raises(UserError, match=said):
+            script.check(script.Config(**wrong))
+
+
 @pytest.mark.slow
 def test_qlora(tiny, tmp_path):
     """Methods that the config's own small version leaves out, too."""
@@ -175,6 +205,16 @@ def test_qlora(tiny, tmp_path):
     by = {r["method"]: r for r in results["runs"]}
     assert by["qlora"]["semantics"] == "requantized" and by["loraqat"]["semantics"] == "fake-quantized"
     assert by["loraqat"]["merged"] == pytest.approx(by["loraqat"]["adapted"], rel=1e-5)
+    ptq = {r["label"]: r["merged"] for r in results["runs"] if r["method"] == "ptq"}
+    assert ptq["rtn"] == pytest.approx(by["qat"]["base"], rel=1e-6)  # the arm began where rounding ends
+    gains = {r["name"]: r.get("gain_over_ptq") for r in results["rows"]}
+    assert gains["scales"] == pytest.approx(ptq["rtn"] - by["qat"]["merged"])
+    assert gains["qalora uint4_g32_zf16"] == pytest.approx(ptq["4 bits, affine"] - by["qalora"]["merged"])
+    assert gains["rtn"] is None
+    again = run(extended("qlora", tmp_path, QLORA), tmp_path / "out", *tiny)
+    assert again["runs"] == results["runs"] and len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 6
+    wrong = extended("qlora", tmp_path, QLORA.replace("rtn:int4_g32", "rtn:int4_g48"))
+    assert main(["run", wrong, "--smoke", "--out", str(tmp_path / "wrong"), *tiny]) == 2
 
 
 @pytest.mark.slow
@@ -188,6 +228,10 @@ def test_arms(tiny, tmp_path, capsys, monkeypatch):
     names = [row["name"] for row in results["rows"]]
     assert names[:2] == ["start", "continued"] and "2 bits, qat + kd" in names and "ptq 2 bits: gptq" in names
     row = results["rows"][names.index("2 bits, qat + kd")]
+    student = results["rows"][names.index("float + kd, rounded: 2 bits, rtn")]
+    assert student["group"] == "2 bits" and student["closed_percent"] is not None
+    control = results["rows"][names.index("ptq 2 bits: rtn")]
+    assert "closed_percent" not in control and student["loss"] != control["loss"]
     assert row["quant_noise"] > 0.1 and row["closed_percent"] is not None and row["half_interval"] is None
 
     assert run(config, out, *options)["rows"] == results["rows"]  # nothing was left to do

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qjax.errors import UserError
 from qjax.io.atomic import write_text
-from qjax.io.text import read_text
+from qjax.io.text import read_text, read_texts
 from qjax.io.tokenizer_cut import encode_long
 from qjax.models import stdlib_text
 from qjax.models.model import Model
@@ -41,7 +41,7 @@ def texts_of(text: Path | None, heldout: Path | None, characters: int = 0) -> tu
     """Documents to train on and the text that judges: of files, or the standard library's.
 
     Args:
-      text: to train on.
+      text: to train on; a .json file holds a list of documents.
       heldout: to be judged by.
       characters: read so many of either, for a run that is only to be seen working; 0: all.
 
@@ -55,7 +55,7 @@ def texts_of(text: Path | None, heldout: Path | None, characters: int = 0) -> tu
     if text is None or heldout is None:
         documents, judge = stdlib_text.train_text(), stdlib_text.heldout_text()
     else:
-        documents, judge = [read_text(text)], read_text(heldout)
+        documents, judge = read_texts(text), read_text(heldout)
     if not characters:
         return documents, judge
     ends = itertools.accumulate(map(len, documents), initial=0)
