@@ -39,13 +39,9 @@ from qjax.io.text import read_text, read_texts
 from qjax.models import stdlib_text
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
-<<<<<<< HEAD
 from qjax.pipeline.calibrated import quantize_model, survey_model
-from qjax.pipeline.windows import Calibration, calibration_text
-=======
-from qjax.pipeline.calibrated import Calibration, calibration_text, quantize_model, survey_model
 from qjax.pipeline.survey import Survey
->>>>>>> wip-smol
+from qjax.pipeline.windows import Calibration, calibration_text
 from qjax.plan import Plan, decoder_weights
 from qjax.plan.named import is_mix, plan_named
 from qjax.recipes import Recipe

@@ -30,6 +30,9 @@ class CalibrationReport:
       tokens: seen at the weight's input.
       seconds: spent on the weight, statistics not included; weights rounded together share them.
       note: what a reader should know, as that it saw fewer tokens than it has inputs.
+      shrinkage, cross_share: how far H was shrunk toward its diagonal, and the share of the cross term that was taken;
+        None where the recipe does not shrink.
+      guarded: whether the fit weighted by E[x^2] was taken, for held-out tokens liked it better.
     """
 
     first_loss: float | None
@@ -40,6 +43,9 @@ class CalibrationReport:
     tokens: int
     seconds: float
     note: str = ""
+    shrinkage: float | None = None
+    cross_share: float | None = None
+    guarded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from qjax.reparam.split import Sparse, sparse_of
 from qjax.rounding import Rounded, check_chain, nearest, round_weight
 from qjax.rounding.curvature import proxy
 from qjax.rounding.protocol import requires
+from qjax.rounding.shrinkage import output_error, shrunk
 from qjax.stats import Stats, missing
 from qjax.tensor import QTensor
 from qjax.typing import Array
@@ -70,7 +71,7 @@ def round_leaf(
     needed |= {"h": stats.importance} if "h" in recipe.requires else {}
     needed |= {} if stats.H is None else {"H": stats.H}  # to report the loss in
     stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats)))
-    made, applied = _stacked(rows, format, recipe, stats, None if heldout is None else heldout.H)
+    made, applied, shrinkage = _stacked(rows, format, recipe, stats, heldout)
     damping = float(np.max(np.asarray(made.damping)))
     if not np.isfinite(np.asarray(made.damping)).all():
         raise UserError(
@@ -83,7 +84,11 @@ def round_leaf(
     count = int(np.min(np.asarray(stats.count)))
     note = f"saw {count} tokens, fewer than its {n} inputs" if recipe.requires and 0 < count < n else ""
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
-    return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note)
+    told: dict[str, Any] = {}
+    if shrinkage is not None:
+        a, t, guarded = (np.asarray(v) for v in dataclasses.astuple(shrinkage))
+        told = {"shrinkage": float(a.mean()), "cross_share": float(t.mean()), "guarded": bool(guarded.any())}
+    return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note, **told)
 
 
 def _count(stats: Stats) -> Any:
@@ -95,9 +100,10 @@ def plain(recipe: Recipe) -> Recipe:
     return Recipe((nearest(),), recipe.format, name="rtn")
 
 
-def _stacked(
-    rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None
-) -> tuple[Rounded, tuple[Applied, ...]]:
+Made = tuple[Rounded, tuple[Applied, ...], "Shrinkage | None"]
+
+
+def _stacked(rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Stats | None) -> Made:
     """A matrix, or a stack of them one after the other."""
     if rows.ndim == 2:
         return _one(rows, format, recipe, stats, heldout)
@@ -109,9 +115,13 @@ def _stacked(
         return a if a is None or a.ndim == own else a[at]
 
     made = []
+
+    def at_one(stats: Stats, at: tuple[int, ...]) -> Stats:
+        return Stats(**{k: pick(getattr(stats, k), axes, at) for k, axes in own.items()})
+
     for at in np.ndindex(*lead):
-        one = Stats(**{k: pick(getattr(stats, k), axes, at) for k, axes in own.items()})
-        made.append(_one(rows[at], format, recipe, one, pick(heldout, 2, at)))
+        held = None if heldout is None else at_one(heldout, at)
+        made.append(_one(rows[at], format, recipe, at_one(stats, at), held))
     try:
         return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*lead, *parts[0].shape), *_even(made))
     except ValueError:
@@ -120,7 +130,7 @@ def _stacked(
         ) from None
 
 
-def _even(made: list[tuple[Rounded, tuple[Applied, ...]]]) -> list[tuple[Rounded, tuple[Applied, ...]]]:
+def _even(made: list[Made]) -> list[Made]:
     """The same, with sparse parts padded to one length: values behind the last row are added nowhere."""
 
     def pad(one: Applied, others: tuple[Applied, ...]) -> Applied:
@@ -130,8 +140,8 @@ def _even(made: list[tuple[Rounded, tuple[Applied, ...]]]) -> list[tuple[Rounded
         more = (0, most - one.values.shape[0])
         return dataclasses.replace(one, at=jnp.pad(one.at, more), values=jnp.pad(one.values, more))
 
-    columns = list(zip(*(applied for _, applied in made), strict=True))
-    return [(r, tuple(map(pad, applied, columns))) for r, applied in made]
+    columns = list(zip(*(applied for _, applied, _ in made), strict=True))
+    return [(r, tuple(map(pad, applied, columns)), told) for r, applied, told in made]
 
 
 LOOKED_UP = "is looked up: without the recipe's changes of variables"
@@ -142,13 +152,13 @@ def of_embedding(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, reparams=())
 
 
-def _one(
-    w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None
-) -> tuple[Rounded, tuple[Applied, ...]]:
+def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | None) -> Made:
     """One matrix, behind the recipe's reparametrizations; losses are those of the weight as it was."""
+    if recipe.shrink and stats.H is not None and seen is not None:
+        return _believed(w, format, recipe, stats, seen)
+    heldout = None if seen is None else seen.H
     if not recipe.reparams:
-        made = in_parts(w, format, recipe, stats, heldout)
-        return (made, ()) if made.outliers is None else _with_outliers(made, format, ())
+        return *_parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
     roundings = recipe.roundings
 
     def loss(w: Array, stats: Stats) -> Array:
@@ -162,7 +172,7 @@ def _one(
         w_hat = jnp.where(*made.outliers, w_hat)
     applied = settle(applied, found, w_hat)
     if stats.H is None:
-        return made, applied  # no rounding makes outliers without H
+        return made, applied, None  # no rounding makes outliers without H
     sums: dict[str, Any] = {"energy": jnp.sum(proxy(w, stats.H))}
     if stats.cross is None:  # with a cross term the target is another one, known behind the chain only
         e = w - restore(applied, w_hat)
@@ -171,12 +181,38 @@ def _one(
             heldout = jnp.asarray(heldout)
             sums |= {"heldout_energy": jnp.sum(proxy(w, heldout)), "heldout_error": jnp.sum(proxy(e, heldout))}
     made = dataclasses.replace(made, **sums)
-    return (made, applied) if made.outliers is None else _with_outliers(made, format, applied)
+    return *_parted(made, format, applied), None
 
 
-def _with_outliers(made: Rounded, format: Format, applied: tuple[Applied, ...]) -> tuple[Rounded, tuple[Applied, ...]]:
-    """Outliers of the rounding as the innermost split; rounded inputs stay last."""
-    assert made.outliers is not None
+@dataclasses.dataclass(frozen=True)
+class Shrinkage:
+    """How far the statistics were believed: see `CalibrationReport`."""
+
+    a: Array
+    t: Array
+    guarded: Array
+
+
+jax.tree_util.register_dataclass(Shrinkage)
+
+
+def _believed(w: Array, format: Format, recipe: Recipe, used: Stats, seen: Stats) -> Made:
+    """One matrix in the statistics of all tokens, shrunk; or its fit, where held-out tokens like that better."""
+    seen = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), seen)
+    stats, a, t = shrunk(w, format, used, seen, recipe.damping)
+    made, applied = _parted(in_parts(w, format, recipe, stats, None), format, ())
+    fit = in_parts(w, format, Recipe((nearest("h"),)), stats, None)
+    w_hat = restore(applied, format.decode(made.scales, made.codes))
+    guarded = output_error(w, w_hat, seen) > output_error(w, format.decode(fit.scales, fit.codes), seen)
+    if bool(guarded):
+        made, applied = dataclasses.replace(fit, damping=made.damping), ()
+    return made, applied, Shrinkage(a, t, guarded)
+
+
+def _parted(made: Rounded, format: Format, applied: tuple[Applied, ...]) -> tuple[Rounded, tuple[Applied, ...]]:
+    """Outliers of the rounding, if it made any, as the innermost split; rounded inputs stay last."""
+    if made.outliers is None:
+        return made, applied
     mask, values = made.outliers
     part = sparse_of(values, np.asarray(mask), format.decode(made.scales, made.codes))
     last = applied[-1:] if applied and isinstance(applied[-1], RoundedInput) else ()

@@ -26,7 +26,7 @@ from qjax.formats import Format
 from qjax.lifting import Use
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
-from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece
+from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece, tempered
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
@@ -68,6 +68,7 @@ class _How:
 
     formats: Formats
     earlier: Mapping[str, QTensor]
+    counted: int
     sequential: bool
     observe: Callable[..., tuple[Stats, Stats | None]]
     round_one: Round
@@ -151,7 +152,7 @@ def walk(
         streams = Streams(x, x_float)
         commit(folder, 0, streams)
 
-    how = _How(formats, earlier, sequential, partial(observe_input, calibration, kinds), round_one)
+    how = _How(formats, earlier, calibration.used, sequential, partial(observe_input, calibration, kinds), round_one)
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
         weight = None if seen is None else seen.sensitivity[i]
@@ -217,8 +218,8 @@ def _rounded_piece(
         todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats}
         stats = heldout = None
         if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
-            sensitive = any(how.formats[name][1].sensitive for name in todo)
-            weight = sensitivity[g] if sensitivity is not None and sensitive else None
+            power = float(max(how.formats[name][1].sensitive for name in todo))
+            weight = None if sensitivity is None or not power else tempered(sensitivity[g], power, how.counted)
             stats, heldout = how.observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
         for name, use in todo.items():
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), stats, heldout)

@@ -29,7 +29,10 @@ class Recipe:
       format: the grid, or None where a plan decides it weight by weight.
       damping: lambda of H + lambda diag(H), at least.
       sequential: statistics are gathered behind the already quantized predecessors; otherwise in the float model.
-      sensitive: tokens count in H by the size of the loss gradient at the weight's output; otherwise all alike.
+      sensitive: tokens count in H by the squared size of the loss gradient at the weight's output, to this power: True,
+        which is 1, or less, as few tokens carry that sum (the first of a window then counts as the mean); False: alike.
+      shrink: H is shrunk toward its diagonal, and the cross term by a share, as far as held-out windows ask for; then
+        all windows are used, and where the result is worse there than the fit weighted by E[x^2], the fit is taken.
       reparams: changes of variables, made in this order before anything is rounded.
       name: for tables; equality does not look at it.
     """
@@ -38,7 +41,8 @@ class Recipe:
     format: Format | None = None
     damping: float = DAMPING
     sequential: bool = True
-    sensitive: bool = False
+    sensitive: bool | float = False
+    shrink: bool = False
     reparams: tuple[Reparam, ...] = ()
     name: str = dataclasses.field(default="", compare=False)
 
@@ -47,6 +51,12 @@ class Recipe:
             raise UserError("a recipe needs at least one rounding, as in nearest()")
         if not self.damping > 0:
             raise UserError(f"damping must be positive, got {self.damping}")
+        if not 0 <= self.sensitive <= 1:
+            raise UserError(f"sensitive is a power of the gradient's square, from 0 to 1; got {self.sensitive}")
+        if self.shrink and self.reparams:
+            raise UserError(
+                "shrink goes with no change of variables yet: H would be shrunk in another basis than the codes'"
+            )
         if any(isinstance(r, Act) for r in self.reparams[:-1]):
             raise UserError(
                 "act rounds the input that meets the codes: it is the last reparametrization, and the only act"
@@ -96,14 +106,14 @@ class Recipe:
         return html_table(f"{title}: needs {needs}", ("step", "by"), rows)
 
 
-_OPTIONS = ("damping", "sequential", "sensitive")
+_OPTIONS = ("damping", "sequential", "sensitive", "shrink")
 
 
 def joined(*parts: Link | Chain | Recipe | dict[str, Any], line: str = "") -> Recipe:
     """The recipe of parts in a row, what `>>` does.
 
     Args:
-      parts: links, chains and recipes; a dict is options of the recipe (damping, sequential, sensitive).
+      parts: links, chains and recipes; a dict is options of the recipe (damping, sequential, sensitive, shrink).
       line: how they were written, for messages.
 
     Raises:
