@@ -171,7 +171,7 @@ MUTANTS = (
     Mutant("KL-the-other-way-round", "evaluate/divergence.py", "d = z - z_base", "d = z_base - z",
            "evaluate/test_judging.py::test_kl_keeps_its_digits_where_it_is_tiny"),
     Mutant("signs-not-flipped", "evaluate/intervals.py", "signs = 1 - 2 * (", "signs = 1 + 0 * (",
-           "test_records.py::test_the_chance_of_a_gain_is_that_of_all_signs[5]"),
+           "evaluate/test_intervals.py::test_the_chance_of_a_gain_is_that_of_all_signs[5]"),
     Mutant("named-model-stays-packed", "io/checkpoint.py", "params=model.dense)", "params=model.params)",
            "io/test_smollm2.py::test_the_file_of_the_package_is_the_model"),
     Mutant("tensorboard-without-steps", "report/tensorboard.py", 'if _is_number(row.get("step")) else', "if False else",
