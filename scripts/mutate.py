@@ -175,6 +175,12 @@ MUTANTS = (
     Mutant("html-without-options", "recipes/composed.py",
            "for field, value in self._chosen]", "for field, value in ()]",
            "test_reprs.py::test_a_recipe_shows_its_steps"),
+    Mutant("signs-not-flipped", "evaluate/intervals.py", "signs = 1 - 2 * (", "signs = 1 + 0 * (",
+           "evaluate/test_intervals.py::test_the_chance_of_a_gain_is_that_of_all_signs[5]"),
+    Mutant("named-model-stays-packed", "io/checkpoint.py", "params=model.dense)", "params=model.params)",
+           "io/test_smollm2.py::test_the_file_of_the_package_is_the_model"),
+    Mutant("tensorboard-without-steps", "report/tensorboard.py", 'if _is_number(row.get("step")) else', "if False else",
+           "test_tensorboard.py::test_logs_become_scalars_and_configs_hparams"),
 )
 # fmt: on
 

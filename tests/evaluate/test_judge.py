@@ -10,7 +10,7 @@ import pytest
 
 from qjax.errors import UserError
 from qjax.evaluate import perplexity as pp
-from qjax.evaluate.judge import baseline_of, judge, windows_of
+from qjax.evaluate.judge import baseline_of, judge, window_divergences, windows_of
 from qjax.evaluate.sizes import relative_rmse, sizes, tensor_rows
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
@@ -65,6 +65,8 @@ def test_judging_against_a_baseline(model, packed, text):
     assert alone.perplexity == cached.perplexity
     assert alone.divergence is None
     assert judge(model, baseline=baseline).divergence.kl_max == 0.0
+    each = window_divergences(packed, baseline)
+    assert each.shape == (len(baseline.windows),) and each.mean() == pytest.approx(cached.divergence.kl_mean, rel=1e-6)
 
 
 @pytest.mark.slow
