@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ class Config:
     need: str = ""
 
 def run(config, out):
-    (out / "began").write_text("")
+    with (out / "began").open("a") as f:
+        print("began", file=f)
     time.sleep(config.wait)
     if config.need and not Path(config.need).exists():
         raise RuntimeError("not there yet")
@@ -176,7 +178,7 @@ def test_ctrl_c_ends_the_runs_under_way(folder):
     argv = [sys.executable, "-m", "qjax", "sweep", "s.toml", "--scripts", ".", "--out", "out", "--jobs", "2"]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 180
-    while len(list(Path("out").glob("*/began"))) < 2 and time.monotonic() < until:
+    while len(list(Path("out").glob("*/began"))) < 2 and time.monotonic() < until and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=180)[1]
@@ -186,6 +188,40 @@ def test_ctrl_c_ends_the_runs_under_way(folder):
     for run in found:
         with locked(run.path / ".lock", "the run"):  # nobody is left there
             pass
+
+
+def sweeping(folder, *options):
+    argv = [sys.executable, "-m", "qjax", "sweep", "s.toml", "--scripts", ".", "--out", "out", *options]
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_commands_share_a_sweep_and_do_no_run_twice(folder):
+    read(folder, "wait = 1.5\n[sweep]\ngrid.seed = [1, 2, 3, 4]\n")
+    both = [sweeping(folder), sweeping(folder)]
+    said = [p.communicate(timeout=300)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    own = [line for text in said for line in text.splitlines() if re.search(r"^\d/4 \w+ done, ", line)]
+    assert len(own) == len({line.split()[1] for line in own}) == 4, said
+    assert all(any(line in text for line in own) for text in said), "one did nothing"
+    assert all(len(p.read_text().splitlines()) == 1 for p in Path("out").glob("*/began"))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_ends_when_it_is_run_again(folder):
+    """Its run goes on without it; the next command waits for that one and does the others."""
+    read(folder, "[sweep]\nzip.seed = [1, 2]\nzip.wait = [15.0, 0.0]\n")
+    first = sweeping(folder)
+    until = time.monotonic() + 180
+    while not list(Path("out").glob("*/began")) and time.monotonic() < until and first.poll() is None:
+        time.sleep(0.05)
+    first.kill()
+    first.communicate(timeout=60)
+    again = sweeping(folder)
+    said = again.communicate(timeout=300)[1]
+    assert again.returncode == 0, said
+    assert "done by another command" in said and len(list(Path("out").glob("*/results.json"))) == 2
+    assert all(len(p.read_text().splitlines()) == 1 for p in Path("out").glob("*/began"))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from qjax.cli.runs import SHOW_HELP, keys_of
 from qjax.cli.targets import check_json
 from qjax.errors import UserError
 from qjax.io.atomic import write_text
-from qjax.io.lock import locked
+from qjax.io.lock import InUse, locked
 from qjax.rundir import LOCK, write_json
 from qjax.runs import Run, read
 from qjax.sweep import Planned, planned, shown, text_of
@@ -43,6 +43,7 @@ class Sweep:
 
     Every run is a `qjax run` in OUT/<hash of its config>, its output beside as <hash>.log. The same command goes on
     where an earlier one ended: finished runs are kept, others continue or are tried again; one that fails stops none.
+    Given twice at a time, also on machines that share the disk, the commands share the runs: each is done once.
     """
 
     file: tyro.conf.Positional[Path]
@@ -71,12 +72,11 @@ class Sweep:
         if self.dry:
             self._print(out, runs, [state_of(out / run.name) for run in runs])
             return
-        if out.exists() and not (out / "sweep.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and not (out / "sweep.json").is_file() and not _is_empty(out):
             raise UserError(f"{out}: is no directory of a sweep; give a new or empty --out")
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out / LOCK, f"the sweep {out}"):
-            write_json(out / "sweep.json", {"file": str(self.file), "runs": {run.name: run.values for run in runs}})
-            failed = self._run(out, script, [run for run in runs if state_of(out / run.name) != "done"], len(runs))
+        write_json(out / "sweep.json", {"file": str(self.file), "runs": {run.name: run.values for run in runs}})
+        failed = self._run(out, script, [run for run in runs if state_of(out / run.name) != "done"], len(runs))
         self._print(out, runs, [state_of(out / run.name) for run in runs])
         if failed:
             logs = ", ".join(str(out / f"{name}.log") for name in failed)
@@ -90,21 +90,33 @@ class Sweep:
         slots = list(self.devices) or [""] * self.jobs
         free, failed = list(slots), []
         running: dict[str, tuple[subprocess.Popen, str, float, Planned]] = {}
+        claims: dict[str, contextlib.ExitStack] = {}
         states = {run.name: "waiting" for run in waiting}
         left = list(waiting)
         try:
             with _live(waiting) as draw:
                 while left or running:
-                    while left and free:
-                        run, slot = left.pop(0), free.pop(0)
+                    for run in list(left) if free else ():
+                        if (claim := _claimed(out, run.name)) is None:
+                            continue  # another command's; looked at again
+                        left.remove(run)
+                        if state_of(out / run.name) == "done":
+                            claim.close()
+                            done += 1
+                            say(f"{done}/{total} {run.name} done by another command: {shown(run.values)}")
+                            continue
+                        slot, claims[run.name] = free.pop(0), claim
                         running[run.name] = (self._start(out, script, run, slot), slot, time.monotonic(), run)
-                    time.sleep(0.05)
+                        if not free:
+                            break
+                    time.sleep(0.05 if running else 0.5)
                     for name, (process, slot, began, run) in list(running.items()):
                         gone = time.monotonic() - began
                         states[name] = f"running, {gone:.0f} s"
                         if process.poll() is None:
                             continue
                         del running[name]
+                        claims.pop(name).close()
                         free.append(slot)
                         done += 1
                         if process.returncode:
@@ -115,6 +127,8 @@ class Sweep:
                     draw(states)
         except BaseException as stop:
             _end(process for process, *_ in running.values())
+            for claim in claims.values():
+                claim.close()
             if isinstance(stop, KeyboardInterrupt):
                 stop.add_note(f"{out} keeps what was done; the same command continues")
             raise
@@ -159,6 +173,26 @@ class Sweep:
             ("run", *keys, "state", *numbers), table, numbers=range(len(keys) + 2, len(keys) + 2 + len(numbers))
         )
         print(f"{out}: {sum(state == 'done' for state in states)} of {len(runs)} runs done")
+
+
+def _is_empty(out: Path) -> bool:
+    """Whether nothing is in it but what another command is about to give a name."""
+    return out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())
+
+
+def _claimed(out: Path, name: str) -> contextlib.ExitStack | None:
+    """A run as this command's own, until the stack is closed; None where another command, or what is left of one that
+    was killed, works on it."""
+    claim = contextlib.ExitStack()
+    try:
+        claim.enter_context(locked(out / f".{name}.lock", f"the run {name}"))
+        if (out / name).is_dir():
+            with locked(out / name / LOCK, f"the run {name}"):
+                pass
+    except InUse:
+        claim.close()
+        return None
+    return claim
 
 
 @contextlib.contextmanager

@@ -13,6 +13,10 @@ from qjax.errors import UserError
 from qjax.io.atomic import write_errors
 
 
+class InUse(UserError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def locked(path: str | Path, what: str) -> Iterator[None]:
     """Hold a lock while the body runs. The file stays, empty: who unlinks it may unlink another's.
@@ -22,7 +26,8 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
       what: what the lock is for, in the message.
 
     Raises:
-      UserError: another process holds it, or the file cannot be made.
+      InUse: another process holds it.
+      UserError: the file cannot be made.
     """
     with write_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -32,7 +37,7 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise UserError(f"{what} is in use by another process; wait until it ends, or name another place") from None
+            raise InUse(f"{what} is in use by another process; wait until it ends, or name another place") from None
         yield
     finally:
         os.close(fd)
