@@ -23,8 +23,10 @@ from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.protocol import restore, through
 from qjax.typing import Array, Float, Shaped
 
+FLOAT32 = np.dtype(np.float32)
 
-@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "applied"), meta_fields=("format", "axis"))
+
+@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "applied"), meta_fields=("format", "axis", "dtype"))
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """A quantized array.
@@ -36,6 +38,7 @@ class QTensor:
         when vmap or scan add and remove leading axes.
       applied: reparametrizations that the codes lie behind, in the order in which they were made; of matrices only,
         with the matrices' leading axes first in each of their leaves.
+      dtype: the type of the weights that were packed: `lift` gives it to the program in place of the array.
 
     The logical shape is derived from the leaves: a QTensor may be stacked, sliced by scan, sharded, saved by orbax and
     mapped by optax like any array.
@@ -45,6 +48,7 @@ class QTensor:
     format: Format
     axis: int = -1
     applied: Any = ()  # tuple[Applied, ...]
+    dtype: Any = FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,10 +63,6 @@ class QTensor:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(jnp.float32)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -115,7 +115,7 @@ def quantize(
       axis: the contracted axis, along which blocks run: -1 for rows (out, in), 0 for flax kernels (in, out).
       weight: importance of each weight in the squared error, of w's shape, or one number per position of `axis`.
 
-    Returns: a QTensor of w's logical shape.
+    Returns: a QTensor of w's logical shape that remembers w's type.
 
     Raises:
       UserError: unknown format, no weights, a length the block does not divide, a weight of another shape, or (outside
@@ -139,6 +139,7 @@ def quantize(
     rows = w.shape[-2 if axis == -1 else -1] if w.ndim > 1 else 1
     if fmt.rows > 1 and rows % fmt.rows:
         raise UserError(f"{fmt.name} holds {fmt.rows} rows together, and got {rows} (shape {tuple(w.shape)})")
+    dtype = w.dtype
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
     _check_finite(w, "w")
     leaves, overflowed = _encode(w, importance_rows(weight, w, axis), fmt)
@@ -147,7 +148,7 @@ def quantize(
             f"w reaches {float(jnp.max(jnp.abs(w))):.3g}, too large for the scales of {fmt.name}; scale it down, or "
             "take a format with float32 scales, such as int4_g128_f32 or NF4"
         )
-    return QTensor(leaves, fmt, axis)
+    return QTensor(leaves, fmt, axis, dtype=dtype)
 
 
 def _one_array(w: Any, fmt: Format, axis: Any) -> Array:
@@ -205,7 +206,7 @@ def _encode(w: Array, weight: Array | None, fmt: Format) -> tuple[Leaves, Array]
 
 @jax.jit
 def dequantize(q: QTensor) -> Float[Array, "*w"]:
-    """The values a QTensor stands for: f32 of its logical shape."""
+    """The values a QTensor stands for: f32 of its logical shape, whatever the type of the weights that were packed."""
     w = q.format.decode(*q.format.unpack(q.leaves))
     if q.applied:
         back = restore
@@ -222,9 +223,10 @@ def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
       x: [*b, n]; integers and booleans count as float32.
       q: a QTensor whose quantized axis has length n; its other axes `*o` stay in order.
 
-    Returns: [*b, *o] in x's type, accumulated in float32. The weights are multiplied in x's type: bfloat16 operands for
-      bfloat16 x. For float32 x the products are as precise as `jax.default_matmul_precision` says: by default TF32 on a
-      GPU and bfloat16 on a TPU, in full under "highest", always in full on the CPU.
+    Returns: [*b, *o] in x's type, whatever type the packed weights had, accumulated in float32. The weights are
+      multiplied in x's type: bfloat16 operands for bfloat16 x. For float32 x the products are as precise as
+      `jax.default_matmul_precision` says: by default TF32 on a GPU and bfloat16 on a TPU, in full under "highest",
+      always in full on the CPU.
     """
     if not is_qtensor(q):
         hint = "the input comes first: dot(x, q)" if is_qtensor(x) else "quantize(w, format) makes one of an array"

@@ -4,6 +4,7 @@ quantized, and slices of whole blocks. Each returns a QTensor or raises `Dense` 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ def _each(q: QTensor, fn: Callable[[Any], Any], axis: int) -> QTensor:
     """The QTensor of fn(leaf) whose quantized axis is `axis`, counted from the end."""
     if q.applied:
         raise Dense(f"is rearranged under {type(q.applied[0]).__name__}, which knows whole matrices only")
-    return QTensor(jax.tree.map(fn, q.leaves), q.format, axis)
+    return dataclasses.replace(q, leaves=jax.tree.map(fn, q.leaves), axis=axis)
 
 
 def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
@@ -40,7 +41,7 @@ def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
     moved = [order.index(a) for a in permutation if a != quantized_axis(q)]
     axis = list(permutation).index(quantized_axis(q)) - q.ndim
     if moved == sorted(moved):
-        return QTensor(q.leaves, q.format, axis, q.applied)
+        return dataclasses.replace(q, axis=axis)
     return _each(q, lambda leaf: leaf.transpose(*moved, *range(len(moved), leaf.ndim)), axis)
 
 

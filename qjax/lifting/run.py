@@ -25,7 +25,7 @@ class Traced:
     """A function traced on the shapes of its arguments.
 
     Attributes:
-      jaxpr: the plain function; a packed weight enters it as a dense f32 array.
+      jaxpr: the plain function; a packed weight enters it as a dense array of the type that it had.
       out_tree: the structure of its output.
       leaves: the arrays and QTensors of params and inputs, one for each of the jaxpr's inputs.
       paths: the name of each leaf of params; None for those of inputs.
@@ -52,7 +52,7 @@ def trace(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Ma
         return fn(jax.tree.unflatten(tree, filled[: len(named)]), *inner_args, **inner_kwargs)
 
     leaves = [everything[i] for i in moving]
-    dense = [jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if is_qtensor(leaf) else leaf for leaf in leaves]
+    dense = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf for leaf in leaves]
     jaxpr, out = jax_names.trace(plain, *dense)
     paths = tuple(
         jax.tree_util.keystr(named[i][0], simple=True, separator="/") if i < len(named) else None for i in moving

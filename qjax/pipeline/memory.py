@@ -176,7 +176,7 @@ def _quantize_leaf(
         encoding = encode_tensor(pool, str(w), rows, fmt, None if importance is None else np.asarray(importance))
         raw, error = encoding.result()
         packed = raw.reshape(*rows.shape[:-1], rows.shape[-1] // fmt.block, fmt.block_bytes)
-        q = QTensor({"blocks": jnp.asarray(packed)}, fmt, axis)
+        q = QTensor({"blocks": jnp.asarray(packed)}, fmt, axis, dtype=jnp.asarray(leaf).dtype)
     else:
         try:
             q = quantize(leaf, fmt, axis=axis, weight=importance)

@@ -83,7 +83,7 @@ def round_leaf(
             f"{name}: H = E[x x^T] is not positive semi-definite, whatever is added to its diagonal; the statistics "
             "are broken: collect them again in float32"
         )
-    q = QTensor(format.pack(made.scales, made.codes), format, axis, applied)
+    q = QTensor(format.pack(made.scales, made.codes), format, axis, applied, jnp.asarray(leaf).dtype)
     if not np.isfinite(relative_error(rows, dataclasses.replace(q, axis=-1))):
         raise UserError(f"{name}: its values are too large for {format.name}")
     count = int(np.min(np.asarray(stats.count)))
