@@ -48,8 +48,9 @@ def quantize_params(
     """Quantize the weights of a params tree as a plan says.
 
     Args:
-      params: a tree of floats. A leaf named `embedding` has its blocks along its last axis; every other matrix is a
-        flax kernel (in, out), or a stack of them, with its blocks along `in`; `axes` says otherwise.
+      params: a tree of floats; integers and keys of random numbers in it pass through. A leaf named `embedding` has
+        its blocks along its last axis; every other matrix is a flax kernel (in, out), or a stack of them, with its
+        blocks along `in`; `axes` says otherwise.
       plan: patterns over the leaves' paths ("layers_0/attn/q/kernel"), see `qjax.plan`; or a format's name, for all.
       stats: {path: Stats}, what `qjax.observe` gives; or {path: f32[in]}, the importance of each input of a weight
         (mean squared activation). With a recipe that needs none, weights that it does not name are rounded without.
@@ -81,7 +82,11 @@ def quantize_params(
             if path not in {w.path for w in weights}:
                 raise UserError(f"{what}: no weight is called {path!r}; they are called like {weights[0].path!r}")
     out, lines, done, total = [], [], 0, sum(leaf.nbytes for _, leaf in leaves)
-    assigned = plan.assign(weights)
+    of_floats = iter(plan.assign(w for w, (_, leaf) in zip(weights, leaves, strict=True) if _holds_floats(leaf)))
+    assigned = [
+        next(of_floats) if _holds_floats(leaf) else Assignment(w, None, "no floats")
+        for w, (_, leaf) in zip(weights, leaves, strict=True)
+    ]
     with ThreadPoolExecutor(workers()) as pool:
         compile_ahead(
             pool,
@@ -104,7 +109,16 @@ def quantize_params(
 
 def contracted_axis(path: str, ndim: int) -> int:
     """The axis along which a weight is contracted, by its name: -1 for embeddings (vocab, dim), -2 for kernels."""
-    return -1 if ndim < 2 or path.rsplit("/", 1)[-1] == "embedding" else -2
+    return -1 if ndim < 2 or _name(path) == "embedding" else -2
+
+
+def _name(path: str) -> str:
+    """A leaf's own name; the states of flax nnx have the value of each variable behind it."""
+    return path.removesuffix("/value").rsplit("/", 1)[-1]
+
+
+def _holds_floats(leaf: Any) -> bool:
+    return is_qtensor(leaf) or jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def contracted_axes(
@@ -152,14 +166,14 @@ def _quantize_leaf(
     w, fmt = assignment.weight, assignment.format
     if fmt is None:
         check_finite({w.path: leaf})
-        name = leaf.format.name if is_qtensor(leaf) else jnp.dtype(leaf.dtype).name
+        name = leaf.format.name if is_qtensor(leaf) else str(leaf.dtype)
         return leaf, TensorReport(w.path, w.shape, name, leaf.nbytes, kept=assignment.reason)
     if is_qtensor(leaf) and fmt.name in ("F32", "F16", "BF16"):
         leaf = dequantize(leaf)  # no grid but the floats' own: nothing is rounded twice
     if is_qtensor(leaf):
         raise UserError(f"{w}: already quantized to {leaf.format.name}; dequantize it first (--requantize), or keep it")
     note = ""
-    if w.path.rsplit("/", 1)[-1] == "embedding":
+    if _name(w.path) == "embedding":
         note = LOOKED_UP if recipe.reparams else ""
         recipe = of_embedding(recipe)
     if not _is_plain(recipe):
