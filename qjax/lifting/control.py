@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from qjax.lifting import jax_names, packed
 from qjax.lifting.jax_names import body
+from qjax.lifting.picked import forget, is_picked
 from qjax.lifting.scope import Place, Scope, Stats
 from qjax.lifting.weight import Dense, Weight
 
@@ -128,7 +129,7 @@ def _shard_map(eqn: Any, at: int, values: list[Any], scope: Scope, run: Interpre
 
     def fn(*arrays: Any) -> tuple[Any, ...]:
         args = [
-            dataclasses.replace(v, value=array) if isinstance(v, Weight) else array
+            dataclasses.replace(v, value=array, picks=forget(v.picks)) if isinstance(v, Weight) else array
             for v, array in zip(operands, arrays, strict=True)
         ]
         return tuple(_plain(run(args, inner)[0], eqn, (at, -2), scope, "returns it"))
@@ -204,6 +205,9 @@ def _one_step(whole: Any, array: Any, level: int) -> Any:
     """One step of a scanned operand: a weight loses its first axis."""
     if not isinstance(whole, Weight):
         return array
+    picks, axes = whole.picks, whole.axes[1:]
+    if is_picked(whole.axes[0]):
+        return dataclasses.replace(whole, value=array, axes=axes, picks=forget(picks, whole.axes[0]))
     gone = tuple(label[0] for label in whole.axes[0])
     scanned, levels = (*whole.scanned, *gone), (*whole.levels, *(level for _ in gone))
-    return dataclasses.replace(whole, value=array, axes=whole.axes[1:], scanned=scanned, levels=levels)
+    return dataclasses.replace(whole, value=array, axes=axes, scanned=scanned, levels=levels)

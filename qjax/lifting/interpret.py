@@ -19,6 +19,7 @@ from qjax.lifting import control, lookup
 from qjax.lifting.contract import contraction, packed_dot
 from qjax.lifting.jax_names import BODIES, Literal, bind, consts, has_body, placed
 from qjax.lifting.layout import rearrange
+from qjax.lifting.picked import by_entry
 from qjax.lifting.scope import Scope, Stats, contracts_whole
 from qjax.lifting.weight import Dense, Weight
 
@@ -99,7 +100,7 @@ def _dot(eqn: Any, at: int, values: list[Any], scope: Scope) -> tuple[list[Any],
     def use() -> Any:
         key = (scope.name(eqn.invars[1 if first else 0]), c.x_batch, c.x_contract)
         assert axes is not None
-        return scope.use(weight, at, "dot", axes, key, len(c.x_batch))
+        return scope.use(weight, at, "dot", axes, key, eqn.primitive.name, c.w_batch)
 
     if scope.program.replace_input is not None and axes is not None:
         x = c.arranged(scope.program.replace_input(use(), c.operand(x)), x.shape)
@@ -115,9 +116,12 @@ def _dot(eqn: Any, at: int, values: list[Any], scope: Scope) -> tuple[list[Any],
     if scope.program.visit is None:
         return [y], {}
     if axes is None:
-        scope.other(weight, (at,))
+        scope.other(weight, (at,), eqn.primitive.name)
         return [y], {}
-    return scope.visit(use(), at, c.operand(x), y, c)
+    if not weight.picks:
+        return scope.visit(use(), at, c.operand(x), y, c)
+    seen, entries = by_entry(weight, c, x, axes)
+    return scope.visit(use(), at, seen, y, c, entries)
 
 
 def _lookup(eqn: Any, at: int, values: list[Any], scope: Scope, axis: int) -> tuple[list[Any], Stats]:
@@ -130,4 +134,5 @@ def _lookup(eqn: Any, at: int, values: list[Any], scope: Scope, axis: int) -> tu
     if scope.program.visit is None:
         return [y], {}
     key = (tuple(scope.name(v) for v in eqn.invars[1:]), axis)
-    return scope.visit(scope.use(weight, at, "gather", stored, key), at, lookup.row_indices(eqn, values, axis), y, None)
+    use = scope.use(weight, at, "gather", stored, key, eqn.primitive.name)
+    return scope.visit(use, at, lookup.row_indices(eqn, values, axis), y, None)

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import jax
 
 from qjax.errors import UserError
+from qjax.lifting.picked import Picked, is_picked
 from qjax.tensor import dequantize, is_qtensor
 
-# Where one present axis came from: (-2,) is the stored axis -2; (-2, 0) and (-2, 1) the halves of a split one.
+# Where one present axis came from: (-2,) is the stored axis -2; (-2, 0) and (-2, 1) the halves of a split one; (0,) is
+# the first axis of an index.
 Label = tuple[int, ...]
 Axes = tuple[tuple[Label, ...], ...]
 
@@ -37,9 +39,14 @@ class Use:
       scanned: the leaf's own axes that those scans step over; () for a weight that every step shares.
       levels: for each of these, which of `stacked` steps over it.
       nth: how many dots and gathers of the same leaf come before this one.
-      batch: how many axes the dot shares between weight and activation (batch axes of the dot_general); they come first
-        in the activation that a visitor sees.
+      batch: how many axes the dot shares between weight and activation (batch axes of the dot_general, but those of
+        an index); they come first in the activation that a visitor sees.
       note: why a packed leaf could not stay packed here; "" if it did, or if the leaf is dense.
+      primitive: what uses it, "dot_general" or another of JAX's primitives.
+      shared: the leaf's own axes that `batch` counts.
+      picked: those of a stack that are taken by an index known at run time (experts): a statistic is stacked on these
+        axes, behind those of scans and before those of `batch`.
+      at: entries of a stack that the program names: ((-3, 2),) in x @ w[2].
     """
 
     path: str
@@ -54,6 +61,10 @@ class Use:
     nth: int = 0
     note: str = ""
     batch: int = 0
+    primitive: str = ""
+    shared: tuple[int, ...] = ()
+    picked: tuple[int, ...] = ()
+    at: tuple[tuple[int, int], ...] = ()
 
     @property
     def key(self) -> str:
@@ -63,7 +74,7 @@ class Use:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("value",),
+    data_fields=("value", "picks"),
     meta_fields=("path", "stored", "axes", "dtype", "scanned", "levels"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +89,7 @@ class Weight:
       dtype: the type that the plain function sees here.
       scanned: stored axes that a scan has taken off.
       levels: for each of these, how many scans lie around the one that did.
+      picks: entries of stored axes that were taken by index.
     """
 
     value: Any
@@ -87,6 +99,7 @@ class Weight:
     dtype: Any
     scanned: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
+    picks: tuple[Picked, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,9 +134,10 @@ def as_weight(path: str, leaf: Any) -> Weight:
 
 def whole_axes(weight: Weight, present: tuple[int, ...]) -> tuple[int, ...] | None:
     """The stored axes that some present axes make up, in order, or None if they hold only a part of them."""
-    axes = tuple(sorted({label[0] for a in present for label in weight.axes[a]}))
+    own = [a for a in present if not is_picked(weight.axes[a])]
+    axes = tuple(sorted({label[0] for a in own for label in weight.axes[a]}))
     full = math.prod(weight.stored[a] for a in axes)
-    return axes if axes and full == math.prod(weight.shape[a] for a in present) else None
+    return axes if axes and full == math.prod(weight.shape[a] for a in own) else None
 
 
 def refuse(weight: Weight, primitive: str, reason: str) -> UserError:

@@ -31,7 +31,7 @@ from qjax.plan.named import as_plan
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.rounding.nearest import Nearest
-from qjax.stats import Stats, missing
+from qjax.stats import Stats, axes_seen, missing
 from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
 
 
@@ -43,6 +43,8 @@ def quantize_params(
     *,
     recipe: str | Recipe | Chain = "rtn",
     axes: Mapping[str, int] | None = None,
+    apply: Callable[..., Any] | None = None,
+    inputs: tuple[Any, ...] = (),
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[Any, Report]:
     """Quantize the weights of a params tree as a plan says.
@@ -56,7 +58,9 @@ def quantize_params(
         (mean squared activation). With a recipe that needs none, weights that it does not name are rounded without.
       key: for formats that draw random numbers; today's need none.
       recipe: how to round where the plan's rule does not say; a name or a Recipe.
-      axes: {path: contracted axis, -1 or -2}, as `contracted_axes` finds them for any function.
+      axes: {path: contracted axis, -1 or -2}, as `contracted_axes` finds them for any function. Without it the axes
+        are those that `apply` shows, then those of the statistics, then what the leaves' names say.
+      apply, inputs: the function of (params, *inputs) that the weights are for, and examples or shapes of its inputs.
       progress: called as (leaf, bytes of the tree done, of all) after each leaf.
 
     Returns: the same tree with QTensors in place of the quantized weights, and a Report of every leaf.
@@ -69,15 +73,17 @@ def quantize_params(
     del key
     if hasattr(params, "params") and hasattr(params, "config"):
         raise UserError("quantize_params takes a tree of weights: give model.params, or the Model to quantize_model")
-    plan, recipe, axes = as_plan(plan), get_recipe(recipe), axes or {}
+    plan, recipe, stats = as_plan(plan), get_recipe(recipe), stats or {}
+    seen = {} if apply is None else contracted_axes(apply, params, *inputs, plan=plan)
+    unsaid = {path: s for path, s in stats.items() if path not in (axes or {}) and not plan.keeps(path)}
+    along: dict[str, Any] = axes_seen(unsaid) | seen | dict(axes or {})
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    weights = [named_weight(name, leaf, axes) for name, (_, leaf) in zip(names, leaves, strict=True)]
-    for path, axis in axes.items():
+    weights = [named_weight(name, leaf, along) for name, (_, leaf) in zip(names, leaves, strict=True)]
+    for path, axis in along.items():
         if axis not in (-1, -2):
             raise UserError(f"axes: {path!r} has {axis!r}; say -1 for rows (out, in), -2 for a flax kernel (in, out)")
-    stats = {} if stats is None else stats
-    for what, named in (("stats", stats), ("axes", axes)):
+    for what, named in (("stats", stats), ("axes", along)):
         for path in named:
             if path not in {w.path for w in weights}:
                 raise UserError(f"{what}: no weight is called {path!r}; they are called like {weights[0].path!r}")
@@ -98,7 +104,7 @@ def quantize_params(
         )
         for (_, leaf), assignment in zip(leaves, assigned, strict=True):
             path = assignment.weight.path
-            axis = axes.get(path, contracted_axis(path, leaf.ndim))
+            axis = along.get(path, contracted_axis(path, leaf.ndim))
             q, line = _quantize_leaf(pool, leaf, axis, assignment, assignment.recipe or recipe, stats.get(path))
             out.append(q)
             lines.append(line)
@@ -176,6 +182,8 @@ def _quantize_leaf(
     if _name(w.path) == "embedding":
         note = LOOKED_UP if recipe.reparams else ""
         recipe = of_embedding(recipe)
+    if isinstance(stats, Stats):
+        stats = stats.along(axis, str(w))
     if not _is_plain(recipe):
         seen = stats if isinstance(stats, Stats) else Stats(h=stats)
         check_stats(seen, str(w))

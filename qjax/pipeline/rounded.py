@@ -117,8 +117,8 @@ def _stacked(
     own = {"H": 2, "cross": 2, "samples": 2, "h": 1, "absmean": 1, "absmax": 1, "count": 0}
 
     def pick(a: Array | None, own: int, at: tuple[int, ...]) -> Array | None:
-        """The part of a statistic for one matrix; a statistic without the stack's axes is for all."""
-        return a if a is None or a.ndim == own else a[at]
+        """The part of a statistic for one matrix; a statistic without the stack's last axes is for all."""
+        return a if a is None or a.ndim == own else a[at[: a.ndim - own]]
 
     made = []
     for at in np.ndindex(*lead):
