@@ -83,7 +83,7 @@ def _decoded(eqn: Any, at: int, values: Sequence[Any], scope: Scope, reason: str
     hidden = has_body(eqn)
     reason = reason or ("has a body that is not looked into" if hidden else "needs its values")
     return [
-        scope.decode(v, (at, k), eqn.primitive.name, reason, hidden) if isinstance(v, Weight) else v
+        scope.decode(v, (at, k), eqn.primitive.name, reason, hidden, scope.users(eqn)) if isinstance(v, Weight) else v
         for k, v in enumerate(values)
     ]
 

@@ -84,6 +84,7 @@ class Scope:
     feed: dict[str, Any] = dataclasses.field(default_factory=dict)
     alias: dict[Any, tuple[Scope, Any]] = dataclasses.field(default_factory=dict)
     definitions: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    readers: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
 
     def enter(self, jaxpr: Any, *at: int, **changes: Any) -> Scope:
         """The scope of a body whose activations are new ones: another at each step, or in each branch."""
@@ -162,7 +163,23 @@ class Scope:
         )  # fmt: skip
         self.program.uses.setdefault((*self.place, *at), use)
 
-    def decode(self, weight: Weight, at: Place, primitive: str, reason: str, hidden: bool = False) -> Any:
+    def users(self, eqn: Any) -> str:
+        """The primitive that an equation's result goes into, where the equation only repeats or converts it."""
+        if not self.readers:
+            for reader in self.jaxpr.eqns:
+                for v in reader.invars:
+                    if not isinstance(v, jax_names.Literal):
+                        self.readers.setdefault(v, []).append(reader)
+        while eqn.primitive.name in ("broadcast_in_dim", "convert_element_type", "reshape"):
+            readers = self.readers.get(eqn.outvars[0], [])
+            if len(readers) != 1:
+                break
+            eqn = readers[0]
+        return eqn.primitive.name
+
+    def decode(
+        self, weight: Weight, at: Place, primitive: str, reason: str, hidden: bool = False, user: str = ""
+    ) -> Any:
         """Give up a weight to an operation that needs its values: a plain array, after raising or warning if asked to.
 
         Args:
@@ -170,9 +187,10 @@ class Scope:
           at: the equation's number and the operand's.
           primitive, reason: why, as in "reduce_sum needs its values".
           hidden: the operation may multiply with it where nobody sees, so that dense weights count as well.
+          user: the primitive that the ledger names, where `primitive` only repeats or converts the weight.
         """
         note = f"{primitive} {reason}" if weight.packed or hidden else ""
-        self.other(weight, at, primitive, note)
+        self.other(weight, at, user or primitive, note)
         if note and self.program.on_dense != "note":
             error = refuse(weight, primitive, reason)
             if self.program.on_dense == "raise":

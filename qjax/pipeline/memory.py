@@ -22,7 +22,7 @@ from qjax.calibrate import check_stats
 from qjax.chain import Chain
 from qjax.errors import UserError
 from qjax.formats import BlockFormat
-from qjax.lifting import report
+from qjax.lifting import report, roles
 from qjax.pipeline.encode import check_finite, compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, relative_error, round_leaf
@@ -110,7 +110,18 @@ def quantize_params(
             lines.append(line)
             done += leaf.nbytes
             progress(path, done, total)
-    return jax.tree_util.tree_unflatten(tree, out), Report(tuple(lines), (plan.note,) if plan.note else ())
+    notes = [plan.note] if plan.note else []
+    notes += [] if apply is None else _not_matrices(apply, params, inputs, {x.name for x in lines if x.kept is None})
+    return jax.tree_util.tree_unflatten(tree, out), Report(tuple(lines), tuple(notes))
+
+
+def _not_matrices(apply: Callable[..., Any], params: Any, inputs: tuple[Any, ...], rounded: set[str]) -> list[str]:
+    """A line for each rounded leaf that the function neither contracts nor looks up."""
+    return [
+        f"{r.path}: was rounded, and is no matrix to the function: {r.role} ({', '.join(r.primitives) or 'not read'})"
+        for r in roles(apply, params, *inputs).rows
+        if r.path in rounded and not set(r.role.split(", ")) <= {"matrix", "table", "kernel"}
+    ]
 
 
 def contracted_axis(path: str, ndim: int) -> int:
