@@ -26,7 +26,11 @@ from qjax.typing import Array, Float, Shaped
 FLOAT32 = np.dtype(np.float32)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "applied"), meta_fields=("format", "axis", "dtype"))
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("leaves", "applied"),
+    meta_fields=("format", "axis", "dtype", "split"),
+)
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """A quantized array.
@@ -39,6 +43,8 @@ class QTensor:
       applied: reparametrizations that the codes lie behind, in the order in which they were made; of matrices only,
         with the matrices' leading axes first in each of their leaves.
       dtype: the type of the weights that were packed: `lift` gives it to the program in place of the array.
+      split: lengths of the adjacent axes that the quantized one merges, as (heads, head_dim) of an attention's output;
+        `axis` is the last of them. () where it is one axis.
 
     The logical shape is derived from the leaves: a QTensor may be stacked, sliced by scan, sharded, saved by orbax and
     mapped by optax like any array.
@@ -49,12 +55,18 @@ class QTensor:
     axis: int = -1
     applied: Any = ()  # tuple[Applied, ...]
     dtype: Any = FLOAT32
+    split: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, n = self.format.shape(self.leaves)
         at = len(lead) + 1 + self.axis
-        return (*lead[:at], n, *lead[at:])
+        return (*lead[:at], *(self.split or (n,)), *lead[at:])
+
+    @property
+    def merged(self) -> QTensor:
+        """The same codes with the quantized axis as one."""
+        return dataclasses.replace(self, split=())
 
     @property
     def ndim(self) -> int:
@@ -104,7 +116,7 @@ def is_qtensor(x: Any) -> bool:
 def quantize(
     w: Float[Array, "*w"] | np.ndarray,
     format: str | Format,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     weight: Float[Array, "*w"] | Float[Array, "n"] | np.ndarray | None = None,
 ) -> QTensor:
     """Round `w` onto a format's grid.
@@ -112,7 +124,8 @@ def quantize(
     Args:
       w: floats of any shape; its length along `axis` must be a multiple of the format's block.
       format: a name (`qjax.format_names()`) or a Format.
-      axis: the contracted axis, along which blocks run: -1 for rows (out, in), 0 for flax kernels (in, out).
+      axis: the contracted axis, along which blocks run: -1 for rows (out, in), 0 for flax kernels (in, out). Adjacent
+        axes, (0, 1) for (heads, head_dim, out), are merged into one.
       weight: importance of each weight in the squared error, of w's shape, or one number per position of `axis`.
 
     Returns: a QTensor of w's logical shape that remembers w's type.
@@ -126,6 +139,11 @@ def quantize(
     >>> q.shape, q.bits_per_weight
     ((2, 32), 8.5)
     """
+    if isinstance(axis, tuple):
+        w = jnp.asarray(w)
+        whole, last, split = merged(w.shape, axis)
+        weight = weight.reshape(whole) if weight is not None and weight.shape == w.shape else weight
+        return dataclasses.replace(quantize(w.reshape(whole), format, last, weight), split=split)
     fmt = get_format(format)
     w = _one_array(w, fmt, axis)
     if w.ndim == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
@@ -149,6 +167,30 @@ def quantize(
             "take a format with float32 scales, such as int4_g128_f32 or NF4"
         )
     return QTensor(leaves, fmt, axis, dtype=dtype)
+
+
+def merged(shape: tuple[int, ...], axes: int | tuple[int, ...]) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """A shape with some of its axes as one.
+
+    Args:
+      axes: adjacent ones in order; or one, which stays.
+
+    Returns: the shape, the axis counted from the end, and the lengths that it merges ((), if it is one).
+
+    Raises:
+      UserError: the axes are not adjacent, in order, or not there.
+
+    >>> merged((2, 4, 3), (0, 1))
+    ((8, 3), -2, (2, 4))
+    """
+    if not isinstance(axes, tuple):
+        return shape, axes, ()
+    there = [a % len(shape) for a in axes if -len(shape) <= a < len(shape)]
+    if len(there) != len(axes) or not axes or there != list(range(there[0], there[0] + len(there))):
+        raise UserError(f"axes {axes} of shape {tuple(shape)} cannot be merged into one: say adjacent ones in order")
+    split = tuple(shape[a] for a in there)
+    whole = (*shape[: there[0]], math.prod(split), *shape[there[-1] + 1 :])
+    return whole, there[-1] - len(shape), split if len(split) > 1 else ()
 
 
 def _one_array(w: Any, fmt: Format, axis: Any) -> Array:
@@ -213,7 +255,7 @@ def dequantize(q: QTensor) -> Float[Array, "*w"]:
         for _ in range(w.ndim - 2):  # a stack of matrices
             back = jax.vmap(back)
         w = back(q.applied, w)
-    return jnp.moveaxis(w, -1, q.axis)
+    return jnp.moveaxis(w, -1, q.axis).reshape(q.shape)
 
 
 def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
@@ -233,6 +275,7 @@ def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
         raise UserError(f"dot takes an array and a QTensor, got {type(x).__name__} and {type(q).__name__}; {hint}")
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
         x = x.astype(jnp.float32)  # not the weights to integers
+    q = q.merged
     n = q.shape[q.axis]
     if x.ndim == 0 or x.shape[-1] != n:
         fits = x.ndim > 0 and x.shape[-1] in q.shape

@@ -196,7 +196,7 @@ def _merge(carry: Sequence[Any], fixed: set[int], moving: Sequence[Any]) -> list
 
 def _steps(value: Any, eqn: Any, at: Place, scope: Scope) -> Any:
     """A scanned operand; a weight stays packed if its blocks do not run along the axis that is stepped over."""
-    if isinstance(value, Weight) and value.packed and packed.quantized_axis(value.value) == 0:
+    if isinstance(value, Weight) and value.packed and 0 in packed.quantized_axes(value.value):
         return _plain([value], eqn, at, scope, "steps along the quantized axis")[0]
     return value
 

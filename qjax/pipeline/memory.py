@@ -32,7 +32,7 @@ from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.rounding.nearest import Nearest
 from qjax.stats import Stats, axes_seen, missing
-from qjax.tensor import QTensor, dequantize, is_qtensor, quantize
+from qjax.tensor import QTensor, dequantize, is_qtensor, merged, quantize
 
 
 def quantize_params(
@@ -42,7 +42,7 @@ def quantize_params(
     key: Array | None = None,
     *,
     recipe: str | Recipe | Chain = "rtn",
-    axes: Mapping[str, int] | None = None,
+    axes: Mapping[str, Any] | None = None,
     apply: Callable[..., Any] | None = None,
     inputs: tuple[Any, ...] = (),
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -81,8 +81,11 @@ def quantize_params(
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     weights = [named_weight(name, leaf, along) for name, (_, leaf) in zip(names, leaves, strict=True)]
     for path, axis in along.items():
-        if axis not in (-1, -2):
-            raise UserError(f"axes: {path!r} has {axis!r}; say -1 for rows (out, in), -2 for a flax kernel (in, out)")
+        if not all(isinstance(a, int) and a < 0 for a in (axis if isinstance(axis, tuple) else (axis,))):
+            raise UserError(
+                f"axes: {path!r} has {axis!r}; say -1 for rows (out, in), -2 for a flax kernel (in, out), or adjacent "
+                "axes to merge, (-3, -2)"
+            )
     for what, named in (("stats", stats), ("axes", along)):
         for path in named:
             if path not in {w.path for w in weights}:
@@ -105,7 +108,13 @@ def quantize_params(
         for (_, leaf), assignment in zip(leaves, assigned, strict=True):
             path = assignment.weight.path
             axis = along.get(path, contracted_axis(path, leaf.ndim))
-            q, line = _quantize_leaf(pool, leaf, axis, assignment, assignment.recipe or recipe, stats.get(path))
+            seen_by = stats.get(path)
+            if assignment.format is not None and isinstance(seen_by, Stats):
+                seen_by = seen_by.along(axis, path)
+            whole, axis, split = merged(leaf.shape, axis)
+            one = leaf.reshape(whole) if split and not is_qtensor(leaf) else leaf
+            q, line = _quantize_leaf(pool, one, axis, assignment, assignment.recipe or recipe, seen_by)
+            q = leaf if q is one else dataclasses.replace(q, split=split) if is_qtensor(q) else q
             out.append(q)
             lines.append(line)
             done += leaf.nbytes
@@ -140,27 +149,30 @@ def _holds_floats(leaf: Any) -> bool:
 
 def contracted_axes(
     apply_fn: Callable[..., Any], params: Any, *args: Any, plan: str | Plan | None = None
-) -> dict[str, int]:
-    """{path: axis} of every weight that a function contracts or looks up, for `quantize_params`.
+) -> dict[str, Any]:
+    """{path: axis} of every weight that a function contracts or looks up, for `quantize_params`; adjacent axes
+    that are contracted together, as (heads, head_dim), are a tuple.
 
     Args:
       apply_fn: function of (params, *args), which is traced.
       plan: weights that it keeps may be contracted in any way, and are left out.
 
     Raises:
-      UserError: a weight that is contracted along two different axes, or along one that is not among its last two.
+      UserError: a weight that is contracted along two different axes, or along several that are not adjacent.
     """
     plan = None if plan is None else as_plan(plan)
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     for use in report(apply_fn, params, *args):
         if use.kind == "other" or use.axis is None or (plan is not None and plan.keeps(use.path)):
             continue
-        if len(use.axes) != 1 or use.axis < -2 or found.get(use.path, use.axis) != use.axis:
+        axis = use.axis if len(use.axes) == 1 else use.axes
+        apart = use.axes != tuple(range(use.axes[0], use.axes[-1] + 1))
+        if apart or found.get(use.path, axis) != axis:
             raise UserError(
-                f"{use.path}: contracted along {use.axes}, earlier {found.get(use.path)}; keep it in the plan, and "
-                "let contracted_axes know by plan=..."
+                f"{use.path}: contracted along {use.axes} by {use.primitive}, earlier {found.get(use.path)}; blocks "
+                "run along one axis or adjacent ones: keep it in the plan, and let contracted_axes know by plan=..."
             )
-        found[use.path] = use.axis
+        found[use.path] = axis
     return found
 
 
@@ -169,11 +181,13 @@ def _is_plain(recipe: Recipe) -> bool:
     return not recipe.reparams and len(recipe.roundings) == 1 and isinstance(recipe.roundings[0], Nearest)
 
 
-def named_weight(path: str, leaf: Any, axes: Mapping[str, int]) -> Weight:
+def named_weight(path: str, leaf: Any, axes: Mapping[str, Any]) -> Weight:
     """A leaf as a plan sees it: its contracted axis last; `axes` says which where the name does not."""
     shape = list(leaf.shape)
     if shape:
-        shape.append(shape.pop(axes.get(path, contracted_axis(path, len(shape)))))
+        whole, axis, _ = merged(leaf.shape, axes.get(path, contracted_axis(path, len(shape))))
+        shape = list(whole)
+        shape.append(shape.pop(axis))
     return Weight(path, tuple(shape))
 
 
@@ -193,8 +207,6 @@ def _quantize_leaf(
     if _name(w.path) == "embedding":
         note = LOOKED_UP if recipe.reparams else ""
         recipe = of_embedding(recipe)
-    if isinstance(stats, Stats):
-        stats = stats.along(axis, str(w))
     if not _is_plain(recipe):
         seen = stats if isinstance(stats, Stats) else Stats(h=stats)
         check_stats(seen, str(w))

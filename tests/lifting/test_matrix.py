@@ -700,10 +700,48 @@ def merged_outputs_with_new_axes():
 
 
 @trial
-def reshape_of_quantized_axis():
-    params, x = {"w": kernel(0, 64, 32)}, normal(1, 5, 2, 32)
-    fn = lambda p, x: jnp.einsum("thd,hdo->to", x, p["w"].reshape(2, 32, 32))  # noqa: E731
+def split_of_quantized_axis():
+    """Blocks of 32 over heads of 16: contracted together, the halves are one axis again."""
+    params, x = {"w": kernel(0, 64, 32)}, normal(1, 5, 4, 16)
+    return plain_and_packed(lambda p, x: jnp.einsum("thd,hdo->to", x, p["w"].reshape(4, 16, 32)), params, x)
+
+
+@trial
+def half_of_a_split_axis():
+    params, x = {"w": kernel(0, 64, 32)}, normal(1, 5, 16)
+    fn = lambda p, x: jnp.einsum("td,hdo->tho", x, p["w"].reshape(4, 16, 32))  # noqa: E731
+    return needs_values(fn, params, x, path="w", primitive="axes -3, -2 together")
+
+
+@trial
+def merge_of_quantized_axis():
+    params, x = {"w": kernel(0, 64, 32)}, normal(1, 64, 32)
+    fn = lambda p, x: x.reshape(-1) @ p["w"].reshape(-1)  # noqa: E731
     return needs_values(fn, params, x, path="w", primitive="reshape to")
+
+
+@trial
+def linen_attention_merged():
+    """Heads of 16 under blocks of 32: the output's blocks run along (heads, head_dim) as one."""
+    model = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=64)
+    x = normal(1, 2, 7, 64)
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = {"query": 0, "key": 0, "value": 0, "out": (0, 1)}
+    params = {k: {"kernel": pack(params[k]["kernel"], axis), "bias": params[k]["bias"]} for k, axis in axes.items()}
+    assert params["out"]["kernel"].shape == (4, 16, 64)
+    return plain_and_packed(lambda p, x: model.apply({"params": p}, x), params, x)
+
+
+@trial
+def merged_axes_scanned_sliced_and_moved():
+    """A stack [layer, out, heads, head_dim] under a scan and by number, its axes in another order."""
+    params = {"w": pack(normal(0, 3, 64, 4, 16) / 8, (2, 3))}
+
+    def fn(p, x):
+        x = lax.scan(lambda x, w: (jnp.tanh(jnp.einsum("thd,ohd->to", x, w)).reshape(x.shape), None), x, p["w"])[0]
+        return jnp.einsum("thd,hdo->ot", x, p["w"][1].transpose(1, 2, 0)[..., :7])
+
+    return plain_and_packed(fn, params, normal(1, 5, 4, 16))
 
 
 @trial

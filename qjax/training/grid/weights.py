@@ -58,6 +58,10 @@ def quantizers_of(
         if one.format is not None:
             path = one.weight.path
             axis = axes.get(path, contracted_axis(path, leaves[path].ndim))
+            if isinstance(axis, tuple):
+                raise UserError(
+                    f"{path}: is contracted along {axis} together, which no training knows; keep it in the plan"
+                )
             quantizers[path] = Quantizer(one.format, axis, scales, estimator, rule)
     if not quantizers:
         raise UserError(f"plan {plan.name!r} keeps every weight: there is nothing to train through")
