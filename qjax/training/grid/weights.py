@@ -36,7 +36,7 @@ def quantizers_of(
     scales: ScaleKind = "refit",
     estimator: Estimator | None = None,
     rule: ScaleRule = OWN,
-    axes: Mapping[str, int] | None = None,
+    axes: Mapping[str, Any] | None = None,
 ) -> dict[str, Quantizer]:
     """How a plan's weights are quantized while they train.
 
