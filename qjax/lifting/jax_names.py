@@ -21,6 +21,7 @@ from jax.extend.core import Literal, Var, jaxprs_in_params
 
 __all__ = [
     "BODIES",
+    "JOINS",
     "LEAFWISE",
     "Literal",
     "Var",
@@ -47,6 +48,9 @@ BODIES = {
     "while": "body_jaxpr",
     "cond": "branches",
 }
+
+# Primitives that put arrays behind one another; older versions stack by broadcast_in_dim and concatenate.
+JOINS = {"concatenate", "stack"}
 
 # Primitives that act on each array by itself and leave its values alone.
 LEAFWISE = {"copy", "copy_p", "name", "optimization_barrier", "pvary", "stop_gradient"}

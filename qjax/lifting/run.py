@@ -12,6 +12,7 @@ import numpy as np
 
 from qjax.lifting import jax_names
 from qjax.lifting.interpret import interpret
+from qjax.lifting.joined import is_followed
 from qjax.lifting.scope import Interpretation, Scope, Stats
 from qjax.lifting.weight import Weight, as_weight
 from qjax.tensor import is_qtensor
@@ -78,7 +79,7 @@ def run(traced: Traced, program: Interpretation, tag: Tag, feed: Mapping[str, An
     scope = Scope(program, traced.jaxpr, feed=dict(feed or {}))
     outs, stats = interpret(args, scope)
     outs = [
-        scope.decode(v, (len(traced.jaxpr.eqns), k), "the function", "returns it") if isinstance(v, Weight) else v
+        scope.decode(v, (len(traced.jaxpr.eqns), k), "the function", "returns it") if is_followed(v) else v
         for k, v in enumerate(outs)
     ]
     return jax.tree.unflatten(traced.out_tree, outs), stats

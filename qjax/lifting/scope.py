@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from qjax.lifting import jax_names
 from qjax.lifting.contract import Contraction
+from qjax.lifting.joined import Joined
 from qjax.lifting.picked import is_picked, of_stack
 from qjax.lifting.weight import Use, Weight, refuse, whole_axes
 
@@ -116,7 +117,7 @@ class Scope:
     def use(
         self,
         weight: Weight,
-        at: int,
+        at: Place,
         kind: Literal["dot", "gather"],
         axes: tuple[int, ...],
         key: Hashable,
@@ -131,13 +132,13 @@ class Scope:
           primitive: the equation's.
           batch: the weight's present axes that the dot shares with the activation.
         """
-        uses, place = self.program.uses, (*self.place, at)
+        uses, place = self.program.uses, (*self.place, *at)
         if place not in uses:
             picks = of_stack(weight.picks, axes)
             picked = tuple(p.axis for p in picks if p.at is None)
             key = (kind, key, place) if picked else (kind, key)
             source = self.program.sources.setdefault(key, len(self.program.sources))
-            nth = sum(u.path == weight.path and u.kind != "other" for u in uses.values())
+            nth = sum(u.path == weight.path and u.kind in ("dot", "gather") for u in uses.values())
             shared = [a for a in batch if not is_picked(weight.axes[a])]
             uses[place] = Use(
                 weight.path, kind, axes[-1], source, weight.stored, self.stacked, axes, weight.scanned, weight.levels,
@@ -148,17 +149,19 @@ class Scope:
         return uses[place]
 
     def visit(
-        self, use: Use, at: int, x: Any, y: Any, c: Contraction | None, entries: tuple[Any, ...] | None = ()
+        self, use: Use, at: Place, x: Any, y: Any, c: Contraction | None, entries: tuple[Any, ...] | None = ()
     ) -> tuple[list[Any], Stats]:
         """Show a use to the visitor."""
         assert self.program.visit is not None
-        y, stats = self.program.visit(Site(use, (*self.place, at), x, y, c, self.feed, self.inside, entries))
+        y, stats = self.program.visit(Site(use, (*self.place, *at), x, y, c, self.feed, self.inside, entries))
         return [y], stats
 
-    def other(self, weight: Weight, at: Place, primitive: str, note: str = "") -> None:
+    def other(
+        self, weight: Weight, at: Place, primitive: str, note: str = "", kind: Literal["other", "conv"] = "other"
+    ) -> None:
         """Enter a use that is neither dot nor gather into the ledger."""
         use = Use(
-            weight.path, "other", None, -1, weight.stored, self.stacked, (), weight.scanned, weight.levels, note=note,
+            weight.path, kind, None, -1, weight.stored, self.stacked, (), weight.scanned, weight.levels, note=note,
             primitive=primitive,
         )  # fmt: skip
         self.program.uses.setdefault((*self.place, *at), use)
@@ -178,17 +181,23 @@ class Scope:
         return eqn.primitive.name
 
     def decode(
-        self, weight: Weight, at: Place, primitive: str, reason: str, hidden: bool = False, user: str = ""
+        self, weight: Weight | Joined, at: Place, primitive: str, reason: str, hidden: bool = False, user: str = ""
     ) -> Any:
         """Give up a weight to an operation that needs its values: a plain array, after raising or warning if asked to.
 
         Args:
-          weight: the weight.
+          weight: the weight, or several joined: each is given up.
           at: the equation's number and the operand's.
           primitive, reason: why, as in "reduce_sum needs its values".
           hidden: the operation may multiply with it where nobody sees, so that dense weights count as well.
           user: the primitive that the ledger names, where `primitive` only repeats or converts the weight.
         """
+        if isinstance(weight, Joined):
+            parts = [
+                self.decode(part, (*at, k), primitive, reason, hidden, user) if isinstance(part, Weight) else part
+                for k, part in enumerate(weight.parts)
+            ]
+            return weight.array(parts)
         note = f"{primitive} {reason}" if weight.packed or hidden else ""
         self.other(weight, at, user or primitive, note)
         if note and self.program.on_dense != "note":

@@ -29,10 +29,12 @@ class Use:
 
     Attributes:
       path: the leaf's name, e.g. "layers_0/attn/q/kernel".
-      kind: "dot" (contracted with an activation), "gather" (rows looked up), or "other".
+      kind: "dot" (contracted with an activation), "gather" (rows looked up), "conv" (a convolution's kernel), or
+        "other".
       axis: the stored axis that is contracted, or that holds a looked-up row's features, counted from the end. With
-        several contracted axes the last of them; None where kind is "other".
-      source: equal for two uses that read the same activation in the same arrangement; -1 where kind is "other".
+        several contracted axes the last of them; None where kind is "conv" or "other".
+      source: equal for two uses that read the same activation in the same arrangement; -1 where kind is "conv" or
+        "other".
       shape: the leaf's shape as stored.
       stacked: lengths of the scans around the use, outermost first: statistics and taps have these leading axes.
       axes: all contracted axes, in the order in which they are merged.
@@ -50,7 +52,7 @@ class Use:
     """
 
     path: str
-    kind: Literal["dot", "gather", "other"]
+    kind: Literal["dot", "gather", "conv", "other"]
     axis: int | None
     source: int
     shape: tuple[int, ...]

@@ -163,7 +163,7 @@ def contracted_axes(
     plan = None if plan is None else as_plan(plan)
     found: dict[str, Any] = {}
     for use in report(apply_fn, params, *args):
-        if use.kind == "other" or use.axis is None or (plan is not None and plan.keeps(use.path)):
+        if use.axis is None or (plan is not None and plan.keeps(use.path)):
             continue
         axis = use.axis if len(use.axes) == 1 else use.axes
         apart = use.axes != tuple(range(use.axes[0], use.axes[-1] + 1))

@@ -100,7 +100,7 @@ def test_axes_are_those_of_the_stored_leaf():
         ("fused", "dot", -2, (-2,)),
         ("fused#1", "dot", -2, (-2,)),
         ("split", "dot", -2, (-2,)),
-        ("conv", "other", None, ()),
+        ("conv", "conv", None, ()),
         ("part", "other", None, ()),  # half of the contracted axis: no statistic of the whole
     ]
     assert uses[2].source == uses[3].source == uses[4].source == uses[0].source != uses[1].source
