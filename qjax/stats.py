@@ -9,7 +9,8 @@ absmax follow permutations and channel scales only: a rotation mixes channels, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from qjax.errors import UserError
 from qjax.tables import html_table
 from qjax.typing import Array, Float, Int
 
+Axis = int | tuple[int, ...]
 KINDS = ("H", "h", "absmean", "absmax", "cross", "samples")
 
 
@@ -44,6 +46,9 @@ class Stats:
       cross: E[(x_float - x) x^T], f32[n, n]: what the quantized predecessors changed about the input x.
       samples: f32[k, n], rows of x.
       count: tokens seen, f32[].
+      axis: the stored axis of the weight, counted from the end, that the input was contracted with, or the axes that
+        are merged into one; None where nobody said.
+      also: other axes along which the same weight was contracted; nothing here is of those inputs.
     """
 
     H: Float[Array, "*b n n"] | None = None
@@ -53,6 +58,8 @@ class Stats:
     cross: Float[Array, "*b n n"] | None = None
     samples: Float[Array, "*b k n"] | None = None
     count: Float[Array, "*b"] | None = None
+    axis: Any = dataclasses.field(default=None, metadata={"static": True})  # Axis | None
+    also: Any = dataclasses.field(default=(), metadata={"static": True})  # tuple[Axis, ...]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -95,9 +102,9 @@ class Stats:
         def matrix(a: Array | None) -> Array | None:
             return None if a is None else jnp.take(jnp.take(a, order, axis=-1), order, axis=-2)
 
-        return Stats(
-            matrix(self.H), vector(self.h), vector(self.absmean), vector(self.absmax), matrix(self.cross),
-            vector(self.samples), self.count,
+        return dataclasses.replace(
+            self, H=matrix(self.H), h=vector(self.h), absmean=vector(self.absmean), absmax=vector(self.absmax),
+            cross=matrix(self.cross), samples=vector(self.samples),
         )  # fmt: skip
 
     def scale(self, d: Float[Array, "n"]) -> Stats:
@@ -108,9 +115,9 @@ class Stats:
             return None if a is None else a * by.reshape((1,) * (a.ndim - by.ndim) + by.shape)
 
         both = d[:, None] * d[None, :]
-        return Stats(
-            times(self.H, both), times(self.h, d * d), times(self.absmean, size), times(self.absmax, size),
-            times(self.cross, both), times(self.samples, d), self.count,
+        return dataclasses.replace(
+            self, H=times(self.H, both), h=times(self.h, d * d), absmean=times(self.absmean, size),
+            absmax=times(self.absmax, size), cross=times(self.cross, both), samples=times(self.samples, d),
         )  # fmt: skip
 
     def linear(self, B: Float[Array, "m n"] | Callable[[Array], Array]) -> Stats:
@@ -136,8 +143,45 @@ class Stats:
         H = both(self.H)
         h = None if self.h is None or H is None else jnp.diagonal(H, axis1=-2, axis2=-1)
         samples = None if self.samples is None else of(self.samples)
-        return Stats(H, h, None, None, both(self.cross), samples, self.count)
+        return dataclasses.replace(self, H=H, h=h, absmean=None, absmax=None, cross=both(self.cross), samples=samples)
 
     def only(self, kinds: tuple[str, ...]) -> Stats:
         """Without the other kinds; count stays."""
-        return Stats(**{k: getattr(self, k) for k in kinds}, count=self.count)
+        return dataclasses.replace(self, **{k: None for k in KINDS if k not in kinds})
+
+    def along(self, axis: Axis, name: str) -> Stats:
+        """The same, for a weight whose blocks are to run along an axis.
+
+        Args:
+          axis: counted from the end.
+          name: the weight, for the message.
+
+        Raises:
+          UserError: they are of the inputs along another axis.
+        """
+        if self.axis is not None and self.axis != axis:
+            raise UserError(
+                f"{name}: its statistics are of what is contracted with axis {self.axis}, and it is to be rounded "
+                f"along axis {axis}; round it along {self.axis}, or keep it in the plan"
+            )
+        return self
+
+
+def axes_seen(stats: Mapping[str, Any]) -> dict[str, Axis]:
+    """{path: the axis along which the weight was contracted where its statistics were collected}.
+
+    Args:
+      stats: {path: Stats}; other values, and those of no known axis, are passed over.
+
+    Raises:
+      UserError: a weight that was contracted along several axes: which one its blocks are to follow must be said.
+    """
+    known = {path: s for path, s in stats.items() if isinstance(s, Stats) and s.axis is not None}
+    for path, s in known.items():
+        if s.also:
+            more = ", ".join(map(str, s.also))
+            raise UserError(
+                f"{path}: is contracted along axis {s.axis} and along {more}, and blocks follow one; its statistics "
+                f"are of axis {s.axis}: say axes={{{path!r}: {s.axis}}}, or keep it in the plan"
+            )
+    return {path: s.axis for path, s in known.items() if s.axis is not None}

@@ -24,8 +24,14 @@ from qjax.reparam.protocol import restore, through
 from qjax.tables import html_table, size
 from qjax.typing import Array, Float, Shaped
 
+FLOAT32 = np.dtype(np.float32)
 
-@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "applied"), meta_fields=("format", "axis"))
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("leaves", "applied"),
+    meta_fields=("format", "axis", "dtype", "split"),
+)
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """A quantized array.
@@ -37,6 +43,9 @@ class QTensor:
         when vmap or scan add and remove leading axes.
       applied: reparametrizations that the codes lie behind, in the order in which they were made; of matrices only,
         with the matrices' leading axes first in each of their leaves.
+      dtype: the type of the weights that were packed: `lift` gives it to the program in place of the array.
+      split: lengths of the adjacent axes that the quantized one merges, as (heads, head_dim) of an attention's output;
+        `axis` is the last of them. () where it is one axis.
 
     The logical shape is derived from the leaves: a QTensor may be stacked, sliced by scan, sharded, saved by orbax and
     mapped by optax like any array.
@@ -46,12 +55,19 @@ class QTensor:
     format: Format
     axis: int = -1
     applied: Any = ()  # tuple[Applied, ...]
+    dtype: Any = FLOAT32
+    split: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, n = self.format.shape(self.leaves)
         at = len(lead) + 1 + self.axis
-        return (*lead[:at], n, *lead[at:])
+        return (*lead[:at], *(self.split or (n,)), *lead[at:])
+
+    @property
+    def merged(self) -> QTensor:
+        """The same codes with the quantized axis as one."""
+        return dataclasses.replace(self, split=())
 
     @property
     def ndim(self) -> int:
@@ -60,10 +76,6 @@ class QTensor:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.dtype(jnp.float32)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -123,7 +135,7 @@ def is_qtensor(x: Any) -> bool:
 def quantize(
     w: Float[Array, "*w"] | np.ndarray,
     format: str | Format,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     weight: Float[Array, "*w"] | Float[Array, "n"] | np.ndarray | None = None,
 ) -> QTensor:
     """Round `w` onto a format's grid.
@@ -131,10 +143,11 @@ def quantize(
     Args:
       w: floats of any shape; its length along `axis` must be a multiple of the format's block.
       format: a name (`qjax.format_names()`) or a Format.
-      axis: the contracted axis, along which blocks run: -1 for rows (out, in), 0 for flax kernels (in, out).
+      axis: the contracted axis, along which blocks run: -1 for rows (out, in), 0 for flax kernels (in, out). Adjacent
+        axes, (0, 1) for (heads, head_dim, out), are merged into one.
       weight: importance of each weight in the squared error, of w's shape, or one number per position of `axis`.
 
-    Returns: a QTensor of w's logical shape.
+    Returns: a QTensor of w's logical shape that remembers w's type.
 
     Raises:
       UserError: unknown format, no weights, a length the block does not divide, a weight of another shape, or (outside
@@ -145,6 +158,11 @@ def quantize(
     >>> q.shape, q.bits_per_weight
     ((2, 32), 8.5)
     """
+    if isinstance(axis, tuple):
+        w = jnp.asarray(w)
+        whole, last, split = merged(w.shape, axis)
+        weight = weight.reshape(whole) if weight is not None and weight.shape == w.shape else weight
+        return dataclasses.replace(quantize(w.reshape(whole), format, last, weight), split=split)
     fmt = get_format(format)
     w = _one_array(w, fmt, axis)
     if w.ndim == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
@@ -158,6 +176,7 @@ def quantize(
     rows = w.shape[-2 if axis == -1 else -1] if w.ndim > 1 else 1
     if fmt.rows > 1 and rows % fmt.rows:
         raise UserError(f"{fmt.name} holds {fmt.rows} rows together, and got {rows} (shape {tuple(w.shape)})")
+    dtype = w.dtype
     w = jnp.moveaxis(w.astype(jnp.float32), axis, -1)
     _check_finite(w, "w")
     leaves, overflowed = _encode(w, importance_rows(weight, w, axis), fmt)
@@ -166,7 +185,31 @@ def quantize(
             f"w reaches {float(jnp.max(jnp.abs(w))):.3g}, too large for the scales of {fmt.name}; scale it down, or "
             "take a format with float32 scales, such as int4_g128_f32 or NF4"
         )
-    return QTensor(leaves, fmt, axis)
+    return QTensor(leaves, fmt, axis, dtype=dtype)
+
+
+def merged(shape: tuple[int, ...], axes: int | tuple[int, ...]) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """A shape with some of its axes as one.
+
+    Args:
+      axes: adjacent ones in order; or one, which stays.
+
+    Returns: the shape, the axis counted from the end, and the lengths that it merges ((), if it is one).
+
+    Raises:
+      UserError: the axes are not adjacent, in order, or not there.
+
+    >>> merged((2, 4, 3), (0, 1))
+    ((8, 3), -2, (2, 4))
+    """
+    if not isinstance(axes, tuple):
+        return shape, axes, ()
+    there = [a % len(shape) for a in axes if -len(shape) <= a < len(shape)]
+    if len(there) != len(axes) or not axes or there != list(range(there[0], there[0] + len(there))):
+        raise UserError(f"axes {axes} of shape {tuple(shape)} cannot be merged into one: say adjacent ones in order")
+    split = tuple(shape[a] for a in there)
+    whole = (*shape[: there[0]], math.prod(split), *shape[there[-1] + 1 :])
+    return whole, there[-1] - len(shape), split if len(split) > 1 else ()
 
 
 def _one_array(w: Any, fmt: Format, axis: Any) -> Array:
@@ -224,14 +267,14 @@ def _encode(w: Array, weight: Array | None, fmt: Format) -> tuple[Leaves, Array]
 
 @jax.jit
 def dequantize(q: QTensor) -> Float[Array, "*w"]:
-    """The values a QTensor stands for: f32 of its logical shape."""
+    """The values a QTensor stands for: f32 of its logical shape, whatever the type of the weights that were packed."""
     w = q.format.decode(*q.format.unpack(q.leaves))
     if q.applied:
         back = restore
         for _ in range(w.ndim - 2):  # a stack of matrices
             back = jax.vmap(back)
         w = back(q.applied, w)
-    return jnp.moveaxis(w, -1, q.axis)
+    return jnp.moveaxis(w, -1, q.axis).reshape(q.shape)
 
 
 def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
@@ -241,15 +284,17 @@ def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
       x: [*b, n]; integers and booleans count as float32.
       q: a QTensor whose quantized axis has length n; its other axes `*o` stay in order.
 
-    Returns: [*b, *o] in x's type, accumulated in float32. The weights are multiplied in x's type: bfloat16 operands for
-      bfloat16 x. For float32 x the products are as precise as `jax.default_matmul_precision` says: by default TF32 on a
-      GPU and bfloat16 on a TPU, in full under "highest", always in full on the CPU.
+    Returns: [*b, *o] in x's type, whatever type the packed weights had, accumulated in float32. The weights are
+      multiplied in x's type: bfloat16 operands for bfloat16 x. For float32 x the products are as precise as
+      `jax.default_matmul_precision` says: by default TF32 on a GPU and bfloat16 on a TPU, in full under "highest",
+      always in full on the CPU.
     """
     if not is_qtensor(q):
         hint = "the input comes first: dot(x, q)" if is_qtensor(x) else "quantize(w, format) makes one of an array"
         raise UserError(f"dot takes an array and a QTensor, got {type(x).__name__} and {type(q).__name__}; {hint}")
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
         x = x.astype(jnp.float32)  # not the weights to integers
+    q = q.merged
     n = q.shape[q.axis]
     if x.ndim == 0 or x.shape[-1] != n:
         fits = x.ndim > 0 and x.shape[-1] in q.shape

@@ -1,6 +1,7 @@
 """Statistics in files: our own .npz, and llama.cpp's importance matrices.
 
-.npz    `<path>|<kind>` arrays in float32, written whole or not at all; weights with one input share one entry
+.npz    `<path>|<kind>` arrays in float32, written whole or not at all; weights with one input share one entry; the
+        axes that they were contracted along as JSON
 imatrix h and count by GGUF tensor name (`qjax.io.imatrix`)
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from qjax.io.npz import read_arrays
 from qjax.models.weight_names import WeightName
 from qjax.stats import KINDS, Stats
 
-_SHARED = "shared"
+_SHARED, _AXES = "shared", "axes"
 
 
 def save_stats(path: str | Path, stats: Mapping[str, Stats]) -> None:
@@ -34,7 +36,9 @@ def save_stats(path: str | Path, stats: Mapping[str, Stats]) -> None:
             for kind in (*KINDS, "count"):
                 if getattr(s, kind) is not None:
                     arrays[f"{name}|{kind}"] = np.asarray(getattr(s, kind))
-    arrays[_SHARED] = np.frombuffer(json.dumps(shared).encode(), np.uint8)
+    axes = {name: [s.axis, list(s.also)] for name, s in stats.items() if shared[name] == name and s.axis is not None}
+    for name, said in ((_SHARED, shared), (_AXES, axes)):
+        arrays[name] = np.frombuffer(json.dumps(said).encode(), np.uint8)
     with atomic_file(path) as f:
         np.savez(f, **arrays)  # type: ignore[arg-type]
 
@@ -46,16 +50,26 @@ def load_stats(path: str | Path) -> dict[str, Stats]:
     arrays = read_arrays(path)
     try:
         shared = json.loads(arrays.pop(_SHARED).tobytes())
+        axes = json.loads(arrays.pop(_AXES).tobytes()) if _AXES in arrays else {}  # files before had none
         fields: dict[str, dict[str, jnp.ndarray]] = {name: {} for name in set(shared.values())}
         for key, array in arrays.items():
             name, kind = key.rsplit("|", 1)
             if kind not in (*KINDS, "count") or array.dtype.kind not in "fiu":
                 raise ValueError(f"{key} of {array.dtype}")
             fields[name][kind] = jnp.asarray(array)
-        made = {name: Stats(**f) for name, f in fields.items()}
+        made = {name: Stats(**f, **_axes(*axes.get(name, (None, ())))) for name, f in fields.items()}
         return {name: made[of] for name, of in shared.items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} holds no statistics that qjax wrote: {e}") from None
+
+
+def _axes(axis: Any, also: Any) -> dict[str, Any]:
+    """`axis` and `also` of Stats, from JSON's numbers and lists."""
+
+    def one(a: Any) -> Any:
+        return tuple(int(i) for i in a) if isinstance(a, list) else int(a)
+
+    return {} if axis is None else {"axis": one(axis), "also": tuple(map(one, also))}
 
 
 def imatrix_of(

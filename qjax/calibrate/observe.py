@@ -9,15 +9,18 @@ every step is a token more.
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibrate.moments import add, means, sums
+from qjax.calibrate.stacks import Entry, entry, own_axes, stacked
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.lifting import Use, report, watch
@@ -25,7 +28,6 @@ from qjax.stats import KINDS, Stats
 from qjax.typing import Array
 
 Progress = Callable[[int], None]
-Entry = tuple[int, tuple[int, ...]]
 
 
 def observe(
@@ -48,11 +50,12 @@ def observe(
       float_params: the float model's weights, for "cross".
       progress: called with the number of batches done.
 
-    Returns: {path: Stats}; weights with the same input have the same object. A weight used several times (a layer that
-      is called twice) has the sums of all its uses.
+    Returns: {path: Stats}; weights of one shape with the same input have the same object. A weight used several times
+      (a layer that is called twice) has the sums of all its uses along the axis of the first; `also` names other axes.
 
     Raises:
-      UserError: no batches, an unknown kind, NaN or Inf in an activation, a weight that nothing reached.
+      UserError: no batches, an unknown kind, NaN or Inf in an activation, a weight that nothing reached, a stack of
+        which only a part is used or nobody knows which.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -77,11 +80,6 @@ def _dots(apply_fn: Callable[..., Any], params: Any, *args: Any) -> tuple[Use, .
     return tuple(use for use in report(apply_fn, params, *args) if use.kind == "dot")
 
 
-def _entry(use: Use) -> Entry:
-    """What has one sum: an input, and those of the scans around it that step over the weight as well."""
-    return use.source, tuple(sorted(set(use.levels)))
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
 def _pass(
@@ -89,7 +87,7 @@ def _pass(
 ) -> dict[Entry, Stats]:
     """The sums of one batch."""
     uses = _dots(apply_fn, params, *args)
-    late = {use.source for use in uses if floats is not None or len(_entry(use)[1]) < len(use.stacked)}
+    late = {use.source for use in uses if floats is not None or len(entry(use)[1]) < len(use.stacked)}
 
     def collect(use: Use, x: Array) -> Any:
         """Sums where the input arises, so that a scan's inputs never lie side by side, wherever that will do."""
@@ -102,14 +100,14 @@ def _pass(
     made: dict[Entry, Stats] = {}
     for use in uses:
         x, was = here[use.source], there.get(use.source)
-        made[_entry(use)] = _summed(use, kinds, x, was) if use.source in late else x
+        made[entry(use)] = _summed(use, kinds, x, was) if use.source in late else x
     return made
 
 
 def _summed(use: Use, kinds: tuple[str, ...], x: Array, was: Array | None) -> Stats:
-    """The sums of inputs [*stacked, *batch, *tokens, n]; steps of a scan that share the weight are tokens."""
+    """The sums of inputs [*stacked, *picked, *batch, *tokens, n]; steps of a scan that share the weight are tokens."""
     steps = len(use.stacked)
-    lead = (*_entry(use)[1], *range(steps, steps + use.batch))
+    lead = (*entry(use)[1], *range(steps, steps + len(use.picked) + use.batch))
     order = (*lead, *(axis for axis in range(x.ndim) if axis not in lead))
     x, was = x.transpose(order), None if was is None else was.transpose(order)
     if was is None:
@@ -130,36 +128,35 @@ def _add(a: dict[Entry, Stats], b: dict[Entry, Stats]) -> dict[Entry, Stats]:
 
 
 def _by_path(uses: Sequence[Use], total: Mapping[Entry, Stats]) -> dict[str, Stats]:
-    parts: dict[str, dict[Entry, tuple[int, ...]]] = {}
+    parts: dict[str, dict[Any, Use]] = {}
     for use in uses:
-        parts.setdefault(use.path, {})[_entry(use)] = _stack_of(use)
-    made: dict[tuple[Any, ...], Stats] = {}
+        parts.setdefault(use.path, {}).setdefault((entry(use), use.at, use.axes), use)
+    found: dict[str, Stats] = {}
+    made: dict[Any, Stats] = {}
     for path, of in parts.items():
-        key = tuple(of.items())
+        axes = list(dict.fromkeys(use.axes for use in of.values()))
+        seen = [use for use in of.values() if use.axes == axes[0]]
+        key = tuple((entry(use), use.at, own_axes(use), use.shape) for use in seen), tuple(axes)
         if key not in made:
-            first, *rest = (_stacked(total[entry], len(entry[1]), lead) for entry, lead in key)
-            for other in rest:
-                first = add(first, other)
-            made[key] = means(first)
+            sums_of = [stacked(total[entry(use)], use) for use in seen]
+            axis, *also = (a[0] if len(a) == 1 else a for a in axes)
+            made[key] = dataclasses.replace(means(_together(sums_of)), axis=axis, also=tuple(also))
             check_stats(made[key], path)
-    return {path: made[tuple(of.items())] for path, of in parts.items()}
+        found[path] = made[key]
+    return found
 
 
-def _stack_of(use: Use) -> tuple[int, ...]:
-    """The lengths of the weight's own axes that scans step over.
+def _together(parts: Sequence[Stats]) -> Stats:
+    """The sums of all uses of a weight; what all matrices of a stack read counts for each of them."""
+    leads = [() if p.count is None else p.count.shape for p in parts]
+    whole = max(leads, key=len)
 
-    Raises:
-      UserError: they step over a part of one.
-    """
-    lead = tuple(use.shape[axis] for axis in dict.fromkeys(use.scanned))
-    if math.prod(lead) != math.prod(use.stacked[level] for level in _entry(use)[1]):
-        raise UserError(f"{use.path}: a scan steps over a part of its stack of {list(lead)}; make that part a weight")
-    return lead
+    def widened(a: Array, lead: tuple[int, ...]) -> Array:
+        rest = a.shape[len(lead) :]
+        return jnp.broadcast_to(a.reshape(*lead, *(1,) * (len(whole) - len(lead)), *rest), (*whole, *rest))
 
-
-def _stacked(stats: Stats, steps: int, lead: tuple[int, ...]) -> Stats:
-    """Statistics with the axes of the weight's stack in place of those of the scans."""
-    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[steps:]), stats)
+    wide = [jax.tree.map(partial(widened, lead=lead), p) for p, lead in zip(parts, leads, strict=True)]
+    return functools.reduce(add, wide)
 
 
 def check_stats(stats: Stats, path: str) -> None:

@@ -99,9 +99,9 @@ def tensor_rows(params: Any, reference: Any = None) -> list[TensorRow]:
             if path not in floats or tuple(floats[path].shape) != tuple(leaf.shape):
                 found = f"has shape {tuple(floats[path].shape)}" if path in floats else "is missing"
                 raise UserError(f"{path}: expected {tuple(leaf.shape)}, but in the reference it {found}")
-            rmse = relative_rmse(leaf, floats[path])
+            rmse = 0.0 if is_key(leaf) else relative_rmse(leaf, floats[path])
             db = -20 * math.log10(rmse) if 0 < rmse < math.inf else math.inf if rmse == 0 else -math.inf
-        name = leaf.format.name if is_qtensor(leaf) else str(jnp.dtype(leaf.dtype))
+        name = leaf.format.name if is_qtensor(leaf) else str(leaf.dtype)
         rows.append(
             TensorRow(path, name, tuple(leaf.shape), 8 * _bytes(leaf) / max(leaf.size, 1), _bytes(leaf), rmse, db)
         )
@@ -116,6 +116,11 @@ def relative_rmse(leaf: Any, reference: Any) -> float:
     return math.sqrt(error / norm) if norm else math.inf
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds keys of random numbers, as the states of flax nnx do."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def as_float(leaf: Any) -> Array:
     """float32 values of an array or QTensor."""
     return dequantize(leaf) if is_qtensor(leaf) else jnp.asarray(leaf).astype(jnp.float32)
@@ -128,7 +133,7 @@ def _squares(w_hat: Array, w: Array) -> tuple[Array, Array]:
 
 
 def _bytes(leaf: Any) -> int:
-    return leaf.nbytes if is_qtensor(leaf) else leaf.size * np.dtype(leaf.dtype).itemsize
+    return leaf.nbytes if is_qtensor(leaf) or is_key(leaf) else leaf.size * np.dtype(leaf.dtype).itemsize
 
 
 def _key(entry: Any) -> str:

@@ -7,10 +7,13 @@ cannot say stands in the file's metadata under "qjax", as JSON:
     a list      {"list": [node, ...]}                 None        {"none": 0}
     a tuple     {"tuple": [node, ...]}
     a QTensor   {"format": name, "axis": -2, "shape": [..], "leaves": node}
+                                                      and "dtype" where the packed weights were not float32, "split"
+                                                      where the quantized axis merges several
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,7 +113,9 @@ def _describe_packed(q: QTensor, path: str, found: dict[str, np.ndarray]) -> dic
     if not named:
         raise UserError(f"{path}: {q.format.name} is no format that its name alone describes; a file cannot say it")
     leaves = _describe(q.leaves, path, found)
-    return {"format": q.format.name, "axis": q.axis, "shape": list(q.shape), "leaves": leaves}
+    typed: dict[str, Any] = {} if q.dtype == jnp.float32 else {"dtype": q.dtype.name}
+    typed |= {"split": list(q.split)} if q.split else {}
+    return {"format": q.format.name, "axis": q.axis, "shape": list(q.shape), "leaves": leaves} | typed
 
 
 def _rebuild(node: Any, array: Any) -> Any:
@@ -126,6 +131,8 @@ def _rebuild(node: Any, array: Any) -> Any:
     if kind != "format":
         raise ValueError(f"a node of kind {kind!r}")
     q = QTensor(_rebuild(node["leaves"], array), get_format(value), node["axis"])
+    split = tuple(int(size) for size in node.get("split", ()))
+    q = dataclasses.replace(q, dtype=jnp.dtype(node.get("dtype", "float32")), split=split)
     said, holds = tuple(node["shape"]), _shape(q)
     if said != holds:
         raise ValueError(f"a {value} tensor should be {list(said)}, its arrays make {holds and list(holds)}")

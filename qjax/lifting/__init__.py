@@ -2,6 +2,7 @@
 
     apply_q = lift(apply)              apply_q(qparams, x): packed weights in a plain model
     report(apply, params, x)           every use of every weight, by its path in the params tree
+    roles(apply, params, x)            a table of what every leaf is: matrix, table, bias, unused ...
     watch(apply, collect)              statistics of what flows into each weight
     substitute(apply, transform)       fake quantization of weights
     replace_inputs(apply, transform)   fake quantization of activations
@@ -16,7 +17,11 @@ A function is traced on the shapes of dense weights and its jaxpr evaluated agai
 from qjax.lifting.apply import lift
 from qjax.lifting.change import adapt, replace_inputs, substitute, tap, tap_shapes
 from qjax.lifting.observe import report, watch
+from qjax.lifting.roles import Role, Roles, roles
 from qjax.lifting.scope import Stats
 from qjax.lifting.weight import Use
 
-__all__ = ["Stats", "Use", "adapt", "lift", "replace_inputs", "report", "substitute", "tap", "tap_shapes", "watch"]
+__all__ = [
+    "Role", "Roles", "Stats", "Use", "adapt", "lift", "replace_inputs", "report", "roles", "substitute", "tap",
+    "tap_shapes", "watch",
+]  # fmt: skip

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
+
+from qjax.lifting.jax_names import outside
 from qjax.lifting.run import packed_only, run, trace
 from qjax.lifting.scope import Interpretation
 
@@ -18,7 +23,9 @@ def lift(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
         weight there, with a warning.
 
     Returns: the same function, for params with QTensors in place of arrays. Every dot_general of an activation with a
-      QTensor goes through `qjax.dot`, looked-up rows are decoded alone, results keep their types.
+      QTensor goes through `qjax.dot`, looked-up rows are decoded alone, results keep their types. Outside of jit it is
+      compiled like a jitted function: once for each structure, shapes and types of its arguments, as long as `fn`
+      lives; what `fn` closes over is that of the first call.
 
     Raises:
       UserError: (when called, strict) a packed weight cannot stay packed; names the weight, the primitive and why.
@@ -29,8 +36,52 @@ def lift(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
     (2, 4)
     """
 
-    def lifted(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def inline(params: Any, *args: Any, **kwargs: Any) -> Any:
         program = Interpretation(on_dense="raise" if strict else "warn")
         return run(trace(fn, params, args, kwargs), program, packed_only)[0]
 
+    own = compiled(fn, strict)
+
+    def lifted(params: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((params, args, kwargs))
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray | np.generic)]
+        still = tuple(None if isinstance(leaf, jax.Array | np.ndarray | np.generic) else (leaf,) for leaf in leaves)
+        if not outside() or any(isinstance(leaf, jax.core.Tracer) for leaf in arrays) or not _hashable(still):
+            return inline(params, *args, **kwargs)
+        return own((tree, still), arrays)
+
     return lifted
+
+
+# The compiled programs of a function live as long as the function, as those of jax.jit do.
+_COMPILED: weakref.WeakKeyDictionary[Any, dict[bool, Any]] = weakref.WeakKeyDictionary()
+
+
+def compiled(fn: Callable[..., Any], strict: bool) -> Any:
+    """The jitted interpretation of a function, the same for the same function: it is traced and compiled once for each
+    structure, shapes and types of its arguments, and holds the function weakly.
+    """
+    try:
+        held: Callable[[], Any] = weakref.ref(fn)
+        programs = _COMPILED.setdefault(fn, {})
+    except TypeError:  # neither hashed nor referred to: the programs live with this one `lift`
+        programs, held = {}, lambda: fn
+    if strict in programs:
+        return programs[strict]
+
+    def interpreted(still: tuple[Any, tuple[Any, ...]], arrays: list[Any]) -> Any:
+        tree, leaves = still
+        rest = iter(arrays)
+        params, args, kwargs = jax.tree.unflatten(tree, [next(rest) if x is None else x[0] for x in leaves])
+        program = Interpretation(on_dense="raise" if strict else "warn")
+        return run(trace(held(), params, args, kwargs), program, packed_only)[0]
+
+    return programs.setdefault(strict, jax.jit(interpreted, static_argnums=0))
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

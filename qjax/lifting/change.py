@@ -137,6 +137,8 @@ def _low_rank(site: Site, a: Any, b: Any, scale: Any) -> Any:
     assert c is not None
     if site.inside == "shard_map":
         raise UserError(f"{site.use.path!r} is used in a shard_map, where no adapter can be added")
+    if site.use.picked:
+        raise UserError(f"{site.use.path!r} is picked from its stack by an index, where no adapter can be added")
     product = partial(jnp.tensordot, axes=1)
     for _ in c.x_batch:
         product = jax.vmap(product)

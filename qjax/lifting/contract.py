@@ -84,18 +84,22 @@ def packed_dot(eqn: Any, c: Contraction, x: Any, q: QTensor) -> Any:
     Raises:
       Dense: the quantized axis is not among the contracted ones.
     """
-    at = packed.quantized_axis(q)
-    if at not in c.w_contract:
+    own = packed.quantized_axes(q)
+    if not set(own) <= set(c.w_contract):
         contracted = ", ".join(str(a - q.ndim) for a in c.w_contract) or "nothing"
+        along = f"axis {q.axis}" if len(own) == 1 else f"axes {', '.join(str(a - q.ndim) for a in own)} together"
         raise Dense(
-            f"contracts axis {contracted} of {list(q.shape)}, but its blocks run along axis {at - q.ndim} "
+            f"contracts axis {contracted} of {list(q.shape)}, but its blocks run along {along} "
             "(qjax.contracted_axes finds the right one)"
         )
-    summed = [(w, x) for w, x in zip(c.w_contract, c.x_contract, strict=True) if w != at]
+    partner = dict(zip(c.w_contract, c.x_contract, strict=True))
+    summed = [(w, x) for w, x in partner.items() if w not in own]
     mapped = len(c.x_batch) + len(summed)
     w_order = [*c.w_batch, *(w for w, _ in summed)]
+    n = math.prod(q.shape[a] for a in own)
     q = packed.transpose(q, [*w_order, *(a for a in range(q.ndim) if a not in w_order)])
-    x = x.transpose(*c.x_batch, *(x for _, x in summed), *c.x_free, c.x_contract[c.w_contract.index(at)])
+    x = x.transpose(*c.x_batch, *(x for _, x in summed), *c.x_free, *(partner[a] for a in own))
+    x = x.reshape(*x.shape[: x.ndim - len(own)], n)
     out = eqn.outvars[0].aval.dtype
     # `dot` rounds to x's type; where the program wants more, or partial sums are added up, x gets it first.
     wide = jnp.dtype(jnp.float32) if summed else out

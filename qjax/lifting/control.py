@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from qjax.lifting import jax_names, packed
 from qjax.lifting.jax_names import body
+from qjax.lifting.joined import Joined, is_followed
+from qjax.lifting.picked import forget, is_picked
 from qjax.lifting.scope import Place, Scope, Stats
 from qjax.lifting.weight import Dense, Weight
 
@@ -118,6 +120,8 @@ def _cond(eqn: Any, at: int, values: list[Any], scope: Scope, run: Interpret) ->
 
 def _shard_map(eqn: Any, at: int, values: list[Any], scope: Scope, run: Interpret) -> tuple[list[Any], Stats]:
     inner = scope.enter(body(eqn), at, inside="shard_map")
+    values = [_plain([v], eqn, (at, -3, k), scope, "maps joined weights")[0] if isinstance(v, Joined) else v
+              for k, v in enumerate(values)]  # fmt: skip
     operands, specs = list(values), list(eqn.params["in_specs"])
     for k, v in enumerate(values):
         if isinstance(v, Weight) and v.packed:
@@ -128,7 +132,7 @@ def _shard_map(eqn: Any, at: int, values: list[Any], scope: Scope, run: Interpre
 
     def fn(*arrays: Any) -> tuple[Any, ...]:
         args = [
-            dataclasses.replace(v, value=array) if isinstance(v, Weight) else array
+            dataclasses.replace(v, value=array, picks=forget(v.picks)) if isinstance(v, Weight) else array
             for v, array in zip(operands, arrays, strict=True)
         ]
         return tuple(_plain(run(args, inner)[0], eqn, (at, -2), scope, "returns it"))
@@ -163,7 +167,7 @@ def _plain(
 ) -> list[Any]:
     """The values with all weights decoded, but those at the positions to keep. Negative places are no equation's."""
     return [
-        scope.decode(v, (*at, k), eqn.primitive.name, reason) if isinstance(v, Weight) and k not in keep else v
+        scope.decode(v, (*at, k), eqn.primitive.name, reason) if is_followed(v) and k not in keep else v
         for k, v in enumerate(values)
     ]
 
@@ -195,7 +199,10 @@ def _merge(carry: Sequence[Any], fixed: set[int], moving: Sequence[Any]) -> list
 
 def _steps(value: Any, eqn: Any, at: Place, scope: Scope) -> Any:
     """A scanned operand; a weight stays packed if its blocks do not run along the axis that is stepped over."""
-    if isinstance(value, Weight) and value.packed and packed.quantized_axis(value.value) == 0:
+    if isinstance(value, Joined):
+        reason = f"steps over {len(value.parts)} weights that the program joins: keep them stacked in params"
+        return _plain([value], eqn, at, scope, reason)[0]
+    if isinstance(value, Weight) and value.packed and 0 in packed.quantized_axes(value.value):
         return _plain([value], eqn, at, scope, "steps along the quantized axis")[0]
     return value
 
@@ -204,6 +211,9 @@ def _one_step(whole: Any, array: Any, level: int) -> Any:
     """One step of a scanned operand: a weight loses its first axis."""
     if not isinstance(whole, Weight):
         return array
+    picks, axes = whole.picks, whole.axes[1:]
+    if is_picked(whole.axes[0]):
+        return dataclasses.replace(whole, value=array, axes=axes, picks=forget(picks, whole.axes[0]))
     gone = tuple(label[0] for label in whole.axes[0])
     scanned, levels = (*whole.scanned, *gone), (*whole.levels, *(level for _ in gone))
-    return dataclasses.replace(whole, value=array, axes=whole.axes[1:], scanned=scanned, levels=levels)
+    return dataclasses.replace(whole, value=array, axes=axes, scanned=scanned, levels=levels)

@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import Literal, Var, jaxprs_in_params
+from jax.extend.core import Literal, Var, get_opaque_trace_state, jaxprs_in_params
 
 __all__ = [
     "BODIES",
+    "JOINS",
     "LEAFWISE",
     "Literal",
     "Var",
@@ -29,10 +30,13 @@ __all__ = [
     "consts",
     "has_body",
     "keep_shardings",
+    "outside",
     "placed",
     "scan_parts",
     "trace",
 ]
+
+_OUTSIDE = get_opaque_trace_state(convention="flax")
 
 # Primitives whose body is interpreted: name -> the parameter that holds the body.
 BODIES = {
@@ -48,6 +52,9 @@ BODIES = {
     "cond": "branches",
 }
 
+# Primitives that put arrays behind one another; older versions stack by broadcast_in_dim and concatenate.
+JOINS = {"concatenate", "stack"}
+
 # Primitives that act on each array by itself and leave its values alone.
 LEAFWISE = {"copy", "copy_p", "name", "optimization_barrier", "pvary", "stop_gradient"}
 
@@ -55,6 +62,11 @@ LEAFWISE = {"copy", "copy_p", "name", "optimization_barrier", "pvary", "stop_gra
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """The jaxpr of fn(*args), with its constants, and its output as a tree of shapes."""
     return jax.make_jaxpr(fn, return_shape=True)(*args)
+
+
+def outside() -> bool:
+    """Whether no transformation is at work around the caller: no jit, grad, vmap or scan."""
+    return get_opaque_trace_state(convention="flax") == _OUTSIDE
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:

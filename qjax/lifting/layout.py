@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.lifting import packed
+from qjax.lifting import packed, picked
 from qjax.lifting.jax_names import LEAFWISE, bind
 from qjax.lifting.weight import Axes, Dense, Weight
 from qjax.tensor import is_qtensor
@@ -45,7 +45,20 @@ def rearrange(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     def move(x: Any) -> Any:
         return _PACKED[name](x, eqn, values) if is_qtensor(x) else bind(eqn, [x, *values[1:]])[0]
 
+    if name in ("slice", "dynamic_slice", "gather"):
+        weight = _remembering(eqn, weight, values)
+        axes = weight.axes
     return [weight.map(move, axes)]
+
+
+def _remembering(eqn: Any, weight: Weight, values: Sequence[Any]) -> Weight:
+    """The weight before a cut that knows which entries the cut takes."""
+    name = eqn.primitive.name
+    if name == "gather":
+        return picked.gathered(weight, values[1], eqn.params, eqn.outvars[0].aval.ndim)
+    if name == "slice":
+        return picked.sliced(weight, eqn.params["start_indices"], eqn.outvars[0].aval.shape)
+    return picked.sliced(weight, values[1:], eqn.params["slice_sizes"])
 
 
 def _split(eqn: Any, x: Any, i: int) -> Any:
@@ -109,13 +122,6 @@ def _reshaped(eqn: Any, weight: Weight) -> Axes | None:
     return tuple(axes)
 
 
-def _gathered(eqn: Any, weight: Weight) -> Axes | None:
-    d = eqn.params["dimension_numbers"]
-    kept = [a for a in range(len(weight.axes)) if a not in (*d.collapsed_slice_dims, *d.operand_batching_dims)]
-    origin = dict(zip(d.offset_dims, kept, strict=True))
-    return tuple(weight.axes[origin[a]] if a in origin else () for a in range(eqn.outvars[0].aval.ndim))
-
-
 _AXES: dict[str, Callable[[Any, Weight], Axes | None]] = {
     "convert_element_type": _converted,
     "transpose": _transposed,
@@ -125,7 +131,7 @@ _AXES: dict[str, Callable[[Any, Weight], Axes | None]] = {
     "slice": _same,
     "split": _same,
     "dynamic_slice": _same,
-    "gather": _gathered,
+    "gather": _same,
     "sharding_constraint": _same,
 }
 

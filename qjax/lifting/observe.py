@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from qjax.errors import UserError
+from qjax.lifting.picked import each_entry
 from qjax.lifting.run import matrices, run, survey, trace
 from qjax.lifting.scope import Interpretation, Place, Site, Stats
 from qjax.lifting.weight import Use
@@ -43,10 +44,13 @@ def watch(fn: Callable[..., Any], collect: Callable[[Use, Any], Any]) -> Callabl
         (batch axes of the dot_general) first: [*batch, *tokens, n]. For a gather, x is the integer indices.
 
     Returns: a function of (params, *inputs) that returns (output, {source: statistic}), sources as in `report`. In a
-      scan the statistics are stacked on a leading axis; a branch of a cond that is not taken gives zeros.
+      scan the statistics are stacked on a leading axis; a branch of a cond that is not taken gives zeros. Those of a
+      weight that is picked from a stack by an index (experts) are stacked on the axes `use.picked`: `collect` sees
+      x [*batch, *picked, *tokens, n] with zeros for the tokens that go elsewhere, once for each entry.
 
     Raises:
-      UserError: (when called) a statistic arises in a while loop or a shard_map, which it cannot leave.
+      UserError: (when called) a statistic arises in a while loop or a shard_map, which it cannot leave, or at a weight
+        of a stack of which nobody knows the entry.
     """
 
     def watched(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Stats]:
@@ -55,7 +59,7 @@ def watch(fn: Callable[..., Any], collect: Callable[[Use, Any], Any]) -> Callabl
         def visit(site: Site) -> tuple[Any, Stats]:
             if first.setdefault(site.use.source, site.place) != site.place:
                 return site.y, {}
-            stat = collect(site.use, site.x)
+            stat = _of_entries(collect, site)
             if site.inside and jax.tree.leaves(stat):
                 raise UserError(
                     f"the input of {site.use.path!r} is used in a {site.inside}, which no statistic can leave"
@@ -65,3 +69,17 @@ def watch(fn: Callable[..., Any], collect: Callable[[Use, Any], Any]) -> Callabl
         return run(trace(fn, params, args, kwargs), Interpretation(visit=visit), matrices)
 
     return watched
+
+
+def _of_entries(collect: Callable[[Use, Any], Any], site: Site) -> Any:
+    """The statistic of a use, for each entry of a stack that the use picks from."""
+    use = site.use
+    if site.entries is None:
+        if jax.tree.leaves(collect(use, site.x)):
+            raise UserError(
+                f"{use.path!r} {list(use.shape)}: {use.primitive} takes entries of its stack, and which cannot be "
+                "followed; index the stack itself, w[i], or keep the weight and leave it out of the statistics"
+            )
+        return None
+    sizes = [use.shape[axis] for axis in use.picked]
+    return each_entry(lambda x: collect(use, x), site.x, site.entries, sizes, use.batch)

@@ -4,6 +4,7 @@ quantized, and slices of whole blocks. Each returns a QTensor or raises `Dense` 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,48 +18,58 @@ from qjax.lifting.weight import Dense
 from qjax.tensor import QTensor
 
 
-def quantized_axis(q: QTensor) -> int:
-    """The quantized axis, counted from the front."""
-    return q.ndim + q.axis
+def quantized_axes(q: QTensor) -> range:
+    """The axes that the blocks run along, counted from the front: one, or adjacent ones that they merge."""
+    last = q.ndim + q.axis
+    return range(last + 1 - max(1, len(q.split)), last + 1)
 
 
 def leads(q: QTensor) -> list[int]:
     """The other axes, in the order in which every leaf has them first."""
-    return [a for a in range(q.ndim) if a != quantized_axis(q)]
+    return [a for a in range(q.ndim) if a not in quantized_axes(q)]
 
 
-def _each(q: QTensor, fn: Callable[[Any], Any], axis: int) -> QTensor:
+def _each(q: QTensor, fn: Callable[[Any], Any], axis: int, **changes: Any) -> QTensor:
     """The QTensor of fn(leaf) whose quantized axis is `axis`, counted from the end."""
     if q.applied:
         raise Dense(f"is rearranged under {type(q.applied[0]).__name__}, which knows whole matrices only")
-    return QTensor(jax.tree.map(fn, q.leaves), q.format, axis)
+    return dataclasses.replace(q, leaves=jax.tree.map(fn, q.leaves), axis=axis, **changes)
 
 
 def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
     """`lax.transpose`: leaves move only if the order of the axes that are not quantized changes."""
-    order = leads(q)
-    moved = [order.index(a) for a in permutation if a != quantized_axis(q)]
-    axis = list(permutation).index(quantized_axis(q)) - q.ndim
+    order, own = leads(q), quantized_axes(q)
+    moved = [order.index(a) for a in permutation if a not in own]
+    first = list(permutation).index(own[0])
+    if tuple(permutation[first : first + len(own)]) != tuple(own):
+        raise Dense(f"to {[q.shape[a] for a in permutation]} parts the axes that the blocks run along")
+    axis = first + len(own) - 1 - q.ndim
     if moved == sorted(moved):
-        return QTensor(q.leaves, q.format, axis, q.applied)
+        return dataclasses.replace(q, axis=axis)
     return _each(q, lambda leaf: leaf.transpose(*moved, *range(len(moved), leaf.ndim)), axis)
 
 
 def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
-    """`lax.reshape` where the quantized axis stays whole, with as many weights before it as before."""
-    n, before = q.shape[q.axis], math.prod(q.shape[: quantized_axis(q)])
-    for at, size in enumerate(shape):
-        if size == n and math.prod(shape[:at]) == before:
-            break
-    else:
+    """`lax.reshape` where the quantized axis stays whole, or is split or merged by itself, with as many weights before
+    it as before.
+    """
+    own = quantized_axes(q)
+    n, before = math.prod(q.shape[a] for a in own), math.prod(q.shape[: own[0]])
+    runs = [
+        (at, stop) for at in range(len(shape)) for stop in range(at + 1, len(shape) + 1)
+        if math.prod(shape[:at]) == before and math.prod(shape[at:stop]) == n
+    ]  # fmt: skip
+    if not runs:
         raise Dense(f"to {list(shape)} splits or merges the quantized axis")
-    rest = (*shape[:at], *shape[at + 1 :])
-    return _each(q, lambda leaf: leaf.reshape(*rest, *leaf.shape[q.ndim - 1 :]), at - len(shape))
+    at, stop = min(runs, key=lambda run: run[1] - run[0])
+    rest, split = (*shape[:at], *shape[stop:]), tuple(shape[at:stop]) if stop > at + 1 else ()
+    lead = len(leads(q))
+    return _each(q, lambda leaf: leaf.reshape(*rest, *leaf.shape[lead:]), stop - 1 - len(shape), split=split)
 
 
 def squeeze(q: QTensor, dimensions: Sequence[int]) -> QTensor:
     """`lax.squeeze` of axes that are not quantized."""
-    if quantized_axis(q) in dimensions:
+    if set(quantized_axes(q)) <= set(dimensions):
         raise Dense("removes the quantized axis")
     return reshape(q, [size for a, size in enumerate(q.shape) if a not in dimensions])
 
@@ -68,18 +79,25 @@ def static_slice(
 ) -> QTensor:
     """`lax.slice`; along the quantized axis of a ggml type in whole blocks, of another format not at all."""
     cuts = [slice(*cut) for cut in zip(start, limit, strides or (1,) * q.ndim, strict=True)]
-    at, n, block = quantized_axis(q), q.shape[q.axis], q.format.block
-    along = cuts.pop(at)
-    if along == slice(0, n, 1):
+    own, block = quantized_axes(q), q.format.block
+    along, cuts = [cuts[a] for a in own], [cuts[a] for a in leads(q)]
+    if along == [slice(0, q.shape[a], 1) for a in own]:
         return _each(q, lambda leaf: leaf[tuple(cuts)], q.axis)
-    if not isinstance(q.format, BlockFormat) or along.start % block or along.stop % block or along.step != 1:
+    if q.split:
+        raise Dense("cuts axes that the blocks run along together")
+    return _blocks(q, cuts, along[0], block)
+
+
+def _blocks(q: QTensor, cuts: Sequence[slice], along: slice, block: int) -> QTensor:
+    """A slice of whole blocks of a ggml type, and of the other axes."""
+    if not _in_blocks(q) or along.start % block or along.stop % block or along.step != 1:
         raise Dense(f"[{along.start}:{along.stop}:{along.step}] cuts the quantized axis off block boundaries")
     return _each(q, lambda leaf: leaf[(*cuts, slice(along.start // block, along.stop // block))], q.axis)
 
 
 def dynamic_slice(q: QTensor, start: Sequence[Any], sizes: Sequence[int]) -> QTensor:
     """`lax.dynamic_slice` with the quantized axis whole."""
-    if sizes[quantized_axis(q)] != q.shape[q.axis]:
+    if any(sizes[a] != q.shape[a] for a in quantized_axes(q)):
         raise Dense("cuts the quantized axis at a place known only at run time")
     lead = leads(q)
 
@@ -100,7 +118,9 @@ def gather(q: QTensor, indices: Any, params: dict[str, Any]) -> QTensor:
       params: the equation's parameters.
     """
     d, sizes = params["dimension_numbers"], params["slice_sizes"]
-    at, lead = quantized_axis(q), leads(q)
+    if q.split:
+        raise Dense("takes parts of a weight whose blocks run along several axes: index its first axis by a number")
+    (at,), lead = quantized_axes(q), leads(q)
     if sizes[at] != q.shape[q.axis] or at in d.collapsed_slice_dims or at in d.operand_batching_dims:
         raise Dense("takes single weights along the quantized axis")
     kept = [a for a in range(q.ndim) if a not in d.collapsed_slice_dims and a not in d.operand_batching_dims]
@@ -135,6 +155,10 @@ def gather(q: QTensor, indices: Any, params: dict[str, Any]) -> QTensor:
     return _each(q, rows, position[at] - ndim)
 
 
+def _in_blocks(q: QTensor) -> bool:
+    return isinstance(q.format, BlockFormat)
+
+
 def spec(q: QTensor, logical: Sequence[Any]) -> QTensor:
     """Partition specs of the leaves from the spec of the logical shape.
 
@@ -142,8 +166,8 @@ def spec(q: QTensor, logical: Sequence[Any]) -> QTensor:
       Dense: the quantized axis is sharded and the format is no ggml type.
     """
     entries = (*logical, *(None,) * (q.ndim - len(logical)))
-    along = entries[quantized_axis(q)]
-    if along is not None and not isinstance(q.format, BlockFormat):
+    *others, along = (entries[a] for a in quantized_axes(q))
+    if any(one is not None for one in others) or (along is not None and (q.split or not _in_blocks(q))):
         raise Dense("shards the quantized axis")
     lead = [entries[a] for a in leads(q)]
     return _each(q, lambda leaf: jax.sharding.PartitionSpec(*lead, *([along] if along is not None else [])), q.axis)

@@ -12,6 +12,7 @@ import numpy as np
 
 from qjax.lifting import jax_names
 from qjax.lifting.interpret import interpret
+from qjax.lifting.joined import is_followed
 from qjax.lifting.scope import Interpretation, Scope, Stats
 from qjax.lifting.weight import Weight, as_weight
 from qjax.tensor import is_qtensor
@@ -25,7 +26,7 @@ class Traced:
     """A function traced on the shapes of its arguments.
 
     Attributes:
-      jaxpr: the plain function; a packed weight enters it as a dense f32 array.
+      jaxpr: the plain function; a packed weight enters it as a dense array of the type that it had.
       out_tree: the structure of its output.
       leaves: the arrays and QTensors of params and inputs, one for each of the jaxpr's inputs.
       paths: the name of each leaf of params; None for those of inputs.
@@ -52,7 +53,7 @@ def trace(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Ma
         return fn(jax.tree.unflatten(tree, filled[: len(named)]), *inner_args, **inner_kwargs)
 
     leaves = [everything[i] for i in moving]
-    dense = [jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if is_qtensor(leaf) else leaf for leaf in leaves]
+    dense = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf for leaf in leaves]
     jaxpr, out = jax_names.trace(plain, *dense)
     paths = tuple(
         jax.tree_util.keystr(named[i][0], simple=True, separator="/") if i < len(named) else None for i in moving
@@ -78,7 +79,7 @@ def run(traced: Traced, program: Interpretation, tag: Tag, feed: Mapping[str, An
     scope = Scope(program, traced.jaxpr, feed=dict(feed or {}))
     outs, stats = interpret(args, scope)
     outs = [
-        scope.decode(v, (len(traced.jaxpr.eqns), k), "the function", "returns it") if isinstance(v, Weight) else v
+        scope.decode(v, (len(traced.jaxpr.eqns), k), "the function", "returns it") if is_followed(v) else v
         for k, v in enumerate(outs)
     ]
     return jax.tree.unflatten(traced.out_tree, outs), stats

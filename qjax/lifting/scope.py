@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 from qjax.lifting import jax_names
 from qjax.lifting.contract import Contraction
+from qjax.lifting.joined import Joined
+from qjax.lifting.picked import is_picked, of_stack
 from qjax.lifting.weight import Use, Weight, refuse, whole_axes
 
 Place = tuple[int, ...]
@@ -26,9 +28,10 @@ class Site:
     Attributes:
       use: the record of the use.
       place: where it stands; equal when the same equation is traced again.
-      x: the activation, [*batch, *tokens, n] for a dot; the integer indices for a gather.
+      x: the activation, [*batch, *picked, *tokens, n] for a dot; the integer indices for a gather.
       y: the result, in the program's own order.
       contraction: how the dot's axes are arranged; None for a gather.
+      entries: for each axis of `use.picked` which entry each token goes to; None where nobody knows.
       feed: the visitor's own arrays (taps, adapters), those of a scan cut to the present step.
       inside: "while" or "shard_map" if the use stands in one, else "".
     """
@@ -40,6 +43,7 @@ class Site:
     contraction: Contraction | None
     feed: dict[str, Any]
     inside: str
+    entries: tuple[Any, ...] | None = ()
 
 
 # What a dot's activation [*batch, *tokens, n] is replaced by, of the same shape and type.
@@ -81,6 +85,7 @@ class Scope:
     feed: dict[str, Any] = dataclasses.field(default_factory=dict)
     alias: dict[Any, tuple[Scope, Any]] = dataclasses.field(default_factory=dict)
     definitions: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    readers: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
 
     def enter(self, jaxpr: Any, *at: int, **changes: Any) -> Scope:
         """The scope of a body whose activations are new ones: another at each step, or in each branch."""
@@ -112,47 +117,89 @@ class Scope:
     def use(
         self,
         weight: Weight,
-        at: int,
+        at: Place,
         kind: Literal["dot", "gather"],
         axes: tuple[int, ...],
         key: Hashable,
-        batch: int = 0,
+        primitive: str,
+        batch: Sequence[int] = (),
     ) -> Use:
-        """Enter a dot or gather into the ledger; `key` tells sources apart."""
-        uses, place = self.program.uses, (*self.place, at)
+        """Enter a dot or gather into the ledger.
+
+        Args:
+          weight, at, kind, axes: what is used, by which equation, how, along which stored axes.
+          key: tells sources apart.
+          primitive: the equation's.
+          batch: the weight's present axes that the dot shares with the activation.
+        """
+        uses, place = self.program.uses, (*self.place, *at)
         if place not in uses:
-            source = self.program.sources.setdefault((kind, key), len(self.program.sources))
-            nth = sum(u.path == weight.path and u.kind != "other" for u in uses.values())
+            picks = of_stack(weight.picks, axes)
+            picked = tuple(p.axis for p in picks if p.at is None)
+            key = (kind, key, place) if picked else (kind, key)
+            source = self.program.sources.setdefault(key, len(self.program.sources))
+            nth = sum(u.path == weight.path and u.kind in ("dot", "gather") for u in uses.values())
+            shared = [a for a in batch if not is_picked(weight.axes[a])]
             uses[place] = Use(
                 weight.path, kind, axes[-1], source, weight.stored, self.stacked, axes, weight.scanned, weight.levels,
-                nth, batch=batch,
+                nth, batch=len(shared), primitive=primitive, picked=picked,
+                shared=tuple(label[0] for a in shared for label in weight.axes[a]),
+                at=tuple((p.axis, p.at) for p in picks if p.at is not None),
             )  # fmt: skip
         return uses[place]
 
-    def visit(self, use: Use, at: int, x: Any, y: Any, contraction: Contraction | None) -> tuple[list[Any], Stats]:
+    def visit(
+        self, use: Use, at: Place, x: Any, y: Any, c: Contraction | None, entries: tuple[Any, ...] | None = ()
+    ) -> tuple[list[Any], Stats]:
         """Show a use to the visitor."""
         assert self.program.visit is not None
-        y, stats = self.program.visit(Site(use, (*self.place, at), x, y, contraction, self.feed, self.inside))
+        y, stats = self.program.visit(Site(use, (*self.place, *at), x, y, c, self.feed, self.inside, entries))
         return [y], stats
 
-    def other(self, weight: Weight, at: Place, note: str = "") -> None:
+    def other(
+        self, weight: Weight, at: Place, primitive: str, note: str = "", kind: Literal["other", "conv"] = "other"
+    ) -> None:
         """Enter a use that is neither dot nor gather into the ledger."""
         use = Use(
-            weight.path, "other", None, -1, weight.stored, self.stacked, (), weight.scanned, weight.levels, note=note
-        )
+            weight.path, kind, None, -1, weight.stored, self.stacked, (), weight.scanned, weight.levels, note=note,
+            primitive=primitive,
+        )  # fmt: skip
         self.program.uses.setdefault((*self.place, *at), use)
 
-    def decode(self, weight: Weight, at: Place, primitive: str, reason: str, hidden: bool = False) -> Any:
+    def users(self, eqn: Any) -> str:
+        """The primitive that an equation's result goes into, where the equation only repeats or converts it."""
+        if not self.readers:
+            for reader in self.jaxpr.eqns:
+                for v in reader.invars:
+                    if not isinstance(v, jax_names.Literal):
+                        self.readers.setdefault(v, []).append(reader)
+        while eqn.primitive.name in ("broadcast_in_dim", "convert_element_type", "reshape"):
+            readers = self.readers.get(eqn.outvars[0], [])
+            if len(readers) != 1:
+                break
+            eqn = readers[0]
+        return eqn.primitive.name
+
+    def decode(
+        self, weight: Weight | Joined, at: Place, primitive: str, reason: str, hidden: bool = False, user: str = ""
+    ) -> Any:
         """Give up a weight to an operation that needs its values: a plain array, after raising or warning if asked to.
 
         Args:
-          weight: the weight.
+          weight: the weight, or several joined: each is given up.
           at: the equation's number and the operand's.
           primitive, reason: why, as in "reduce_sum needs its values".
           hidden: the operation may multiply with it where nobody sees, so that dense weights count as well.
+          user: the primitive that the ledger names, where `primitive` only repeats or converts the weight.
         """
+        if isinstance(weight, Joined):
+            parts = [
+                self.decode(part, (*at, k), primitive, reason, hidden, user) if isinstance(part, Weight) else part
+                for k, part in enumerate(weight.parts)
+            ]
+            return weight.array(parts)
         note = f"{primitive} {reason}" if weight.packed or hidden else ""
-        self.other(weight, at, note)
+        self.other(weight, at, user or primitive, note)
         if note and self.program.on_dense != "note":
             error = refuse(weight, primitive, reason)
             if self.program.on_dense == "raise":

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import jax
 
 from qjax.errors import UserError
+from qjax.lifting.picked import Picked, is_picked
 from qjax.tensor import dequantize, is_qtensor
 
-# Where one present axis came from: (-2,) is the stored axis -2; (-2, 0) and (-2, 1) the halves of a split one.
+# Where one present axis came from: (-2,) is the stored axis -2; (-2, 0) and (-2, 1) the halves of a split one; (0,) is
+# the first axis of an index.
 Label = tuple[int, ...]
 Axes = tuple[tuple[Label, ...], ...]
 
@@ -27,23 +29,30 @@ class Use:
 
     Attributes:
       path: the leaf's name, e.g. "layers_0/attn/q/kernel".
-      kind: "dot" (contracted with an activation), "gather" (rows looked up), or "other".
+      kind: "dot" (contracted with an activation), "gather" (rows looked up), "conv" (a convolution's kernel), or
+        "other".
       axis: the stored axis that is contracted, or that holds a looked-up row's features, counted from the end. With
-        several contracted axes the last of them; None where kind is "other".
-      source: equal for two uses that read the same activation in the same arrangement; -1 where kind is "other".
+        several contracted axes the last of them; None where kind is "conv" or "other".
+      source: equal for two uses that read the same activation in the same arrangement; -1 where kind is "conv" or
+        "other".
       shape: the leaf's shape as stored.
       stacked: lengths of the scans around the use, outermost first: statistics and taps have these leading axes.
       axes: all contracted axes, in the order in which they are merged.
       scanned: the leaf's own axes that those scans step over; () for a weight that every step shares.
       levels: for each of these, which of `stacked` steps over it.
       nth: how many dots and gathers of the same leaf come before this one.
-      batch: how many axes the dot shares between weight and activation (batch axes of the dot_general); they come first
-        in the activation that a visitor sees.
+      batch: how many axes the dot shares between weight and activation (batch axes of the dot_general, but those of
+        an index); they come first in the activation that a visitor sees.
       note: why a packed leaf could not stay packed here; "" if it did, or if the leaf is dense.
+      primitive: what uses it, "dot_general" or another of JAX's primitives.
+      shared: the leaf's own axes that `batch` counts.
+      picked: those of a stack that are taken by an index known at run time (experts): a statistic is stacked on these
+        axes, behind those of scans and before those of `batch`.
+      at: entries of a stack that the program names: ((-3, 2),) in x @ w[2].
     """
 
     path: str
-    kind: Literal["dot", "gather", "other"]
+    kind: Literal["dot", "gather", "conv", "other"]
     axis: int | None
     source: int
     shape: tuple[int, ...]
@@ -54,6 +63,10 @@ class Use:
     nth: int = 0
     note: str = ""
     batch: int = 0
+    primitive: str = ""
+    shared: tuple[int, ...] = ()
+    picked: tuple[int, ...] = ()
+    at: tuple[tuple[int, int], ...] = ()
 
     @property
     def key(self) -> str:
@@ -63,7 +76,7 @@ class Use:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("value",),
+    data_fields=("value", "picks"),
     meta_fields=("path", "stored", "axes", "dtype", "scanned", "levels"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Weight:
       dtype: the type that the plain function sees here.
       scanned: stored axes that a scan has taken off.
       levels: for each of these, how many scans lie around the one that did.
+      picks: entries of stored axes that were taken by index.
     """
 
     value: Any
@@ -87,6 +101,7 @@ class Weight:
     dtype: Any
     scanned: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
+    picks: tuple[Picked, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,9 +136,10 @@ def as_weight(path: str, leaf: Any) -> Weight:
 
 def whole_axes(weight: Weight, present: tuple[int, ...]) -> tuple[int, ...] | None:
     """The stored axes that some present axes make up, in order, or None if they hold only a part of them."""
-    axes = tuple(sorted({label[0] for a in present for label in weight.axes[a]}))
+    own = [a for a in present if not is_picked(weight.axes[a])]
+    axes = tuple(sorted({label[0] for a in own for label in weight.axes[a]}))
     full = math.prod(weight.stored[a] for a in axes)
-    return axes if axes and full == math.prod(weight.shape[a] for a in present) else None
+    return axes if axes and full == math.prod(weight.shape[a] for a in own) else None
 
 
 def refuse(weight: Weight, primitive: str, reason: str) -> UserError:

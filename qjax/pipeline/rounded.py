@@ -78,7 +78,7 @@ def round_leaf(
             f"{name}: H = E[x x^T] is not positive semi-definite, whatever is added to its diagonal; the statistics "
             "are broken: collect them again in float32"
         )
-    q = QTensor(format.pack(made.scales, made.codes), format, axis, applied)
+    q = QTensor(format.pack(made.scales, made.codes), format, axis, applied, jnp.asarray(leaf).dtype)
     if not np.isfinite(relative_rmse(dataclasses.replace(q, axis=-1), rows)):
         raise UserError(f"{name}: its values are too large for {format.name}")
     count = int(np.min(np.asarray(stats.count)))
@@ -111,8 +111,8 @@ def _stacked(rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout:
     own = {"H": 2, "cross": 2, "samples": 2, "h": 1, "absmean": 1, "absmax": 1, "count": 0}
 
     def pick(a: Array | None, own: int, at: tuple[int, ...]) -> Array | None:
-        """The part of a statistic for one matrix; a statistic without the stack's axes is for all."""
-        return a if a is None or a.ndim == own else a[at]
+        """The part of a statistic for one matrix; a statistic without the stack's last axes is for all."""
+        return a if a is None or a.ndim == own else a[at[: a.ndim - own]]
 
     made = []
 

@@ -700,10 +700,48 @@ def merged_outputs_with_new_axes():
 
 
 @trial
-def reshape_of_quantized_axis():
-    params, x = {"w": kernel(0, 64, 32)}, normal(1, 5, 2, 32)
-    fn = lambda p, x: jnp.einsum("thd,hdo->to", x, p["w"].reshape(2, 32, 32))  # noqa: E731
+def split_of_quantized_axis():
+    """Blocks of 32 over heads of 16: contracted together, the halves are one axis again."""
+    params, x = {"w": kernel(0, 64, 32)}, normal(1, 5, 4, 16)
+    return plain_and_packed(lambda p, x: jnp.einsum("thd,hdo->to", x, p["w"].reshape(4, 16, 32)), params, x)
+
+
+@trial
+def half_of_a_split_axis():
+    params, x = {"w": kernel(0, 64, 32)}, normal(1, 5, 16)
+    fn = lambda p, x: jnp.einsum("td,hdo->tho", x, p["w"].reshape(4, 16, 32))  # noqa: E731
+    return needs_values(fn, params, x, path="w", primitive="axes -3, -2 together")
+
+
+@trial
+def merge_of_quantized_axis():
+    params, x = {"w": kernel(0, 64, 32)}, normal(1, 64, 32)
+    fn = lambda p, x: x.reshape(-1) @ p["w"].reshape(-1)  # noqa: E731
     return needs_values(fn, params, x, path="w", primitive="reshape to")
+
+
+@trial
+def linen_attention_merged():
+    """Heads of 16 under blocks of 32: the output's blocks run along (heads, head_dim) as one."""
+    model = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=64)
+    x = normal(1, 2, 7, 64)
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = {"query": 0, "key": 0, "value": 0, "out": (0, 1)}
+    params = {k: {"kernel": pack(params[k]["kernel"], axis), "bias": params[k]["bias"]} for k, axis in axes.items()}
+    assert params["out"]["kernel"].shape == (4, 16, 64)
+    return plain_and_packed(lambda p, x: model.apply({"params": p}, x), params, x)
+
+
+@trial
+def merged_axes_scanned_sliced_and_moved():
+    """A stack [layer, out, heads, head_dim] under a scan and by number, its axes in another order."""
+    params = {"w": pack(normal(0, 3, 64, 4, 16) / 8, (2, 3))}
+
+    def fn(p, x):
+        x = lax.scan(lambda x, w: (jnp.tanh(jnp.einsum("thd,ohd->to", x, w)).reshape(x.shape), None), x, p["w"])[0]
+        return jnp.einsum("thd,hdo->ot", x, p["w"][1].transpose(1, 2, 0)[..., :7])
+
+    return plain_and_packed(fn, params, normal(1, 5, 4, 16))
 
 
 @trial
@@ -871,7 +909,81 @@ def convolution():
         return lax.conv(x, p["w"], (1, 1), "SAME")
 
     params, x = {"w": pack(normal(0, 4, 32, 3, 3), 1)}, normal(1, 2, 32, 6, 6)
-    return needs_values(fn, params, x, path="w", primitive="conv_general_dilated")
+    assert [use.kind for use in report(fn, params, x)] == ["conv"]
+    return plain_and_packed(fn, params, x)
+
+
+@trial
+def fused_qkv_joined():
+    def fn(p, x):
+        y = jnp.tanh(x @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1))
+        q, k, v = jnp.split(y, [32, 48], axis=-1)
+        return q[:, :16] * k + v
+
+    return plain_and_packed(
+        fn, {"q": kernel(0, 64, 32), "k": kernel(1, 64, 16), "v": kernel(2, 64, 16)}, normal(3, 5, 64)
+    )
+
+
+@trial
+def joined_rows_on_the_left():
+    """(out, in) joined along out, converted and transposed, on the left of an activation, beside a dense one."""
+
+    def fn(p, x):
+        w = jnp.concatenate([p["a"].astype(jnp.float32), p["b"], jnp.concatenate([p["a"], p["b"]])])
+        return w @ x + jnp.einsum("ti,io->ot", x.T, w.T)
+
+    return plain_and_packed(fn, {"a": pack(normal(0, 32, 64), -1), "b": normal(1, 8, 64)}, normal(3, 64, 5))
+
+
+@trial
+def experts_stacked_from_a_list():
+    def fn(p, x):
+        w = jnp.stack([p["a"], p["b"]])
+        return jnp.einsum("eti,eio->teo", x, w) + (x[0] @ w[1])[:, None]
+
+    return plain_and_packed(fn, {"a": kernel(0, 64, 16), "b": kernel(1, 64, 16)}, normal(3, 2, 5, 64))
+
+
+@trial
+def joined_in_jit_scan_and_cond():
+    def fn(p, x):
+        both = jnp.concatenate([p["a"], p["b"]], axis=1)
+        x = lax.scan(lambda x, _: (jnp.tanh(jax.jit(jnp.matmul)(x, both)), None), x, None, length=2)[0]
+        return lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: jnp.sin(x @ w), both)
+
+    return plain_and_packed(fn, {"a": kernel(0, 64, 32), "b": kernel(1, 64, 32)}, normal(3, 5, 64))
+
+
+@trial
+def joined_along_the_contracted_axis():
+    params, x = {"a": kernel(0, 64, 32), "b": normal(1, 32, 32)}, normal(3, 5, 96)
+    fn = lambda p, x: x @ jnp.concatenate([p["a"], p["b"]])  # noqa: E731
+    return needs_values(fn, params, x, path="a", primitive="dot_general contracts the axis along which 2 weights")
+
+
+@trial
+def layers_stacked_for_a_scan():
+    params, x = {"a": kernel(0, 64, 64), "b": normal(1, 64, 64)}, normal(3, 5, 64)
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([p["a"], p["b"]]))[0]  # noqa: E731
+    return needs_values(fn, params, x, path="a", primitive="scan steps over 2 weights that the program joins")
+
+
+@trial
+def ragged_experts():
+    params = {"w": stacked_kernel(0, 3, 64, 32)}
+    return plain_and_packed(
+        lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes), params, normal(1, 9, 64), jnp.array([4, 0, 5])
+    )
+
+
+@trial
+def linen_lstm():
+    """Kernels joined gate by gate, under a scan over time."""
+    model, x = nn.RNN(nn.OptimizedLSTMCell(32)), normal(1, 2, 6, 64)
+    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda w: pack(w, 0) if w.ndim > 1 else w, params)
+    return plain_and_packed(lambda p, x: model.apply({"params": p}, x), params, x)
 
 
 # --- the params as a tree ------------------------------------------------------------------------------------------

@@ -41,8 +41,9 @@ def test_report_of_the_decoder(dtype):
     lookup, head = uses["embed/embedding"], uses["embed/embedding#1"]
     assert (lookup.kind, lookup.axis, head.kind, head.axis) == ("gather", -1, "dot", -1)
     assert uses["layers_1/mlp/down/kernel"] == Use(
-        "layers_1/mlp/down/kernel", "dot", -2, source["layers_1/mlp/down/kernel"], (96, 64), axes=(-2,)
-    )
+        "layers_1/mlp/down/kernel", "dot", -2, source["layers_1/mlp/down/kernel"], (96, 64), axes=(-2,),
+        primitive="dot_general",
+    )  # fmt: skip
     others = [use.path for use in report(apply, params, TOKENS) if use.kind == "other"]
     assert others == [
         *(f"layers_{i}/{n}_norm/scale" for i in range(2) for n in ("attn", "mlp")),
@@ -69,7 +70,7 @@ def test_unused_leaves_are_absent_and_vectors_are_other():
         p["only_passed"].T.reshape(2, 8)
         return x @ p["used"]
 
-    assert report(fn, params, normal(3, 2, 4)) == (Use("used", "other", None, -1, (4,)),)
+    assert report(fn, params, normal(3, 2, 4)) == (Use("used", "other", None, -1, (4,), primitive="dot_general"),)
 
 
 def test_axes_are_those_of_the_stored_leaf():
@@ -99,7 +100,7 @@ def test_axes_are_those_of_the_stored_leaf():
         ("fused", "dot", -2, (-2,)),
         ("fused#1", "dot", -2, (-2,)),
         ("split", "dot", -2, (-2,)),
-        ("conv", "other", None, ()),
+        ("conv", "conv", None, ()),
         ("part", "other", None, ()),  # half of the contracted axis: no statistic of the whole
     ]
     assert uses[2].source == uses[3].source == uses[4].source == uses[0].source != uses[1].source

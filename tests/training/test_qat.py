@@ -91,8 +91,8 @@ def test_axes_are_those_of_the_function(rng):
     assert export(start)["a"].axis == -2
 
 
-def test_a_kernel_of_three_axes_may_be_kept(rng):
-    """Its contracted axis is neither of the last two, which no format of a file has."""
+def test_a_kernel_of_three_axes_trains_along_its_own_or_is_kept(rng):
+    """The first axis is contracted: blocks run along it. Two axes at once are refused, and may be kept."""
     w = {"heads": jnp.asarray(rng.normal(size=(D, 2, 8)), jnp.float32), "out": {}}
     x = jnp.asarray(rng.normal(size=(4, D)), jnp.float32)
     w["out"]["kernel"] = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
@@ -100,12 +100,19 @@ def test_a_kernel_of_three_axes_may_be_kept(rng):
     def apply(p, x):
         return jnp.tile(jnp.tensordot(x, p["heads"], 1).reshape(4, -1), (1, 4)) @ p["out"]["kernel"]
 
-    with pytest.raises(UserError, match=r"heads: contracted along .*; keep it in the plan"):
-        qjax.qat(apply, w, "int4_g32", x)
-    plan = qjax.Plan((qjax.Rule("heads", "keep"), qjax.Rule("*", "int4_g32")))
-    start, fake, export = qjax.qat(apply, w, plan, x)
-    assert fake(start)["heads"] is start["weights"]["heads"]
-    assert qjax.is_qtensor(export(start)["out"]["kernel"])
+    start, fake, export = qjax.qat(apply, w, "int4_g32", x)
+    assert export(start)["heads"].axis == -3
+    np.testing.assert_array_equal(qjax.dequantize(export(start)["heads"]), fake(start)["heads"])
+    both = {"w": jnp.asarray(rng.normal(size=(4, 16, 8)), jnp.float32), "v": w["out"]["kernel"]}
+
+    def merged(p, x):
+        return jnp.einsum("thd,hdo->to", x.reshape(4, 4, -1), p["w"]).sum() + (x @ p["v"]).sum()
+
+    with pytest.raises(UserError, match=r"w: is contracted along \(-3, -2\) together.*keep it in the plan"):
+        qjax.qat(merged, both, "int4_g32", x)
+    plan = qjax.Plan((qjax.Rule("w", "keep"), qjax.Rule("*", "int4_g32")))
+    start, fake, export = qjax.qat(merged, both, plan, x)
+    assert fake(start)["w"] is start["weights"]["w"] and qjax.is_qtensor(export(start)["v"])
 
 
 def test_it_goes_on_from_any_recipe(rng):

@@ -118,7 +118,7 @@ def _with_zeros(q: QTensor, adapter: Adapter) -> QTensor:
     else:
         assert m is not None
         scales = fmt.store(scales, (s, m + delta))
-    return QTensor(fmt.pack(scales, codes), fmt, q.axis)
+    return QTensor(fmt.pack(scales, codes), fmt, q.axis, dtype=q.dtype)
 
 
 @jax.custom_vjp

@@ -116,7 +116,8 @@ class Quantizer:
 
     def pack(self, w: Float[Array, "*w"], trained: dict[str, Any], constants: dict[str, Any]) -> QTensor:
         """The weight as it is stored; `qjax.dequantize` of it equals `fake` bit for bit."""
-        return QTensor(self.format.pack(*self.encode(w, trained, constants)), self.format, self.axis)
+        leaves = self.format.pack(*self.encode(w, trained, constants))
+        return QTensor(leaves, self.format, self.axis, dtype=w.dtype)
 
     def saturated(self, w: Float[Array, "*w"], scales: Scales, codes: Array) -> Float[Array, ""]:
         """The share of weights outside of the cells of the grid."""

@@ -36,7 +36,7 @@ def quantizers_of(
     scales: ScaleKind = "refit",
     estimator: Estimator | None = None,
     rule: ScaleRule = OWN,
-    axes: Mapping[str, int] | None = None,
+    axes: Mapping[str, Any] | None = None,
 ) -> dict[str, Quantizer]:
     """How a plan's weights are quantized while they train.
 
@@ -58,6 +58,10 @@ def quantizers_of(
         if one.format is not None:
             path = one.weight.path
             axis = axes.get(path, contracted_axis(path, leaves[path].ndim))
+            if isinstance(axis, tuple):
+                raise UserError(
+                    f"{path}: is contracted along {axis} together, which no training knows; keep it in the plan"
+                )
             quantizers[path] = Quantizer(one.format, axis, scales, estimator, rule)
     if not quantizers:
         raise UserError(f"plan {plan.name!r} keeps every weight: there is nothing to train through")
