@@ -30,9 +30,9 @@ from jax import Array
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
+from qjax.models.families import weight_names
 from qjax.models.graph import Edge, edges
 from qjax.models.model import Model, Params
-from qjax.models.weight_names import weight_names
 from qjax.reparam.hadamard import randomized
 from qjax.tensor import is_qtensor
 

@@ -29,8 +29,7 @@ from qjax.formats import format as get_format
 from qjax.io.gguf_model import to_rows
 from qjax.io.gguf_types import DENSE
 from qjax.io.gguf_write import Layout, TensorInfo, layout, tensor_order
-from qjax.models.families import weight_names
-from qjax.models.family_table import family_of
+from qjax.models.families import family_of, weight_names
 from qjax.models.stages import stages_of
 from qjax.pipeline.calibrated import key_of, loader, walk_folder
 from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, compile_ahead, encode_tensor, workers

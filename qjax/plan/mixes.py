@@ -21,8 +21,7 @@ from qjax.io.gguf_model import FILE_TYPES as FILE_TYPE_NUMBERS
 from qjax.io.gguf_types import TENSOR_TYPES
 from qjax.io.gguf_write import tensor_order
 from qjax.models.config import DecoderConfig
-from qjax.models.family_table import family_of
-from qjax.models.weight_names import weight_names
+from qjax.models.families import family_of, weight_names
 from qjax.plan.rules import KEEP, Plan, Rule, Weight
 
 # File type -> (number in general.file_type, type of most tensors). MXFP4 of a dense model is qjax's own: every layer in

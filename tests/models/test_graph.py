@@ -8,9 +8,9 @@ import pytest
 from tiny_families import TINY, tiny, tiny_tokens
 
 from qjax.models.config import DecoderConfig
+from qjax.models.families import weight_names
 from qjax.models.graph import edges
 from qjax.models.model import forward
-from qjax.models.weight_names import weight_names
 
 MHA = DecoderConfig(vocab=31, dim=8, hidden=12, layers=2, heads=4, kv_heads=4, head_dim=6, qkv_bias=True)
 GQA = dataclasses.replace(MHA, kv_heads=2)

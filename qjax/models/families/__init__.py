@@ -1,5 +1,6 @@
-"""Every name and config of the supported model families, in one place to import from.
+"""The supported model families, one file each, and every name and config of theirs in one place to import from.
 
+FAMILIES, family_of                  the table
 config_from_hf / config_to_hf        config.json   <-> DecoderConfig
 config_from_gguf / config_to_gguf    GGUF metadata <-> DecoderConfig (and `rope_freqs`, its one extra tensor)
 weight_names                         flax path, Hugging Face name and GGUF name of every weight
@@ -7,10 +8,10 @@ weight_names                         flax path, Hugging Face name and GGUF name 
 
 from __future__ import annotations
 
-from qjax.models.config_gguf import config_from_gguf, config_to_gguf, rope_freqs
-from qjax.models.config_hf import config_from_hf, config_to_hf
-from qjax.models.family_table import FAMILIES
-from qjax.models.weight_names import WeightName, weight_names
+from qjax.models.families.config_gguf import config_from_gguf, config_to_gguf, rope_freqs
+from qjax.models.families.config_hf import config_from_hf, config_to_hf
+from qjax.models.families.table import FAMILIES, family_of
+from qjax.models.families.weight_names import WeightName, weight_names
 
 __all__ = [
     "FAMILIES",
@@ -19,6 +20,7 @@ __all__ = [
     "config_from_hf",
     "config_to_gguf",
     "config_to_hf",
+    "family_of",
     "rope_freqs",
     "weight_names",
 ]

@@ -1,0 +1,209 @@
+"""Hugging Face's config.json <-> DecoderConfig: what all families share; the rest is each family's own.
+
+Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` + `rope_local_base_freq`, and the
+`rope_parameters` of transformers 5. The first is written, because every version reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig, RopeScaling
+from qjax.models.families.family import Family
+from qjax.models.families.keys import Keys
+from qjax.models.families.table import FAMILIES
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# Options that change the function: allowed only at these values, but for the families that read them.
+_UNSUPPORTED = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
+}
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Read the contents of a config.json.
+
+    Raises:
+      UserError: an unknown model_type, a missing or malformed key, or an option that would change what is computed
+        and is not supported; the message names key and value.
+    """
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        hint = ' (its language model alone is "gemma3_text")' if kind == "gemma3" else ""
+        raise UserError(f"config.json: model_type {kind!r} is not supported{hint}; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    for key, allowed in _UNSUPPORTED.items():
+        if key not in family.options and hf.get(key) not in allowed:
+            raise UserError(f"config.json: {key} = {hf[key]!r} is not supported for model_type {kind!r}")
+    keys = Keys(hf, family.absent)
+    heads, dim = keys.count("num_attention_heads"), keys.count("hidden_size")
+    own = family.from_hf(keys)
+    theta, scaling, local_theta = _rope(keys)
+    common: dict[str, Any] = {
+        "vocab": keys.count("vocab_size"),
+        "dim": dim,
+        "hidden": keys.count("intermediate_size"),
+        "layers": keys.count("num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": keys.count("num_key_value_heads", heads if "num_key_value_heads" in family.absent else None),
+        "head_dim": keys.count("head_dim", dim // heads),
+        "context": keys.count("max_position_embeddings"),
+        "norm_eps": keys.number("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "local_rope_theta": local_theta if own.get("window") is not None else None,
+        "tied": bool(keys.get("tie_word_embeddings", False)),
+        "family": kind,
+    }
+    config = DecoderConfig(**common | dict(family.traits) | own)
+    _check_activation(hf, config)
+    return check_dimensions(config, "config.json")
+
+
+_NAMES = {"window": "sliding_window", "dim": "hidden_size", "context": "context length"}
+
+
+def check_dimensions(config: DecoderConfig, where: str) -> DecoderConfig:
+    """The config itself, or a UserError where its numbers cannot make a decoder."""
+    for name, value in vars(config).items():
+        if type(value) is int and value >= 1 << 31:
+            raise UserError(f"{where}: {_NAMES.get(name, name)} = {value} is more than any model has")
+    if config.heads % config.kv_heads:
+        raise UserError(f"{where}: {config.heads} attention heads are no multiple of {config.kv_heads} key-value heads")
+    if config.head_dim % 2:
+        raise UserError(f"{where}: head size {config.head_dim} is odd; rotary embeddings need an even one")
+    return config
+
+
+def _check_activation(hf: Mapping[str, Any], config: DecoderConfig) -> None:
+    # Gemma's first files say hidden_act = "gelu" where hidden_activation holds what is meant.
+    key = "hidden_activation" if hf.get("hidden_activation") is not None else "hidden_act"
+    value = hf.get(key)
+    if value is not None and _ACTIVATIONS.get(str(value)) != config.activation:
+        raise UserError(f"config.json: {key} = {value!r} is not supported for model_type {config.family!r}")
+
+
+def _rope(keys: Keys) -> tuple[float, RopeScaling | None, float | None]:
+    """(theta, scaling, theta of the windowed layers) from either spelling."""
+    hf = keys.values
+    new = hf.get("rope_parameters")
+    local_theta = keys.optional("rope_local_base_freq")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(key), Mapping | None):
+            raise UserError(f"config.json: {key} = {hf[key]!r}; expected an object or null")
+    if new is None:
+        scaling = _scaling(hf.get("rope_scaling"), "rope_scaling", keys)
+        return keys.number("rope_theta", 10000.0), scaling, local_theta
+    if "full_attention" in new or "sliding_attention" in new:
+        full, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
+        if _scaling(local, "rope_parameters.sliding_attention", keys) is not None:
+            raise UserError("config.json: rope_parameters.sliding_attention is scaled, which is not supported")
+        local_theta = keys.positive(
+            "rope_parameters.sliding_attention.rope_theta", local.get("rope_theta", local_theta)
+        )
+    else:
+        full = new
+    theta = keys.positive("rope_parameters.rope_theta", full.get("rope_theta", keys.get("rope_theta", 10000.0)))
+    return theta, _scaling(full, "rope_parameters", keys), local_theta
+
+
+def _scaling(rope: Mapping[str, Any] | None, key: str, keys: Keys) -> RopeScaling | None:
+    if not rope:
+        return None
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"config.json: {key}.partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported"
+        )
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"config.json: {key}.rope_type = {kind!r} is not supported; supported: default, linear, llama3")
+
+    def number(name: str, default: Any = None) -> float:
+        return keys.positive(f"{key}.{name}", rope.get(name, default))
+
+    if kind == "linear":
+        return RopeScaling("linear", number("factor"))
+    original = "original_max_position_embeddings"
+    return RopeScaling(
+        "llama3",
+        number("factor"),
+        number("low_freq_factor"),
+        number("high_freq_factor"),
+        int(number(original, keys.values.get(original))),
+    )
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The contents of a config.json; `config_from_hf` reads back the same record.
+
+    Raises:
+      UserError: the family's config.json has no key for something in `config`.
+    """
+    c = config
+    family = known_family(c)
+    hf: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": c.family,
+        "vocab_size": c.vocab,
+        "hidden_size": c.dim,
+        "intermediate_size": c.hidden,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": _scaling_to_hf(c.rope_scaling),
+        "tie_word_embeddings": c.tied,
+        "hidden_act": "silu" if c.activation == "silu" else "gelu_pytorch_tanh",
+    }
+    hf = family.to_hf(c, hf)
+    check_equal(c, config_from_hf(hf), f"a config.json of model_type {c.family!r}")
+    return hf
+
+
+def known_family(config: DecoderConfig) -> Family:
+    """The config's family, or a UserError where the table has none of the name."""
+    if config.family not in FAMILIES:
+        raise UserError(f"family {config.family!r} is unknown; known: {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def check_equal(config: DecoderConfig, back: DecoderConfig, where: str) -> None:
+    """Raise UserError, naming the field, unless a config survived a file format."""
+    for field in dataclasses.fields(config):
+        want, got = getattr(config, field.name), getattr(back, field.name)
+        if want != got:
+            raise UserError(f"{where} cannot say {field.name} = {want!r} (it would be read back as {got!r})")
+
+
+def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if scaling.kind == "table":
+        raise UserError("config.json cannot hold a table of rotary divisors (rope_freqs.weight of a GGUF file)")
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+    }
