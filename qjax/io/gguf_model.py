@@ -23,7 +23,9 @@ from qjax.io.huggingface import file_shape, get_leaf, own, set_leaf
 from qjax.io.rope_rows import to_halves, to_pairs
 from qjax.io.tokenizer import Tokenizer, tokenizer_from_gguf
 from qjax.models.config import DecoderConfig
-from qjax.models.families import WeightName, config_from_gguf, config_to_gguf, rope_freqs, weight_names
+from qjax.models.families import WeightName, config_from_gguf, config_to_gguf, rope_tensors, weight_names
+from qjax.models.families.scaling import FREQS as ROPE_FREQS
+from qjax.models.families.scaling import LONG, SHORT
 from qjax.models.model import Model
 from qjax.tensor import QTensor
 
@@ -38,7 +40,6 @@ FILE_TYPES: Mapping[str, int] = MappingProxyType(
     }
 )  # fmt: skip
 _SHORT = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}  # a type -> its most usual mix
-ROPE_FREQS = "rope_freqs.weight"
 
 
 def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
@@ -49,12 +50,13 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
     """
     file = read_gguf(path)
     tied = "output.weight" not in file.tensors
-    freqs = np.array(file.array(ROPE_FREQS)) if ROPE_FREQS in file.tensors else None
+    rope = {name: np.array(file.array(name)) for name in (ROPE_FREQS, LONG, SHORT) if name in file.tensors}
+    biased = "blk.0.attn_q.bias" in file.tensors
     layers = file.metadata.get(f"{file.metadata.get('general.architecture')}.block_count")
     if isinstance(layers, int) and layers > len(file.tensors):  # before anything counts to it
         raise UserError(f"{path}: block_count = {layers}, more layers than the {len(file.tensors)} tensors there are")
     try:
-        config = config_from_gguf(file.metadata, tied=tied, rope_freqs=freqs)
+        config = config_from_gguf(file.metadata, tied=tied, biased=biased, rope=rope)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     names = weight_names(config)
@@ -62,7 +64,7 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
         found, expected = file.entry(w.gguf).shape, file_shape(w)
         if found != expected:
             raise UserError(f"{path}: tensor {w.gguf!r} has shape {list(found)}; its metadata ask for {list(expected)}")
-    extra = file.tensors.keys() - {w.gguf for w in names} - {ROPE_FREQS}
+    extra = file.tensors.keys() - {w.gguf for w in names} - rope.keys()
     if extra:
         raise UserError(f"{path}: tensor {min(extra)!r} belongs to nothing that qjax knows in this architecture")
     return config, file
@@ -128,15 +130,14 @@ def save_gguf(
         raise UserError(f"cannot write {path}: the model has no tokenizer, and llama.cpp loads no file without one")
     leaves = {w.gguf: (w, get_leaf(model.params, w)) for w in weight_names(model.config)}
     infos = [info_of(w, leaf, float_type) for w, leaf in leaves.values()]
-    freqs = rope_freqs(model.config)
-    if freqs is not None:
-        infos.append(TensorInfo(ROPE_FREQS, freqs.shape, "F32"))
+    rope = rope_tensors(model.config)
+    infos += [TensorInfo(name, table.shape, "F32") for name, table in rope.items()]
     infos.sort(key=lambda info: tensor_order(info.name))
     meta = metadata_of(model.config, model.tokenizer, pre, name or path.stem, usual_type(infos))
 
     def tensors() -> Iterator[np.ndarray]:
         for info in infos:
-            yield freqs if info.name == ROPE_FREQS else to_rows(*leaves[info.name], info.type)
+            yield rope[info.name] if info.name in rope else to_rows(*leaves[info.name], info.type)
 
     write_gguf(path, meta, infos, tensors())
 

@@ -159,8 +159,10 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
 
     Raises:
       UserError: a map that is not orthogonal or not of length head_dim, weights of other shapes than the config's, a
-        packed weight.
+        packed weight, values in one weight with q and k (fused_qkv).
     """
+    if config.fused_qkv:
+        raise UserError(f"the values of {config.family} cannot be rotated alone: q, k and v are one weight (fused_qkv)")
     _check_orthogonal(rotate, config.head_dim, "head_dim")
     flat = _flat(params, config)
     for i in range(config.layers):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, RMSNorm, softcapped
+from qjax.models.decoder import Block, RMSNorm, embedded, for_head, softcapped
 from qjax.typing import Array, Float, Int
 
 Apply = Callable[[Any, Array], Array]
@@ -65,10 +65,11 @@ def stages_of(config: DecoderConfig) -> Stages:
 
     def embed(params: Any, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
-        return x * jnp.asarray(c.dim**0.5, x.dtype) if c.embed_scale else x
+        return embedded(c, x)
 
     def head(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         y: Any = RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
+        y = for_head(c, y)
         w = params["embed"]["embedding"] if c.tied else params["head"]["kernel"]
         logits = lax.dot_general(y, w, (((2,), (1 if c.tied else 0,)), ((), ())))
         return softcapped(logits, c.logit_softcap)

@@ -1,9 +1,9 @@
 """GGUF metadata <-> DecoderConfig, with llama.cpp's own defaults and key names; what one family has is its own file's.
 
-What metadata does not hold: whether the head is tied (the file then has no `output.weight`) and Llama 3's rotary
-scaling, which is the tensor `rope_freqs.weight`. Both are arguments here. The arch `llama` serves Llama and Mistral.
-llama.cpp reads a window for the Gemmas only; for other families the key is written all the same, but llama.cpp attends
-to everything, so texts longer than the window differ there.
+What metadata does not hold: whether the head is tied (the file then has no `output.weight`), whether q, k and v have
+biases, and rotary scaling that is a tensor. All are arguments here. The arch `llama` serves Llama and Mistral, `olmo2`
+both OLMo 2 and 3. llama.cpp reads a window for the Gemmas and OLMo 3 only; for other families the key is written all
+the same, but llama.cpp attends to everything, so texts longer than the window differ there.
 """
 
 from __future__ import annotations
@@ -15,21 +15,30 @@ from typing import Any
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.models.config import DecoderConfig, RopeScaling
-from qjax.models.decoder import rope_divisors
+from qjax.models.config import DecoderConfig
 from qjax.models.families.config_hf import check_dimensions, check_equal, known_family
 from qjax.models.families.keys import Keys, shortest
+from qjax.models.families.scaling import FREQS, rope_tensors, scaling_from_gguf, scaling_to_gguf
 from qjax.models.families.table import FAMILIES
 from qjax.models.families.windows import windows_from_gguf, windows_to_gguf
 
 
-def config_from_gguf(meta: Mapping[str, Any], *, tied: bool = False, rope_freqs: Any | None = None) -> DecoderConfig:
+def config_from_gguf(
+    meta: Mapping[str, Any],
+    *,
+    tied: bool = False,
+    biased: bool = False,
+    rope_freqs: Any | None = None,
+    rope: Mapping[str, Any] | None = None,
+) -> DecoderConfig:
     """Read the metadata of a GGUF file.
 
     Args:
       meta: full keys (`llama.block_count`) to Python values; arrays as sequences.
       tied: the file has no tensor `output.weight`.
+      biased: the file has biases of q, k and v; asked for by families that may have them.
       rope_freqs: the tensor `rope_freqs.weight`, f32[head_dim / 2], where the file has one.
+      rope: all tensors of that kind by name, where there are others (`rope_tensors`).
 
     Raises:
       UserError: an unknown architecture, a missing or malformed key, or an unsupported option, named with its value.
@@ -45,9 +54,15 @@ def config_from_gguf(meta: Mapping[str, Any], *, tied: bool = False, rope_freqs:
         raise UserError(f"{at}expert_count = {keys.get('expert_count')!r}: mixtures of experts are not supported")
     heads, dim, layers = (keys.count(k) for k in ("attention.head_count", "embedding_length", "block_count"))
     head_dim = keys.count("attention.key_length", dim // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (other := keys.count(key, head_dim)) != head_dim:
+    rotated = keys.count("rope.dimension_count", head_dim)
+    partial = any("partial_rotary_factor" in family.options for family in families)
+    for key, other in (
+        ("attention.value_length", keys.count("attention.value_length", head_dim)),
+        ("rope.dimension_count", head_dim if partial and rotated < head_dim else rotated),
+    ):
+        if other != head_dim:
             raise UserError(f"{at}{key} = {other} differs from the head size {head_dim}, which is not supported")
+    tensors = dict(rope or {}) | ({} if rope_freqs is None else {FREQS: rope_freqs})
     theta = keys.number("rope.freq_base", 10000.0)
     tokens = meta.get("tokenizer.ggml.tokens")
     windows = windows_from_gguf(keys, families[0].period, layers)
@@ -63,40 +78,15 @@ def config_from_gguf(meta: Mapping[str, Any], *, tied: bool = False, rope_freqs:
         "context": keys.count("context_length"),
         "norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": _scaling(keys, head_dim, theta, rope_freqs),
+        "rope_scaling": scaling_from_gguf(keys, rotated, theta, tensors),
+        "rotary_dim": None if rotated == head_dim else rotated,
+        "qkv_bias": biased and "attention_bias" in family.options,
         "tied": tied,
         "family": family.name,
         **windows,
     }
     config = DecoderConfig(**common | dict(family.traits) | family.from_gguf(keys, common))
     return check_dimensions(config, f"{arch} metadata")
-
-
-def _scaling(keys: Keys, head_dim: int, theta: float, rope_freqs: Any) -> RopeScaling | None:
-    kind = keys.get("rope.scaling.type", "linear")
-    factor = keys.optional("rope.scaling.factor") or keys.optional("rope.scale_linear") or 1.0
-    if kind not in ("none", "linear"):
-        raise UserError(f"{keys.at}rope.scaling.type = {kind!r} is not supported; supported: none, linear")
-    if rope_freqs is None:
-        return None if factor == 1.0 else RopeScaling("linear", factor)
-    divisors = np.asarray(rope_freqs, np.float32).reshape(-1)
-    if divisors.shape != (head_dim // 2,) or not (np.isfinite(divisors).all() and (divisors > 0).all()):
-        raise UserError(f"rope_freqs.weight: expected {head_dim // 2} positive numbers, got shape {divisors.shape}")
-    if factor != 1.0:
-        raise UserError(f"{keys.at}rope.scaling.factor = {factor} together with rope_freqs.weight is not supported")
-    # All published Llama 3 checkpoints share the other three numbers, so the formula can be recovered and exported.
-    llama3 = RopeScaling("llama3", shortest(divisors.max()))
-    if np.allclose(rope_divisors(head_dim, theta, llama3), divisors, rtol=1e-5):
-        return llama3
-    return RopeScaling("table", divisors=tuple(float(d) for d in divisors))
-
-
-def rope_freqs(config: DecoderConfig) -> np.ndarray | None:
-    """The tensor `rope_freqs.weight` of a GGUF file, f32[head_dim / 2], or None where the file needs none."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind == "linear":
-        return None
-    return np.asarray(rope_divisors(config.head_dim, config.rope_theta, scaling), np.float32)
 
 
 def config_to_gguf(config: DecoderConfig) -> dict[str, Any]:
@@ -122,14 +112,13 @@ def config_to_gguf(config: DecoderConfig) -> dict[str, Any]:
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
         "attention.layer_norm_rms_epsilon": c.norm_eps,
-        "rope.dimension_count": c.head_dim,
+        "rope.dimension_count": c.rotated,
         "rope.freq_base": c.rope_theta,
     }
-    if c.rope_scaling is not None and c.rope_scaling.kind == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": c.rope_scaling.factor}
+    keys |= scaling_to_gguf(c.rope_scaling)
     keys |= windows_to_gguf(c, family.period, family.absent_gguf) | own
     meta = {"general.architecture": family.arch} | {f"{family.arch}.{key}": value for key, value in keys.items()}
-    back = config_from_gguf(meta, tied=c.tied, rope_freqs=rope_freqs(c))
+    back = config_from_gguf(meta, tied=c.tied, biased=c.qkv_bias, rope=rope_tensors(c))
     # The scaling formula and the family's name are not in the file; what they compute is.
     back = dataclasses.replace(back, rope_scaling=c.rope_scaling, family=c.family)
     check_equal(_as_float32(c), back, f"a GGUF file of architecture {family.arch!r}")

@@ -14,6 +14,7 @@ from qjax.errors import UserError
 from qjax.models.config import DecoderConfig, RopeScaling
 from qjax.models.families.family import Family
 from qjax.models.families.keys import Keys
+from qjax.models.families.scaling import scaling_from_hf, scaling_to_hf
 from qjax.models.families.table import FAMILIES
 
 _ACTIVATIONS = {
@@ -50,8 +51,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
             raise UserError(f"config.json: {key} = {hf[key]!r} is not supported for model_type {kind!r}")
     keys = Keys(hf, family.absent)
     heads, dim = keys.count("num_attention_heads"), keys.count("hidden_size")
-    own = family.from_hf(keys)
-    theta, scaling, local_theta = _rope(keys)
+    theta, scaling, local_theta = _rope(keys, family)
     common: dict[str, Any] = {
         "vocab": keys.count("vocab_size"),
         "dim": dim,
@@ -64,11 +64,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         "norm_eps": keys.number("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "local_rope_theta": local_theta if own.get("window") is not None else None,
+        "local_rope_theta": local_theta,
         "tied": bool(keys.get("tie_word_embeddings", False)),
         "family": kind,
     }
-    config = DecoderConfig(**common | dict(family.traits) | own)
+    fields = common | dict(family.traits) | family.from_hf(keys, common)
+    if fields.get("window") is None:
+        fields["local_rope_theta"] = None
+    config = DecoderConfig(**fields)
     _check_activation(hf, config)
     return check_dimensions(config, "config.json")
 
@@ -96,20 +99,26 @@ def _check_activation(hf: Mapping[str, Any], config: DecoderConfig) -> None:
         raise UserError(f"config.json: {key} = {value!r} is not supported for model_type {config.family!r}")
 
 
-def _rope(keys: Keys) -> tuple[float, RopeScaling | None, float | None]:
+def _rope(keys: Keys, family: Family) -> tuple[float, RopeScaling | None, float | None]:
     """(theta, scaling, theta of the windowed layers) from either spelling."""
     hf = keys.values
     new = hf.get("rope_parameters")
     local_theta = keys.optional("rope_local_base_freq")
+
+    def scaling(rope: Mapping[str, Any] | None, key: str) -> RopeScaling | None:
+        part = (rope or {}).get("partial_rotary_factor", 1.0)
+        if part != 1.0 and "partial_rotary_factor" not in family.options:
+            raise UserError(f"config.json: {key}.partial_rotary_factor = {part!r} is not supported")
+        return scaling_from_hf(rope, key, keys, "longrope" in family.options)
+
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(hf.get(key), Mapping | None):
             raise UserError(f"config.json: {key} = {hf[key]!r}; expected an object or null")
     if new is None:
-        scaling = _scaling(hf.get("rope_scaling"), "rope_scaling", keys)
-        return keys.number("rope_theta", 10000.0), scaling, local_theta
+        return keys.number("rope_theta", 10000.0), scaling(hf.get("rope_scaling"), "rope_scaling"), local_theta
     if "full_attention" in new or "sliding_attention" in new:
         full, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
-        if _scaling(local, "rope_parameters.sliding_attention", keys) is not None:
+        if scaling(local, "rope_parameters.sliding_attention") is not None:
             raise UserError("config.json: rope_parameters.sliding_attention is scaled, which is not supported")
         local_theta = keys.positive(
             "rope_parameters.sliding_attention.rope_theta", local.get("rope_theta", local_theta)
@@ -117,35 +126,7 @@ def _rope(keys: Keys) -> tuple[float, RopeScaling | None, float | None]:
     else:
         full = new
     theta = keys.positive("rope_parameters.rope_theta", full.get("rope_theta", keys.get("rope_theta", 10000.0)))
-    return theta, _scaling(full, "rope_parameters", keys), local_theta
-
-
-def _scaling(rope: Mapping[str, Any] | None, key: str, keys: Keys) -> RopeScaling | None:
-    if not rope:
-        return None
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"config.json: {key}.partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported"
-        )
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise UserError(f"config.json: {key}.rope_type = {kind!r} is not supported; supported: default, linear, llama3")
-
-    def number(name: str, default: Any = None) -> float:
-        return keys.positive(f"{key}.{name}", rope.get(name, default))
-
-    if kind == "linear":
-        return RopeScaling("linear", number("factor"))
-    original = "original_max_position_embeddings"
-    return RopeScaling(
-        "llama3",
-        number("factor"),
-        number("low_freq_factor"),
-        number("high_freq_factor"),
-        int(number(original, keys.values.get(original))),
-    )
+    return theta, scaling(full, "rope_parameters"), local_theta
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -169,7 +150,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": _scaling_to_hf(c.rope_scaling),
+        "rope_scaling": scaling_to_hf(c.rope_scaling),
         "tie_word_embeddings": c.tied,
         "hidden_act": "silu" if c.activation == "silu" else "gelu_pytorch_tanh",
     }
@@ -191,19 +172,3 @@ def check_equal(config: DecoderConfig, back: DecoderConfig, where: str) -> None:
         want, got = getattr(config, field.name), getattr(back, field.name)
         if want != got:
             raise UserError(f"{where} cannot say {field.name} = {want!r} (it would be read back as {got!r})")
-
-
-def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    if scaling.kind == "table":
-        raise UserError("config.json cannot hold a table of rotary divisors (rope_freqs.weight of a GGUF file)")
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-    }

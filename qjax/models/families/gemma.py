@@ -1,11 +1,12 @@
-"""Gemma 2 and 3: norms in front and behind, gains stored minus one, windows in all but every second or sixth layer."""
+"""Gemma: gains stored minus one; 2 and 3: norms in front and behind, windows in all but every second or sixth layer."""
 
 from qjax.models.config import DecoderConfig
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
 from qjax.models.families.windows import every, windows_from_hf, windows_to_hf
 
-_TRAITS = {"activation": "gelu_tanh", "norm_offset": 1.0, "post_norms": True, "embed_scale": True}
+_GEMMA1 = {"activation": "gelu_tanh", "norm_offset": 1.0, "embed_scale": True}
+_TRAITS = _GEMMA1 | {"post_norms": True}
 _WIDE_LAYERS = {"gemma2": 46, "gemma3": 62}  # llama.cpp knows the 27B models, whose query_dim is dim / heads, by these
 _NAMES = {
     "attn_post_norm": "post_attention_layernorm",
@@ -14,7 +15,7 @@ _NAMES = {
 }
 
 
-def _from_hf(keys: Keys) -> Fields:
+def _from_hf(keys: Keys, _: Fields) -> Fields:
     query_dim = keys.optional("query_pre_attn_scalar")
     fields = windows_from_hf(keys, lambda layers: every(keys.count("sliding_window_pattern"), layers))
     return fields | {
@@ -71,6 +72,18 @@ def _to_gguf(c: DecoderConfig) -> Fields:
     return {key: value for key, value in said.items() if value is not None}
 
 
+GEMMA = Family(
+    name="gemma",
+    architecture="GemmaForCausalLM",
+    arch="gemma",
+    traits=_GEMMA1,
+    absent={
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+)
 GEMMA2 = Family(
     name="gemma2",
     architecture="Gemma2ForCausalLM",

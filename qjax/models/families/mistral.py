@@ -1,13 +1,12 @@
 """Mistral: a Llama whose layers may all have a window. llama.cpp calls it `llama` too."""
 
-from qjax.models.families.family import Family
+from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
 
 
-def _window(keys: Keys):
-    if "sliding_window" in keys.values and keys.values["sliding_window"] is None:
-        return {}
-    return {"window": keys.count("sliding_window")}
+def window_from_hf(keys: Keys, _: Fields) -> Fields:
+    """The window that all layers have; none where sliding_window is null, or missing and not in `absent`."""
+    return {} if keys.get("sliding_window") is None else {"window": keys.count("sliding_window")}
 
 
 MISTRAL = Family(
@@ -16,6 +15,6 @@ MISTRAL = Family(
     arch="llama",
     absent={"max_position_embeddings": 131072, "sliding_window": 4096},
     pairs=True,
-    from_hf=_window,
+    from_hf=window_from_hf,
     to_hf=lambda c, hf: hf | {"sliding_window": c.window},
 )

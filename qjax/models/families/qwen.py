@@ -1,26 +1,24 @@
 """Qwen 2 and 3: biases of q, k and v, or norms over their heads; windows, where asked for, behind the first layers."""
 
-from typing import Any
-
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.families.family import Family
+from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
 from qjax.models.families.windows import windows_from_hf, windows_to_hf
 
 
-def _windows(keys: Keys) -> dict[str, Any]:
+def _windows(keys: Keys, _: Fields) -> Fields:
     if not keys.get("use_sliding_window", False):
         return {}
     return windows_from_hf(keys, lambda layers: tuple(range(min(keys.get("max_window_layers", 28), layers))))
 
 
-def _to_hf(c: DecoderConfig, hf: dict[str, Any]) -> dict[str, Any]:
+def _to_hf(c: DecoderConfig, hf: Fields) -> Fields:
     leading = next((i for i in range(c.layers) if c.layer_window(i) is not None), c.layers)
     return hf | windows_to_hf(c) | {"use_sliding_window": c.window is not None, "max_window_layers": leading}
 
 
-def _check_heads(c: DecoderConfig) -> dict[str, Any]:
+def _check_heads(c: DecoderConfig) -> Fields:
     if c.heads * c.head_dim != c.dim:
         raise UserError(
             f"llama.cpp's qwen2 wants heads x head_dim = embedding_length, got {c.heads} x {c.head_dim} and {c.dim}"

@@ -20,6 +20,7 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "attn/q": ("self_attn.q_proj", "attn_q"),
         "attn/k": ("self_attn.k_proj", "attn_k"),
         "attn/v": ("self_attn.v_proj", "attn_v"),
+        "attn/qkv": ("self_attn.qkv_proj", "attn_qkv"),
         "attn/q_norm": ("self_attn.q_norm", "attn_q_norm"),
         "attn/k_norm": ("self_attn.k_norm", "attn_k_norm"),
         "attn/o": ("self_attn.o_proj", "attn_output"),
@@ -27,6 +28,7 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
         "mlp/gate": ("mlp.gate_proj", "ffn_gate"),
         "mlp/up": ("mlp.up_proj", "ffn_up"),
+        "mlp/gate_up": ("mlp.gate_up_proj", "ffn_up"),
         "mlp/down": ("mlp.down_proj", "ffn_down"),
         "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
     }
@@ -77,19 +79,27 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         return (f"layers_{layer}", *part.split("/")), f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
 
     for i in range(c.layers):
-        norm(*at(i, "attn_norm"), c.dim)
-        dense(*at(i, "attn/q"), (c.dim, q_dim), c.heads, c.qkv_bias)
-        dense(*at(i, "attn/k"), (c.dim, kv_dim), c.kv_heads, c.qkv_bias)
-        dense(*at(i, "attn/v"), (c.dim, kv_dim), None, c.qkv_bias)
+        if c.pre_norms:
+            norm(*at(i, "attn_norm"), c.dim)
+        if c.fused_qkv:
+            dense(*at(i, "attn/qkv"), (c.dim, q_dim + 2 * kv_dim), None, c.qkv_bias)
+        else:
+            dense(*at(i, "attn/q"), (c.dim, q_dim), c.heads, c.qkv_bias)
+            dense(*at(i, "attn/k"), (c.dim, kv_dim), c.kv_heads, c.qkv_bias)
+            dense(*at(i, "attn/v"), (c.dim, kv_dim), None, c.qkv_bias)
         if c.qk_norm:
-            norm(*at(i, "attn/q_norm"), c.head_dim)
-            norm(*at(i, "attn/k_norm"), c.head_dim)
+            norm(*at(i, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
+            norm(*at(i, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
         dense(*at(i, "attn/o"), (q_dim, c.dim))
         if c.post_norms:
             norm(*at(i, "attn_post_norm"), c.dim)
-        norm(*at(i, "mlp_norm"), c.dim)
-        dense(*at(i, "mlp/gate"), (c.dim, c.hidden))
-        dense(*at(i, "mlp/up"), (c.dim, c.hidden))
+        if c.pre_norms:
+            norm(*at(i, "mlp_norm"), c.dim)
+        if c.fused_mlp:
+            dense(*at(i, "mlp/gate_up"), (c.dim, 2 * c.hidden))
+        else:
+            dense(*at(i, "mlp/gate"), (c.dim, c.hidden))
+            dense(*at(i, "mlp/up"), (c.dim, c.hidden))
         dense(*at(i, "mlp/down"), (c.hidden, c.dim))
         if c.post_norms:
             norm(*at(i, "mlp_post_norm"), c.dim)
