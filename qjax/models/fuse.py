@@ -193,7 +193,7 @@ def rotated(model: Model, seed: int, values: bool = True, untie: bool = False) -
     params, config = rotate_residual(model.params, model.config, partial(randomized, seed=seed), untie)
     if values:
         params = rotate_values(params, config, partial(randomized, seed=seed, salt=1))
-    return Model(config, params, model.tokenizer)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def _flat(params: Params, config: DecoderConfig) -> dict[str, Any]:
