@@ -93,6 +93,9 @@ class _Site:
         return self.first or self.i >= 7 * self.layers // 8 or (self.i - eighth) % 3 == 2
 
 
+# Where q, k and v are one weight, its rules are those of v.
+SAME_ROLE = {"attn_qkv.weight": "attn_v.weight"}
+
 # None: the base type.
 Choice = Callable[[_Site], str | None]
 _ATTN_V: dict[str, Choice] = {
@@ -260,7 +263,7 @@ def tensor_types(
     if base in ("F32", "F16", "BF16"):
         return dict.fromkeys(names, base)
     tied = "output.weight" not in tensors
-    n_attn_v = sum("attn_v.weight" in n for n in tensors)
+    n_attn_v = sum("attn_v.weight" in n or "attn_qkv.weight" in n for n in tensors)
     gqa = heads // kv_heads if kv_heads else 0
     big = layers == 80 and (arch in ("qwen2", "olmo", "deci") or (arch == "llama" and heads != kv_heads))
     seen = dict.fromkeys(ROLES, 0)
@@ -271,7 +274,7 @@ def tensor_types(
         if kind is None and pure:
             kind = base
         if kind is None:
-            role = next((r for r in ROLES if r in name), "")
+            role = next((SAME_ROLE.get(r, r) for r in (*ROLES, *SAME_ROLE) if r in name), "")
             if name == "output.weight" or (tied and name == "token_embd.weight"):
                 kind = _output_type(base, row)
             elif name == "token_embd.weight":

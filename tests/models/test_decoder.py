@@ -83,7 +83,10 @@ def test_options_change_the_logits(name):
     }
     logits = forward(config, params, tokens)
     for field, value in plain.items():
-        if getattr(config, field) != value:
+        tables = (
+            config.rope_scaling is not None and config.rope_scaling.kind == "longrope"
+        )  # as long as rotary_dim says
+        if getattr(config, field) != value and not (tables and field == "rotary_dim"):
             other = dataclasses.replace(config, **{field: value})
             moved = jnp.abs(forward(other, params, tokens) - logits).max()
             assert moved > 1e-3, field
