@@ -1,4 +1,7 @@
-"""Models in Hugging Face's layout: a folder with config.json, safetensors (one file or shards) and a tokenizer."""
+"""Models in Hugging Face's layout: a folder with config.json, safetensors (one file or shards) and a tokenizer.
+
+Of a model of text and images the language model is read (see `multimodal`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
+from qjax.io.multimodal import language_settings, language_tensors
 from qjax.io.safetensors import FLOATS, SHARD_BYTES, Checkpoint, open_folder, write_folder
 from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
 from qjax.models.card import Card
@@ -35,8 +39,12 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face folder")
-    settings = read_json(folder / "config.json")
-    checkpoint = open_folder(folder)
+    whole = read_json(folder / "config.json")
+    settings, checkpoint = language_settings(whole), open_folder(folder)
+    if settings is not whole:
+        checkpoint = language_tensors(checkpoint)
+        # Whether the head is tied stands in either part, by version; that it is not there says so.
+        settings = {**settings, "tie_word_embeddings": "lm_head.weight" not in checkpoint.tensors}
     layers = settings.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(checkpoint.tensors):  # before anything counts to it
         count = len(checkpoint.tensors)
@@ -81,7 +89,7 @@ def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
     params: dict[str, Any] = {}
     for w, array in iterate_weights(config, checkpoint):
         set_leaf(params, w.path, own(array.T if w.transposed else array, dtype))
-    settings = read_json(folder / "config.json")
+    settings = language_settings(read_json(folder / "config.json"))
     return Model(config, params, read_tokenizer(folder, settings), _card_of(folder, settings, config, checkpoint))
 
 

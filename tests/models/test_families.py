@@ -230,7 +230,8 @@ def test_gemma_27b_scores_are_llama_cpps():
     "change, message",
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
-        ({"model_type": "gemma3"}, "gemma3_text"),
+        ({"model_type": "gemma3"}, 'no text_config; its language model alone is "gemma3_text"'),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported: mixtures of experts are missing"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type = 'dynamic'"),

@@ -23,6 +23,25 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+# What a model_type that many ask for would take.
+MISSING = {
+    "gemma3": 'there is no text_config; its language model alone is "gemma3_text"',
+    "mixtral": "mixtures of experts are missing",
+    "qwen2_moe": "mixtures of experts are missing",
+    "qwen3_moe": "mixtures of experts are missing",
+    "llama4": "mixtures of experts and attention in chunks are missing",
+    "llama4_text": "mixtures of experts and attention in chunks are missing",
+    "gpt_oss": "mixtures of experts and attention sinks are missing",
+    "deepseek_v3": "mixtures of experts and latent attention are missing",
+    "glm4_moe": "mixtures of experts are missing",
+    "qwen3_next": "mixtures of experts and gated linear attention are missing",
+    "qwen3_5": "gated linear attention is missing",
+    "gemma3n": "its embeddings by layer are missing",
+    "cohere": "LayerNorm and attention beside the MLP are missing",
+    "phi": "LayerNorm and attention beside the MLP are missing",
+    "olmo": "LayerNorm without gains is missing",
+    "glm": "its GGUF architecture chatglm is missing; glm4 stands",
+}
 # Options that change the function: allowed only at these values, but for the families that read them.
 _UNSUPPORTED = {
     "attention_bias": (False, None),
@@ -43,8 +62,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        hint = ' (its language model alone is "gemma3_text")' if kind == "gemma3" else ""
-        raise UserError(f"config.json: model_type {kind!r} is not supported{hint}; supported: {', '.join(FAMILIES)}")
+        lacks = MISSING.get(kind) if isinstance(kind, str) else None
+        why = f": {lacks}" if lacks else ""
+        raise UserError(f"config.json: model_type {kind!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     for key, allowed in _UNSUPPORTED.items():
         if key not in family.options and hf.get(key) not in allowed:

@@ -113,6 +113,12 @@ GEMMA3 = Family(
     arch="gemma3",
     traits=_TRAITS | {"qk_norm": True},
     absent={
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
