@@ -38,8 +38,8 @@ from qjax.io.checkpoint import load, save
 from qjax.io.gguf_read import read_gguf
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
+from qjax.models.families import weight_names
 from qjax.models.model import Model, forward
-from qjax.models.weight_names import weight_names
 from qjax.pipeline.calibrated import quantize_model, survey_model
 from qjax.pipeline.windows import calibration_text
 from qjax.plan.mixes import mix as plan_of_mix

@@ -1,6 +1,7 @@
 """Plans: exactly one rule a weight, loud about the rest; mixes: every decision of the real llama_model_quantize."""
 
 import ctypes
+import dataclasses
 import os
 import re
 
@@ -9,6 +10,7 @@ import pytest
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
+from qjax.models.families import family_of
 from qjax.plan import FILE_TYPES, Plan, Rule, Weight, decoder_weights, file_type_number, mix, tensor_types
 
 WEIGHTS = (
@@ -129,6 +131,7 @@ CONFIGS = {
     "80 layers, gqa 2, wide": config(80, kv_heads=4),
     "rows of 288 and 640": config(8, dim=288, hidden=640, heads=4, kv_heads=1),
     "rows of 320 and 80, tied": config(8, dim=320, hidden=80, heads=4, kv_heads=2, tied=True),
+    "q, k and v in one": dataclasses.replace(config(8), family="phi3", fused_qkv=True, fused_mlp=True),
     "rows of 40": config(4, dim=40, hidden=48, heads=2, kv_heads=2),
 }
 
@@ -137,7 +140,7 @@ def write_gguf(path, c):
     """A model of zeros with the least metadata llama.cpp accepts."""
     import gguf
 
-    w = gguf.GGUFWriter(path, "llama")
+    w = gguf.GGUFWriter(path, family_of(c).arch)
     w.add_context_length(64)
     w.add_embedding_length(c.dim)
     w.add_block_count(c.layers)

@@ -19,7 +19,7 @@ from qjax.errors import UserError
 from qjax.io.atomic import atomic_file
 from qjax.io.imatrix import Imatrix, check_imatrix
 from qjax.io.npz import read_arrays
-from qjax.models.weight_names import WeightName
+from qjax.models.families import WeightName
 from qjax.stats import KINDS, Stats
 
 _SHARED, _AXES = "shared", "axes"

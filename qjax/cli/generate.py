@@ -55,7 +55,7 @@ class Generate:
             raise UserError(
                 '--prompt is empty, and this model has no BOS to begin with; give it text, as in "def main("'
             )
-        stop = set() if tokenizer.eos is None else {tokenizer.eos}
+        stop = set(model.stops)
         made: list[int] = []
         said = tokenizer.decode(prompt)
         print(shown(said), end="", flush=True)

@@ -74,9 +74,10 @@ def save(
       model: a Model: in GGUF, packed weights of ggml types keep their exact bytes; in a folder they become floats. Or a
         tree of arrays and QTensors (see `qjax.io.tree`), which come back as they are.
       path: where to.
-      dtype: of float matrices: "float32" (default), "float16" or "bfloat16".
+      dtype: of float matrices: "float32", "float16" or "bfloat16"; by default float32, or, in a folder, that of the
+        folder the model came from where it still holds every weight exactly.
       pre: GGUF: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
-      name: GGUF: `general.name`.
+      name: GGUF: `general.name`; by default that of the file it came from, else the new file's.
 
     Raises:
       UserError: something the target cannot hold, or a disk that will not take it. Nothing is left under the name.
@@ -93,8 +94,7 @@ def save(
         return save_tree(model, path)
     if path.suffix == TREE:
         raise UserError(f"cannot write {path} of a Model: that is for params alone; name it .gguf, or a folder")
-    dtype = dtype or "float32"
-    gguf_type = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(dtype)
+    gguf_type = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(dtype or "float32")
     if gguf_type is None:
         raise UserError(f"dtype {dtype!r} is not supported; expected float32, float16 or bfloat16")
     if path.suffix == ".gguf":

@@ -22,8 +22,11 @@ from qjax.io.gguf_write import TensorInfo, tensor_order, write_gguf
 from qjax.io.huggingface import file_shape, get_leaf, own, set_leaf
 from qjax.io.rope_rows import to_halves, to_pairs
 from qjax.io.tokenizer import Tokenizer, tokenizer_from_gguf
+from qjax.models.card import Card
 from qjax.models.config import DecoderConfig
-from qjax.models.families import WeightName, config_from_gguf, config_to_gguf, rope_freqs, weight_names
+from qjax.models.families import WeightName, config_from_gguf, config_to_gguf, rope_tensors, weight_names
+from qjax.models.families.scaling import FREQS as ROPE_FREQS
+from qjax.models.families.scaling import LONG, SHORT
 from qjax.models.model import Model
 from qjax.tensor import QTensor
 
@@ -37,8 +40,17 @@ FILE_TYPES: Mapping[str, int] = MappingProxyType(
         "IQ2_S": 28, "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38,
     }
 )  # fmt: skip
+# What `metadata_of` writes anew, and what is true of one file only.
+WRITTEN = frozenset(
+    {"general.architecture", "general.type", "general.quantization_version", "general.file_type", "general.alignment"}
+    | {f"tokenizer.ggml.{key}" for key in (
+        "model", "pre", "tokens", "token_type", "merges", "scores", "add_space_prefix", "bos_token_id", "eos_token_id",
+        "unknown_token_id", "padding_token_id", "add_bos_token", "add_eos_token",
+    )}
+    | {"tokenizer.chat_template"}
+)  # fmt: skip
+_NOT_KEPT = ("split.",)
 _SHORT = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}  # a type -> its most usual mix
-ROPE_FREQS = "rope_freqs.weight"
 
 
 def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
@@ -49,12 +61,13 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
     """
     file = read_gguf(path)
     tied = "output.weight" not in file.tensors
-    freqs = np.array(file.array(ROPE_FREQS)) if ROPE_FREQS in file.tensors else None
+    rope = {name: np.array(file.array(name)) for name in (ROPE_FREQS, LONG, SHORT) if name in file.tensors}
+    biased = "blk.0.attn_q.bias" in file.tensors
     layers = file.metadata.get(f"{file.metadata.get('general.architecture')}.block_count")
     if isinstance(layers, int) and layers > len(file.tensors):  # before anything counts to it
         raise UserError(f"{path}: block_count = {layers}, more layers than the {len(file.tensors)} tensors there are")
     try:
-        config = config_from_gguf(file.metadata, tied=tied, rope_freqs=freqs)
+        config = config_from_gguf(file.metadata, tied=tied, biased=biased, rope=rope)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     names = weight_names(config)
@@ -62,7 +75,7 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
         found, expected = file.entry(w.gguf).shape, file_shape(w)
         if found != expected:
             raise UserError(f"{path}: tensor {w.gguf!r} has shape {list(found)}; its metadata ask for {list(expected)}")
-    extra = file.tensors.keys() - {w.gguf for w in names} - {ROPE_FREQS}
+    extra = file.tensors.keys() - {w.gguf for w in names} - rope.keys()
     if extra:
         raise UserError(f"{path}: tensor {min(extra)!r} belongs to nothing that qjax knows in this architecture")
     return config, file
@@ -87,7 +100,16 @@ def load_gguf(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None
         tokenizer = tokenizer_from_gguf(file.metadata, pre)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    return Model(config, params, tokenizer)
+    return Model(config, params, tokenizer, card_of(file))
+
+
+def card_of(file: GGUFFile) -> Card:
+    """What a file says beside architecture, weights and tokenizer, in its own types."""
+    arch = f"{file.metadata['general.architecture']}."
+    kept = {k: file.typed(k) for k in file.metadata if not k.startswith((arch, *_NOT_KEPT)) and k not in WRITTEN}
+    ends = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    stops = tuple(dict.fromkeys(i for i in ends if type(i) is int))
+    return Card(gguf=kept, stops=stops if len(stops) > 1 else ())
 
 
 def read_weight(file: GGUFFile, w: WeightName, dtype: Any = jnp.float32) -> Any:
@@ -115,7 +137,7 @@ def save_gguf(
       path: the final name.
       float_type: "F32", "F16" or "BF16".
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
-      name: `general.name`; by default the file's.
+      name: `general.name`; by default that of the file it was loaded from, else this file's.
 
     Raises:
       UserError: no tokenizer (llama.cpp cannot load such a file), a packed weight that is no ggml type, a config that
@@ -128,26 +150,32 @@ def save_gguf(
         raise UserError(f"cannot write {path}: the model has no tokenizer, and llama.cpp loads no file without one")
     leaves = {w.gguf: (w, get_leaf(model.params, w)) for w in weight_names(model.config)}
     infos = [info_of(w, leaf, float_type) for w, leaf in leaves.values()]
-    freqs = rope_freqs(model.config)
-    if freqs is not None:
-        infos.append(TensorInfo(ROPE_FREQS, freqs.shape, "F32"))
+    rope = rope_tensors(model.config)
+    infos += [TensorInfo(name, table.shape, "F32") for name, table in rope.items()]
     infos.sort(key=lambda info: tensor_order(info.name))
-    meta = metadata_of(model.config, model.tokenizer, pre, name or path.stem, usual_type(infos))
+    kept = model.card.gguf
+    name = name or kept.get("general.name") or path.stem
+    meta = metadata_of(model.config, model.tokenizer, pre, name, usual_type(infos), kept)
 
     def tensors() -> Iterator[np.ndarray]:
         for info in infos:
-            yield freqs if info.name == ROPE_FREQS else to_rows(*leaves[info.name], info.type)
+            yield rope[info.name] if info.name in rope else to_rows(*leaves[info.name], info.type)
 
     write_gguf(path, meta, infos, tensors())
 
 
 def metadata_of(
-    config: DecoderConfig, tokenizer: Tokenizer, pre: str | None, name: str, file_type: str
+    config: DecoderConfig,
+    tokenizer: Tokenizer,
+    pre: str | None,
+    name: str,
+    file_type: str,
+    kept: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """All metadata of a file; `file_type` is a type or one of llama-quantize's mixes."""
+    """All metadata of a file; `file_type` is a type or one of llama-quantize's mixes, `kept` what another file said."""
     tokenizer = tokenizer if pre is None else dataclasses.replace(tokenizer, pre=pre)
     mix = _SHORT.get(file_type, file_type)
-    return {
+    said = {
         **config_to_gguf(config),
         "general.type": "model",
         "general.name": name,
@@ -155,6 +183,7 @@ def metadata_of(
         **({"general.file_type": FILE_TYPES[mix]} if mix in FILE_TYPES else {}),
         **tokenizer.to_gguf(config.vocab),
     }
+    return said | {key: value for key, value in kept.items() if key not in said}
 
 
 def info_of(w: WeightName, leaf: Any, float_type: str) -> TensorInfo:

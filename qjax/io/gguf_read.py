@@ -59,6 +59,7 @@ class GGUFFile:
       path: the file.
       version: 2 or 3.
       metadata: key -> bool, int, float, str, or a list of these.
+      kinds: key -> the type of a number, or of the numbers of a list.
       tensors: name -> TensorEntry, in the file's order.
       data: the whole file, mapped into memory: u8[size].
     """
@@ -68,6 +69,14 @@ class GGUFFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     data: np.ndarray
+    kinds: Mapping[str, np.dtype[Any]] = dataclasses.field(default_factory=dict)
+
+    def typed(self, key: str) -> Any:
+        """A value of the metadata in the file's own type, for `write_gguf` to write as it was."""
+        value, kind = self.metadata[key], self.kinds.get(key)
+        if kind is None:
+            return value
+        return np.array(value, kind) if isinstance(value, list) else kind.type(value)
 
     def entry(self, name: str) -> TensorEntry:
         """The entry of a tensor; UserError where the file lacks it."""
@@ -125,12 +134,17 @@ def read_gguf(path: str | Path) -> GGUFFile:
     n_tensors = cursor.count("number of tensors", _MIN_INFO)
     n_kv = cursor.count("number of keys", _MIN_KV)
     metadata: dict[str, Any] = {}
+    kinds: dict[str, np.dtype[Any]] = {}
     for i in range(n_kv):
         key = cursor.string(f"key {i}", MAX_KEY)
         if not key or key in metadata:
             raise cursor.error(f"key {key!r} appears twice" if key else f"key {i} is empty")
-        metadata[key] = cursor.value(cursor.unpack("<I", f"type of {key!r}"), f"value of {key!r}")
-    return GGUFFile(path, version, metadata, _tensor_infos(cursor, n_tensors, metadata), data)
+        kind = cursor.unpack("<I", f"type of {key!r}")
+        of = cursor.ahead() if kind == ARRAY else kind
+        metadata[key] = cursor.value(kind, f"value of {key!r}")
+        if of in SCALARS:
+            kinds[key] = np.dtype(bool) if of == BOOL else SCALARS[of]
+    return GGUFFile(path, version, metadata, _tensor_infos(cursor, n_tensors, metadata), data, kinds)
 
 
 def _tensor_infos(cursor: _Cursor, n_tensors: int, metadata: dict[str, Any]) -> dict[str, TensorEntry]:
@@ -193,6 +207,10 @@ class _Cursor:
 
     def unpack(self, code: str, what: str) -> int:
         return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+
+    def ahead(self) -> int:
+        """The u32 that comes next."""
+        return int.from_bytes(self.data[self.at : self.at + 4], "little")
 
     def count(self, what: str, least: int) -> int:
         """A u64 count of things that take at least `least` bytes each."""

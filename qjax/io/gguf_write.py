@@ -66,8 +66,9 @@ def layout(metadata: Mapping[str, Any], infos: Sequence[TensorInfo]) -> Layout:
     """The header of a file and where each tensor will lie.
 
     Args:
-      metadata: key -> bool, int, float, str, numpy scalar (which fixes the type), or a sequence of one of these. An int
-        is stored as u32 (i32 if negative, 64 bits if it must be), a float as f32, an empty sequence as strings.
+      metadata: key -> bool, int, float, str, numpy scalar (which fixes the type), or a sequence of one of these, or of
+        such sequences. An int is stored as u32 (i32 if negative, 64 bits if it must be), a float as f32, an empty
+        sequence as strings.
       infos: the tensors in the order they will come.
 
     Raises:
@@ -169,6 +170,8 @@ def _value(key: str, value: Any) -> bytes:
         return struct.pack("<I", STRING) + _string(value)
     if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
         return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
+    if isinstance(value, list | tuple) and all(isinstance(v, list | tuple | np.ndarray) for v in value):
+        return struct.pack("<IIQ", ARRAY, ARRAY, len(value)) + b"".join(_value(key, v)[4:] for v in value)
     array = np.asarray(value)
     if array.ndim > 1 or array.dtype.kind not in "biuf":
         raise UserError(f"GGUF key {key!r}: cannot store a value like {str(value)[:40]!r}")

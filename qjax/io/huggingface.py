@@ -1,9 +1,12 @@
-"""Models in Hugging Face's layout: a folder with config.json, safetensors (one file or shards) and a tokenizer."""
+"""Models in Hugging Face's layout: a folder with config.json, safetensors (one file or shards) and a tokenizer.
+
+Of a model of text and images the language model is read (see `multimodal`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
-from qjax.io.safetensors import FLOATS, SINGLE, Checkpoint, open_folder, write_file
+from qjax.io.multimodal import language_settings, language_tensors
+from qjax.io.safetensors import FLOATS, SHARD_BYTES, Checkpoint, open_folder, write_folder
 from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
+from qjax.models.card import Card
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, config_from_hf, config_to_hf, weight_names
 from qjax.models.model import Model
@@ -34,8 +39,12 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face folder")
-    settings = read_json(folder / "config.json")
-    checkpoint = open_folder(folder)
+    whole = read_json(folder / "config.json")
+    settings, checkpoint = language_settings(whole), open_folder(folder)
+    if settings is not whole:
+        checkpoint = language_tensors(checkpoint)
+        # Whether the head is tied stands in either part, by version; that it is not there says so.
+        settings = {**settings, "tie_word_embeddings": "lm_head.weight" not in checkpoint.tensors}
     layers = settings.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(checkpoint.tensors):  # before anything counts to it
         count = len(checkpoint.tensors)
@@ -80,38 +89,72 @@ def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
     params: dict[str, Any] = {}
     for w, array in iterate_weights(config, checkpoint):
         set_leaf(params, w.path, own(array.T if w.transposed else array, dtype))
-    return Model(config, params, read_tokenizer(folder, read_json(folder / "config.json")))
+    settings = language_settings(read_json(folder / "config.json"))
+    return Model(config, params, read_tokenizer(folder, settings), _card_of(folder, settings, config, checkpoint))
 
 
-def save_folder(model: Model, folder: str | Path, dtype: str = "float32") -> None:
+def _card_of(folder: Path, settings: Mapping[str, Any], config: DecoderConfig, checkpoint: Checkpoint) -> Card:
+    """What a folder says beside architecture, weights and tokenizer."""
+    file = folder / "generation_config.json"
+    generation = read_json(file) if file.is_file() and file.stat().st_size else {}
+    stops: dict[int, None] = {}
+    for said in (settings.get("eos_token_id"), generation.get("eos_token_id")):
+        ids = said if isinstance(said, list) else [said]
+        stops |= dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < config.vocab)
+    stored = {checkpoint.tensors[w.hf].dtype for w in weight_names(config)}
+    dtype = next((name for name, code in _DTYPES.items() if stored == {code}), None)
+    return Card(generation=generation, stops=tuple(stops) if len(stops) > 1 else (), dtype=dtype)
+
+
+def save_folder(model: Model, folder: str | Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a folder atomically: config.json, generation_config.json, model.safetensors and the tokenizer.
 
     Packed weights are written as the floats they stand for: the layout has no place for them.
 
     Args:
-      dtype: "float32", "bfloat16" or "float16", of every tensor.
+      dtype: "float32", "bfloat16" or "float16", of every tensor; by default that of the folder it was loaded from where
+        it still holds every weight exactly, else float32.
+      shard_bytes: a larger model is written in several files and an index.
 
     Raises:
       UserError: an unknown dtype, a missing weight, a config that config.json cannot say, a full disk.
     """
+    dtype = _same_dtype(model) if dtype is None else dtype
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; expected one of {', '.join(_DTYPES)}")
     stored = _DTYPES[dtype]
     names = weight_names(model.config)
-    special = (
-        {} if model.tokenizer is None else {"bos_token_id": model.tokenizer.bos, "eos_token_id": model.tokenizer.eos}
-    )
+    special: dict[str, Any] = {}
+    if model.tokenizer is not None:
+        special = {"bos_token_id": model.tokenizer.bos, "eos_token_id": model.tokenizer.eos}
+    if len(model.stops) > 1:
+        special["eos_token_id"] = list(model.stops)
     special = {key: value for key, value in special.items() if value is not None}
     config = config_to_hf(model.config) | {"torch_dtype": dtype} | special
     weights = (_to_file(model, w).astype(FLOATS[stored]) for w in names)
     with atomic_dir(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "generation_config.json").write_text(
-            json.dumps({"_from_model_config": True, **special}, indent=2) + "\n"
+            json.dumps((dict(model.card.generation) or {"_from_model_config": True}) | special, indent=2) + "\n"
         )
-        write_file(out / SINGLE, [(w.hf, stored, file_shape(w)) for w in names], weights)
+        write_folder(out, [(w.hf, stored, file_shape(w)) for w in names], weights, shard_bytes)
         if model.tokenizer is not None:
             write_tokenizer(out, model.tokenizer)
+
+
+def _same_dtype(model: Model) -> str:
+    """The dtype of the folder a model came from where no weight would change by it, else float32."""
+    dtype = model.card.dtype or "float32"
+    narrow = FLOATS[_DTYPES[dtype]]
+
+    def fits(leaf: Any) -> bool:
+        if isinstance(leaf, QTensor):
+            return False
+        array = np.asarray(leaf)
+        return array.dtype == narrow or bool(np.array_equal(array.astype(narrow).astype(array.dtype), array))
+
+    same = dtype != "float32" and all(fits(get_leaf(model.params, w)) for w in weight_names(model.config))
+    return dtype if same else "float32"
 
 
 def file_shape(w: WeightName) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ mapped file. Source: the format's specification in the safetensors repository.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import struct
@@ -33,6 +34,7 @@ FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
     }
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # of tensors in one file, as Hugging Face's own tools cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,39 @@ def write_file(
     """
     with atomic_file(path) as f:
         write_tensors(f, infos, tensors, FLOATS, {"format": "pt"})
+
+
+def write_folder(
+    folder: Path,
+    infos: Sequence[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write model.safetensors, or, where there is more than `shard_bytes`, shards of at most so much with their index.
+
+    Args:
+      folder: is there, and not yet read by anyone.
+      infos, tensors: as for `write_file`. A tensor larger than a shard gets one of its own.
+    """
+    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    sizes = [FLOATS[dtype].itemsize * math.prod(shape) for _, dtype, shape in infos]
+    held = 0
+    for info, size in zip(infos, sizes, strict=True):
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(info)
+        held += size
+    rest = iter(tensors)
+    if len(shards) == 1:
+        return write_file(folder / SINGLE, infos, rest)
+    where: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_file(folder / name, shard, itertools.islice(rest, len(shard)))
+        where |= {tensor: name for tensor, *_ in shard}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_tensors(

@@ -65,7 +65,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
         **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), "llama-bpe"),
         **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "hunyuan", "grok-2"), "qwen2"),
-        "dbrx": "smaug-bpe",
+        **dict.fromkeys(("dbrx", "glm4", "chatglm-bpe"), "smaug-bpe"),
         "llama4": "gpt-4o",
     }
 )

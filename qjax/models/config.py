@@ -12,15 +12,23 @@ class RopeScaling:
 
     `kind="linear"` divides every frequency by `factor`; `kind="llama3"` divides the low ones, keeps the high ones
     and blends between (Llama 3.1 model card; `transformers.modeling_rope_utils`); `kind="table"` divides frequency i
-    by `divisors[i]`, which is what a GGUF file stores of the second.
+    by `divisors[i]`, which is what a GGUF file stores of the second. `kind="yarn"` keeps those that turn more than
+    `beta_fast` times within `original_max_position`, divides those that turn less than `beta_slow` times and blends
+    between (arXiv:2309.00071); `kind="longrope"` divides by `divisors` where the text is longer than
+    `original_max_position`, else by `short_divisors` (arXiv:2402.13753). The last two make what is rotated longer by
+    `attention_factor`.
     """
 
-    kind: Literal["linear", "llama3", "table"] = "linear"
+    kind: Literal["linear", "llama3", "table", "yarn", "longrope"] = "linear"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     divisors: tuple[float, ...] = ()
+    short_divisors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +65,38 @@ class DecoderConfig:
     query_dim: float | None = None  # Gemma: attention scores over sqrt(query_dim); None: head_dim
     attn_softcap: float | None = None  # Gemma 2: s -> cap tanh(s / cap)
     logit_softcap: float | None = None  # Gemma 2
+    pre_norms: bool = True  # OLMo 2/3 have none, only those behind attention and MLP
+    qk_norm_whole: bool = False  # OLMo 2/3: the norm of q and k is one over all heads
+    nope_layers: tuple[int, ...] = ()  # SmolLM3: layers that rotate nothing
+    rotary_dim: int | None = None  # Phi-4, GLM-4: only the first so many numbers of a head are rotated; None: all
+    rope_pairs: bool = False  # GLM-4: neighbours are rotated with each other, not the halves of a head
+    fused_qkv: bool = False  # Phi-3: q, k and v are one weight
+    fused_mlp: bool = False  # Phi-3, GLM-4: gate and up are one weight
+    embed_multiplier: float = 1.0  # Granite
+    residual_multiplier: float = 1.0  # Granite: of what attention and MLP add
+    attn_multiplier: float | None = None  # Granite: of attention scores, in place of 1 / sqrt(head_dim)
+    logit_divisor: float = 1.0  # Granite
 
     def layer_window(self, layer: int) -> int | None:
         """The attention window of one layer, or None where it sees everything."""
         return None if layer in self.global_layers else self.window
 
-    def layer_theta(self, layer: int) -> tuple[float, RopeScaling | None]:
-        """The rotary base of one layer and its scaling."""
+    def layer_theta(self, layer: int) -> tuple[float, RopeScaling | None] | None:
+        """The rotary base of one layer and its scaling, or None where nothing is rotated."""
+        if layer in self.nope_layers:
+            return None
         if self.local_rope_theta is not None and self.layer_window(layer) is not None:
             return self.local_rope_theta, None
         return self.rope_theta, self.rope_scaling
+
+    @property
+    def rotated(self) -> int:
+        """How many numbers of each head are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied with."""
+        if self.attn_multiplier is not None:
+            return self.attn_multiplier
+        return (self.head_dim if self.query_dim is None else self.query_dim) ** -0.5

@@ -6,13 +6,15 @@
     logits = W_head n(x)                                                  (W_head = E^T when tied)
 
 Weights are flax kernels, (in, out). Their paths: `embed/embedding`, `layers_3/attn/{q,k,v,o}/kernel`,
-`layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`.
+`layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`; where a
+family keeps several in one, `attn/qkv` and `mlp/gate_up`.
 Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
 format of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,40 +29,67 @@ from qjax.models.config import DecoderConfig, RopeScaling
 Cache = dict[str, Any]
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Rotary angles per position, f_i = theta^(-2i/head_dim), rescaled for long contexts. Returns f32[head_dim/2]."""
-    f = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return f if scaling is None else f / rope_divisors(head_dim, theta, scaling)
+def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None, length: Any = 0) -> jax.Array:
+    """Rotary angles per position, f_i = theta^(-2i/dim), rescaled for long contexts. Returns f32[dim/2]."""
+    f = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    return f if scaling is None else f / rope_divisors(dim, theta, scaling, length)
 
 
-def rope_divisors(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
-    """What long-context scaling divides each rotary frequency by: f32[head_dim/2].
+def rope_divisors(dim: int, theta: float, scaling: RopeScaling, length: Any = 0) -> jax.Array:
+    """What long-context scaling divides each rotary frequency by: f32[dim/2].
 
     For Llama 3 with wavelengths l_i = 2 pi / f_i, b_i = clip((original / l_i - low) / (high - low), 0, 1):
-    1 / divisor_i = (1 - b_i) / factor + b_i. GGUF files store this as the tensor `rope_freqs.weight`.
+    1 / divisor_i = (1 - b_i) / factor + b_i. GGUF files store this as the tensor `rope_freqs.weight`. YaRN's b falls
+    along i, from where a wave turns beta_fast times to where it turns beta_slow times. LongRoPE asks for the `length`
+    of the text so far.
     """
     if scaling.kind == "linear":
-        return jnp.full(head_dim // 2, scaling.factor, jnp.float32)
+        return jnp.full(dim // 2, scaling.factor, jnp.float32)
     if scaling.kind == "table":
         return jnp.array(scaling.divisors, jnp.float32)
-    f = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = jnp.clip((scaling.original_max_position * f / (2 * jnp.pi) - low) / (high - low), 0.0, 1.0)
+    if scaling.kind == "longrope":
+        long, short = (jnp.array(d, jnp.float32) for d in (scaling.divisors, scaling.short_divisors))
+        return jnp.where(jnp.asarray(length) > scaling.original_max_position, long, short)
+    if scaling.kind == "yarn":
+
+        def place(turns: float) -> float:
+            return dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first = max(math.floor(place(scaling.beta_fast)), 0)
+        last = min(math.ceil(place(scaling.beta_slow)), dim - 1)
+        along = (jnp.arange(dim // 2, dtype=jnp.float32) - first) / max(last - first, 0.001)
+        blend = 1 - jnp.clip(along, 0.0, 1.0)
+    else:
+        f = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        blend = jnp.clip((scaling.original_max_position * f / (2 * jnp.pi) - low) / (high - low), 0.0, 1.0)
     return 1 / ((1 - blend) / scaling.factor + blend)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+def rotate(
+    x: jax.Array, positions: jax.Array, frequencies: jax.Array, factor: float = 1.0, pairs: bool = False
+) -> jax.Array:
     """Rotate the halves of each head by position * frequency (the Hugging Face convention).
 
     Args:
       x: [batch, length, heads, head_dim].
       positions: i32[length].
-      frequencies: f32[head_dim / 2].
+      frequencies: f32[rotated / 2]; the rest of a head stays as it is.
+      factor: what the rotated part is multiplied with (YaRN, LongRoPE).
+      pairs: rotate neighbours with each other in place of halves.
     """
+    n = 2 * frequencies.shape[0]
+    if n < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :n], positions, frequencies, factor, pairs), x[..., n:]], axis=-1)
     angle = positions[:, None].astype(jnp.float32) * frequencies[None, :]
     cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    y = x.astype(jnp.float32)
+    a, b = (y[..., 0::2], y[..., 1::2]) if pairs else jnp.split(y, 2, axis=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    y = jnp.stack([a, b], axis=-1).reshape(x.shape) if pairs else jnp.concatenate([a, b], axis=-1)
+    return y.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -81,6 +110,17 @@ class RMSNorm(nn.Module):
 def softcapped(z: jax.Array, cap: float | None) -> jax.Array:
     """Gemma 2's cap tanh(z / cap) of scores or logits; None: z."""
     return z if cap is None else cap * jnp.tanh(z / cap)
+
+
+def embedded(c: DecoderConfig, x: jax.Array) -> jax.Array:
+    """Embeddings as the first layer reads them."""
+    x = x * jnp.asarray(c.dim**0.5, x.dtype) if c.embed_scale else x
+    return x if c.embed_multiplier == 1.0 else x * jnp.asarray(c.embed_multiplier, x.dtype)
+
+
+def for_head(c: DecoderConfig, x: jax.Array) -> jax.Array:
+    """The last norm's output as the head reads it."""
+    return x if c.logit_divisor == 1.0 else x / jnp.asarray(c.logit_divisor, x.dtype)
 
 
 def attend(q, k, v, mask, scale: float, softcap: float | None):
@@ -148,17 +188,29 @@ class Attention(nn.Module):
             return nn.Dense(out, use_bias=bias, name=name, dtype=self.dtype, dot_general=self.dot_general)
 
         b, t, _ = x.shape
-        q = dense("q", c.heads * c.head_dim, c.qkv_bias)(x).reshape(b, t, c.heads, c.head_dim)
-        k = dense("k", c.kv_heads * c.head_dim, c.qkv_bias)(x).reshape(b, t, c.kv_heads, c.head_dim)
-        v = dense("v", c.kv_heads * c.head_dim, c.qkv_bias)(x).reshape(b, t, c.kv_heads, c.head_dim)
-        if c.qk_norm:
-            q = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
-        frequencies = rope_frequencies(c.head_dim, *c.layer_theta(self.layer))
-        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        if c.fused_qkv:
+            qkv = dense("qkv", q_dim + 2 * kv_dim, c.qkv_bias)(x)
+            q, k, v = jnp.split(qkv, (q_dim, q_dim + kv_dim), axis=-1)
+        else:
+            q, k, v = (dense(name, n, c.qkv_bias)(x) for name, n in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)))
+
+        def by_head(y, name, heads):
+            norm = RMSNorm(c.norm_eps, c.norm_offset, name=name) if c.qk_norm else lambda y: y
+            y = norm(y) if c.qk_norm_whole else y
+            y = y.reshape(b, t, heads, c.head_dim)
+            return y if c.qk_norm_whole else norm(y)
+
+        q, k = by_head(q, "q_norm", c.heads), by_head(k, "k_norm", c.kv_heads)
+        v = v.reshape(b, t, c.kv_heads, c.head_dim)
+        if (turning := c.layer_theta(self.layer)) is not None:
+            theta, scaling = turning
+            frequencies = rope_frequencies(c.rotated, theta, scaling, positions[-1] + 1)
+            factor = 1.0 if scaling is None else scaling.attention_factor
+            q, k = (rotate(y, positions, frequencies, factor, c.rope_pairs) for y in (q, k))
         k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, c.head_dim) for y in (k, v))
         k, v = self.stored("k", k), self.stored("v", v)
-        scale = (c.head_dim if c.query_dim is None else c.query_dim) ** -0.5
+        scale = c.score_scale
         window = c.layer_window(self.layer)
         if cache is None:
             o = attend_causally(q, k, v, window, scale, c.attn_softcap)
@@ -183,10 +235,13 @@ class MLP(nn.Module):
         def dense(name, out):
             return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
 
-        hidden = self.config.hidden
-        gate = dense("gate", hidden)(x)
-        gate = nn.silu(gate) if self.config.activation == "silu" else nn.gelu(gate, approximate=True)
-        return dense("down", self.config.dim)(gate * dense("up", hidden)(x))
+        c = self.config
+        if c.fused_mlp:
+            gate, up = jnp.split(dense("gate_up", 2 * c.hidden)(x), 2, axis=-1)
+        else:
+            gate, up = dense("gate", c.hidden)(x), dense("up", c.hidden)(x)
+        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+        return dense("down", c.dim)(gate * up)
 
 
 class Block(nn.Module):
@@ -200,15 +255,18 @@ class Block(nn.Module):
     def __call__(self, x, positions, cache=None):
         c = self.config
 
-        def norm(name):
-            return RMSNorm(c.norm_eps, c.norm_offset, name=name)
+        def norm(name, y, present):
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(y) if present else y
+
+        def added(x, y):
+            return x + y if c.residual_multiplier == 1.0 else x + y * jnp.asarray(c.residual_multiplier, y.dtype)
 
         y, cache = Attention(c, self.layer, self.dtype, self.dot_general, self.stored, name="attn")(
-            norm("attn_norm")(x), positions, cache
+            norm("attn_norm", x, c.pre_norms), positions, cache
         )
-        x = x + (norm("attn_post_norm")(y) if c.post_norms else y)
-        y = MLP(c, self.dtype, self.dot_general, name="mlp")(norm("mlp_norm")(x))
-        return x + (norm("mlp_post_norm")(y) if c.post_norms else y), cache
+        x = added(x, norm("attn_post_norm", y, c.post_norms))
+        y = MLP(c, self.dtype, self.dot_general, name="mlp")(norm("mlp_norm", x, c.pre_norms))
+        return added(x, norm("mlp_post_norm", y, c.post_norms)), cache
 
 
 class Decoder(nn.Module):
@@ -234,9 +292,7 @@ class Decoder(nn.Module):
         start = jnp.int32(0) if cache is None else cache["length"]
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         embed = nn.Embed(c.vocab, c.dim, name="embed", dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))
-        x = embed(tokens)
-        if c.embed_scale:
-            x = x * jnp.asarray(c.dim**0.5, x.dtype)
+        x = embedded(c, embed(tokens))
         new_cache: Cache = {"length": start + tokens.shape[1]}
         for i in range(c.layers):
             name = f"layers_{i}"
@@ -244,7 +300,7 @@ class Decoder(nn.Module):
             x, new_cache[name] = block(x, positions, None if cache is None else cache[name])
         if at is not None:
             x = lax.dynamic_slice_in_dim(x, at, 1, axis=1)
-        x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
+        x = for_head(c, RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x))
         if not self.readout:
             return x if cache is None else (x, new_cache)
         if c.tied:

@@ -30,9 +30,9 @@ from jax import Array
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
+from qjax.models.families import weight_names
 from qjax.models.graph import Edge, edges
 from qjax.models.model import Model, Params
-from qjax.models.weight_names import weight_names
 from qjax.reparam.hadamard import randomized
 from qjax.tensor import is_qtensor
 
@@ -159,8 +159,10 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
 
     Raises:
       UserError: a map that is not orthogonal or not of length head_dim, weights of other shapes than the config's, a
-        packed weight.
+        packed weight, values in one weight with q and k (fused_qkv).
     """
+    if config.fused_qkv:
+        raise UserError(f"the values of {config.family} cannot be rotated alone: q, k and v are one weight (fused_qkv)")
     _check_orthogonal(rotate, config.head_dim, "head_dim")
     flat = _flat(params, config)
     for i in range(config.layers):
@@ -191,7 +193,7 @@ def rotated(model: Model, seed: int, values: bool = True, untie: bool = False) -
     params, config = rotate_residual(model.params, model.config, partial(randomized, seed=seed), untie)
     if values:
         params = rotate_values(params, config, partial(randomized, seed=seed, salt=1))
-    return Model(config, params, model.tokenizer)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def _flat(params: Params, config: DecoderConfig) -> dict[str, Any]:

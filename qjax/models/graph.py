@@ -51,7 +51,7 @@ def _untied(c: DecoderConfig) -> bool:
 
 def _heads_of_their_own(c: DecoderConfig) -> bool:
     """Where query heads share a key/value head (GQA), one channel of v feeds several of o."""
-    return c.kv_heads == c.heads
+    return c.kv_heads == c.heads and not c.fused_qkv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,36 @@ class _Rule:
 
 _LAYER = (
     _Rule(
-        "attn_norm -> q, k, v", "attn_norm/scale", ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"), lambda c: c.dim
+        "attn_norm -> q, k, v",
+        "attn_norm/scale",
+        ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
+        lambda c: c.dim,
+        lambda c: c.pre_norms and not c.fused_qkv,
+    ),
+    _Rule(
+        "attn_norm -> qkv",
+        "attn_norm/scale",
+        ("attn/qkv/kernel",),
+        lambda c: c.dim,
+        lambda c: c.pre_norms and c.fused_qkv,
     ),
     _Rule("v -> o", "attn/v/kernel", ("attn/o/kernel",), lambda c: c.heads * c.head_dim, _heads_of_their_own),
-    _Rule("mlp_norm -> gate, up", "mlp_norm/scale", ("mlp/gate/kernel", "mlp/up/kernel"), lambda c: c.dim),
-    # The other factor of down's input, act(gate), is no linear function of gate.
-    _Rule("up -> down", "mlp/up/kernel", ("mlp/down/kernel",), lambda c: c.hidden),
+    _Rule(
+        "mlp_norm -> gate, up",
+        "mlp_norm/scale",
+        ("mlp/gate/kernel", "mlp/up/kernel"),
+        lambda c: c.dim,
+        lambda c: c.pre_norms and not c.fused_mlp,
+    ),
+    _Rule(
+        "mlp_norm -> gate_up",
+        "mlp_norm/scale",
+        ("mlp/gate_up/kernel",),
+        lambda c: c.dim,
+        lambda c: c.pre_norms and c.fused_mlp,
+    ),
+    # The other factor of down's input, act(gate), is no linear function of gate. A part of a fused weight is no source.
+    _Rule("up -> down", "mlp/up/kernel", ("mlp/down/kernel",), lambda c: c.hidden, lambda c: not c.fused_mlp),
 )
 _MODEL = (_Rule("final_norm -> head", "final_norm/scale", ("head/kernel",), lambda c: c.dim, _untied),)
 

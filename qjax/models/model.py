@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.lifting import lift
+from qjax.models.card import Card
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.tables import html_table, number, size
@@ -38,11 +39,19 @@ class Model:
       config: the architecture.
       params: the flax params tree of `Decoder(config)`; leaves are arrays or QTensors.
       tokenizer: turns text into token ids and back; None where the files brought none.
+      card: what else the files said.
     """
 
     config: DecoderConfig
     params: Params
     tokenizer: Tokenizer | None = None
+    card: Card = dataclasses.field(default_factory=Card)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        eos = None if self.tokenizer is None else self.tokenizer.eos
+        return tuple(dict.fromkeys(([] if eos is None else [eos]) + list(self.card.stops)))
 
     @functools.cached_property
     def dense(self) -> Params:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, RMSNorm, softcapped
+from qjax.models.decoder import Block, RMSNorm, embedded, for_head, softcapped
 from qjax.typing import Array, Float, Int
 
 Apply = Callable[[Any, Array], Array]
@@ -73,10 +73,11 @@ def stages_of(config: DecoderConfig) -> Stages:
 
     def embed(params: Any, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
-        return x * jnp.asarray(c.dim**0.5, x.dtype) if c.embed_scale else x
+        return embedded(c, x)
 
     def norm(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)  # type: ignore[return-value]
+        y: Any = RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
+        return for_head(c, y)
 
     def scores(params: Any, n: Float[Array, "*b d"], start: Any, count: int) -> Float[Array, "*b v"]:
         w, axis = (params["embed"]["embedding"], 0) if c.tied else (params["head"]["kernel"], 1)

@@ -15,7 +15,7 @@ from qjax.formats import Format
 from qjax.formats import format as get_format
 from qjax.io.gguf_types import DENSE
 from qjax.io.gguf_write import Layout, TensorInfo, tensor_order
-from qjax.models.family_table import family_of
+from qjax.models.families import family_of
 from qjax.pipeline.source import Source
 from qjax.pipeline.source_tensor import SourceTensor
 from qjax.pipeline.windows import Calibration

@@ -21,8 +21,7 @@ from qjax.io.gguf_model import FILE_TYPES as FILE_TYPE_NUMBERS
 from qjax.io.gguf_types import TENSOR_TYPES
 from qjax.io.gguf_write import tensor_order
 from qjax.models.config import DecoderConfig
-from qjax.models.family_table import family_of
-from qjax.models.weight_names import weight_names
+from qjax.models.families import family_of, weight_names
 from qjax.plan.rules import KEEP, Plan, Rule, Weight
 
 # File type -> (number in general.file_type, type of most tensors). MXFP4 of a dense model is qjax's own: every layer in
@@ -93,6 +92,9 @@ class _Site:
         eighth = self.layers // 8
         return self.first or self.i >= 7 * self.layers // 8 or (self.i - eighth) % 3 == 2
 
+
+# Where q, k and v are one weight, its rules are those of v.
+SAME_ROLE = {"attn_qkv.weight": "attn_v.weight"}
 
 # None: the base type.
 Choice = Callable[[_Site], str | None]
@@ -261,7 +263,7 @@ def tensor_types(
     if base in ("F32", "F16", "BF16"):
         return dict.fromkeys(names, base)
     tied = "output.weight" not in tensors
-    n_attn_v = sum("attn_v.weight" in n for n in tensors)
+    n_attn_v = sum("attn_v.weight" in n or "attn_qkv.weight" in n for n in tensors)
     gqa = heads // kv_heads if kv_heads else 0
     big = layers == 80 and (arch in ("qwen2", "olmo", "deci") or (arch == "llama" and heads != kv_heads))
     seen = dict.fromkeys(ROLES, 0)
@@ -272,7 +274,7 @@ def tensor_types(
         if kind is None and pure:
             kind = base
         if kind is None:
-            role = next((r for r in ROLES if r in name), "")
+            role = next((SAME_ROLE.get(r, r) for r in (*ROLES, *SAME_ROLE) if r in name), "")
             if name == "output.weight" or (tied and name == "token_embd.weight"):
                 kind = _output_type(base, row)
             elif name == "token_embd.weight":

@@ -10,7 +10,7 @@ from qjax.errors import UserError
 from qjax.io.imatrix import read_imatrix, write_imatrix
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
-from qjax.models.weight_names import weight_names
+from qjax.models.families import weight_names
 
 CONFIG = DecoderConfig(vocab=96, dim=64, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True)
 

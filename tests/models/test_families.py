@@ -16,6 +16,7 @@ from qjax.models.families import (
     config_to_gguf,
     config_to_hf,
     rope_freqs,
+    rope_tensors,
     weight_names,
 )
 
@@ -122,14 +123,23 @@ def test_gguf_round_trip(name):
         with pytest.raises(UserError, match="attn_softcap = None"):
             config_to_gguf(config)
         return
+    if name == "qwen3-yarn-betas":
+        with pytest.raises(UserError, match=r"beta_fast = 32 and beta_slow = 1 only, got 4 and 0.5"):
+            config_to_gguf(config)
+        return
     meta = config_to_gguf(config)
-    back = config_from_gguf(as_stored(meta), tied=config.tied, rope_freqs=rope_freqs(config))
+    back = config_from_gguf(as_stored(meta), tied=config.tied, biased=config.qkv_bias, rope=rope_tensors(config))
     if name == "mistral-full":
         back = dataclasses.replace(back, family="mistral")
     if config.rope_scaling is not None and config.rope_scaling.original_max_position == 32:
         assert back.rope_scaling.kind == "table"  # not one of the published scalings: kept as numbers
         np.testing.assert_array_equal(rope_freqs(back), rope_freqs(config))
         back = dataclasses.replace(back, rope_scaling=config.rope_scaling)
+    if (wanted := config.rope_scaling) is not None and wanted.kind in ("yarn", "longrope"):
+        np.testing.assert_allclose(back.rope_scaling.attention_factor, wanted.attention_factor, rtol=1e-6)
+        back = dataclasses.replace(
+            back, rope_scaling=dataclasses.replace(back.rope_scaling, attention_factor=wanted.attention_factor)
+        )
     assert back == config
 
 
@@ -141,7 +151,7 @@ def test_gguf_keys_and_names_are_ggufs_own():
         templates |= {v for k, v in vars(group).items() if isinstance(v, str) and not k.startswith("_")}
     arch_by_name = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     for name, hf in TINY.items():
-        if name == "gemma2-no-caps":
+        if name in ("gemma2-no-caps", "qwen3-yarn-betas"):
             continue
         config = dataclasses.replace(config_from_hf(hf), query_dim=None)
         meta = config_to_gguf(config)
@@ -220,11 +230,21 @@ def test_gemma_27b_scores_are_llama_cpps():
     "change, message",
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
-        ({"model_type": "gemma3"}, "gemma3_text"),
+        ({"model_type": "gemma3"}, 'no text_config; its language model alone is "gemma3_text"'),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported: mixtures of experts are missing"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type = 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type = 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "rope_scaling.truncate = False"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope"}},
+            "rope_scaling.long_factor = None; expected a list",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "rotates 3 of 16 numbers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers = \[1\]; expected 0 or 1 for each layer"),
+        ({"model_type": "smollm3", "use_sliding_window": True}, "use_sliding_window = True"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling = 0"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear'; expected an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
@@ -253,12 +273,16 @@ def test_config_json_mistakes(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"general.architecture": "rwkv7"}, "general.architecture = 'rwkv7' is not supported; supported: gemma2"),
+        (
+            {"general.architecture": "rwkv7"},
+            "general.architecture = 'rwkv7' is not supported; supported: gemma, gemma2",
+        ),
         ({"general.architecture": None}, "general.architecture = None"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": "two"}, "llama.block_count = 'two'"),
         ({"llama.expert_count": 8}, "expert_count = 8"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn'"),
+        ({"llama.rope.scaling.type": "dynamic"}, "rope.scaling.type = 'dynamic'"),
+        ({"llama.rope.scaling.type": "longrope"}, "'rope_factors_long.weight' is missing"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count = 8 differs from the head size 16"),
         ({"llama.attention.value_length": 8}, "value_length = 8"),
         ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv differs between layers"),
@@ -292,7 +316,7 @@ def test_bad_rope_freqs(bad):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_family_cannot_say_is_an_error(family):
     plain = config_from_hf(TINY["llama"] | {"model_type": family, "query_pre_attn_scalar": 12, "head_dim": 12})
-    wrong = {"norm_offset": 0.5} if family.startswith("gemma") else {"post_norms": True}
+    wrong = {"norm_offset": 0.5} if family.startswith("gemma") else {"post_norms": not plain.post_norms}
     for write in (config_to_hf, config_to_gguf):
         with pytest.raises(UserError, match=next(iter(wrong))):
             write(dataclasses.replace(plain, **wrong))

@@ -8,9 +8,9 @@ import pytest
 from tiny_families import TINY, tiny, tiny_tokens
 
 from qjax.models.config import DecoderConfig
+from qjax.models.families import weight_names
 from qjax.models.graph import edges
 from qjax.models.model import forward
-from qjax.models.weight_names import weight_names
 
 MHA = DecoderConfig(vocab=31, dim=8, hidden=12, layers=2, heads=4, kv_heads=4, head_dim=6, qkv_bias=True)
 GQA = dataclasses.replace(MHA, kv_heads=2)
@@ -32,12 +32,15 @@ def test_every_edge_names_weights_of_its_size(name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_kernel_has_one_edge_but_o_of_grouped_queries(name):
+    """And but those that read a part of a fused weight, or the residual stream itself."""
     config, _ = tiny(name)
     kernels = {"/".join(w.path) for w in weight_names(config) if w.path[-1] == "kernel"}
     sinks = [sink for edge in edges(config) for sink in edge.sinks]
     assert len(sinks) == len(set(sinks))
-    o = {f"layers_{i}/attn/o/kernel" for i in range(config.layers)} if config.kv_heads < config.heads else set()
-    assert kernels - set(sinks) == o
+    alone = {"attn/o"} if config.kv_heads < config.heads or config.fused_qkv else set()
+    alone |= {"mlp/down"} if config.fused_mlp else set()
+    alone |= set() if config.pre_norms else {"attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up"}
+    assert kernels - set(sinks) == {f"layers_{i}/{part}/kernel" for i in range(config.layers) for part in alone}
 
 
 def test_the_list_of_a_config():
@@ -54,7 +57,7 @@ def test_the_list_of_a_config():
     assert edges(dataclasses.replace(MHA, tied=True)) == edges(MHA)[:-1]
 
 
-@pytest.mark.parametrize("name", ["llama-mha", "qwen2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-mha", "qwen2", "gemma2", "qwen3", "phi3"])
 def test_only_the_sinks_read_the_source(name):
     """With its sinks at zero, what a source holds no longer reaches the logits: no consumer is missing in an edge."""
     config, params = tiny(name)

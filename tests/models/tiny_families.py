@@ -53,6 +53,7 @@ TINY = {
         "sliding_window": 6,
         "layer_types": _MIXED,
     },
+    "gemma": {"model_type": "gemma", "tie_word_embeddings": True, "num_key_value_heads": 1},
     "gemma2": {
         "model_type": "gemma2",
         "sliding_window": 7,
@@ -86,6 +87,66 @@ TINY = {
         "query_pre_attn_scalar": 24,
         "tie_word_embeddings": True,
     },
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "attention_factor": 1.3,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen3-yarn-betas": {
+        "model_type": "qwen3",
+        "rope_theta": 50.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+        },
+    },
+    "olmo2": {"model_type": "olmo2", "head_dim": None},
+    "olmo3": {
+        "model_type": "olmo3",
+        "head_dim": None,
+        "sliding_window": 7,
+        "layer_types": _MIXED,
+        "rope_theta": 1000.0,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "rope_theta": 1000.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "tie_word_embeddings": True},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.5,
+    },
+    "phi3": {"model_type": "phi3", "head_dim": None, "sliding_window": 9},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+            "short_factor": [1.0, 1.0, 1.25, 1.5, 2.0, 2.0],
+        },
+    },
+    "glm4": {"model_type": "glm4"},
+    "glm4-no-bias": {"model_type": "glm4", "attention_bias": False, "partial_rotary_factor": 0.25},
 }
 TINY = {name: _BASE | extra for name, extra in TINY.items()}
 TINY = {name: {k: v for k, v in hf.items() if (k, v) != ("head_dim", None)} for name, hf in TINY.items()}

@@ -1,0 +1,194 @@
+"""Hugging Face's config.json <-> DecoderConfig: what all families share; the rest is each family's own.
+
+Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` + `rope_local_base_freq`, and the
+`rope_parameters` of transformers 5. The first is written, because every version reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qjax.errors import UserError
+from qjax.models.config import DecoderConfig, RopeScaling
+from qjax.models.families.family import Family
+from qjax.models.families.keys import Keys
+from qjax.models.families.scaling import scaling_from_hf, scaling_to_hf
+from qjax.models.families.table import FAMILIES
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# What a model_type that many ask for would take.
+MISSING = {
+    "gemma3": 'there is no text_config; its language model alone is "gemma3_text"',
+    "mixtral": "mixtures of experts are missing",
+    "qwen2_moe": "mixtures of experts are missing",
+    "qwen3_moe": "mixtures of experts are missing",
+    "llama4": "mixtures of experts and attention in chunks are missing",
+    "llama4_text": "mixtures of experts and attention in chunks are missing",
+    "gpt_oss": "mixtures of experts and attention sinks are missing",
+    "deepseek_v3": "mixtures of experts and latent attention are missing",
+    "glm4_moe": "mixtures of experts are missing",
+    "qwen3_next": "mixtures of experts and gated linear attention are missing",
+    "qwen3_5": "gated linear attention is missing",
+    "gemma3n": "its embeddings by layer are missing",
+    "cohere": "LayerNorm and attention beside the MLP are missing",
+    "phi": "LayerNorm and attention beside the MLP are missing",
+    "olmo": "LayerNorm without gains is missing",
+    "glm": "its GGUF architecture chatglm is missing; glm4 stands",
+}
+# Options that change the function: allowed only at these values, but for the families that read them.
+_UNSUPPORTED = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
+}
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Read the contents of a config.json.
+
+    Raises:
+      UserError: an unknown model_type, a missing or malformed key, or an option that would change what is computed
+        and is not supported; the message names key and value.
+    """
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        lacks = MISSING.get(kind) if isinstance(kind, str) else None
+        why = f": {lacks}" if lacks else ""
+        raise UserError(f"config.json: model_type {kind!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    for key, allowed in _UNSUPPORTED.items():
+        if key not in family.options and hf.get(key) not in allowed:
+            raise UserError(f"config.json: {key} = {hf[key]!r} is not supported for model_type {kind!r}")
+    keys = Keys(hf, family.absent)
+    heads, dim = keys.count("num_attention_heads"), keys.count("hidden_size")
+    theta, scaling, local_theta = _rope(keys, family)
+    common: dict[str, Any] = {
+        "vocab": keys.count("vocab_size"),
+        "dim": dim,
+        "hidden": keys.count("intermediate_size"),
+        "layers": keys.count("num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": keys.count("num_key_value_heads", heads if "num_key_value_heads" in family.absent else None),
+        "head_dim": keys.count("head_dim", dim // heads),
+        "context": keys.count("max_position_embeddings"),
+        "norm_eps": keys.number("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "local_rope_theta": local_theta,
+        "tied": bool(keys.get("tie_word_embeddings", False)),
+        "family": kind,
+    }
+    fields = common | dict(family.traits) | family.from_hf(keys, common)
+    if fields.get("window") is None:
+        fields["local_rope_theta"] = None
+    config = DecoderConfig(**fields)
+    _check_activation(hf, config)
+    return check_dimensions(config, "config.json")
+
+
+_NAMES = {"window": "sliding_window", "dim": "hidden_size", "context": "context length"}
+
+
+def check_dimensions(config: DecoderConfig, where: str) -> DecoderConfig:
+    """The config itself, or a UserError where its numbers cannot make a decoder."""
+    for name, value in vars(config).items():
+        if type(value) is int and value >= 1 << 31:
+            raise UserError(f"{where}: {_NAMES.get(name, name)} = {value} is more than any model has")
+    if config.heads % config.kv_heads:
+        raise UserError(f"{where}: {config.heads} attention heads are no multiple of {config.kv_heads} key-value heads")
+    if config.head_dim % 2:
+        raise UserError(f"{where}: head size {config.head_dim} is odd; rotary embeddings need an even one")
+    return config
+
+
+def _check_activation(hf: Mapping[str, Any], config: DecoderConfig) -> None:
+    # Gemma's first files say hidden_act = "gelu" where hidden_activation holds what is meant.
+    key = "hidden_activation" if hf.get("hidden_activation") is not None else "hidden_act"
+    value = hf.get(key)
+    if value is not None and _ACTIVATIONS.get(str(value)) != config.activation:
+        raise UserError(f"config.json: {key} = {value!r} is not supported for model_type {config.family!r}")
+
+
+def _rope(keys: Keys, family: Family) -> tuple[float, RopeScaling | None, float | None]:
+    """(theta, scaling, theta of the windowed layers) from either spelling."""
+    hf = keys.values
+    new = hf.get("rope_parameters")
+    local_theta = keys.optional("rope_local_base_freq")
+
+    def scaling(rope: Mapping[str, Any] | None, key: str) -> RopeScaling | None:
+        part = (rope or {}).get("partial_rotary_factor", 1.0)
+        if part != 1.0 and "partial_rotary_factor" not in family.options:
+            raise UserError(f"config.json: {key}.partial_rotary_factor = {part!r} is not supported")
+        return scaling_from_hf(rope, key, keys, "longrope" in family.options)
+
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(key), Mapping | None):
+            raise UserError(f"config.json: {key} = {hf[key]!r}; expected an object or null")
+    if new is None:
+        return keys.number("rope_theta", 10000.0), scaling(hf.get("rope_scaling"), "rope_scaling"), local_theta
+    if "full_attention" in new or "sliding_attention" in new:
+        full, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
+        if scaling(local, "rope_parameters.sliding_attention") is not None:
+            raise UserError("config.json: rope_parameters.sliding_attention is scaled, which is not supported")
+        local_theta = keys.positive(
+            "rope_parameters.sliding_attention.rope_theta", local.get("rope_theta", local_theta)
+        )
+    else:
+        full = new
+    theta = keys.positive("rope_parameters.rope_theta", full.get("rope_theta", keys.get("rope_theta", 10000.0)))
+    return theta, scaling(full, "rope_parameters"), local_theta
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The contents of a config.json; `config_from_hf` reads back the same record.
+
+    Raises:
+      UserError: the family's config.json has no key for something in `config`.
+    """
+    c = config
+    family = known_family(c)
+    hf: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": c.family,
+        "vocab_size": c.vocab,
+        "hidden_size": c.dim,
+        "intermediate_size": c.hidden,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling_to_hf(c.rope_scaling),
+        "tie_word_embeddings": c.tied,
+        "hidden_act": "silu" if c.activation == "silu" else "gelu_pytorch_tanh",
+    }
+    hf = family.to_hf(c, hf)
+    check_equal(c, config_from_hf(hf), f"a config.json of model_type {c.family!r}")
+    return hf
+
+
+def known_family(config: DecoderConfig) -> Family:
+    """The config's family, or a UserError where the table has none of the name."""
+    if config.family not in FAMILIES:
+        raise UserError(f"family {config.family!r} is unknown; known: {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def check_equal(config: DecoderConfig, back: DecoderConfig, where: str) -> None:
+    """Raise UserError, naming the field, unless a config survived a file format."""
+    for field in dataclasses.fields(config):
+        want, got = getattr(config, field.name), getattr(back, field.name)
+        if want != got:
+            raise UserError(f"{where} cannot say {field.name} = {want!r} (it would be read back as {got!r})")

@@ -1,0 +1,109 @@
+"""One weight, three names: its path in the flax tree, its Hugging Face tensor, its GGUF tensor.
+
+flax kernel (in, out)  =  file (out, in)^T          GGUF value  =  Hugging Face value + offset
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from qjax.models.config import DecoderConfig
+from qjax.models.families.table import family_of
+
+# Part of a layer -> (its name in Hugging Face's Llama, its name in every GGUF file). Llama calls the norm in front of
+# its MLP by what lies behind it.
+_LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "attn_norm": ("input_layernorm", "attn_norm"),
+        "attn/q": ("self_attn.q_proj", "attn_q"),
+        "attn/k": ("self_attn.k_proj", "attn_k"),
+        "attn/v": ("self_attn.v_proj", "attn_v"),
+        "attn/qkv": ("self_attn.qkv_proj", "attn_qkv"),
+        "attn/q_norm": ("self_attn.q_norm", "attn_q_norm"),
+        "attn/k_norm": ("self_attn.k_norm", "attn_k_norm"),
+        "attn/o": ("self_attn.o_proj", "attn_output"),
+        "attn_post_norm": ("post_attention_layernorm", "post_attention_norm"),
+        "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+        "mlp/gate": ("mlp.gate_proj", "ffn_gate"),
+        "mlp/up": ("mlp.up_proj", "ffn_up"),
+        "mlp/gate_up": ("mlp.gate_up_proj", "ffn_up"),
+        "mlp/down": ("mlp.down_proj", "ffn_down"),
+        "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightName:
+    """Where one weight lives.
+
+    Attributes:
+      path: its keys in the flax params tree.
+      hf: its name in a Hugging Face checkpoint.
+      gguf: its name in a GGUF file.
+      shape: its shape in the flax tree.
+      transposed: both files hold (out, in) where flax holds (in, out).
+      rope_heads: the number of heads whose rows are permuted between Hugging Face and GGUF, or None (`Family.pairs`).
+      offset: what GGUF stores minus what Hugging Face and flax store (Gemma's norm gains: 1).
+    """
+
+    path: tuple[str, ...]
+    hf: str
+    gguf: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+    rope_heads: int | None = None
+    offset: float = 0.0
+
+
+def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
+    """Every weight of a decoder, in the order of a forward pass; a tied head is not listed."""
+    c, family = config, family_of(config)
+    q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    names = [WeightName(("embed", "embedding"), "model.embed_tokens.weight", "token_embd.weight", (c.vocab, c.dim))]
+
+    def norm(path: tuple[str, ...], hf: str, gguf: str, size: int) -> None:
+        names.append(WeightName((*path, "scale"), f"{hf}.weight", f"{gguf}.weight", (size,), offset=c.norm_offset))
+
+    def dense(path: tuple[str, ...], hf: str, gguf: str, shape: tuple[int, int], heads=None, bias=False) -> None:
+        heads = heads if family.pairs else None
+        names.append(WeightName((*path, "kernel"), f"{hf}.weight", f"{gguf}.weight", shape, True, heads))
+        if bias:
+            names.append(WeightName((*path, "bias"), f"{hf}.bias", f"{gguf}.bias", shape[1:], False, heads))
+
+    def at(layer: int, part: str) -> tuple[tuple[str, ...], str, str]:
+        hf, gguf = _LAYER[part]
+        hf = family.hf_names.get(part, hf)
+        return (f"layers_{layer}", *part.split("/")), f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
+
+    for i in range(c.layers):
+        if c.pre_norms:
+            norm(*at(i, "attn_norm"), c.dim)
+        if c.fused_qkv:
+            dense(*at(i, "attn/qkv"), (c.dim, q_dim + 2 * kv_dim), None, c.qkv_bias)
+        else:
+            dense(*at(i, "attn/q"), (c.dim, q_dim), c.heads, c.qkv_bias)
+            dense(*at(i, "attn/k"), (c.dim, kv_dim), c.kv_heads, c.qkv_bias)
+            dense(*at(i, "attn/v"), (c.dim, kv_dim), None, c.qkv_bias)
+        if c.qk_norm:
+            norm(*at(i, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
+            norm(*at(i, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
+        dense(*at(i, "attn/o"), (q_dim, c.dim))
+        if c.post_norms:
+            norm(*at(i, "attn_post_norm"), c.dim)
+        if c.pre_norms:
+            norm(*at(i, "mlp_norm"), c.dim)
+        if c.fused_mlp:
+            dense(*at(i, "mlp/gate_up"), (c.dim, 2 * c.hidden))
+        else:
+            dense(*at(i, "mlp/gate"), (c.dim, c.hidden))
+            dense(*at(i, "mlp/up"), (c.dim, c.hidden))
+        dense(*at(i, "mlp/down"), (c.hidden, c.dim))
+        if c.post_norms:
+            norm(*at(i, "mlp_post_norm"), c.dim)
+    norm(("final_norm",), "model.norm", "output_norm", c.dim)
+    if not c.tied:
+        dense(("head",), "lm_head", "output", (c.dim, c.vocab))
+    return tuple(names)
