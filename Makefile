@@ -2,6 +2,7 @@
 # make test: every part of the library, in minutes; `make test-slow`: the rest, what takes longer or wants a peer
 # make mutants: features taken away one at a time, a test must fail for each (scripts/mutate.py --help; about 7 minutes)
 # make chaos: a hundred times as many damaged files, kills and failing disks as the tests try (tests/chaos; an hour or more)
+# make pictures: docs/img/report-*.png, a report in headless Chromium (scripts/report_pictures.py)
 # All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
 # Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each. What was
@@ -10,7 +11,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-env mutants chaos lint clean
+.PHONY: demo test test-slow test-env mutants chaos pictures lint clean
 
 demo: .venv/.report
 	$(BIN)/qjax run configs/quickstart.toml
@@ -28,6 +29,9 @@ mutants: test-env
 
 chaos: test-env
 	@QJAX_CHAOS=$(or $(N),100) $(BIN)/python -m pytest tests/chaos -m "slow or not slow" -rP
+
+pictures: test-env
+	@$(BIN)/python scripts/report_pictures.py
 
 lint: test-env
 	$(BIN)/ruff check .

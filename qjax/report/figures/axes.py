@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from qjax.report.figures.drawing import SERIES, line, rect, text
 from qjax.report.figures.labels import Box, shortened, width_of
 
-TOP, FOOT, RIGHT = 26.0, 46.0, 18.0  # room for the titles, and for half of the last tick
+TOP, FOOT, RIGHT = 26.0, 50.0, 18.0  # room for the titles, and for half of the last tick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def plane(x: Span, y: Span, width: float, height: float) -> Plane:
     for value, said in foot:
         at = across.at(value)
         parts += [line("grid", at, frame.y, at, bottom)] if x.lines else []
-        parts.append(text("tick middle", at, bottom + 17, said))
+        parts.append(text("tick middle", at, bottom + 20, said))
     for value, said in side:
         at = up.at(value)
         parts += [line("grid", frame.x, at, frame.x + frame.width, at)] if y.lines else []

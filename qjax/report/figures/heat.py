@@ -33,7 +33,7 @@ def heat(
       of: how the colour grows: `math.log10` where numbers span decades.
     """
     columns = sorted({column for column, _ in cells})
-    height = CELL * len(rows) + 72 + KEY
+    height = CELL * len(rows) + 76 + KEY
     axes = plane(slots(across, [str(c) for c in columns]), slots(down, rows[::-1]), width, height - KEY)
     low, high = min(cells.values()), max(cells.values())
     wide, tall = axes.frame.width / len(columns), axes.frame.height / len(rows)
