@@ -13,7 +13,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow test-env mutants chaos pictures lint clean
 
-demo: .venv/.report
+demo: .venv/.run
 	$(BIN)/qjax run configs/quickstart.toml
 
 test: test-env
@@ -46,8 +46,8 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # The stamps are renewed when the dependencies change.
-.venv/.report: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -q -e '.[report]'
+.venv/.run: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -q -e .
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python

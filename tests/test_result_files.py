@@ -4,6 +4,7 @@ import dataclasses
 import html
 import html.parser
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qjax.errors import UserError
 from qjax.report.build import build
 from qjax.report.page import page
 from qjax.report.result import read, write
+from qjax.report.run_page import write_run_page
 from qjax.report.schema import Column, Result, Run, Table
 from qjax.report.tables import MISSING, html_table, latex, markdown, number
 
@@ -193,6 +195,16 @@ def test_the_page_stands_alone_and_has_every_table():
     for result in results:
         assert all(text in made.text for text in (result.title, result.command, result.note))
     assert NASTY in made.text and tags.count("svg") >= 2
+
+
+def test_the_page_of_a_run_stands_in_its_folder(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"command": ["qjax", "run", "<a>.toml"], "git": {"commit": "abc"}}')
+    (tmp_path / "config.toml").write_text('x = "<y>"')
+    rows = [{"name": "a", "whole_bits": 4.0, "kl": 0.1, "took": math.inf}, {"name": "b", "whole_bits": 3.0, "kl": 0.2}]
+    assert write_run_page(tmp_path, {"rows": rows}, title="A & B", note="idle") == tmp_path / "report.html"
+    made = Elements((tmp_path / "report.html").read_text())
+    assert [tag for tag, _ in made.tags].count("figure") == 2 and "qjax run '<a>.toml'" in made.text
+    assert "commit abc" in made.text and 'x = "<y>"' in made.text and "A & B" in made.text and "idle" in made.text
 
 
 def test_a_run_becomes_a_result_file_and_is_shown(tmp_path, capsys):

@@ -133,6 +133,19 @@ def divergence(
     Raises:
       UserError: another vocabulary than the baseline's, or logits that are NaN or infinite.
     """
+    token, windows = by_token(network, params, baseline, batch=batch, progress=progress), baseline.windows
+    return perplexity_of_tokens(token["nll"], windows), divergence_of_tokens(**token, windows=windows)
+
+
+def by_token(
+    network: Network | Callable[[Params, Array], Array],
+    params: Params,
+    baseline: Baseline,
+    *,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, np.ndarray]:
+    """{"nll", "nll_base", "kl", "same_top"} token by token, f32[windows, scored]; arguments as in `divergence`."""
     network, windows = as_network(network), baseline.windows
     shape = (len(windows), windows.scored)
     token = {name: np.empty(shape, np.float32) for name in ("nll", "nll_base", "kl", "same_top")}
@@ -148,7 +161,7 @@ def divergence(
         part = _compare(network, params, hidden, baseline.network, baseline.params, base, targets)
         for name, values in part.items():
             token[name][rows] = np.asarray(values)[:count]
-    return perplexity_of_tokens(token["nll"], windows), divergence_of_tokens(**token, windows=windows)
+    return token
 
 
 def divergence_of_tokens(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.evaluate.divergence import CACHE_BYTES, Baseline, Divergence, divergence, make_baseline
+from qjax.evaluate.divergence import CACHE_BYTES, Baseline, Divergence, by_token, divergence, make_baseline
 from qjax.evaluate.perplexity import (
     PROTOCOLS,
     Perplexity,
@@ -108,6 +108,15 @@ def judge(
         baseline = Baseline(network_of_decoder(baseline.config), _dense(baseline), windows)
     numbers, distance = divergence(network, params, baseline, batch=batch, progress=progress)
     return Judgement(name, sizes(model.params), numbers, distance, encode_seconds)
+
+
+def kl_by_token(
+    model: Model, baseline: Baseline, *, batch: int | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """KL of every scored token, nats, f32[windows, scored]; arguments as in `judge`."""
+    _check_windows(baseline.windows, model)
+    network = network_of_decoder(model.config)
+    return by_token(network, _dense(model), baseline, batch=batch, progress=progress)["kl"]
 
 
 def baseline_of(

@@ -210,6 +210,15 @@ def test_a_heat_map_has_a_cell_for_every_kind_of_weight():
     ]
 
 
+def test_what_rows_are_of_gets_a_panel_of_its_own():
+    rows = [{"of": of, "layer": n, "kind": "q", "relative_rmse": 0.1} for of in ("Q4_0", "NF4") for n in range(2)]
+    for width, places in ((WIDE, {"0 0", "460 0"}), (SLIM, {"0 0", "0 152"})):
+        drawing = by_layer.draw_errors(table_of(rows), width)
+        found = set(re.findall(r'<g transform="translate\(([\d ]+)\)"><text class="panel"', picture(drawing)))
+        assert found == places and drawing.title == "Error by layer"
+    assert by_layer.draw_errors(table_of(rows[:2]), WIDE).title == "Error by layer: Q4_0"
+
+
 def test_a_bin_that_towers_is_cut_off():
     rows = [
         {"weight": n / 10, "before": b, "after": a} for n, (b, a) in enumerate([(0.2, 0.0), (0.4, 9.0), (0.2, 0.0)])

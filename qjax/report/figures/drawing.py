@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qjax.html_page import COLOURS
 from qjax.report.figures.labels import Box
+from qjax.report.schema import Cell
 
 WIDE, SLIM = 900.0, 340.0  # pixels: of a page's column, and of a phone's
 SERIES = 6  # colours; more lines are dashed
@@ -77,14 +78,18 @@ def _svg(drawing: Drawing, more: str = "") -> str:
 
 
 def side_by_side(drawings: Sequence[Drawing], width: float, title: str, caption: str = "") -> Drawing:
-    """Panels of a figure under their own titles, two in a row where there is room for them.
+    """Panels of a figure under their own titles, two in a row where there is room for them; one alone is the figure.
 
     Args:
       drawings: drawn for `panel_width(count, width)`.
       width: of the whole.
       title, caption: of the whole.
     """
-    across = 1 if width == SLIM or len(drawings) == 1 else 2
+    if len(drawings) == 1:
+        said = " ".join(filter(None, (drawings[0].caption, caption)))
+        whole = f"{title}: {drawings[0].title}" if drawings[0].title else title
+        return dataclasses.replace(drawings[0], title=whole, caption=said)
+    across = 1 if width == SLIM else 2
     tall = max(d.height for d in drawings) + 22
     parts = []
     for n, panel in enumerate(drawings):
@@ -92,12 +97,21 @@ def side_by_side(drawings: Sequence[Drawing], width: float, title: str, caption:
         head = text("panel", 0.0, 14.0, panel.title)
         at = f"translate({right * (width / across + 10):g} {down * tall:g})"
         parts.append(f'<g transform="{at}">{head}<g transform="translate(0 22)">{"".join(panel.parts)}</g></g>')
-    return Drawing(width, tall * -(-len(drawings) // across), tuple(parts), title, caption)
+    said = " ".join([*(f"{d.title}: {d.caption}" for d in drawings if d.caption), caption]).strip()
+    return Drawing(width, tall * -(-len(drawings) // across), tuple(parts), title, said)
 
 
 def panel_width(count: int, width: float) -> float:
     """The width that each of several panels has."""
     return width if width == SLIM or count == 1 else width / 2 - 10
+
+
+def by_panel(rows: Iterable[Mapping[str, Cell]]) -> dict[str, list[Mapping[str, Cell]]]:
+    """Rows by what they are of."""
+    found: dict[str, list[Mapping[str, Cell]]] = {}
+    for row in rows:
+        found.setdefault(str(row.get("of") or ""), []).append(row)
+    return found
 
 
 def text(kind: str, x: float, y: float, said: str, fit: float = 0.0, box: Box | None = None) -> str:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 from qjax.report.figures.axes import legend, linear, plane
-from qjax.report.figures.drawing import SLIM, Drawing, panel_width, path, side_by_side
+from qjax.report.figures.drawing import SLIM, Drawing, by_panel, panel_width, path, side_by_side
 from qjax.report.schema import Cell, Table
 
 TITLES = {
@@ -23,11 +23,9 @@ def draw(table: Table, width: float, at: str) -> Drawing | None:
       width: of the figure.
       at: "weight" or "position": the key of the middle.
     """
-    panels: dict[str, list[Mapping[str, Cell]]] = {}
-    for row in table.rows:
-        if isinstance(row.get(at), int | float) and isinstance(row.get("before"), int | float):
-            panels.setdefault(str(row.get("of", "")), []).append(row)
-    panels = {name: rows for name, rows in panels.items() if len(rows) > 1}
+    binned = [row for row in table.rows if isinstance(row.get(at), int | float)]
+    whole = [row for row in binned if isinstance(row.get("before"), int | float)]
+    panels = {of: rows for of, rows in by_panel(whole).items() if len(rows) > 1}
     if not panels:
         return None
     wide = panel_width(len(panels), width)

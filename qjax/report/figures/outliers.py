@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from qjax.report.figures.drawing import Drawing, panel_width, side_by_side
+from qjax.report.figures.drawing import Drawing, by_panel, panel_width, side_by_side
 from qjax.report.figures.heat import heat
-from qjax.report.schema import Table
+from qjax.report.schema import Cell, Table
 
 
 def draw(table: Table, width: float) -> Drawing | None:
@@ -17,11 +17,7 @@ def draw(table: Table, width: float) -> Drawing | None:
       table: rows with a layer, a group of channels, and the largest value in it over that of the median channel.
       width: of the figure.
     """
-    maps: dict[str, dict[tuple[int, str], float]] = {}
-    for row in table.rows:
-        layer, group, peak = row.get("layer"), row.get("group"), row.get("peak")
-        if isinstance(layer, int) and isinstance(group, int) and isinstance(peak, int | float) and peak > 0:
-            maps.setdefault(str(row.get("of", "")), {})[group, str(layer)] = float(peak)
+    maps = {of: cells for of, rows in by_panel(table.rows).items() if (cells := _cells(rows))}
     if not maps:
         return None
     wide = panel_width(len(maps), width)
@@ -29,6 +25,15 @@ def draw(table: Table, width: float) -> Drawing | None:
     return side_by_side(
         made, width, "Outliers by layer and channel", "Each map has its own colours; the key says them."
     )
+
+
+def _cells(rows: Iterable[Mapping[str, Cell]]) -> dict[tuple[int, str], float]:
+    cells = {}
+    for row in rows:
+        layer, group, peak = row.get("layer"), row.get("group"), row.get("peak")
+        if isinstance(layer, int) and isinstance(group, int) and isinstance(peak, int | float) and peak > 0:
+            cells[group, str(layer)] = float(peak)
+    return cells
 
 
 def _map(name: str, cells: Mapping[tuple[int, str], float], width: float) -> Drawing:
