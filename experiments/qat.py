@@ -35,6 +35,7 @@ from qjax.training.losses.distill import teacher_confidence
 from qjax.training.losses.objectives import Losses
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
+from qjax.training.run.curve import thinned
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
 from qjax.training.run.loop import Run, tensorboard
@@ -119,7 +120,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         table.add_row(name, f"{value:.4f}")
     Console(highlight=False).print(table)
     print(f"exported: {path}, {bits(quantized):.3f} bits per quantized weight")
-    return {"losses": losses, "rows": rows, "model": str(path)}
+    return {"losses": losses, "rows": thinned(rows), "model": str(path)}
 
 
 def bits(model: Model) -> float:

@@ -33,6 +33,7 @@ from qjax.training.decoder.forward import Forward
 from qjax.training.decoder.program import Compute, Program, program
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_for, texts_of
+from qjax.training.run.curve import curve
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import data_on
 from qjax.training.run.loop import Run
@@ -92,7 +93,16 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             print(
                 f"{r['name']}: {r['difference']:+.4f} +- {r['half_interval']:.4f} nats to {r['against']}, with adapters"
             )
-    return {"start": start, "rows": rows, "runs": runs}
+    return {"start": start, "rows": rows, "runs": runs, "curve": curves(runs, out)}
+
+
+def curves(runs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """The entries' logs over steps, means over seeds."""
+    logs: dict[str, list[Any]] = {}
+    for run in runs:
+        name = run["name"].removesuffix(f"-seed{run['seed']}")
+        logs.setdefault(name, []).append(rundir.logged(out / run["name"] / "metrics.jsonl"))
+    return curve(logs)
 
 
 def summary(config: Config, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

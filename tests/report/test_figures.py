@@ -219,6 +219,14 @@ def test_what_rows_are_of_gets_a_panel_of_its_own():
     assert by_layer.draw_errors(table_of(rows[:2]), WIDE).title == "Error by layer: Q4_0"
 
 
+def test_maps_of_outliers_share_their_colours():
+    maps = {"as it is": (1.0, 100.0), "rotated": (1.0, 10.0)}
+    rows = [{"of": of, "layer": 0, "group": g, "peak": p} for of, peaks in maps.items() for g, p in enumerate(peaks)]
+    text = picture(KINDS["outliers"].draw(table_of(rows), WIDE))
+    cells = re.findall(r'class="heat"[^>]*?(?:fill-opacity="(\S+)")?><title>0, (\d): (\S+)</title>', text)
+    assert cells == [("0.04", "0", "1"), ("", "1", "100"), ("0.04", "0", "1"), ("0.52", "1", "10")], "logarithmic"
+
+
 def test_a_bin_that_towers_is_cut_off():
     rows = [
         {"weight": n / 10, "before": b, "after": a} for n, (b, a) in enumerate([(0.2, 0.0), (0.4, 9.0), (0.2, 0.0)])

@@ -175,6 +175,7 @@ def test_qlora(tiny, tmp_path):
     by = {r["method"]: r for r in results["runs"]}
     assert by["qlora"]["semantics"] == "requantized" and by["loraqat"]["semantics"] == "fake-quantized"
     assert by["loraqat"]["merged"] == pytest.approx(by["loraqat"]["adapted"], rel=1e-5)
+    assert len(results["curve"]) == 2 * len(by) == 2 * len({row["arm"] for row in results["curve"]})
 
 
 @pytest.mark.slow
@@ -189,6 +190,9 @@ def test_arms(tiny, tmp_path, capsys, monkeypatch):
     assert names[:2] == ["start", "continued"] and "2 bits, qat + kd" in names and "ptq 2 bits: gptq" in names
     row = results["rows"][names.index("2 bits, qat + kd")]
     assert row["quant_noise"] > 0.1 and row["closed_percent"] is not None and row["half_interval"] is None
+    curve = {(row["arm"], row["step"]): row for row in results["curve"]}
+    assert set(curve) == {(name, step) for name in ("continued", "2 bits, qat + kd") for step in (1, 2)}
+    assert curve["2 bits, qat + kd", 2]["heldout"] == row["loss"] and curve["2 bits, qat + kd", 2]["scale_drift"] > 0
 
     assert run(config, out, *options)["rows"] == results["rows"]  # nothing was left to do
     other = ["run", config, "--smoke", *map(str, options), "--base.layers", "3"]

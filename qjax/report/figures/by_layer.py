@@ -57,11 +57,12 @@ def draw_errors(table: Table, width: float) -> Drawing | None:
     if not panels:
         return None
     wide = panel_width(len(panels), width)
-    made = []
+    every = [error for cells, _ in panels.values() for error in cells.values()]
+    ends, made = (min(every), max(every)), []
     for of, (cells, outside) in panels.items():
         kinds = list(dict.fromkeys(kind for _, kind in cells))
         caption = f"Outside of the layers: {', '.join(outside)}." if outside else ""
-        made.append(heat(cells, "layer", "relative error of weights, %", kinds, wide, of, caption=caption))
+        made.append(heat(cells, "layer", "relative error of weights, %", kinds, wide, ends, of, caption=caption))
     return side_by_side(made, width, "Error by layer")
 
 

@@ -18,6 +18,7 @@ def heat(
     down: str,
     rows: Sequence[str],
     width: float,
+    ends: tuple[float, float],
     title: str,
     of: Callable[[float], float] = float,
     caption: str = "",
@@ -29,13 +30,14 @@ def heat(
       across, down: titles of the axes, with units.
       rows: from top to bottom.
       width: of the figure.
+      ends: the numbers of the palest and of the fullest colour: panels that share them can be compared.
       title, caption: of the figure.
       of: how the colour grows: `math.log10` where numbers span decades.
     """
     columns = sorted({column for column, _ in cells})
     height = CELL * len(rows) + 76 + KEY
     axes = plane(slots(across, [str(c) for c in columns]), slots(down, rows[::-1]), width, height - KEY)
-    low, high = min(cells.values()), max(cells.values())
+    low, high = ends
     wide, tall = axes.frame.width / len(columns), axes.frame.height / len(rows)
     said = {at: number(value) for at, value in cells.items()}
     fits = max(map(width_of, said.values())) + 2 <= wide

@@ -20,11 +20,9 @@ def draw(table: Table, width: float) -> Drawing | None:
     maps = {of: cells for of, rows in by_panel(table.rows).items() if (cells := _cells(rows))}
     if not maps:
         return None
-    wide = panel_width(len(maps), width)
-    made = [_map(name, cells, wide) for name, cells in maps.items()]
-    return side_by_side(
-        made, width, "Outliers by layer and channel", "Each map has its own colours; the key says them."
-    )
+    wide, peaks = panel_width(len(maps), width), [peak for cells in maps.values() for peak in cells.values()]
+    made = [_map(name, cells, wide, (min(peaks), max(peaks))) for name, cells in maps.items()]
+    return side_by_side(made, width, "Outliers by layer and channel")
 
 
 def _cells(rows: Iterable[Mapping[str, Cell]]) -> dict[tuple[int, str], float]:
@@ -36,6 +34,7 @@ def _cells(rows: Iterable[Mapping[str, Cell]]) -> dict[tuple[int, str], float]:
     return cells
 
 
-def _map(name: str, cells: Mapping[tuple[int, str], float], width: float) -> Drawing:
+def _map(name: str, cells: Mapping[tuple[int, str], float], width: float, ends: tuple[float, float]) -> Drawing:
     rows = sorted({layer for _, layer in cells}, key=int)
-    return heat(cells, "group of input channels", "layer; colour: largest |x| / median", rows, width, name, math.log10)
+    across, down = "group of input channels", "layer; colour: largest |x| / median"
+    return heat(cells, across, down, rows, width, ends, name, math.log10)
