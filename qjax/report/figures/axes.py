@@ -89,7 +89,7 @@ def plane(x: Span, y: Span, width: float, height: float) -> Plane:
     side = y.ticks(int(high / 18) if not y.lines else max(2, int(high / 40)))
     left = 14 + max((width_of(said) for _, said in side), default=0)
     frame = Box(left, TOP, width - left - RIGHT, high)
-    widest = max((width_of(said) for _, said in x.ticks(int(frame.width / 40))), default=1)
+    widest = max((width_of(said) for _, said in x.ticks(int(frame.width / 40) if x.lines else 1_000)), default=1)
     foot = x.ticks(max(2, int(frame.width / max(widest + 12, 60.0 if x.lines else 0.0))))
     across, up = Scale(x, frame.x, frame.width), Scale(y, frame.y + high, -high)
     bottom = frame.y + frame.height

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from qjax.report.figures.axes import legend, linear, plane, series_of, spread
-from qjax.report.figures.drawing import SLIM, Drawing, circle, path
+from qjax.report.figures.drawing import SERIES, SLIM, Drawing, circle, path
 from qjax.report.schema import Table
 
 NAMES = ("name", "arm", "method")
@@ -38,7 +38,9 @@ def draw(table: Table, width: float, key: str) -> Drawing | None:
     for n, (name, line) in enumerate(lines.items()):
         parts.append(path(series_of(n), [(axes.x.at(x), axes.y.at(y)) for x, y in line]))
         for x, y in points.get(name, []):
-            parts.append(circle(f"series s{n % 6}", axes.x.at(x), axes.y.at(y), 3.5, f"{name} {extra} {x:g}: {y:.4f}"))
+            parts.append(
+                circle(f"series s{n % SERIES}", axes.x.at(x), axes.y.at(y), 3.5, f"{name} {extra} {x:g}: {y:.4f}")
+            )
     if len(lines) > 1:
         keys, high = legend(list(lines), [series_of(n) for n in range(len(lines))], width, height)
         parts, height = [*parts, *keys], height + high

@@ -83,16 +83,13 @@ def _tries(x: float, y: float, width: float, frame: Box) -> Iterator[Label]:
     near = [(x + GAP, middle), (x - GAP - width, middle)]
     near += [(x - width / 2, y - LINE - GAP + 2), (x - width / 2, y + GAP - 2)]
     near += [(x + GAP - 2, middle - 9), (x + GAP - 2, middle + 9), (x - GAP + 2 - width, middle - 9)]
+    boxes = (Box(left, top, width, LINE) for left, top in near)
+    yield from (Label(box, False) for box in boxes if box.within(frame))
     lines = [frame.y + n * LINE for n in range(int(frame.height / LINE))]
     lefts = [frame.x + n * 12.0 for n in range(int(max(frame.width - width, 0) / 12) + 1)]
-    far = sorted(
-        ((left, top) for top in lines for left in lefts),
-        key=lambda at: (_reach(x, y, Box(at[0], at[1], width, LINE)), at),
-    )
-    for n, (left, top) in enumerate([*near, *far]):
-        box = Box(left, top, width, LINE)
-        if box.within(frame):
-            yield Label(box, n >= len(near))
+    far = (Box(left, top, width, LINE) for top in lines for left in lefts)
+    inside = (box for box in far if box.within(frame))
+    yield from (Label(box, True) for box in sorted(inside, key=lambda box: (_reach(x, y, box), box.x, box.y)))
 
 
 def _reach(x: float, y: float, box: Box) -> float:
