@@ -23,9 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout
 
-RESULTS = ("methods_2bit", "training_qat")
+RESULTS = ("quickstart", "outliers", "training_qat")
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
-TALL = {1280: 1500, 390: 1700}  # pixels of a picture, at most
+TALL = {1280: 1975, 390: 2070}  # pixels of a picture, at most
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -72,7 +72,7 @@ def look(driver: Any, path: Path, width: int, scheme: str, height: int = 900) ->
 
 
 def picture(driver: Any, tall: int) -> bytes:
-    """The page's top as a PNG of 64 colours."""
+    """The page's top as a PNG of 128 colours."""
     from PIL import Image
 
     whole = driver.execute_script("return [innerWidth, document.documentElement.scrollHeight]")
@@ -80,7 +80,7 @@ def picture(driver: Any, tall: int) -> bytes:
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
     image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
     out = io.BytesIO()
-    image.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
