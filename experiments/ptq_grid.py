@@ -25,10 +25,10 @@ from qjax import recipes, rundir
 from qjax.errors import UserError
 from qjax.evaluate import report
 from qjax.evaluate.divergence import Baseline
-from qjax.evaluate.histograms import grid_histogram, weight_histogram
+from qjax.evaluate.histograms import middle_histograms
 from qjax.evaluate.judge import Judgement, baseline_of, judge, kl_by_token
 from qjax.evaluate.perplexity import PROTOCOLS
-from qjax.evaluate.sizes import as_float, by_layer, named_leaves, tensor_rows
+from qjax.evaluate.sizes import by_layer, tensor_rows
 from qjax.evaluate.tokens import kl_quantiles, worst_tokens
 from qjax.io.checkpoint import load, save
 from qjax.io.text import read_text
@@ -41,7 +41,6 @@ from qjax.plan import Plan, decoder_weights
 from qjax.plan.named import plan_named
 from qjax.recipes import Recipe
 from qjax.report.run_page import write_run_page
-from qjax.tensor import is_qtensor
 from qjax.terminal import bar
 
 
@@ -160,11 +159,7 @@ def inside(name: str, quantized: Model, model: Model, baseline: Baseline) -> dic
     """Tables of one entry: its tensors, the weights in the middle before and after, KL by token, the worst tokens."""
     tensors = tensor_rows(quantized.params, model.params)
     found = {"tensors": [{"of": name, **row} for row in by_layer(tensors)]}
-    ups = [row for row in tensors if row.path.endswith("mlp/up/kernel")]
-    for row in ups[len(ups) // 2 :][:1]:
-        w, q = (named_leaves(params)[row.path] for params in (model.params, quantized.params))
-        bins = {"weights": weight_histogram(w, as_float(q)), "grid": grid_histogram(w, q) if is_qtensor(q) else []}
-        found |= {key: [{"of": f"{row.path} in {row.format}", **line} for line in lines] for key, lines in bins.items()}
+    found |= middle_histograms(model.params, quantized.params)
     kl = kl_by_token(quantized, baseline)
     found["tokens"] = [{"name": name, **line} for line in kl_quantiles(kl)]
     decode = model.tokenizer.decode if model.tokenizer is not None else str

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax.errors import UserError
+from qjax.evaluate.histograms import middle_histograms
 from qjax.formats import BlockFormat
 from qjax.io.checkpoint import load, save
 from qjax.models.model import Model
@@ -120,7 +121,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         table.add_row(name, f"{value:.4f}")
     Console(highlight=False).print(table)
     print(f"exported: {path}, {bits(quantized):.3f} bits per quantized weight")
-    return {"losses": losses, "rows": thinned(rows), "model": str(path)}
+    weights = middle_histograms(model.params, quantized.params)  # before and after training
+    return {"losses": losses, "rows": thinned(rows), **weights, "model": str(path)}
 
 
 def bits(model: Model) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.tensor import QTensor, dequantize
+from qjax.evaluate.sizes import as_float, named_leaves
+from qjax.tensor import QTensor, dequantize, is_qtensor
 from qjax.typing import Array
 
 Bins = list[dict[str, float]]
@@ -55,6 +57,30 @@ def grid_histogram(w: Array | np.ndarray, q: QTensor) -> Bins:
     each = max(1, BINS // count - (BINS // count % 2 == 0))  # odd: an even grid's levels are the middles of bins
     edge = 0.5 / max(count - 1, 1)
     return _bins("position", np.linspace(-edge, 1 + edge, count * each + 1), place, now)
+
+
+def middle_histograms(before: Any, after: Any, ending: str = "mlp/up/kernel") -> dict[str, list[dict[str, Any]]]:
+    """Both histograms of one weight of a model: of those whose path ends so, the one in the middle.
+
+    Args:
+      before: the float tree.
+      after: the same weights rounded or trained, packed or not.
+      ending: of the paths.
+
+    Returns: {"weights", "grid": rows that say in "of" whose they are}; {} where no path ends so.
+    """
+    old, new = named_leaves(before), named_leaves(after)
+    paths = [path for path in new if path.endswith(ending)]
+    if not paths:
+        return {}
+    path = paths[len(paths) // 2]
+    w, q = old[path], new[path]
+    bins = {
+        "weights": weight_histogram(as_float(w), as_float(q)),
+        "grid": grid_histogram(w, q) if is_qtensor(q) else [],
+    }
+    of = f"{path} in {q.format.name}" if is_qtensor(q) else path
+    return {key: [{"of": of, **row} for row in rows] for key, rows in bins.items()}
 
 
 def grid_positions(q: QTensor, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qjax.evaluate.histograms import grid_histogram, grid_positions, weight_histogram
+from qjax.evaluate.histograms import grid_histogram, grid_positions, middle_histograms, weight_histogram
 from qjax.evaluate.perplexity import Windows
 from qjax.evaluate.sizes import TensorRow, by_layer
 from qjax.evaluate.tokens import kl_quantiles, worst_tokens
@@ -43,6 +43,17 @@ def test_levels_are_the_middles_of_bins(rng):
     assert full == pytest.approx([n / 7 for n in range(8)], abs=1e-4) and len(rows) == 56
     assert all(row["before"] > 0 for row in rows if 0.2 < row["position"] < 0.8)
     assert grid_histogram(w, quantize(w, "Q8_0", axis=0)) == []
+
+
+def test_the_middle_of_a_kind_of_weight_stands_for_it(rng):
+    params = {f"layers_{n}": {"up": rng.normal(size=(32, 4)).astype(np.float32)} for n in range(3)}
+    params["layers_0"]["down"] = params["layers_0"]["up"]
+    packed = {name: {key: quantize(w, "Q4_0", axis=0) for key, w in layer.items()} for name, layer in params.items()}
+    found = middle_histograms(params, packed, "up")
+    assert {row["of"] for rows in found.values() for row in rows} == {"layers_1/up in Q4_0"} and len(found) == 2
+    bins = weight_histogram(params["layers_1"]["up"], dequantize(packed["layers_1"]["up"]))
+    assert [{k: v for k, v in row.items() if k != "of"} for row in found["weights"]] == bins
+    assert middle_histograms(params, params, "up")["grid"] == [] and middle_histograms(params, params, "gate") == {}
 
 
 def test_quantiles_reach_as_far_as_tokens_do():

@@ -141,6 +141,8 @@ def test_qat(tiny, tmp_path, capsys):
     options = [*tiny, "--arm.grid.format", "Q4_0", "--arm.grid.init", "gptq", "--export", "gguf"]
     results = run("qat", tmp_path / "run", *options)
     assert set(results["losses"]) == {"float", "gptq", "trained"} and results["rows"][-1]["step"] == 2
+    assert {row["of"] for row in results["grid"]} == {row["of"] for row in results["weights"]}
+    assert results["weights"][0]["of"].endswith("mlp/up/kernel in Q4_0")
     model = qjax.load(tmp_path / "run" / "model.gguf")
     leaves = jax.tree.leaves(model.params, is_leaf=qjax.is_qtensor)
     assert any(qjax.is_qtensor(leaf) and leaf.format.name == "Q4_0" for leaf in leaves)
