@@ -174,7 +174,7 @@ MUTANTS = (
     Mutant("scales-do-not-drift", "training/grid/weights.py",
            "sum(jnp.sum(x * x) for x in moved)", "sum(0.0 for x in moved)",
            "training/test_curve.py::test_drift_is_how_far_learned_scales_moved"),
-    Mutant("labels-on-labels", "report/figures/labels.py", "            taken.append(label.box)", "            pass",
+    Mutant("labels-on-labels", "report/figures/labels.py", "taken.append(Box(box.x", "tuple((box.x",
            FIGURES + "test_labels_of_the_figure_lie_apart[900.0-0]"),
     Mutant("phone-with-every-name", "report/figures/pareto.py", "on or width != SLIM", "True",
            FIGURES + "test_labels_of_the_figure_lie_apart[340.0-0]"),

@@ -73,7 +73,8 @@ def place(marks: Sequence[tuple[float, float]], texts: Sequence[str], frame: Box
         label = next((at for at in _tries(x, y, width_of(text), frame) if not any(map(at.box.meets, taken))), None)
         made.append(label)
         if label is not None:
-            taken.append(label.box)
+            box = label.box  # names side by side need a gap, or they read as one
+            taken.append(Box(box.x - GAP / 2, box.y, box.width + GAP, box.height))
     return made
 
 
