@@ -30,7 +30,7 @@ class Report:
     """Show results: tables with units and intervals, and what each was made by.
 
         qjax report experiments/results                     # all of them as Markdown
-        qjax report experiments/results -o results.html     # one page: sortable tables, Pareto figures
+        qjax report experiments/results -o results.html     # one page: sortable tables, figures
         qjax report experiments/results/recipes.json --format latex
         qjax report A.json B.json --figure kl -o kl.svg     # one figure, here of both results' models
         qjax report runs/qat-20260101-120000                # a run: its results.json and manifest.json
