@@ -7,6 +7,7 @@
 # make chaos: a hundred times as many damaged files, kills and failing disks as the tests try (tests/chaos; an hour or more)
 # make paper: paper/build/main.pdf, its numbers filled in first (wants TeX: on Debian latexmk texlive-latex-recommended
 #             texlive-pictures lmodern)
+# make pictures: docs/img/report-*.png, a report in headless Chromium (scripts/report_pictures.py)
 # All make a virtual environment in .venv first; PYTHON=python3.12 chooses the interpreter.
 
 # Tests run in WORKERS processes, a file at a time: most of their time is tracing and compiling, on one core each. What was
@@ -15,9 +16,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-env results notebooks mutants chaos paper lint clean
+.PHONY: demo test test-slow test-env results notebooks mutants chaos paper pictures lint clean
 
-demo: .venv/.report
+demo: .venv/.run
 	$(BIN)/qjax run configs/quickstart.toml
 
 test: test-env
@@ -28,7 +29,8 @@ test-slow: test-env
 
 test-env: .venv/.test
 
-results: .venv/.report
+results: .venv/.run
+	$(BIN)/qjax report experiments/results/quickstart.json --figure kl -o docs/img/kl.svg
 	$(BIN)/qjax fill README.md docs paper
 
 notebooks: test-env
@@ -40,9 +42,12 @@ mutants: test-env
 chaos: test-env
 	@QJAX_CHAOS=$(or $(N),100) $(BIN)/python -m pytest tests/chaos -m "slow or not slow" -rP
 
-paper: .venv/.report
+paper: .venv/.run
 	$(BIN)/qjax fill paper
 	latexmk -cd -pdf -interaction=nonstopmode -halt-on-error -outdir=build paper/main.tex
+
+pictures: test-env
+	@$(BIN)/python scripts/report_pictures.py
 
 lint: test-env
 	$(BIN)/ruff check .
@@ -57,8 +62,8 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # The stamps are renewed when the dependencies change.
-.venv/.report: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install -q -e '.[report]'
+.venv/.run: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -q -e .
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/bin/python

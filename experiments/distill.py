@@ -30,6 +30,7 @@ from qjax.training.losses.objectives import Losses
 from qjax.training.losses.topk import read_top_k, rows, top_k, write_top_k
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
+from qjax.training.run.curve import thinned
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import Data
 from qjax.training.run.loop import Run
@@ -102,7 +103,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     read_back(out / "model", losses["student"], corpus.heldout, config.arm.activations)
     for name, value in losses.items():
         print(f"{name}: {value:.4f} nats per token, held out")
-    return {"losses": losses, "rows": log, "model": str(out / "model")}
+    return {"losses": losses, "rows": thinned(log), "model": str(out / "model")}
 
 
 def cache_teacher(config: Config, teacher: Any, windows: Batches, folder: Path) -> None:

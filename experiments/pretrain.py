@@ -22,6 +22,7 @@ from qjax.training.decoder.fresh import fresh_model
 from qjax.training.decoder.program import Compute, program, start_state
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_in, texts_of, tokenizer_in
+from qjax.training.run.curve import curve
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
 from qjax.training.run.loop import Run, tensorboard
@@ -84,5 +85,5 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     by_chief("model", lambda: save(model, out / "model", dtype="bfloat16"))
     return {
         "parameters": count, "training_tokens": len(corpus.tokens.values), "loss": rows[-1]["loss"],
-        "heldout_loss": loss, "model": str(out / "model"),
+        "heldout_loss": loss, "model": str(out / "model"), "curve": curve({"pretrain": [rows]}),
     }  # fmt: skip

@@ -12,22 +12,24 @@ the same token most probable.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from rich.console import Console
 
 from qjax import recipes, rundir
 from qjax.errors import UserError
-from qjax.evaluate import plots, report
-from qjax.evaluate.judge import Judgement, baseline_of, judge
+from qjax.evaluate import report
+from qjax.evaluate.divergence import Baseline
+from qjax.evaluate.histograms import middle_histograms
+from qjax.evaluate.judge import Judgement, baseline_of, judge, kl_by_token
 from qjax.evaluate.perplexity import PROTOCOLS
-from qjax.evaluate.sizes import TensorRow, named_leaves, tensor_rows
+from qjax.evaluate.sizes import by_layer, tensor_rows
+from qjax.evaluate.tokens import kl_quantiles, worst_tokens
 from qjax.io.checkpoint import load_float, save
 from qjax.io.text import read_text
 from qjax.models import stdlib_text
@@ -39,6 +41,7 @@ from qjax.pipeline.windows import Calibration, calibration_text
 from qjax.plan import Plan, decoder_weights
 from qjax.plan.named import plan_named
 from qjax.recipes import Recipe
+from qjax.report.run_page import write_run_page
 from qjax.terminal import bar
 
 
@@ -53,14 +56,14 @@ class Config:
     context: int | None = None  # tokens a window; none: the protocol's, or the model's if shorter
     protocol: Literal["llama.cpp", "gptq"] = "llama.cpp"  # how the text is cut and scored
     gguf: str = "Q4_K_M"  # the entry written as a GGUF file; "" for none
-    shown: str = "Q4_K_M"  # the entry whose error by layer and weight grid the report draws; "" for none
+    shown: str = "Q4_K_M"  # the entry whose layers, weights and worst tokens the report shows; "" for none
     calibration: Path | None = None  # UTF-8 text for recipes; none: a draw of the standard library's other modules
     calibration_windows: int = 64  # at most; an eighth is held out
     seed: int = 0  # of the draw, and of labels drawn from the model
 
 
 def run(config: Config, out: Path) -> dict:
-    """Fill `out` with metrics.jsonl, report.html and its plots, and one GGUF file. Returns the table's rows."""
+    """Fill `out` with metrics.jsonl, report.html and one GGUF file. Returns the tables of the report."""
     if not config.formats:
         raise UserError('formats: the list is empty; name at least one, as in formats = ["Q4_K_M"]')
     for key in ("gguf", "shown"):
@@ -73,31 +76,24 @@ def run(config: Config, out: Path) -> dict:
     }
     for plan in plans.values():  # what does not fit fails before any work
         plan.assign(decoder_weights(model.config))
-    rows, tensors = grid(config, model, plans, out)
+    rows, seen = grid(config, model, plans, out)
     rows.sort(key=lambda row: -row.sizes.whole_bits)
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(report.table(rows))
-
-    manifest = json.loads(path.read_text()) if (path := out / "manifest.json").is_file() else None
-    text = path.read_text() if (path := out / "config.toml").is_file() else None
-    page = report.write_report(
-        out, rows,
-        title=f"{config.model}: {len(plans)} formats", plots=pictures(config, model, rows, tensors), tensors=tensors,
-        config=text, manifest=manifest,
-        notes="Weights rounded as the recipe in front of an entry says, to the nearest level where there is none.",
-    )  # fmt: skip
-    print(f"report: {page}")
+    found = {"summary": report.summary(rows), "rows": [row.to_json() for row in rows], **seen}
+    note = f"Weights rounded as the recipe in front of an entry says, else to nearest; {report.protocol(rows)}"
+    print(f"report: {write_run_page(out, found, title=f'{config.model}: {len(plans)} formats', note=note)}")
     if config.gguf:
         print(f"GGUF:   {out / file_name(config.gguf)}")
-    return {"rows": [row.to_json() for row in rows]}
+    return found
 
 
 def grid(
     config: Config, model: Model, plans: dict[str, Plan], out: Path
-) -> tuple[list[Judgement], dict[str, list[TensorRow]]]:
-    """Quantize and judge, one entry at a time; only one quantized model is in memory."""
+) -> tuple[list[Judgement], dict[str, list[dict[str, Any]]]]:
+    """Quantize and judge, one entry at a time; only one quantized model is in memory. Returns also `inside`."""
     text = stdlib_text.heldout_text() if config.text is None else read_text(config.text)
     window = config.context or min(PROTOCOLS[config.protocol], model.config.context)
-    tensors = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     text_seen: Calibration | None = None
     seen: Survey | None = None
     with bar("windows") as show:
@@ -120,15 +116,14 @@ def grid(
             clock = time.perf_counter()
             quantized = rounded(model, plan, recipe, text_seen, seen)
             seconds = time.perf_counter() - clock
-            qparams = quantized.params
             done = progress(name, number)
             rows.append(judge(quantized, baseline=baseline, name=name, encode_seconds=seconds, progress=done))
             rundir.log(out, rows[-1].to_json())
-            if name in (config.shown, config.gguf):
-                tensors[name] = tensor_rows(qparams, model.params)
+            if name == config.shown:
+                found = inside(name, quantized, model, baseline)
             if name == config.gguf:
                 save(quantized, out / file_name(name), name=f"{Path(config.model).name} {name}")
-    return rows, tensors
+    return rows, found
 
 
 def split(name: str) -> tuple[Recipe, str]:
@@ -161,19 +156,12 @@ def rounded(model: Model, plan: Plan, recipe: Recipe, calibration: Calibration |
     return dataclasses.replace(model, params=qparams)
 
 
-def pictures(
-    config: Config, model: Model, rows: list[Judgement], tensors: dict[str, list[TensorRow]]
-) -> dict[str, bytes]:
-    """Caption -> PNG: both Pareto fronts, and for the entry `shown` its error by layer and the weights on its grid."""
-    made = {"KL divergence against bits": plots.pareto_plot(rows, "kl")}
-    made["Perplexity against bits"] = plots.pareto_plot(rows, "perplexity")
-    if config.shown:
-        drawn = tensors[config.shown]
-        made["Error by layer"] = plots.error_heatmap(drawn, f"{config.shown}: relative error of the weights, %")
-        middle = [row for row in drawn if row.path.endswith("mlp/up/kernel")]
-        row = middle[len(middle) // 2]
-        axis = -2  # a flax kernel (in, out) is contracted along `in`
-        made["Weights on the grid"] = plots.weight_histogram(
-            named_leaves(model.params)[row.path], row.format, axis, f"{row.path} in {row.format}"
-        )
-    return made
+def inside(name: str, quantized: Model, model: Model, baseline: Baseline) -> dict[str, list[dict[str, Any]]]:
+    """Tables of one entry: its tensors, the weights in the middle before and after, KL by token, the worst tokens."""
+    tensors = tensor_rows(quantized.params, model.params)
+    found = {"tensors": [{"of": name, **row} for row in by_layer(tensors)]}
+    found |= middle_histograms(model.params, quantized.params)
+    kl = kl_by_token(quantized, baseline)
+    found["tokens"] = [{"name": name, **line} for line in kl_quantiles(kl)]
+    decode = model.tokenizer.decode if model.tokenizer is not None else str
+    return found | {"worst_tokens": worst_tokens(kl, baseline.windows, decode)}

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax.errors import UserError
+from qjax.evaluate.histograms import middle_histograms
 from qjax.formats import BlockFormat
 from qjax.io.checkpoint import load_float, save
 from qjax.models.model import Model
@@ -36,6 +37,7 @@ from qjax.training.losses.distill import teacher_confidence
 from qjax.training.losses.objectives import Losses
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import corpus_for, texts_of
+from qjax.training.run.curve import thinned
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
 from qjax.training.run.loop import Run, tensorboard
@@ -120,7 +122,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         table.add_row(name, f"{value:.4f}")
     Console(highlight=False).print(table)
     print(f"exported: {path}, {bits(quantized):.3f} bits per quantized weight")
-    return {"losses": losses, "rows": rows, "model": str(path)}
+    weights = middle_histograms(model.params, quantized.params)  # before and after training
+    return {"losses": losses, "rows": thinned(rows), **weights, "model": str(path)}
 
 
 def bits(model: Model) -> float:

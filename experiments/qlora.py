@@ -44,6 +44,7 @@ from qjax.training.decoder.program import Compute, Program, Teacher, program, st
 from qjax.training.losses.objectives import Losses
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_for, texts_of
+from qjax.training.run.curve import curve
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import data_on
 from qjax.training.run.loop import Run
@@ -126,7 +127,16 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             )
         if "gain_over_ptq" in r:
             print(f"{r['name']}: {r['gain_over_ptq']:+.4f} nats gained over the best file that nobody trained")
-    return {"start": start, "rows": rows, "runs": runs}
+    return {"start": start, "rows": rows, "runs": runs, "curve": curves(runs, out)}
+
+
+def curves(runs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """The entries' logs over steps, means over seeds."""
+    logs: dict[str, list[Any]] = {}
+    for run in (run for run in runs if run["method"] != "ptq"):
+        name = run["name"].removesuffix(f"-seed{run['seed']}")
+        logs.setdefault(name, []).append(rundir.logged(out / run["name"] / "metrics.jsonl"))
+    return curve(logs)
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

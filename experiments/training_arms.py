@@ -51,6 +51,7 @@ from qjax.training.decoder.quantization import Grid, quantizers_of
 from qjax.training.losses.distill import teacher_confidence
 from qjax.training.optim.optimizer import Optimizer
 from qjax.training.run.corpus import Corpus, corpus_in, texts_of, tokenizer_in
+from qjax.training.run.curve import curve
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import data_on
 from qjax.training.run.loop import Run
@@ -140,7 +141,18 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         runs += one_seed(config, corpus, model, seed, programs, out)
     rows = summary(config, runs)
     Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(table(rows))
-    return {"rows": rows, "runs": runs}
+    return {"rows": rows, "runs": runs, "curve": curves(config, out)}
+
+
+def curves(config: Config, out: Path) -> list[dict[str, Any]]:
+    """The arms' logs over steps, means over seeds; an arm that was trained before without its log has none."""
+    logs = {
+        c.arm.name: [
+            log for s in config.seeds if (log := rundir.logged(out / f"seed{s}" / c.arm.name / "metrics.jsonl"))
+        ]
+        for c in config.arms
+    }
+    return curve(logs)
 
 
 def corpus_at(config: Config) -> tuple[Corpus, Tokenizer]:

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import html
 
-_STYLE = """
+# Of pages and figures. Text stands on `heat`, and on nothing darker or lighter than `soft` besides.
+COLOURS = """
 :root { color-scheme: light dark; --text: #1c1e21; --back: #fff; --soft: #f1f2f4; --line: #d9dce0; --dim: #5c636b;
-  --best: #b3263f; --other: #5f7d9c; }
+  --best: #b3263f; --other: #5f7d9c; --heat: #f0a05a; --s0: #2f6db3; --s1: #b3263f; --s2: #3d8a4e; --s3: #8a5bb0;
+  --s4: #b8741a; --s5: #138a8a; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e6e9; --back: #16181b; --soft: #22262a; --line: #3a3f45;
-  --dim: #a0a7af; --best: #ff7d8e; --other: #8fb0d3; } }
+  --dim: #a0a7af; --best: #ff7d8e; --other: #8fb0d3; --heat: #93430f; --s0: #7fb2ee; --s1: #ff7d8e; --s2: #7fcf90;
+  --s3: #c39be6; --s4: #e5a957; --s5: #5fd0d0; } }
+"""
+
+_STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1.2rem; color: var(--text);
   background: var(--back); overflow-wrap: anywhere; }
@@ -32,7 +38,6 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 summary { cursor: pointer; font-weight: 600; margin: .6rem 0; }
 pre { background: var(--soft); padding: .6rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
 figure { margin: 1rem 0; }
-img { max-width: 100%; border-radius: 6px; border: 1px solid var(--line); }
 """
 
 _SORT = """
@@ -66,6 +71,6 @@ def standalone(title: str, body: str, style: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}{style}</style></head><body>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{COLOURS}{_STYLE}{style}</style></head><body>\n"
         f"{body}\n<script>{_SORT}</script>\n</body></html>\n"
     )

@@ -65,6 +65,7 @@ class Mutant:
 
 REPARAM, REPARAM_GAINS = "reparam/test_reparam.py::", "reparam/test_reparam_gains.py::"
 GAINS, IDENTITIES = "rounding/test_rounding_gains.py::", "rounding/test_identities.py::"
+FIGURES = "report/test_figures.py::"
 BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
 
 # fmt: off
@@ -181,6 +182,17 @@ MUTANTS = (
            "io/test_smollm2.py::test_the_file_of_the_package_is_the_model"),
     Mutant("tensorboard-without-steps", "report/tensorboard.py", 'if _is_number(row.get("step")) else', "if False else",
            "test_tensorboard.py::test_logs_become_scalars_and_configs_hparams"),
+    Mutant("scales-do-not-drift", "training/grid/weights.py",
+           "sum(jnp.sum(x * x) for x in moved)", "sum(0.0 for x in moved)",
+           "training/test_curve.py::test_drift_is_how_far_learned_scales_moved"),
+    Mutant("labels-on-labels", "report/figures/labels.py", "taken.append(Box(box.x", "tuple((box.x",
+           FIGURES + "test_labels_of_the_figure_lie_apart[900.0-0]"),
+    Mutant("phone-with-every-name", "report/figures/pareto.py", "on or width != SLIM", "True",
+           FIGURES + "test_labels_of_the_figure_lie_apart[340.0-0]"),
+    Mutant("bits-per-tensor", "report/figures/by_layer.py", "kept[1] += 8.0 * total / bits", "kept[1] += total",
+           FIGURES + "test_bits_of_a_layer_are_those_of_all_its_weights"),
+    Mutant("bins-tower", "report/figures/histogram.py", "2.5 * max(before)", "99.0 * max(before)",
+           FIGURES + "test_a_bin_that_towers_is_cut_off"),
 )
 # fmt: on
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -55,7 +56,12 @@ def test_quickstart(tmp_path, capsys):
     for r in rows:
         if r["name"] != "float32":
             assert r["block_bits"] <= r["whole_bits"] < 9 and r["same_top_percent"] > 10
-    assert "<img" in (out / "report.html").read_text() and len(list(out.glob("*.png"))) == 4
+    page = (out / "report.html").read_text()
+    titles = re.findall('<figure class="wide"><figcaption><strong>(.*?)[.]</strong>', page)
+    inside = ["Bits by layer: Q4_K_M", "Error by layer: Q4_K_M"]
+    weights = [f"Weights {how}: layers_4/mlp/up/kernel in Q4_K" for how in ("before and after", "on the grid")]
+    assert titles == ["KL against bits", "Perplexity against bits", *inside, *weights, "KL by token"]
+    assert "worst_tokens" in page and not list(out.glob("*.png"))
     assert json.loads((out / "manifest.json").read_text())["exit_status"] == 0
 
     # The file in the run directory is the model of the table.
@@ -85,5 +91,10 @@ def test_grid_on_a_tiny_model(tmp_path, capsys):
     for w, q in zip(jax.tree.leaves(expected.params), jax.tree.leaves(packed.dense), strict=True):
         assert float(np.abs(np.asarray(w - q)).max()) <= float(np.abs(w).max()) / 127
     assert "report:" in capsys.readouterr().out
+    found = json.loads((out / "results.json").read_text())
+    worst = [row["kl"] for row in found["worst_tokens"]]
+    assert {row["of"] for row in found["tensors"]} == {"pure:Q4_0"} and worst == sorted(worst, reverse=True)
+    assert worst[0] == pytest.approx(rows["pure:Q4_0"]["kl_max"], rel=1e-3) and found["tokens"][-1]["kl"] <= worst[0]
+    assert found["summary"][0].keys() < rows["float32"].keys() and len(found["weights"]) <= 64
     assert main(["run", str(ROOT / "configs/quickstart.toml"), "--gguf", "Q9", "--out", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err == "qjax: gguf: 'Q9' is not among the formats\n"

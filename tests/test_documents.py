@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qjax.cli import main
 from qjax.report.fill import documents, fill
 from qjax.report.result import read
 
@@ -43,6 +44,12 @@ def test_heads_of_configs_point_at_results(path):
     assert not head, f"{path}: {head}: a result page has the number"
     for page in re.findall(r"docs/results/\w+\.md", path.read_text()):
         assert (ROOT / page).is_file(), f"{path}: {page}"
+
+
+def test_the_picture_is_what_the_result_file_draws(tmp_path):
+    made = tmp_path / "kl.svg"
+    assert main(["report", str(ROOT / "experiments/results/quickstart.json"), "--figure", "kl", "-o", str(made)]) == 0
+    assert made.read_text() == (ROOT / "docs/img/kl.svg").read_text(), "run: make results"
 
 
 def test_every_result_file_is_shown_on_a_page():

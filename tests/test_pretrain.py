@@ -52,6 +52,7 @@ def test_resumes_exactly(tmp_path, monkeypatch, small_text):
     assert resumed["heldout_loss"] == whole["heldout_loss"]
     done = rows(tmp_path / "whole")
     assert [row["step"] for row in done] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in resumed["curve"]] == [row["loss"] for row in done]
     assert rows(tmp_path / "broken") == done
     a, b = (qjax.load(tmp_path / name / "model") for name in ("whole", "broken"))
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)

@@ -1,4 +1,4 @@
-"""Result files and what is made of them: tables, the Pareto figure, the page, the command."""
+"""Result files and what is made of them: tables, the page, the command."""
 
 import dataclasses
 import html
@@ -8,17 +8,14 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from qjax.cli import main
 from qjax.errors import UserError
 from qjax.report.build import build
-from qjax.report.figure import FRAME, linear_ticks, log_ticks, svg
-from qjax.report.labels import Box, place
 from qjax.report.page import page
-from qjax.report.pareto import Point, drawn, front, points
 from qjax.report.result import read, write
+from qjax.report.run_page import write_run_page
 from qjax.report.schema import Column, Result, Run, Table
 from qjax.report.tables import MISSING, html_table, latex, markdown, number
 
@@ -170,71 +167,6 @@ def test_nothing_that_breaks_the_schema_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def some(count, seed=0):
-    rng = np.random.default_rng(seed)
-    bits, loss = rng.integers(20, 60, count) / 10, np.exp(rng.integers(-40, 0, count) / 10)
-    return [
-        Point(float(b), float(k), float(k) / 4, f"method{n}:uint{n}_g128")
-        for n, (b, k) in enumerate(zip(bits, loss, strict=True))
-    ]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_front_is_what_nothing_beats(seed):
-    found = some(60, seed)
-    beaten = [
-        any(q.bits <= p.bits and q.loss <= p.loss and (q.bits, q.loss) != (p.bits, p.loss) for q in found)
-        for p in found
-    ]
-    assert front(found) == [not b for b in beaten]
-
-
-def test_rows_become_points():
-    table = build(
-        [{"name": "float32", "kl_mean": 0.0, "kl_mean_se": 0.0, "whole_bits": 32.0},
-         {"name": "Q4_K", "kl_mean": 0.01, "kl_mean_se": 0.001, "whole_bits": 4.5},
-         {"name": "unjudged", "kl_mean": None, "whole_bits": 4.5}],
-        title="t", command="c",
-    ).tables  # fmt: skip
-    found = points(table, "kl")
-    assert found == [Point(32.0, 0.0, 0.0, "float32"), Point(4.5, 0.01, 0.001, "Q4_K")]
-    assert drawn(found) == ([found[1]], [found[0]]) and points(table, "perplexity") == []
-    assert svg(found, "kl") == "" and drawn([Point(32.0, 1e-6, 0.0, "bf16")])[0] == []
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_labels_of_the_figure_lie_apart(seed):
-    found = [*some(40, seed), Point(32.0, 0.0, 0.0, "float32")]
-    drawing = svg(found, "kl")
-    boxes = [Box(*map(float, text.split())) for text in re.findall(r'data-box="([^"]*)"', drawing)]
-    assert len(boxes) == 40 and drawing.count("<circle") == 40
-    assert not any(a.meets(b) for n, a in enumerate(boxes) for b in boxes[:n])
-    inside = Box(FRAME.x - 0.1, FRAME.y - 0.1, FRAME.width + 0.2, FRAME.height + 0.2)
-    assert all(box.within(inside) for box in boxes)
-    marks = re.findall("<circle class=(best|other)", drawing)
-    assert marks == sorted(marks), "the front takes its places first"
-    assert "Not on the axes: float32 (32 bits, 0)." in drawing
-    assert drawing.count("class=whisker") == 40 and "KL to the float model, nats a token" in drawing
-
-
-def test_an_interval_that_reaches_zero_ends_at_a_tenth():
-    drawing = svg([Point(2.0, 0.5, 1.0, "a"), Point(3.0, 0.1, 0.0, "b<")], "perplexity")
-    assert drawing.count("class=whisker") == 1 and "a: 2.000 bits, 0.5 ± 1" in drawing and "b&lt;" in drawing
-
-
-def test_ticks_are_round():
-    assert linear_ticks(1.9, 5.2) == [2.0, 3.0, 4.0, 5.0]
-    assert linear_ticks(-0.01, 0.1) == [0.0, 0.05, 0.1]
-    assert log_ticks(-2.1, -0.9) == pytest.approx([0.01, 0.02, 0.05, 0.1])
-    assert log_ticks(math.log10(23.84), math.log10(23.99)) == pytest.approx([23.85, 23.9, 23.95])
-
-
-def test_labels_keep_off_points_and_give_up_where_it_is_full():
-    labels = place([(50.0, 10.0)] * 9, ["name"] * 9, Box(0.0, 0.0, 100.0, 30.0))
-    placed = [label.box for label in labels if label is not None]
-    assert 0 < len(placed) < 9 and not any(box.meets(Box(46.0, 6.0, 8.0, 8.0)) for box in placed)
-
-
 class Elements(html.parser.HTMLParser):
     """Every tag with its attributes, and the text."""
 
@@ -263,6 +195,16 @@ def test_the_page_stands_alone_and_has_every_table():
     for result in results:
         assert all(text in made.text for text in (result.title, result.command, result.note))
     assert NASTY in made.text and tags.count("svg") >= 2
+
+
+def test_the_page_of_a_run_stands_in_its_folder(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"command": ["qjax", "run", "<a>.toml"], "git": {"commit": "abc"}}')
+    (tmp_path / "config.toml").write_text('x = "<y>"')
+    rows = [{"name": "a", "whole_bits": 4.0, "kl": 0.1, "took": math.inf}, {"name": "b", "whole_bits": 3.0, "kl": 0.2}]
+    assert write_run_page(tmp_path, {"rows": rows}, title="A & B", note="idle") == tmp_path / "report.html"
+    made = Elements((tmp_path / "report.html").read_text())
+    assert [tag for tag, _ in made.tags].count("figure") == 2 and "qjax run '<a>.toml'" in made.text
+    assert "commit abc" in made.text and 'x = "<y>"' in made.text and "A & B" in made.text and "idle" in made.text
 
 
 def test_a_run_becomes_a_result_file_and_is_shown(tmp_path, capsys):
@@ -306,6 +248,10 @@ def test_a_run_becomes_a_result_file_and_is_shown(tmp_path, capsys):
         (["a.json", "-o", "a.pdf"], "unknown suffix '.pdf'"),
         (["a.json", "--format", "markdown"], "--format must be md, latex, html"),
         (["a.json", "a.json", "-o", "b.json"], "holds one result, got 2"),
+        (["a.json", "-o", "b.svg"], "say which figure, as in --figure kl"),
+        (["a.json", "--figure", "kl"], "-o FILE.svg holds a figure alone"),
+        (["a.json", "-o", "b.svg", "--figure", "pie"], "--figure must be kl, perplexity, bits"),
+        (["a.json", "-o", "b.svg", "--figure", "kl"], "it needs rows with whole_bits, kl or kl_mean"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, argv, said):

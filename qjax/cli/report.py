@@ -15,8 +15,12 @@ from qjax.errors import UserError, check_word
 if TYPE_CHECKING:
     from qjax.report.schema import Result
 
-FORMATS = {".md": "md", ".tex": "latex", ".html": "html", ".json": "json"}
-OUT_HELP = "file to write; its suffix decides: .md, .tex, .html (one page that stands alone), .json (one result)"
+FORMATS = {".md": "md", ".tex": "latex", ".html": "html", ".json": "json", ".svg": "svg"}
+OUT_HELP = "file to write: .md, .tex, .html (one page that stands alone), .json (one result), .svg (one figure)"
+FIGURE_HELP = (
+    "one figure of all results, first on an .html page or alone as .svg: kl, perplexity, bits, errors, weights, grid, "
+    "outliers, tokens, training, drift, roofline"
+)
 PATHS_HELP = "result files, folders of them, run directories"
 FORMAT_HELP = "md, latex or html; none: as the suffix of --out says, md without one"
 
@@ -26,8 +30,9 @@ class Report:
     """Show results: tables with units and intervals, and what each was made by.
 
         qjax report experiments/results                     # all of them as Markdown
-        qjax report experiments/results -o results.html     # one page: sortable tables, Pareto figures
+        qjax report experiments/results -o results.html     # one page: sortable tables, figures
         qjax report experiments/results/recipes.json --format latex
+        qjax report A.json B.json --figure kl -o kl.svg     # one figure, here of both results' models
         qjax report runs/qat-20260101-120000                # a run: its results.json and manifest.json
         qjax report runs/sweeps/rates -o rates.html         # all runs of a sweep
         qjax report runs/qat-20260101-120000 -o experiments/results/qat.json --title "QAT" --note "two idle cores"
@@ -46,12 +51,20 @@ class Report:
         str, tyro.conf.arg(help="what a reader of the result file must know, such as other jobs beside it")
     ] = ""
 
+    figure: Annotated[str, tyro.conf.arg(help=FIGURE_HELP)] = ""
+
     def execute(self) -> None:
         from qjax.io.atomic import check_folder, write_text
+        from qjax.report.figures.drawing import alone
+        from qjax.report.figures.kinds import one_figure
         from qjax.report.page import latex_page, markdown_page, page
         from qjax.report.result import write
 
         kind = kind_of(self.out, self.format)
+        if self.figure and kind not in ("svg", "html"):
+            raise UserError(f"--figure {self.figure}: -o FILE.svg holds a figure alone, -o FILE.html has it first")
+        if kind == "svg" and not self.figure:
+            raise UserError(f"-o {self.out}: say which figure, as in --figure kl")
         if not self.paths:
             raise UserError("give result files, folders of them, or run directories: qjax report experiments/results")
         if self.out is not None:
@@ -65,7 +78,10 @@ class Report:
             write(dataclasses.replace(result, title=self.title or result.title, note=note), self.out)
             return
         if kind == "html":
-            text = page(results, self.title or ("Results" if len(results) > 1 else results[0].title))
+            title = self.title or ("Results" if len(results) > 1 else results[0].title)
+            text = page(results, title, self.figure)
+        elif kind == "svg":
+            text = alone(one_figure(results, self.figure))
         else:
             text = {"md": markdown_page, "latex": latex_page}[kind](results)
         if self.out is None:

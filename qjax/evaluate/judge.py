@@ -117,6 +117,15 @@ def judge(
     return Judgement(name, sizes(model.params), numbers, distance, encode_seconds)
 
 
+def kl_by_token(
+    model: Model, baseline: Baseline, *, batch: int | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """KL of every scored token, nats, f32[windows, scored]; arguments as in `judge`."""
+    _check_windows(baseline.windows, model)
+    network = network_of_decoder(model.config)
+    return token_divergences(network, _dense(model), baseline, batch=batch, progress=progress)["kl"]
+
+
 def baseline_of(
     model: Model,
     text: Text,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -106,6 +107,23 @@ def tensor_rows(params: Any, reference: Any = None) -> list[TensorRow]:
             TensorRow(path, name, tuple(leaf.shape), 8 * _bytes(leaf) / max(leaf.size, 1), _bytes(leaf), rmse, db)
         )
     return rows
+
+
+def by_layer(rows: Iterable[TensorRow]) -> list[dict[str, Any]]:
+    """Plain rows of tensors, with the layer each is in and what kind of weight it is there.
+
+    >>> by_layer([TensorRow("layers_3/attn/q/kernel", "Q4_0", (64, 64), 4.5, 2304, 0.08)])[0]["kind"]
+    'attn q'
+    """
+    made = []
+    for row in rows:
+        inside = re.fullmatch(r".*?(\d+)/(.+?)(?:/kernel)?", row.path)
+        layer, kind = (int(inside[1]), inside[2]) if inside else (None, row.path.split("/")[0])
+        error = None if row.relative_rmse is None else float(f"{row.relative_rmse:.4g}")
+        made.append({"name": row.path, "layer": layer, "kind": kind.replace("/", " "), "format": row.format,
+                     "shape": " x ".join(map(str, row.shape)), "bits": round(row.bits, 4), "bytes": row.bytes,
+                     "relative_rmse": error})  # fmt: skip
+    return made
 
 
 def relative_rmse(leaf: Any, reference: Any) -> float:

@@ -8,23 +8,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from qjax.html_page import standalone
-from qjax.report.figure import svg
-from qjax.report.pareto import MEASURES, points
+from qjax.report.figures.drawing import BOTH, SLIM, STYLE, WIDE, on_page
+from qjax.report.figures.kinds import figures, one_figure
 from qjax.report.schema import Result, Run
 from qjax.report.tables import escape_latex, escape_markdown, html_table, latex, markdown
 
 
-def page(results: Sequence[Result], title: str = "Results") -> str:
+def page(results: Sequence[Result], title: str = "Results", figure: str = "", end: str = "") -> str:
     """One self-contained HTML page: nothing is fetched, a click on a head sorts, dark where the reader's screen is.
 
     Args:
       results: in the order shown.
       title: heading and window title.
+      figure: a kind that is drawn once of all results and stands first; "": none.
+      end: HTML behind the results.
     """
     links = "".join(f'<li><a href="#r{n}">{_e(r.title)}</a></li>' for n, r in enumerate(results))
-    body = [f"<h1>{_e(title)}</h1>", f"<nav><ul>{links}</ul></nav>" if len(results) > 1 else ""]
-    body += [_section(result, n) for n, result in enumerate(results)]
-    return standalone(title, "\n".join(filter(None, body)), _FIGURES)
+    body = [f"<h1>{_e(title)}</h1>"]
+    body += [on_page(one_figure(results, figure, width)) for width in (WIDE, SLIM) if figure]
+    body += [f"<nav><ul>{links}</ul></nav>" if len(results) > 1 else ""]
+    for n, result in enumerate(results):
+        head = f"<h2>{_e(result.title)}</h2>" if len(results) > 1 else ""
+        body.append(f'<section id="r{n}">{head}{_section(result)}</section>')
+    return standalone(title, "\n".join([*filter(None, body), end]), STYLE + BOTH)
 
 
 def markdown_page(results: Sequence[Result]) -> str:
@@ -52,8 +58,8 @@ def latex_page(results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
-def _section(result: Result, number: int) -> str:
-    parts = [f'<section id="r{number}"><h2>{_e(result.title)}</h2>', f"<pre>{_e(result.command)}</pre>"]
+def _section(result: Result) -> str:
+    parts = [f"<pre>{_e(result.command)}</pre>"]
     parts += [f"<p class=note>{_e(_where(result.run))}</p>"]
     parts += [f"<p>{_e(result.note)}</p>"] if result.note else []
     parts += figures(result)
@@ -62,16 +68,7 @@ def _section(result: Result, number: int) -> str:
         count = f"{len(table.rows)} row{'s' * (len(table.rows) != 1)}"
         opened = " open" if place == 0 or len(table.rows) <= 12 else ""
         parts.append(f"<details{opened}><summary>{_e(table.name)} <small>{count}</small></summary>{block}</details>")
-    return "\n".join(parts) + "</section>"
-
-
-def figures(result: Result) -> list[str]:
-    """A figure per measure, of the first table that has enough points: the tables after it hold its single runs."""
-    made = []
-    for measure in MEASURES:
-        drawn = (svg(points([table], measure), measure) for table in result.tables)
-        made += [next(filter(None, drawn), "")]
-    return list(filter(None, made))
+    return "\n".join(parts)
 
 
 def _where(run: Run) -> str:
@@ -92,16 +89,3 @@ def _fenced(text: str) -> str:
 
 def _e(text: str) -> str:
     return html.escape(text)
-
-
-_FIGURES = """
-svg { display: block; width: 100%; min-width: 700px; max-width: 900px; font: 11px system-ui, sans-serif; }
-svg text { fill: var(--text); } svg .tick { text-anchor: middle; fill: var(--dim); } svg .side { text-anchor: end; }
-svg .axis { text-anchor: middle; font-size: 13px; }
-svg .name { fill: var(--dim); paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
-svg .name.best { fill: var(--text); }
-svg .frame { fill: none; stroke: var(--line); } svg .grid { stroke: var(--line); stroke-width: .5; }
-svg .front { fill: none; stroke: var(--best); stroke-dasharray: 4 3; }
-svg .leader { stroke: var(--dim); stroke-width: .6; }
-svg circle.best { fill: var(--best); } svg circle.other { fill: var(--other); } svg .whisker { stroke: var(--dim); }
-"""

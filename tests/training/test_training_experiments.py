@@ -153,6 +153,8 @@ def test_qat(tiny, tmp_path, capsys):
     options = [*tiny, "--arm.grid.format", "Q4_0", "--arm.grid.init", "gptq", "--export", "gguf"]
     results = run("qat", tmp_path / "run", *options)
     assert set(results["losses"]) == {"float", "gptq", "trained"} and results["rows"][-1]["step"] == 2
+    assert {row["of"] for row in results["grid"]} == {row["of"] for row in results["weights"]}
+    assert results["weights"][0]["of"].endswith("mlp/up/kernel in Q4_0")
     model = qjax.load(tmp_path / "run" / "model.gguf")
     leaves = jax.tree.leaves(model.params, is_leaf=qjax.is_qtensor)
     assert any(qjax.is_qtensor(leaf) and leaf.format.name == "Q4_0" for leaf in leaves)
@@ -215,6 +217,7 @@ def test_qlora(tiny, tmp_path):
     assert again["runs"] == results["runs"] and len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 6
     wrong = extended("qlora", tmp_path, QLORA.replace("rtn:int4_g32", "rtn:int4_g48"))
     assert main(["run", wrong, "--smoke", "--out", str(tmp_path / "wrong"), *tiny]) == 2
+    assert len(results["curve"]) == 2 * len({row["arm"] for row in results["curve"]}) == 2 * (len(by) - 1)
 
 
 @pytest.mark.slow
@@ -233,6 +236,9 @@ def test_arms(tiny, tmp_path, capsys, monkeypatch):
     control = results["rows"][names.index("ptq 2 bits: rtn")]
     assert "closed_percent" not in control and student["loss"] != control["loss"]
     assert row["quant_noise"] > 0.1 and row["closed_percent"] is not None and row["half_interval"] is None
+    curve = {(row["arm"], row["step"]): row for row in results["curve"]}
+    assert set(curve) == {(name, step) for name in ("continued", "2 bits, qat + kd") for step in (1, 2)}
+    assert curve["2 bits, qat + kd", 2]["heldout"] == row["loss"] and curve["2 bits, qat + kd", 2]["scale_drift"] > 0
 
     assert run(config, out, *options)["rows"] == results["rows"]  # nothing was left to do
     other = ["run", config, "--smoke", *map(str, options), "--base.layers", "3"]

@@ -158,7 +158,8 @@ def statistics(
     """What quantization does to the weights now.
 
     Returns: {"quant_noise": |W - W_hat| / |W| over all quantized weights, "saturated": the mean share of weights
-      outside of their grid}, and {path: codes} to compare with those of another step (`flip_rate`).
+      outside of their grid, and of learned scales "scale_drift": the root mean square of ln(scale / its start)}, and
+      {path: codes} to compare with those of another step (`flip_rate`).
     """
     leaves = leaves_by_path(params)
 
@@ -171,6 +172,9 @@ def statistics(
     all_of = _mapped(one, leaves, quantizers, trained, constants)
     noise, power, saturated = (sum(r[i] for r in all_of.values()) for i in range(3))
     out = {"quant_noise": jnp.sqrt(noise / power), "saturated": saturated / len(all_of)}
+    moved = [t["scale"] for t in trained.values() if "scale" in t]  # s = s0 exp(scale)
+    if moved:
+        out["scale_drift"] = jnp.sqrt(sum(jnp.sum(x * x) for x in moved) / sum(x.size for x in moved))
     return out, {path: r[3] for path, r in all_of.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from qjax.report.schema import Table
+from qjax.report.schema import Cell, Column, Table
 
 BITS = "whole_bits"
 MEASURES = {"kl": ("kl", "kl_mean"), "perplexity": ("perplexity",)}
@@ -64,3 +64,23 @@ def drawn(found: Iterable[Point]) -> tuple[list[Point], list[Point]]:
     for point in found:
         (kept if point.bits < FLOAT_BITS and point.loss > 0 else left).append(point)
     return kept, left
+
+
+def together(parts: Iterable[tuple[str, Table | None]], measure: str) -> Table:
+    """One table of several results' points; a name that two results have gets the result's title behind it.
+
+    Args:
+      parts: (title, table) of each result.
+      measure: "kl" or "perplexity".
+    """
+    found = [(title, point) for title, table in parts if table is not None for point in points([table], measure)]
+    titles: dict[str, set[str]] = {}
+    for title, point in found:
+        titles.setdefault(point.name, set()).add(title)
+    key = MEASURES[measure][0]
+    rows: list[dict[str, Cell]] = []
+    for title, p in found:
+        name = p.name if len(titles[p.name]) == 1 else f"{p.name} ({title})"
+        rows.append({"name": name, BITS: p.bits, key: p.loss, "half": p.half})
+    columns = (Column("name", "name"), Column(BITS, "whole model", "bits", 3), Column(key, key, "", 6, "half"))
+    return Table("all", columns, tuple(rows))

@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.errors import UserError
-from qjax.evaluate.plots import INK, POINT, _figure, _png
 from qjax.formats import format as get_format
 from qjax.reparam import Reparam, Site, reparametrize
 from qjax.stats import Stats
 from qjax.typing import Array, Float
+
+GROUPS = 16  # of channels, in a map of all layers
 
 
 def outliers(
@@ -30,9 +30,9 @@ def outliers(
       changes: title -> chain of reparametrizations; an empty chain is the layer as it is.
       format: the grid that searches look at.
 
-    Returns: title -> {"weights", "inputs": the largest absolute value of each channel, np.f32[n]; "weight_peak",
-      "input_peak": the largest channel over the median one; "weight_kurtosis", "input_kurtosis": of all values, 3 for
-      a normal distribution}.
+    Returns: title -> {"w": the weight; "weights", "inputs": the largest absolute value of each channel, np.f32[n];
+      "weight_peak", "input_peak": the largest channel over the median one; "weight_kurtosis", "input_kurtosis": of all
+      values, 3 for a normal distribution}.
     """
     found = {}
     for title, chain in changes.items():
@@ -45,32 +45,22 @@ def outliers(
             y = one.input(y)
         tops = [np.asarray(jnp.max(jnp.abs(a), axis=0)) for a in (site.w, y)]
         found[title] = {
-            "weights": tops[0], "inputs": tops[1], "weight_peak": _peak(tops[0]), "input_peak": _peak(tops[1]),
+            "w": np.asarray(site.w), "weights": tops[0], "inputs": tops[1],
+            "weight_peak": _peak(tops[0]), "input_peak": _peak(tops[1]),
             "weight_kurtosis": _kurtosis(np.asarray(site.w)), "input_kurtosis": _kurtosis(np.asarray(y)),
         }  # fmt: skip
     return found
 
 
-def outlier_plot(found: Mapping[str, Mapping[str, Any]], title: str = "") -> bytes:
-    """A row of panels for `outliers`' result: weights below, inputs above, channels sorted by neither.
+def peaks(top: np.ndarray, groups: int = GROUPS) -> list[float]:
+    """The largest of each group of neighbouring channels, over the median channel.
 
-    Raises:
-      UserError: nothing to draw, or matplotlib is not installed.
+    Args:
+      top: the largest absolute value of each channel.
+      groups: how many there are, at most.
     """
-    if not found:
-        raise UserError("outlier_plot: there is nothing to draw; give at least one change of variables")
-    figure, *axes = _figure(4.2 * len(found), 4.4, len(found))
-    for panel, (name, numbers) in zip(axes, found.items(), strict=True):
-        channels = np.arange(len(numbers["inputs"]))
-        panel.vlines(channels, 0, numbers["inputs"], color=POINT, linewidth=0.8, label="max |x|")
-        panel.vlines(channels, 0, -numbers["weights"] / numbers["weights"].max() * numbers["inputs"].max(), color=INK,
-                     linewidth=0.8, label="max |W| (scaled)")  # fmt: skip
-        panel.set_title(f"{name}\npeaks: x {numbers['input_peak']:.1f}, W {numbers['weight_peak']:.1f}", fontsize=9)
-        panel.set_xlabel("input channel")
-    axes[0].legend(fontsize=8)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _png(figure)
+    middle = max(float(np.median(top)), 1e-30)
+    return [float(f"{part.max() / middle:.4g}") for part in np.array_split(top, min(groups, top.size))]
 
 
 def _peak(top: np.ndarray) -> float:
