@@ -170,6 +170,15 @@ MUTANTS = (
            "training/test_qat.py::test_it_goes_on_from_any_recipe"),
     Mutant("KL-the-other-way-round", "evaluate/divergence.py", "d = z - z_base", "d = z_base - z",
            "evaluate/test_judging.py::test_kl_keeps_its_digits_where_it_is_tiny"),
+    Mutant("lift-in-float32", "lifting/run.py", "jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if",
+           "jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if",
+           "lifting/test_lift_types.py::test_lookups_and_dots_have_the_programs_type"),
+    Mutant("experts-not-told-apart", "lifting/picked.py", "where = [e == k for", "where = [e == e + 0 * k for",
+           "calibrate/test_experts_and_axes.py::test_gathered_experts_have_the_sums_of_their_own_tokens[one]"),
+    Mutant("joined-inputs-alike", "lifting/uses.py", "piece = None if own is x else k", "piece = None",
+           "calibrate/test_joined_weights.py::test_fused_qkv_and_stacked_experts_are_seen_part_by_part"),
+    Mutant("lift-compiled-anew", "lifting/apply.py", "programs = _COMPILED.setdefault(fn, {})", "programs = {}",
+           "lifting/test_lift_cache.py::test_a_second_call_compiles_nothing"),
 )
 # fmt: on
 
