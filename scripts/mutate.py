@@ -193,6 +193,15 @@ MUTANTS = (
            FIGURES + "test_bits_of_a_layer_are_those_of_all_its_weights"),
     Mutant("bins-tower", "report/figures/histogram.py", "2.5 * max(before)", "99.0 * max(before)",
            FIGURES + "test_a_bin_that_towers_is_cut_off"),
+    Mutant("lift-in-float32", "lifting/run.py", "jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if",
+           "jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if",
+           "lifting/test_lift_types.py::test_lookups_and_dots_have_the_programs_type"),
+    Mutant("experts-not-told-apart", "lifting/picked.py", "where = [e == k for", "where = [e == e + 0 * k for",
+           "calibrate/test_experts_and_axes.py::test_gathered_experts_have_the_sums_of_their_own_tokens[one]"),
+    Mutant("joined-inputs-alike", "lifting/uses.py", "piece = None if own is x else k", "piece = None",
+           "calibrate/test_joined_weights.py::test_fused_qkv_and_stacked_experts_are_seen_part_by_part"),
+    Mutant("lift-compiled-anew", "lifting/apply.py", "    if key in _COMPILED:", "    if not key:",
+           "lifting/test_lift_cache.py::test_a_second_call_compiles_nothing"),
 )
 # fmt: on
 

@@ -169,5 +169,6 @@ def check_stats(stats: Stats, path: str) -> None:
             )
     if stats.count is not None and float(np.min(np.asarray(stats.count))) == 0:
         least = np.asarray(stats.count)
-        which = "" if least.ndim == 0 else f" (entry {np.unravel_index(int(least.argmin()), least.shape)} of its stack)"
+        entry_of = tuple(int(i) for i in np.unravel_index(int(least.argmin()), least.shape))
+        which = "" if least.ndim == 0 else f" (entry {entry_of} of its stack)"
         raise UserError(f"{path}{which}: no calibration token reached it; give more or other text, or keep the weight")

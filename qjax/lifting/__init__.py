@@ -11,7 +11,8 @@
 
 A function is traced on the shapes of dense weights and its jaxpr evaluated again, with weights followed by name:
 `jax_names` (what is semi-public in JAX), `weight` (a weight on its way), `layout` and `packed` (rearrangements),
-`contract` and `lookup` (uses), `interpret` and `control` (the loop, the bodies), `scope` (where we stand), `run`.
+`picked` and `joined` (entries of a stack, several weights as one array), `uses` with `contract`, `ragged` and `lookup`,
+`interpret` and `control` (the loop, the bodies), `scope` (where we stand), `run`.
 """
 
 from qjax.lifting.apply import lift

@@ -44,8 +44,8 @@ def lift(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
 
     def lifted(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((params, args, kwargs))
-        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray | np.generic)]
-        still = tuple(None if isinstance(leaf, jax.Array | np.ndarray | np.generic) else (leaf,) for leaf in leaves)
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        still = tuple(None if _is_array(leaf) else (leaf, type(leaf)) for leaf in leaves)  # True is not 1
         if not outside() or any(isinstance(leaf, jax.core.Tracer) for leaf in arrays) or not _hashable(still):
             return inline(params, *args, **kwargs)
         return own((tree, still), arrays)
@@ -53,21 +53,22 @@ def lift(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
     return lifted
 
 
-# The compiled programs of a function live as long as the function, as those of jax.jit do.
-_COMPILED: weakref.WeakKeyDictionary[Any, dict[bool, Any]] = weakref.WeakKeyDictionary()
+# The compiled programs of a function, known by its identity, live as long as the function.
+_COMPILED: dict[tuple[int, bool], Any] = {}
 
 
 def compiled(fn: Callable[..., Any], strict: bool) -> Any:
     """The jitted interpretation of a function, the same for the same function: it is traced and compiled once for each
     structure, shapes and types of its arguments, and holds the function weakly.
     """
+    key = id(fn), strict
+    if key in _COMPILED:
+        return _COMPILED[key]
+    held: Any
     try:
-        held: Callable[[], Any] = weakref.ref(fn)
-        programs = _COMPILED.setdefault(fn, {})
-    except TypeError:  # neither hashed nor referred to: the programs live with this one `lift`
-        programs, held = {}, lambda: fn
-    if strict in programs:
-        return programs[strict]
+        held = weakref.ref(fn)
+    except TypeError:  # nobody would say when it is gone: the programs live with this one `lift`
+        held = lambda: fn  # noqa: E731
 
     def interpreted(still: tuple[Any, tuple[Any, ...]], arrays: list[Any]) -> Any:
         tree, leaves = still
@@ -76,7 +77,15 @@ def compiled(fn: Callable[..., Any], strict: bool) -> Any:
         program = Interpretation(on_dense="raise" if strict else "warn")
         return run(trace(held(), params, args, kwargs), program, packed_only)[0]
 
-    return programs.setdefault(strict, jax.jit(interpreted, static_argnums=0))
+    program = jax.jit(interpreted, static_argnums=0)
+    if isinstance(held, weakref.ref):
+        _COMPILED[key] = program
+        weakref.finalize(fn, _COMPILED.pop, key, None).atexit = False
+    return program
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def _hashable(value: Any) -> bool:

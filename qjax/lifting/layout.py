@@ -7,6 +7,7 @@ rearranged. A dense weight goes through the primitive itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -40,7 +41,12 @@ def rearrange(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
         # Packed weights stay as they are: dot and lookup give the type of the plain function's result.
         return [weight.map(lambda x: x if is_qtensor(x) else bind(eqn, [x])[0], axes, dtype=out.dtype)]
     if name == "split":
-        return [weight.map(lambda x, i=i: _split(eqn, x, i), axes) for i in range(len(eqn.outvars))]
+        edges = np.cumsum([0, *eqn.params["sizes"]]).tolist()
+        return [_piece(weight, eqn.params["axis"], *cut) for cut in pairwise(edges)]
+    if name == "unstack":
+        axis = eqn.params["axis"]
+        one_by_one = (_piece(weight, axis, k, k + 1) for k in range(weight.shape[axis]))
+        return [p.map(lambda x: _without(x, axis), (*p.axes[:axis], *p.axes[axis + 1 :])) for p in one_by_one]
 
     def move(x: Any) -> Any:
         return _PACKED[name](x, eqn, values) if is_qtensor(x) else bind(eqn, [x, *values[1:]])[0]
@@ -61,13 +67,20 @@ def _remembering(eqn: Any, weight: Weight, values: Sequence[Any]) -> Weight:
     return picked.sliced(weight, values[1:], eqn.params["slice_sizes"])
 
 
-def _split(eqn: Any, x: Any, i: int) -> Any:
-    if not is_qtensor(x):
-        return bind(eqn, [x])[i]
-    axis, edges = eqn.params["axis"], np.cumsum([0, *eqn.params["sizes"]])
-    start, limit = [0] * x.ndim, list(x.shape)
-    start[axis], limit[axis] = int(edges[i]), int(edges[i + 1])
-    return packed.static_slice(x, start, limit)
+def _piece(weight: Weight, axis: int, start: int, stop: int) -> Weight:
+    """The weight cut to a part of one axis."""
+    starts, limits = [0] * len(weight.shape), list(weight.shape)
+    starts[axis], limits[axis] = start, stop
+    known = picked.sliced(weight, starts, [b - a for a, b in zip(starts, limits, strict=True)])
+
+    def cut(x: Any) -> Any:
+        return packed.static_slice(x, starts, limits) if is_qtensor(x) else jax.lax.slice(x, starts, limits)
+
+    return known.map(cut, known.axes)
+
+
+def _without(x: Any, axis: int) -> Any:
+    return packed.squeeze(x, (axis,)) if is_qtensor(x) else x.squeeze(axis)
 
 
 # --- which stored axes the new axes come from ---------------------------------------------------------------------
@@ -130,6 +143,7 @@ _AXES: dict[str, Callable[[Any, Weight], Axes | None]] = {
     "broadcast_in_dim": _expanded,
     "slice": _same,
     "split": _same,
+    "unstack": _same,
     "dynamic_slice": _same,
     "gather": _same,
     "sharding_constraint": _same,

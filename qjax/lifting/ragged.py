@@ -27,7 +27,7 @@ def is_by_groups(eqn: Any, values: Any) -> bool:
         and values[0].ndim == 2
         and values[2].ndim == 1
         and d.lhs_ragged_dimensions[0] not in contract
-        and eqn.params["group_offset"] is None
+        and eqn.params.get("group_offset") is None
     )
 
 

@@ -75,12 +75,22 @@ def test_two_experts_for_each_token(rng, own_inputs):
 
 
 def test_layers_that_are_indexed_have_their_own_sums(rng):
-    """In a Python loop, in a fori_loop, and picked from a stack of two axes."""
+    """In Python loops, in a fori_loop, and picked from a stack of two axes."""
     params, x = {"w": jnp.asarray(rng.standard_normal((E, N, N)) / 3, jnp.float32)}, tokens(rng, T)
 
     def unrolled(p, x):
         for i in range(E):
             x = jnp.tanh(x @ p["w"][i])
+        return x
+
+    def split(p, x):
+        for w in jnp.split(p["w"], E):
+            x = jnp.tanh(x @ w[0])
+        return x
+
+    def unstacked(p, x):
+        for w in jnp.unstack(p["w"]):
+            x = jnp.tanh(x @ w)
         return x
 
     def looped(p, x):
@@ -89,7 +99,7 @@ def test_layers_that_are_indexed_have_their_own_sums(rng):
     seen = [x]
     for i in range(E):
         seen.append(jnp.tanh(seen[-1] @ params["w"][i]))
-    for apply in (unrolled, looped):
+    for apply in (unrolled, looped, split, unstacked):
         stats = observe(apply, params, [x], KINDS)["w"]
         for i in range(E):
             check(jax.tree.map(lambda a, i=i: a[i], stats), seen[i])
@@ -107,6 +117,8 @@ def test_parts_of_a_stack_are_refused_by_name(rng):
     params, x, chosen = experts(rng, E), tokens(rng, T), jnp.asarray(rng.integers(0, 2, T))
     with pytest.raises(UserError, match=r"'w' \[3, 8, 4\]: dot_general takes entries .* cannot be followed"):
         observe(lambda p, x, e: jnp.einsum("ti,tio->to", x, p["w"][1:][e]), params, [(x, chosen)])
+    with pytest.raises(UserError, match=r"'w' .*takes entries of its stack, and which cannot be followed"):
+        observe(lambda p, x, e: jax.lax.map(lambda xw: xw[0] @ xw[1], (x, p["w"][e])), params, [(x, chosen)])
     with pytest.raises(UserError, match=r"w: dot_general reads a part of its stack of \[3\]"):
         observe(lambda p, x: jnp.einsum("eti,eio->eto", x, p["w"][1:]), params, [tokens(rng, 2, T)])
     late = {"w": jnp.asarray(rng.standard_normal((N, OUT, E)), jnp.float32)}

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from qjax.lifting import control, jax_names, layout
-from qjax.lifting.jax_names import BODIES, LEAFWISE
+from qjax.lifting.jax_names import BODIES, JOINS, LEAFWISE
 
 X = jnp.ones((8, 8))
 
@@ -62,6 +62,11 @@ PROGRAMS = {
     "gather": lambda x: x[jnp.array([1, 2])],
     "sharding_constraint": lambda x: lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh(), P("d"))),
     "dot_general": lambda x: x @ x,
+    "concatenate": lambda x: jnp.concatenate([x, x]),
+    "stack": lambda x: jnp.stack([x, x]),
+    "unstack": lambda x: jnp.unstack(x),
+    "ragged_dot_general": lambda x: lax.ragged_dot(x, x[None], jnp.array([8])),
+    "conv_general_dilated": lambda x: lax.conv(x[None, None], x[None, None], (1, 1), "SAME"),
 }
 RENAMED = {"eval_jaxpr": "closed_call", "copy_p": "copy"}
 
@@ -73,7 +78,8 @@ def equations(jaxpr):
             yield from equations(getattr(sub, "jaxpr", sub))
 
 
-TABLE = sorted({*BODIES, *LEAFWISE, *layout._AXES, "dot_general"})
+USES = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
+TABLE = sorted({*BODIES, *LEAFWISE, *JOINS, *layout._AXES, *USES})
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -573,6 +573,16 @@ def python_loop_over_stacked_layers():
 
 
 @trial
+def loop_over_unstacked_layers():
+    def fn(p, x):
+        for w, v in zip(jnp.unstack(p["w"]), jnp.split(p["w"], 3), strict=True):
+            x = jnp.tanh(x @ w) + x @ v[0]
+        return x
+
+    return plain_and_packed(fn, layer_params(), normal(1, 5, 64))
+
+
+@trial
 def fori_loop_over_stacked_layers():
     def fn(p, x):
         return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"][i]), x)
