@@ -25,12 +25,12 @@ from qjax.io.huggingface import file_shape, get_leaf, open_model
 from qjax.io.llama2c import load_llama2c
 from qjax.io.rope_rows import to_pairs
 from qjax.io.safetensors import FLOATS
-from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_hf import read_json, read_tokenizer
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, rope_freqs, weight_names
 from qjax.plan import Weight
 from qjax.tensor import dequantize, from_bytes
+from qjax.tokenizer import Tokenizer
 
 _ROWS = 1 << 22  # weights unpacked at a time
 
