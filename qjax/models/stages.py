@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, RMSNorm, embedded, for_head, softcapped
+from qjax.models.decoder import Block, RMSNorm, embedded, softcapped
 from qjax.typing import Array, Float, Int
 
 Apply = Callable[[Any, Array], Array]
@@ -68,8 +68,7 @@ def stages_of(config: DecoderConfig) -> Stages:
         return embedded(c, x)
 
     def head(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        y: Any = RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
-        y = for_head(c, y)
+        y: Any = RMSNorm(c.norm_eps, c.norm_offset, c.logit_divisor).apply({"params": params["final_norm"]}, x)
         w = params["embed"]["embedding"] if c.tied else params["head"]["kernel"]
         logits = lax.dot_general(y, w, (((2,), (1 if c.tied else 0,)), ((), ())))
         return softcapped(logits, c.logit_softcap)
