@@ -202,6 +202,20 @@ MUTANTS = (
            "calibrate/test_joined_weights.py::test_fused_qkv_and_stacked_experts_are_seen_part_by_part"),
     Mutant("lift-compiled-anew", "lifting/apply.py", "    if key in _COMPILED:", "    if not key:",
            "lifting/test_lift_cache.py::test_a_second_call_compiles_nothing"),
+    Mutant("yarn-all-frequencies", "models/decoder.py", "blend = 1 - jnp.clip(along, 0.0, 1.0)",
+           "blend = 0.0 * along", "models/test_decoder.py::test_yarn_keeps_fast_and_divides_slow_frequencies"),
+    Mutant("longrope-always-short", "models/decoder.py", "jnp.asarray(length) > scaling.original_max_position",
+           "jnp.asarray(length) < 0", "models/test_decoder.py::test_longrope_divides_by_the_text_so_far"),
+    Mutant("metadata-not-kept", "io/gguf_model.py",
+           "return said | {key: value for key, value in kept.items() if key not in said}", "return said",
+           "io/test_kept.py::test_gguf_metadata_of_every_type_survive"),
+    Mutant("metadata-in-usual-types", "io/gguf_read.py", "if kind is None:\n            return value",
+           "if True:\n            return value",
+           "io/test_kept.py::test_gguf_metadata_of_every_type_survive"),
+    Mutant("one-shard", "io/safetensors.py", "held + size > shard_bytes", "held + size < 0",
+           "io/test_kept.py::test_shards_are_what_the_single_file_is"),
+    Mutant("dtype-kept-at-any-price", "io/huggingface.py", "return dtype if same else", "return dtype if True else",
+           "io/test_kept.py::test_weights_that_bfloat16_cannot_hold_are_saved_as_float32"),
 )
 # fmt: on
 

@@ -18,10 +18,10 @@ from qjax.cli import main
 from qjax.cli.output import size
 from qjax.evaluate.judge import windows_of
 from qjax.io import tokenizer_cut
-from qjax.io.tokenizer import Tokenizer as Backend
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
+from qjax.tokenizer import Tokenizer as Backend
 
 CONFIG = DecoderConfig(vocab=384, dim=64, hidden=96, layers=2, heads=4, kv_heads=2, head_dim=16, context=64, tied=True)
 TEXT = "def main(argv):\n    return [x for x in argv if x]\n" * 60

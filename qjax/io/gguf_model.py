@@ -21,7 +21,7 @@ from qjax.io.gguf_types import DENSE, TENSOR_TYPES
 from qjax.io.gguf_write import TensorInfo, tensor_order, write_gguf
 from qjax.io.huggingface import file_shape, get_leaf, own, set_leaf
 from qjax.io.rope_rows import to_halves, to_pairs
-from qjax.io.tokenizer import Tokenizer, tokenizer_from_gguf
+from qjax.io.tokenizer_gguf import tokenizer_from_gguf
 from qjax.models.card import Card
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, config_from_gguf, config_to_gguf, rope_tensors, weight_names
@@ -29,6 +29,7 @@ from qjax.models.families.scaling import FREQS as ROPE_FREQS
 from qjax.models.families.scaling import LONG, SHORT
 from qjax.models.model import Model
 from qjax.tensor import QTensor
+from qjax.tokenizer import Tokenizer
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 # llama.cpp's `general.file_type`: the file's usual type, by the name of its mix.

@@ -18,10 +18,10 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.rope_rows import to_halves
-from qjax.io.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer
 from qjax.io.tokenizer_spm import SPACE, spm_tokenizer
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
+from qjax.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer
 
 _TOKENIZERS = ("tok{vocab}.bin", "tokenizer.bin")
 

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from qjax.errors import UserError
-from qjax.io.tokenizer import (
+from qjax.tokenizer import (
     CONTROL,
     UNKNOWN,
     USER_DEFINED,

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from qjax.io.tokenizer import Tokenizer
 from qjax.io.tokenizer_spm import SPACE
+from qjax.tokenizer import Tokenizer
 from qjax.typing import Int
 
 PIECE = 1 << 16  # characters

@@ -11,7 +11,9 @@ from typing import Any
 import tokenizers
 
 from qjax.errors import UserError
-from qjax.io.tokenizer import (
+from qjax.io.tokenizer_bpe import pre_of
+from qjax.io.tokenizer_spm import BYTE_PIECE, SPACE, read_sentencepiece, scores_of, spm_tokenizer
+from qjax.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -22,8 +24,6 @@ from qjax.io.tokenizer import (
     begin_with_bos,
     library_errors,
 )
-from qjax.io.tokenizer_bpe import pre_of
-from qjax.io.tokenizer_spm import BYTE_PIECE, SPACE, read_sentencepiece, scores_of, spm_tokenizer
 
 GAPS = 1 << 16  # ids that no token has, at most
 

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
 from qjax.errors import UserError
-from qjax.io.tokenizer import (
+from qjax.io.tokenizer_bpe import added_token, special_token
+from qjax.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -30,7 +31,6 @@ from qjax.io.tokenizer import (
     check_tokens_unique,
     library_errors,
 )
-from qjax.io.tokenizer_bpe import added_token, special_token
 
 SPACE = "\u2581"  # how pieces spell a space
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

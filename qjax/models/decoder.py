@@ -93,10 +93,11 @@ def rotate(
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean x^2 + eps) * (scale + offset), computed in float32."""
+    """y = x / sqrt(mean x^2 + eps) * (scale + offset) / divisor, computed in float32."""
 
     eps: float
     offset: float = 0.0
+    divisor: float = 1.0
 
     @nn.compact
     def __call__(self, x):
@@ -104,7 +105,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * (scale.astype(jnp.float32) + self.offset)[(None,) * (x.ndim - 1)]).astype(x.dtype)
+        y = y * (scale.astype(jnp.float32) + self.offset)[(None,) * (x.ndim - 1)]
+        return (y if self.divisor == 1.0 else y / self.divisor).astype(x.dtype)
 
 
 def softcapped(z: jax.Array, cap: float | None) -> jax.Array:
@@ -116,11 +118,6 @@ def embedded(c: DecoderConfig, x: jax.Array) -> jax.Array:
     """Embeddings as the first layer reads them."""
     x = x * jnp.asarray(c.dim**0.5, x.dtype) if c.embed_scale else x
     return x if c.embed_multiplier == 1.0 else x * jnp.asarray(c.embed_multiplier, x.dtype)
-
-
-def for_head(c: DecoderConfig, x: jax.Array) -> jax.Array:
-    """The last norm's output as the head reads it."""
-    return x if c.logit_divisor == 1.0 else x / jnp.asarray(c.logit_divisor, x.dtype)
 
 
 def attend(q, k, v, mask, scale: float, softcap: float | None):
@@ -300,7 +297,8 @@ class Decoder(nn.Module):
             x, new_cache[name] = block(x, positions, None if cache is None else cache[name])
         if at is not None:
             x = lax.dynamic_slice_in_dim(x, at, 1, axis=1)
-        x = for_head(c, RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x))
+        # Logits are divided where the head reads, so that whoever cuts here has them right.
+        x = RMSNorm(c.norm_eps, c.norm_offset, c.logit_divisor, name="final_norm")(x)
         if not self.readout:
             return x if cache is None else (x, new_cache)
         if c.tied:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,8 @@ from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.tables import html_table, number, size
 from qjax.tensor import dequantize, is_qtensor
+from qjax.tokenizer import Tokenizer
 from qjax.typing import Array, Float
-
-if TYPE_CHECKING:
-    from qjax.io.tokenizer import Tokenizer
 
 Params = dict[str, Any]
 

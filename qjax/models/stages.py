@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, RMSNorm, embedded, for_head, softcapped
+from qjax.models.decoder import Block, RMSNorm, embedded, softcapped
 from qjax.typing import Array, Float, Int
 
 Apply = Callable[[Any, Array], Array]
@@ -76,8 +76,8 @@ def stages_of(config: DecoderConfig) -> Stages:
         return embedded(c, x)
 
     def norm(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        y: Any = RMSNorm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
-        return for_head(c, y)
+        y: Any = RMSNorm(c.norm_eps, c.norm_offset, c.logit_divisor).apply({"params": params["final_norm"]}, x)
+        return y
 
     def scores(params: Any, n: Float[Array, "*b d"], start: Any, count: int) -> Float[Array, "*b v"]:
         w, axis = (params["embed"]["embedding"], 0) if c.tied else (params["head"]["kernel"], 1)

@@ -19,12 +19,13 @@ from qjax.io.gguf_model import ROPE_FREQS, metadata_of, open_gguf_model
 from qjax.io.huggingface import file_shape, get_leaf, open_model
 from qjax.io.llama2c import load_llama2c
 from qjax.io.safetensors import FLOATS
-from qjax.io.tokenizer import Tokenizer, tokenizer_from_gguf
+from qjax.io.tokenizer_gguf import tokenizer_from_gguf
 from qjax.io.tokenizer_hf import read_json, read_tokenizer
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, rope_freqs, weight_names
 from qjax.pipeline.source_tensor import SourceTensor
 from qjax.plan import Weight
+from qjax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

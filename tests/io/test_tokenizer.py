@@ -9,10 +9,11 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from qjax.errors import UserError
 from qjax.io import tokenizer_cut
-from qjax.io.tokenizer import NORMAL, Tokenizer, library_errors, tokenizer_from_gguf
 from qjax.io.tokenizer_bpe import GPT2, PRE, bpe_tokenizer, pre_of
+from qjax.io.tokenizer_gguf import tokenizer_from_gguf
 from qjax.io.tokenizer_hf import read_tokenizer, write_tokenizer
 from qjax.io.tokenizer_spm import SPACE, merges_of, read_sentencepiece, scores_of, spm_tokenizer
+from qjax.tokenizer import NORMAL, Tokenizer, library_errors
 
 ByteLevel, Split, Sequence = pre_tokenizers.ByteLevel, pre_tokenizers.Split, pre_tokenizers.Sequence
 

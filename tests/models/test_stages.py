@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from tiny_families import TINY, tiny, tiny_tokens
 
+from qjax.evaluate.perplexity import network_of_decoder
 from qjax.models.decoder import Decoder
 from qjax.models.stages import stages_of
 
 ALIKE = {"mistral": 1, "llama": 1, "qwen2-window": 2, "qwen3-window": 2, "gemma2": 2, "gemma3": 2, "gemma3-pattern": 2}
+ALIKE |= {"smollm3": 2, "olmo3": 2, "phi3": 1}
 
 
 @pytest.mark.sampled(2)
@@ -26,6 +28,16 @@ def test_embed_blocks_head_make_the_decoder(name):
     expected = np.asarray(Decoder(config).apply({"params": params}, tokens))
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     assert logits.dtype == jnp.float32
+
+
+def test_a_decoder_cut_behind_its_final_norm_gives_the_logits():
+    """Granite divides its logits: once, wherever the cut is."""
+    config, params = tiny("granite")
+    tokens = tiny_tokens(config)
+    network = network_of_decoder(config)
+    expected = np.asarray(Decoder(config).apply({"params": params}, tokens))
+    cut = network.head(params, network.trunk(params, tokens)[0])
+    np.testing.assert_allclose(cut, expected[0], atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name, different", ALIKE.items())
