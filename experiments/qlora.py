@@ -33,7 +33,8 @@ from qjax.evaluate.intervals import half_interval
 from qjax.io.checkpoint import load_float
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
-from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
+from qjax.pipeline.calibrated import quantize_model
+from qjax.pipeline.windows import Calibration, calibration_of
 from qjax.plan import Plan, decoder_weights
 from qjax.training.adapters.adapted import Adapted
 from qjax.training.decoder.arm import Arm

@@ -12,7 +12,7 @@ import numpy as np
 from IPython.display import HTML
 
 import qjax
-from qjax.evaluate.outlier_plots import outliers
+from qjax.evaluate.outliers import outliers
 from qjax.formats.integer import affine
 from qjax.reparam import Site, hadamard, reparametrize
 from qjax.rounding import ldlq, nearest

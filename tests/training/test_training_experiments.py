@@ -237,7 +237,7 @@ def test_arms(tiny, tmp_path, capsys, monkeypatch):
     assert "closed_percent" not in control and student["loss"] != control["loss"]
     assert row["quant_noise"] > 0.1 and row["closed_percent"] is not None and row["half_interval"] is None
     curve = {(row["arm"], row["step"]): row for row in results["curve"]}
-    assert set(curve) == {(name, step) for name in ("continued", "2 bits, qat + kd") for step in (1, 2)}
+    assert set(curve) == {(name, step) for name in ("continued", "2 bits, qat + kd", "float + kd") for step in (1, 2)}
     assert curve["2 bits, qat + kd", 2]["heldout"] == row["loss"] and curve["2 bits, qat + kd", 2]["scale_drift"] > 0
 
     assert run(config, out, *options)["rows"] == results["rows"]  # nothing was left to do
