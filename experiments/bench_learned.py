@@ -160,6 +160,7 @@ def torch_loop(config: Config) -> Callable[[np.ndarray, np.ndarray, bool], np.nd
                 best = torch.where(better[:, None], w_hat, best)
                 lr = (1 - t / config.steps) / config.steps
                 for p, (a, b) in ((v, (-0.5, 0.5)), (alpha, (0.0, 1.0)), (beta, (0.0, 1.0))):
+                    assert p.grad is not None
                     p.sub_(lr * p.grad.sign()).clamp_(a, b)
                     p.grad = None
         return best.numpy()

@@ -121,8 +121,8 @@ def torch_gptq() -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
     torch.set_num_threads(os.cpu_count() or 1)
 
     @torch.no_grad()
-    def gptq(w: np.ndarray, H: np.ndarray, group: int = 128, block: int = 128) -> np.ndarray:
-        W, H = torch.from_numpy(w.copy()), torch.from_numpy(H.copy())
+    def gptq(w: np.ndarray, metric: np.ndarray, group: int = 128, block: int = 128) -> np.ndarray:
+        W, H = torch.from_numpy(w.copy()), torch.from_numpy(metric.copy())
         n = W.shape[1]
         x = W.reshape(W.shape[0], -1, group)
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)

@@ -44,9 +44,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """Time every arm; returns the table's rows."""
     model = load(config.model)
     params = model.dense
-    batch = {"tokens": np.random.default_rng(0).integers(0, model.config.vocab, (config.batch, config.context + 1))}
-    batch = {"tokens": jnp.asarray(batch["tokens"], jnp.int32)}
-    steps, states, rows = [], [], []
+    drawn = np.random.default_rng(0).integers(0, model.config.vocab, (config.batch, config.context + 1))
+    batch = {"tokens": jnp.asarray(drawn, jnp.int32)}
+    steps, states = [], []
+    rows: list[dict[str, Any]] = []
     for arm in (Arm("float", optimizer=Optimizer(trains=("weights",))), *config.arms):
         made = program(arm, model.config, 1000, teacher=Teacher(model.config), compute=Compute(config.mixed))
         state = start_state(made, params, teacher=params)

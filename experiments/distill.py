@@ -115,6 +115,6 @@ def cache_teacher(config: Config, teacher: Any, windows: Batches, folder: Path) 
         def batches() -> Any:
             for step in range(config.steps):
                 yield seen(teacher.dense, jnp.asarray(windows.batch_at(step)[:, :-1]))
-                show(step + 1, config.steps)
+                show(step + 1, config.steps, "")
 
         write_top_k(folder, batches(), config.steps * config.batch, teacher.config.vocab)

@@ -82,7 +82,7 @@ class Entry:
     @property
     def sensitive(self) -> bool:
         """Whether it wants the float model's pass backwards."""
-        return self.recipe is not None and self.recipe.sensitive
+        return self.recipe is not None and bool(self.recipe.sensitive)
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:

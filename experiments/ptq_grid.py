@@ -98,9 +98,9 @@ def grid(
     seen: Survey | None = None
     with bar("windows") as show:
 
-        def progress(name: str, before: int) -> Callable[[int, int], None]:
+        def progress(name: str, before: int) -> Callable[[int, int], Any]:
             """Shows the windows of one model on the bar of all: the baseline runs twice."""
-            return lambda done, windows: show(before * windows + done, (len(plans) + 2) * windows, name) and None
+            return lambda done, windows: show(before * windows + done, (len(plans) + 2) * windows, name)
 
         baseline = baseline_of(
             model, text, protocol=config.protocol, context=window, limit=max(1, config.tokens // window),

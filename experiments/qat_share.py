@@ -27,8 +27,9 @@ from qjax import recipes, rundir
 from qjax.errors import UserError
 from qjax.evaluate.intervals import half_interval
 from qjax.models.model import Model
-from qjax.pipeline.calibrated import Calibration, calibration_of, quantize_model
+from qjax.pipeline.calibrated import quantize_model
 from qjax.pipeline.memory import quantize_params
+from qjax.pipeline.windows import Calibration, calibration_of
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import export, exported_loss, read_back
 from qjax.training.decoder.finetune import finetune

@@ -35,7 +35,8 @@ from qjax.evaluate.judge import baseline_of, window_divergences
 from qjax.io.checkpoint import load_float
 from qjax.models import stdlib_text
 from qjax.models.model import Model
-from qjax.pipeline.calibrated import calibration_text, quantize_model, survey_model
+from qjax.pipeline.calibrated import quantize_model, survey_model
+from qjax.pipeline.windows import calibration_text
 from qjax.plan import Plan, decoder_weights
 from qjax.recipes import Recipe
 from qjax.report.build import build

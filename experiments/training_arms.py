@@ -225,7 +225,7 @@ def one_seed(
             where = folder / f"{name}, rounded: {label.replace(':', ',')}"
             trained = load(folder / name / "model")
             row_of(where.name, partial(round_control, config, label, line, trained, tokens, corpus, where))
-    control = teachers.get("continued")
+    control: Any = teachers.get("continued")  # there is one where files or blocks are asked for
     for name, line in config.ptq.items():
         where = folder / f"ptq {name}"
         row_of(where.name, partial(round_control, config, name, line, control, tokens, corpus, where))
@@ -247,7 +247,7 @@ def train_arm(
         confidence = teacher_confidence(teacher.logits, batches)
     steps = contestant.steps or config.steps
     at_the_end = config.log_every * steps  # the last step alone is evaluated and saved
-    key = arm, steps, Teacher(teacher and teacher.config, confidence)
+    key = arm, steps, Teacher(None if teacher is None else teacher.config, confidence)
     if key not in programs:
         programs[key] = program(arm, model.config, steps, teacher=key[2])
     rounded = rounded_by(config, arm, model, tokens) if arm.grid.init else None
@@ -257,7 +257,7 @@ def train_arm(
     shutil.rmtree(folder / "checkpoints")
     path = export(dataclasses.replace(model, params=params), folder)
     read_back(path, loss, corpus.heldout, arm.activations)
-    last = {k: log[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log[-1]}
+    last: dict[str, Any] = {k: log[-1][k] for k in ("quant_noise", "flip_rate", "saturated") if k in log[-1]}
     return {"loss": loss, "steps": steps, "group": contestant.group, **last}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,25 @@ from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
 from qjax.tensor import dequantize, quantize
+from qjax.tokenizer import Tokenizer
 
 CONFIG = DecoderConfig(vocab=64, dim=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8, context=64)
 
 
-@dataclasses.dataclass(frozen=True)
-class Letters:
-    """A tokenizer of characters."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Letters(Tokenizer):
+    """A tokenizer of characters, without what a file needs."""
 
+    backend: Any = None
+    kind: str = "bpe"
+    tokens: tuple[str, ...] = ()
+    types: tuple[int, ...] = ()
     bos: int | None = 1
     eos: int | None = 2
     add_bos: bool = True
+
+    def __post_init__(self):
+        pass
 
     def encode(self, text, *, bos=False):
         return [1] * (bos and self.add_bos) + [ord(c) % 61 + 3 for c in text]
