@@ -43,7 +43,7 @@ MISTAKES = {
     "a Model is no tree": (lambda: quantize_params(MODEL, "Q4_0"), "give model.params"),
     "a tree is no Model": (lambda: quantize_model(MODEL.params, "Q4_0", "gptq", None), "go to quantize_params"),
     "a text is no calibration": (lambda: quantize_model(MODEL, "Q4_0", "gptq", "text"), "calibration_text"),
-    "no plan": (lambda: quantize_params({"a": W}, None), "a plan is a Plan, a format's name"),
+    "no plan": (lambda: quantize_params({"a": W}, None), "a plan is a Plan, a Format, a format's name"),
     "a mix without a model": (lambda: quantize_params({"a": W}, "Q4_K_M"), "give a format (Q4_K)"),
     "a mix misspelt": (lambda: plan_named("Q4_KM", CONFIG), "unknown type 'Q4_KM'; did you mean Q4_K_M or"),
     "a mix of llama.cpp's": (lambda: plan_named("IQ3_M", CONFIG), "IQ3_M is a type of llama.cpp's that qjax does not"),

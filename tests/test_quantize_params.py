@@ -134,3 +134,10 @@ def test_formats_that_are_no_ggml_types(params):
 def test_all_zeros_have_no_error():
     _, report = quantize_params({"a": {"kernel": jnp.zeros((32, 2))}}, Plan((Rule("*", "Q8_0"),)))
     assert report.tensors[0].error == 0.0
+
+
+def test_a_record_of_a_format_is_a_plan():
+    params = {"up": {"kernel": jnp.ones((64, 8))}}
+    record, name = (quantize_params(params, plan)[0]["up"]["kernel"] for plan in (qjax.format("Q4_0"), "Q4_0"))
+    assert record.format is name.format
+    np.testing.assert_array_equal(record.leaves["blocks"], name.leaves["blocks"])

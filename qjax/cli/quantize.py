@@ -168,11 +168,14 @@ class Quantize:
         from qjax.config import check_seed
         from qjax.io.text import read_text
         from qjax.pipeline import calibration_text
+        from qjax.pipeline.windows import HELDOUT, HELDOUT_TO_SHRINK
+        from qjax.recipes import recipe
 
         check_seed("--seed", self.seed)
         return calibration_text(
-            model, read_text(self.calib), context=self.calib_ctx, limit=self.calib_windows, seed=self.seed
-        )
+            model, read_text(self.calib), context=self.calib_ctx, limit=self.calib_windows, seed=self.seed,
+            heldout=HELDOUT_TO_SHRINK if recipe(self.recipe).shrink else HELDOUT,
+        )  # fmt: skip
 
     def _importance(self, config: Any) -> dict[str, Any]:
         """{path: f32[in]} of the importance file."""

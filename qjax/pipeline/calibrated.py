@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from qjax.chain import Chain
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
+from qjax.formats import Format
 from qjax.models.model import Model, check_tokens
 from qjax.models.stages import stages_of
 from qjax.pipeline.encode import check_finite
@@ -29,7 +30,7 @@ from qjax.tensor import QTensor, is_qtensor
 
 def quantize_model(
     model: Model,
-    plan: str | Plan,
+    plan: str | Format | Plan,
     recipe: str | Recipe | Chain,
     calibration: Calibration,
     *,

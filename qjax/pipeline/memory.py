@@ -22,7 +22,7 @@ from qjax.calibrate import check_stats
 from qjax.chain import Chain
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
-from qjax.formats import BlockFormat
+from qjax.formats import BlockFormat, Format
 from qjax.lifting import report, roles
 from qjax.pipeline.encode import check_finite, compile_ahead, encode_tensor, workers
 from qjax.pipeline.report import Report, TensorReport
@@ -37,7 +37,7 @@ from qjax.tensor import QTensor, dequantize, is_qtensor, merged, quantize
 
 def quantize_params(
     params: Any,
-    plan: str | Plan,
+    plan: str | Format | Plan,
     stats: Mapping[str, Stats | Array] | None = None,
     key: Array | None = None,
     *,
@@ -148,7 +148,7 @@ def _holds_floats(leaf: Any) -> bool:
 
 
 def contracted_axes(
-    apply_fn: Callable[..., Any], params: Any, *args: Any, plan: str | Plan | None = None
+    apply_fn: Callable[..., Any], params: Any, *args: Any, plan: str | Format | Plan | None = None
 ) -> dict[str, Any]:
     """{path: axis} of every weight that a function contracts or looks up, for `quantize_params`; adjacent axes
     that are contracted together, as (heads, head_dim), are a tuple.

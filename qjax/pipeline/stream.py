@@ -62,7 +62,7 @@ _HEADER = "the header"
 def quantize_file(
     model: str | Path,
     out: str | Path,
-    plan: str | Plan,
+    plan: str | Format | Plan,
     *,
     recipe: str | Recipe | Chain = "rtn",
     calibration: Calibration | None = None,

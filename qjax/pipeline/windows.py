@@ -42,6 +42,8 @@ class Calibration:
 
 HELDOUT = 1 / 8
 """The share of the calibration windows on which losses are reported and nothing is fitted."""
+HELDOUT_TO_SHRINK = 1 / 4
+"""The share that tells a recipe with `shrink` how far to believe the others; all are used then."""
 
 
 def calibration_of(

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from qjax.errors import UserError
-from qjax.formats import find, format_names, unknown
+from qjax.formats import Format, find, format_names, unknown
 from qjax.models.config import DecoderConfig
 from qjax.plan.mixes import ALIASES, FILE_TYPES, mix
 from qjax.plan.rules import Plan, Rule
@@ -48,10 +48,12 @@ def plan_named(name: str, config: DecoderConfig | None, has_imatrix: bool = Fals
     raise UserError(f"{said}{known} (`qjax formats` lists the formats)")
 
 
-def as_plan(plan: str | Plan, config: DecoderConfig | None = None, has_imatrix: bool = False) -> Plan:
-    """A Plan as it is, a name as `plan_named` reads it."""
+def as_plan(plan: str | Format | Plan, config: DecoderConfig | None = None, has_imatrix: bool = False) -> Plan:
+    """A Plan as it is, a format's record for every matrix, a name as `plan_named` reads it."""
     if isinstance(plan, Plan):
         return plan
+    if isinstance(plan, Format):
+        return Plan((Rule("*", plan),), plan.name)
     if not isinstance(plan, str):
-        raise UserError(f"a plan is a Plan, a format's name or a file type's (Q4_K_M), got {plan!r}")
+        raise UserError(f"a plan is a Plan, a Format, a format's name or a file type's (Q4_K_M), got {plan!r}")
     return plan_named(plan, config, has_imatrix)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from qjax.errors import UserError
+from qjax.formats import Format
 from qjax.pipeline.memory import contracted_axes
 from qjax.plan import Plan
 from qjax.plan.named import as_plan
@@ -93,7 +94,7 @@ class QAT(NamedTuple):
 def qat(
     apply: Callable[..., Any],
     params: Any,
-    plan: str | Plan,
+    plan: str | Format | Plan,
     *inputs: Any,
     scales: ScaleKind = "refit",
     estimator: Estimator | None = None,
