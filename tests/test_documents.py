@@ -52,6 +52,12 @@ def test_the_picture_is_what_the_result_file_draws(tmp_path):
     assert made.read_text() == (ROOT / "docs/img/kl.svg").read_text(), "run: make results"
 
 
+def test_what_cannot_be_traced_to_a_commit_is_said():
+    for name in (name for name, result in RESULTS.items() if result.run.commit is None or result.run.changed):
+        pages = [p.read_text() for p in documents([ROOT / "docs" / "results"])]
+        assert any(f"results/{name}.json" in page and "no commit" in page for page in pages), name
+
+
 def test_every_result_file_is_shown_on_a_page():
     shown = " ".join(page.read_text() for page in documents([ROOT / "docs"]))
     assert not [name for name in RESULTS if f"results/{name}.json" not in shown]
