@@ -26,6 +26,7 @@ from qjax import config as configs
 from qjax.errors import UserError
 
 PARTS = ("grid", "zip", "list")
+SWEEP = "sweep.json"  # in the folder of its runs: which there are
 
 
 @dataclasses.dataclass(frozen=True)

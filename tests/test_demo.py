@@ -31,9 +31,24 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
     configs.build(module.Config, source)
     configs.build(module.Config, source, smoke=True)
     head = "".join(itertools.takewhile(lambda line: line.startswith("#"), path.open()))
-    assert f"qjax run {path.relative_to(ROOT)}" in head, "the head comment gives the exact command"
+    command = "sweep" if "[sweep" in path.read_text() else "run"
+    assert f"qjax {command} {path.relative_to(ROOT)}" in head, "the head comment gives the exact command"
     assert "core" in head or "GPU" in head, "and the hardware"
     assert "minute" in head or "second" in head, "and the time"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REFERENCE.is_file(), reason="the reference model is not in this tree")
+def test_a_sweep_and_its_report(tmp_path, capsys):
+    """Nine runs of three methods at three sizes, as a new user would try it."""
+    out, page = tmp_path / "sweep", tmp_path / "sweep.html"
+    assert main(["sweep", str(ROOT / "configs/sweep.toml"), "--smoke", "--jobs", "2", "--out", str(out)]) == 0
+    assert "9 of 9 runs done" in capsys.readouterr().out
+    assert main(["report", str(out), "-o", str(page)]) == 0
+    text = page.read_text()
+    assert main(["report", str(out), "--figure", "kl", "-o", str(tmp_path / "kl.svg")]) == 0
+    assert (tmp_path / "kl.svg").read_text().count("<circle") == 9
+    assert text.count("<section") == 9 and all(name in text for name in ("gptq:uint3_g128", "best_gguf:Q2_K"))
 
 
 @pytest.mark.slow

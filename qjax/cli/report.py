@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from qjax.errors import UserError, check_word
+from qjax.sweep import SWEEP
 
 if TYPE_CHECKING:
     from qjax.report.schema import Result
@@ -124,8 +125,8 @@ def results_in(paths: Iterable[Path]) -> Iterator[Result]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Result files below a folder, and of runs their manifests alone."""
+    """Result files below a folder, and of runs their manifests alone; what a sweep says of its own is neither."""
     for at, inside, names in os.walk(folder):
         if "manifest.json" in names:
             inside[:], names = [], ["manifest.json"]
-        yield from (Path(at) / name for name in names if name.endswith(".json") and not name.startswith("."))
+        yield from (Path(at) / name for name in names if name.endswith(".json") and name != SWEEP and name[0] != ".")

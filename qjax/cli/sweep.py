@@ -25,7 +25,7 @@ from qjax.io.atomic import write_text
 from qjax.io.lock import InUse, locked
 from qjax.rundir import LOCK, write_json
 from qjax.runs import Run, read
-from qjax.sweep import Planned, planned, shown, text_of
+from qjax.sweep import SWEEP, Planned, planned, shown, text_of
 from qjax.terminal import say
 from qjax.terminal import shown as clean
 
@@ -72,10 +72,10 @@ class Sweep:
         if self.dry:
             self._print(out, runs, [state_of(out / run.name) for run in runs])
             return
-        if out.exists() and not (out / "sweep.json").is_file() and not _is_empty(out):
+        if out.exists() and not (out / SWEEP).is_file() and not _is_empty(out):
             raise UserError(f"{out}: is no directory of a sweep; give a new or empty --out")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "sweep.json", {"file": str(self.file), "runs": {run.name: run.values for run in runs}})
+        write_json(out / SWEEP, {"file": str(self.file), "runs": {run.name: run.values for run in runs}})
         failed = self._run(out, script, [run for run in runs if state_of(out / run.name) != "done"], len(runs))
         self._print(out, runs, [state_of(out / run.name) for run in runs])
         if failed:

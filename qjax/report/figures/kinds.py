@@ -71,12 +71,17 @@ def one_figure(results: Sequence[Result], name: str, width: float = WIDE) -> Dra
     check_word("--figure", name, tuple(KINDS))
     tables = [table for result in results for table in result.tables]
     if name in front.MEASURES and len(results) > 1:
-        tables = [front.together([(r.title, first_suited(KINDS[name], r)) for r in results], name)]
+        tables = [front.together([(r.title, _any_suited(KINDS[name], r)) for r in results], name)]
     made = drawn(KINDS[name], tables, width)
     if made is None:
         needs = ", ".join(need.replace("|", " or ") for need in KINDS[name].needs)
         raise UserError(f"--figure {name}: no table makes one; it needs rows with {needs}")
     return made
+
+
+def _any_suited(kind: Kind, result: Result) -> Table | None:
+    """The table that makes a result's figure; of a run of one model, which makes none alone, the one with its row."""
+    return first_suited(kind, result) or next((t for t in result.tables if suits(kind, t)), None)
 
 
 def first_suited(kind: Kind, result: Result) -> Table | None:
