@@ -99,9 +99,12 @@ def test_committed_results_follow_the_schema(path, tmp_path):
 
 
 def test_what_is_not_recorded_is_null_and_said():
-    (path,) = (p for p in FILES if p.stem == "recipes")
-    result = read(path)
-    assert result.run.commit is None and "not recorded: commit" in result.note
+    made = build({"rows": [{"a": 1.0}]}, title="t", command="qjax run t.toml")
+    assert made.run.commit is None and made.note.startswith("not recorded: commit, changed, machine")
+    for path in FILES:
+        result = read(path)
+        for fact in dataclasses.asdict(result.run):
+            assert getattr(result.run, fact) is not None or re.search(rf"not recorded: .*\b{fact}\b", result.note), path
 
 
 def _damage(found, *keys, value=None):
