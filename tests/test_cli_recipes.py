@@ -11,7 +11,8 @@ from qjax.errors import UserError
 from qjax.recipes import RECIPES, recipe
 
 CALIBRATION = {
-    "first_loss", "loss", "first_heldout_loss", "heldout_loss", "damping", "tokens", "seconds", "note"
+    "first_loss", "loss", "first_heldout_loss", "heldout_loss", "damping", "tokens", "seconds", "note",
+    "shrinkage", "cross_share", "guarded",
 }  # fmt: skip
 TENSOR = {"name", "shape", "format", "nbytes", "error", "kept", "calibration", "bits_per_weight"}
 

@@ -82,6 +82,8 @@ def round_leaf(
     if not np.isfinite(relative_rmse(dataclasses.replace(q, axis=-1), rows)):
         raise UserError(f"{name}: its values are too large for {format.name}")
     count = int(np.min(np.asarray(stats.count)))
+    if shrinkage is not None and heldout is not None:  # all tokens made it
+        count += int(np.min(np.asarray(_count(heldout))))
     note = f"saw {count} tokens, fewer than its {n} inputs" if recipe.requires and 0 < count < n else ""
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
     told: dict[str, Any] = {}
