@@ -108,7 +108,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         windows = Batches(corpus.tokens, config.context, config.batch, seed)
         for entry, trained in entries:
             name = f"{entry.method}-{entry.format}-r{entry.rank}-a{entry.alpha:g}-{entry.rate:g}-seed{seed}"
-            label = f"{entry.method} {entry.format}"
+            label = f"{entry.method} {'float' if entry.method == 'lora' else entry.format}"
             row_of(label, name, seed, partial(one, config, entry, trained, model, windows, corpus, seed))
         for arm, trained in arms:
             row_of(arm.name, f"{arm.name}-seed{seed}", seed, partial(qat, config, arm, trained, model, windows, corpus))
