@@ -84,7 +84,9 @@ def round_leaf(
     count = int(np.min(np.asarray(stats.count)))
     if shrinkage is not None and heldout is not None:  # all tokens made it
         count += int(np.min(np.asarray(_count(heldout))))
-    note = f"saw {count} tokens, fewer than its {n} inputs" if recipe.requires and 0 < count < n else ""
+    notes = [f"saw {count} tokens, fewer than its {n} inputs"] * bool(recipe.requires and 0 < count < n)
+    notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and shrinkage is None)
+    note = "; ".join(notes)
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
     told: dict[str, Any] = {}
     if shrinkage is not None:

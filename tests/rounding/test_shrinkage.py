@@ -115,6 +115,11 @@ def test_the_fit_is_written_where_held_out_tokens_like_it_better(w, monkeypatch)
     np.testing.assert_array_equal(qjax.dequantize(q), qjax.dequantize(fit))
 
 
+def test_without_held_out_tokens_nothing_is_shrunk_and_the_report_says_so(w, few):
+    _, line = round_leaf("w", w, -1, qjax.format("int3_g32"), qjax.recipe("gptq >> options(shrink=True)"), few[2])
+    assert line.shrinkage is None and line.note == "no window was held out, so nothing was shrunk"
+
+
 def test_what_shrink_does_not_go_with_is_said():
     with pytest.raises(qjax.errors.UserError, match="no change of variables"):
         qjax.recipe("hadamard() >> nearest() >> ldlq() >> options(shrink=True)")
