@@ -104,7 +104,7 @@ def stats_of_imatrix(imatrix: Imatrix, names: Iterable[WeightName]) -> dict[str,
       UserError: it is another model's: a tensor the decoder lacks, or rows of another length.
     """
     weights = {w.gguf: w for w in names}
-    shapes = {g: (w.shape[::-1] if w.transposed else w.shape) for g, w in weights.items()}
+    shapes = {g: w.file_shape for g, w in weights.items()}
     check_imatrix(imatrix, shapes)
     return {
         "/".join(weights[g].path): Stats(h=jnp.asarray(h), count=jnp.float32(imatrix.counts[g]))

@@ -68,7 +68,7 @@ def stages_of(config: DecoderConfig) -> Stages:
 
     blocks = []
     for i in range(c.layers):
-        kind = (c.layer_window(i), c.layer_theta(i))
+        kind = (c.layer_window(i), c.layer_theta(i), c.has_experts(i))
         blocks.append(alike.setdefault(kind, block_of(i)))
 
     def embed(params: Any, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:

@@ -98,7 +98,7 @@ def quantize_file(
         already; a recipe that needs a calibration text and has none; a full disk. Nothing has the final name then.
     """
     source, out, recipe = open_source(model, pre), Path(out), get_recipe(recipe)
-    files = {source.path} | {t.file for t in source.tensors if t.values is None}
+    files = {source.path} | {t.file for whole in source.tensors for t in whole.pieces if t.values is None}
     if out.exists() and any(out.samefile(file) for file in files):
         raise UserError(f"{out} is the model itself; write to another file")
     importance = importance_by_name(source, importance or {})
@@ -161,7 +161,7 @@ class _Earlier(Mapping[str, QTensor]):
         info, format = self._jobs[w.gguf].info, self._jobs[w.gguf].format
         assert isinstance(format, BlockFormat)
         raw = self._partial.read(self._place.offsets[w.gguf], info.nbytes)
-        rows = raw.reshape(info.shape[0], info.shape[1] // format.block, format.block_bytes)
+        rows = raw.reshape(*info.shape[:-1], info.shape[-1] // format.block, format.block_bytes)
         rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
         return QTensor({"blocks": jnp.asarray(rows)}, format, -2 if w.transposed else -1)
 

@@ -155,9 +155,7 @@ def is_quantizable(name: str, shape: Sequence[int]) -> bool:
 
 def decoder_weights(config: DecoderConfig) -> tuple[Weight, ...]:
     """Every weight of a decoder as a plan sees it: shapes (out, in), both names."""
-    return tuple(
-        Weight("/".join(n.path), n.shape[::-1] if n.transposed else n.shape, n.gguf) for n in weight_names(config)
-    )
+    return tuple(Weight("/".join(n.path), n.file_shape, n.gguf) for n in weight_names(config))
 
 
 def mix(
