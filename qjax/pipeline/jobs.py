@@ -46,6 +46,7 @@ def source_mix(source: Source, name: str, **options: Any) -> Plan:
         layers=c.layers,
         heads=c.heads,
         kv_heads=c.kv_heads,
+        experts=c.experts,
         arch=family_of(c).arch,
         **options,
     )
