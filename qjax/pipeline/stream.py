@@ -83,7 +83,8 @@ def quantize_file(
       plan: one of llama-quantize's file types ("Q4_K_M"), a format's name, or a Plan.
       recipe: how to round where the plan's rule does not say; a name or a Recipe.
       calibration: the text, for recipes that need statistics; see `calibration_of`.
-      importance: {path or GGUF name: f32[in]}, the importance of each input of a weight; others are rounded without.
+      importance: {path or GGUF name: f32[in]}, the importance of each input of a weight, of a stack f32[experts, in];
+        others are rounded without.
       pure, overrides: see `qjax.plan.mix`; for a file type only.
       requantize: allow a source whose weights are quantized already.
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
