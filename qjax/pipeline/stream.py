@@ -232,5 +232,5 @@ def _line(job: Job, note: Any) -> TensorReport:
     error, line = note, None
     if isinstance(note, dict):
         error, calibration = note["error"], note["calibration"]
-        line = None if calibration is None else CalibrationReport(**calibration)
+        line = None if calibration is None else CalibrationReport.from_dict(calibration)
     return TensorReport(job.info.name, job.info.shape, job.info.type, job.info.nbytes, error, job.kept, line)

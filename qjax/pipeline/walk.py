@@ -26,6 +26,7 @@ from qjax.formats import Format
 from qjax.lifting import Use
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
+from qjax.pipeline.few_tokens import NOTE, are_few
 from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece, tempered
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
@@ -136,6 +137,8 @@ def walk(
         recipe = plain(recipe) if blind else recipe
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
+        if stats is not None and are_few(stats, float(leaf.shape[axis])):
+            note = "; ".join(filter(None, (line.note, NOTE)))
         line = dataclasses.replace(line, note=note) if note else line
         emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
@@ -156,7 +159,7 @@ def walk(
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
         weight = None if seen is None else seen.sensitivity[i]
-        now = _rounded_piece(stages.names[i], apply, floats, streams, weight, how)
+        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), floats, streams, weight, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
@@ -167,7 +170,7 @@ def walk(
     if not stages.tied:
         weight = None if seen is None else seen.head_sensitivity[None]
         floats = head_weights(stages, load)
-        _rounded_piece("", stages.head, floats, streams, weight, how)
+        _rounded_piece("", (stages.head, stages.head), floats, streams, weight, how)
     streams.drop()
 
 
@@ -205,13 +208,14 @@ def _rounded_embedding(stages: Stages, params: Any, formats: Formats, seen: Surv
 
 def _rounded_piece(
     prefix: str,
-    apply: Apply,
+    applies: tuple[Apply, Apply],
     floats: Any,
     streams: Streams,
     sensitivity: np.ndarray | None,
     how: _How,
 ) -> Any:
     """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
+    apply, to_all = applies
     now = floats
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
     for g, group in enumerate(groups_of(apply, floats, example)):
@@ -220,7 +224,7 @@ def _rounded_piece(
         if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
             power = float(max(how.formats[name][1].sensitive for name in todo))
             weight = None if sensitivity is None or not power else tempered(sensitivity[g], power, how.counted)
-            stats, heldout = how.observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
+            stats, heldout = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
         for name, use in todo.items():
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), stats, heldout)
             now = _put(now, use.path, w_hat) if how.sequential else now
