@@ -10,6 +10,7 @@ from small_models import LLAMA, random_params
 
 import qjax
 from qjax.errors import UserError
+from qjax.evaluate import llamacpp
 from qjax.io.gguf_read import read_gguf
 from qjax.io.gguf_write import TensorInfo, write_gguf
 from qjax.models.families import weight_names
@@ -135,3 +136,21 @@ def test_streamed_bytes_are_those_in_memory(model, target, tmp_path):
     equal(qjax.load(tmp_path / "q.gguf").params, params)
     assert read_gguf(tmp_path / "q.gguf").entry("blk.0.ffn_gate_inp.weight").type == "F32"
     assert len({w.gguf for w in weight_names(model.config)}) == len(report.tensors)
+
+
+def test_importance_of_experts_is_llama_cpps(mixtral, llama_cpp, tmp_path):
+    """llama-quantize takes the rows of a stack's importance for its matrices in the same order: with each it loses
+    less, where that row says it matters, than without."""
+    qjax.save(mixtral, tmp_path / "m.gguf")
+    rng = np.random.default_rng(0)
+    names = [f"blk.{i}.ffn_{part}_exps.weight" for i in range(2) for part in ("gate", "up", "down")]
+    importance = {n: rng.lognormal(0, 2, (4, 96 if "down" in n else 64)).astype(np.float32) for n in names}
+    llamacpp.quantize(tmp_path / "m.gguf", tmp_path / "theirs.gguf", "Q4_0", importance)
+    quantize_file(tmp_path / "m.gguf", tmp_path / "ours.gguf", "Q4_0", importance=importance)
+    quantize_file(tmp_path / "m.gguf", tmp_path / "plain.gguf", "Q4_0")
+    files = {kind: read_gguf(tmp_path / f"{kind}.gguf") for kind in ("m", "theirs", "ours", "plain")}
+    for name in names:
+        w, v = files["m"].array(name), importance[name][:, None]
+        decoded = {kind: np.asarray(qjax.dequantize(files[kind].qtensor(name))) for kind in ("theirs", "ours", "plain")}
+        lost = {kind: (v * (w - q) ** 2).sum(axis=(1, 2)) for kind, q in decoded.items()}  # [experts]
+        assert (lost["theirs"] < 0.9 * lost["plain"]).all() and (lost["ours"] < 1.02 * lost["theirs"]).all()
