@@ -141,6 +141,9 @@ CONFIGS = {
     "4 experts": moe("mixtral", 4, config(8, hidden=80, kv_heads=4)),
     "6 experts, one shared": moe("qwen2_moe", 6, config(16), shared_hidden=256, shared_gate=True, qkv_bias=True),
     "16 experts": moe("qwen3_moe", 16, config(9, kv_heads=1), qk_norm=True),
+    "latent attention": moe(
+        "deepseek_v3", 16, config(9), kv_rank=256, query_rank=256, rotary_dim=16, shared_hidden=256, dense_layers=(0,)
+    ),
     "rows of 40": config(4, dim=40, hidden=48, heads=2, kv_heads=2),
 }
 
@@ -162,6 +165,12 @@ def write_gguf(path, c):
         w.add_expert_used_count(c.experts_used)
         w.add_expert_feed_forward_length(c.expert_hidden)
         w.add_expert_shared_feed_forward_length(c.shared_hidden)
+        w.add_expert_shared_count(1)
+    if c.kv_rank:
+        w.add_leading_dense_block_count(len(c.dense_layers))
+        w.add_q_lora_rank(c.query_rank)
+        w.add_kv_lora_rank(c.kv_rank)
+        w.add_rope_dimension_count(c.rotated)
     w.add_tokenizer_model("llama")
     w.add_token_list([f"t{i}" for i in range(c.vocab)])
     w.add_token_scores([0.0] * c.vocab)

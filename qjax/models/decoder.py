@@ -25,6 +25,7 @@ from flax import linen as nn
 from jax import lax
 
 from qjax.models.config import DecoderConfig, RopeScaling
+from qjax.models.latent import latent_heads
 from qjax.models.mlp import MLP, Mixture
 
 # {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]}.
@@ -130,7 +131,7 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
       k, v: [b * kv_heads, s, d].
       mask: bool[t, s], True where a query may look.
 
-    Returns: [b, t, heads * d].
+    Returns: [b, t, heads * d], d that of v, which may be another than of q and k.
     """
     b, t, heads, d = q.shape
     n, s, _ = k.shape
@@ -143,7 +144,7 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
     scores = jnp.where(mask[None, None], scores.reshape(n, heads // kv, t, s), -1e30)
     p = jax.nn.softmax(scores.reshape(n, rows, s), axis=-1).astype(v.dtype)
     o = jnp.einsum("nrs,nsd->nrd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
-    return o.reshape(b, kv, heads // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d)
+    return o.reshape(b, kv, heads // kv, t, -1).transpose(0, 3, 1, 2, 4).reshape(b, t, -1)
 
 
 def attend_causally(q, k, v, window: int | None, scale: float, softcap: float | None):
@@ -188,7 +189,18 @@ class Attention(nn.Module):
 
         b, t, _ = x.shape
         q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        if c.fused_qkv:
+
+        def turned(y):
+            if (turning := c.layer_theta(self.layer)) is None:
+                return y
+            theta, scaling = turning
+            frequencies = rope_frequencies(c.rotated, theta, scaling, positions[-1] + 1)
+            factor = 1.0 if scaling is None else scaling.attention_factor
+            return rotate(y, positions, frequencies, factor, c.rope_pairs)
+
+        if c.kv_rank:
+            q, k, v = latent_heads(c, dense, lambda name: RMSNorm(c.norm_eps, name=name), turned, x)
+        elif c.fused_qkv:
             qkv = dense("qkv", q_dim + 2 * kv_dim, c.qkv_bias)(x)
             q, k, v = jnp.split(qkv, (q_dim, q_dim + kv_dim), axis=-1)
         else:
@@ -200,14 +212,10 @@ class Attention(nn.Module):
             y = y.reshape(b, t, heads, c.head_dim)
             return y if c.qk_norm_whole else norm(y)
 
-        q, k = by_head(q, "q_norm", c.heads), by_head(k, "k_norm", c.kv_heads)
-        v = v.reshape(b, t, c.kv_heads, c.head_dim)
-        if (turning := c.layer_theta(self.layer)) is not None:
-            theta, scaling = turning
-            frequencies = rope_frequencies(c.rotated, theta, scaling, positions[-1] + 1)
-            factor = 1.0 if scaling is None else scaling.attention_factor
-            q, k = (rotate(y, positions, frequencies, factor, c.rope_pairs) for y in (q, k))
-        k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, c.head_dim) for y in (k, v))
+        if not c.kv_rank:
+            q, k = turned(by_head(q, "q_norm", c.heads)), turned(by_head(k, "k_norm", c.kv_heads))
+            v = v.reshape(b, t, c.kv_heads, c.head_dim)
+        k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, y.shape[-1]) for y in (k, v))
         k, v = self.stored("k", k), self.stored("v", v)
         scale = c.score_scale
         window = c.layer_window(self.layer)
@@ -300,6 +308,9 @@ class Decoder(nn.Module):
 
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """A key/value cache for `capacity` positions."""
-    shape = (batch * config.kv_heads, capacity, config.head_dim)
-    layers = {f"layers_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(config.layers)}
+
+    def zeros(size: int) -> jax.Array:
+        return jnp.zeros((batch * config.kv_heads, capacity, size), dtype)
+
+    layers = {f"layers_{i}": {"k": zeros(config.head_dim), "v": zeros(config.value_size)} for i in range(config.layers)}
     return {"length": jnp.int32(0)} | layers

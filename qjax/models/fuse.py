@@ -141,7 +141,7 @@ def rotate_residual(
         if path == "embed/embedding" or path.endswith(("attn/o/kernel", "/down/kernel")):
             flat[path] = rotate(flat[path])
     for edge in edges(config):
-        if edge.is_norm:
+        if edge.is_residual:
             flat |= {sink: rotate(flat[sink].swapaxes(-1, -2)).swapaxes(-1, -2) for sink in edge.sinks}
     return unflatten_dict(flat, sep="/"), config
 
@@ -163,6 +163,8 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
     """
     if config.fused_qkv:
         raise UserError(f"the values of {config.family} cannot be rotated alone: q, k and v are one weight (fused_qkv)")
+    if config.kv_rank:
+        raise UserError(f"the values of {config.family} cannot be rotated alone: they share attn/kv_b with keys")
     _check_orthogonal(rotate, config.head_dim, "head_dim")
     flat = _flat(params, config)
     for i in range(config.layers):

@@ -43,21 +43,36 @@ class Edge:
         """Whether the source is a norm's gain, which may be folded into the sinks altogether."""
         return self.source.endswith("/scale")
 
+    @property
+    def is_residual(self) -> bool:
+        """Whether the sinks read the residual stream, behind a norm."""
+        return self.is_norm and "/attn/" not in self.source
+
 
 def _untied(c: DecoderConfig, _: int) -> bool:
     """A tied head is the embedding, and its channels are the residual stream's: it is no sink."""
     return not c.tied
 
 
+def _ranked(c: DecoderConfig, _: int) -> bool:
+    return c.kv_rank > 0
+
+
+def _ranked_queries(c: DecoderConfig, _: int) -> bool:
+    return c.kv_rank > 0 and c.query_rank > 0
+
+
 def _heads_of_their_own(c: DecoderConfig, _: int) -> bool:
     """Where query heads share a key/value head (GQA), one channel of v feeds several of o."""
-    return c.kv_heads == c.heads and not c.fused_qkv
+    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank
 
 
 def _is_there(c: DecoderConfig, sink: str) -> bool:
     """Whether a sink that not every family of experts has is one of this config."""
     if sink.startswith("mlp/shared/"):
         return bool(c.shared_hidden)
+    if c.kv_rank and sink in ("attn/q/kernel", "attn/q_a/kernel"):
+        return (sink == "attn/q_a/kernel") == (c.query_rank > 0)
     return c.shared_gate if sink.startswith("mlp/shared_gate") else True
 
 
@@ -84,7 +99,7 @@ _LAYER = (
         "attn_norm/scale",
         ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
         lambda c: c.dim,
-        lambda c, _: c.pre_norms and not c.fused_qkv,
+        lambda c, _: c.pre_norms and not c.fused_qkv and not c.kv_rank,
     ),
     _Rule(
         "attn_norm -> qkv",
@@ -93,6 +108,15 @@ _LAYER = (
         lambda c: c.dim,
         lambda c, _: c.pre_norms and c.fused_qkv,
     ),
+    _Rule(
+        "attn_norm -> q, kv_a",
+        "attn_norm/scale",
+        ("attn/q/kernel", "attn/q_a/kernel", "attn/kv_a/kernel"),
+        lambda c: c.dim,
+        lambda c, _: c.kv_rank > 0,
+    ),
+    _Rule("q_a_norm -> q_b", "attn/q_a_norm/scale", ("attn/q_b/kernel",), lambda c: c.query_rank, _ranked_queries),
+    _Rule("kv_a_norm -> kv_b", "attn/kv_a_norm/scale", ("attn/kv_b/kernel",), lambda c: c.kv_rank, _ranked),
     _Rule("v -> o", "attn/v/kernel", ("attn/o/kernel",), lambda c: c.heads * c.head_dim, _heads_of_their_own),
     _Rule(
         "mlp_norm -> gate, up",

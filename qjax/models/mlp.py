@@ -8,7 +8,8 @@ zeros: a token keeps its place whatever the routing, so what an expert saw is pl
 model and its quantized twin, which may choose differently, stay comparable token by token. The price is arithmetic,
 experts / k times that of the chosen ones.
 
-Sources: Mixtral, arXiv:2401.04088, section 2; DeepSeekMoE, arXiv:2401.06066, section 3, for shared experts.
+Sources: Mixtral, arXiv:2401.04088, section 2; DeepSeekMoE, arXiv:2401.06066, section 3, for shared experts; DeepSeek-V2
+and V3, arXiv:2405.04434, section 2.2, and arXiv:2412.19437, section 2.1, for groups, sigmoids and the choice's bias.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Mixture(nn.Module):
         def mlp(name, hidden, stacked=False):
             return MLP(c, hidden, stacked, self.dtype, self.dot_general, name=name)
 
-        chosen, share = routed(c, dense("router", c.experts)(x))
+        bias = self.param("router_bias", nn.initializers.zeros, (c.experts,), jnp.float32) if c.router_bias else None
+        chosen, share = routed(c, dense("router", c.experts)(x), bias)
         chosen, share = (jnp.moveaxis(a, -1, 0)[..., None] for a in (chosen, share))
         y = mlp("experts", c.expert_hidden, stacked=True)(jnp.where(chosen, x[None], jnp.zeros_like(x)[None]))
         y = jnp.sum(y.astype(jnp.float32) * share, axis=0).astype(x.dtype)
@@ -94,9 +96,23 @@ class Mixture(nn.Module):
         return y
 
 
-def routed(c: DecoderConfig, scores: Float[Array, "*b e"]) -> tuple[Bool[Array, "*b e"], Float[Array, "*b e"]]:
+def routed(
+    c: DecoderConfig, scores: Float[Array, "*b e"], bias: Float[Array, "e"] | None = None
+) -> tuple[Bool[Array, "*b e"], Float[Array, "*b e"]]:
     """Which experts a token goes to, and the share of each in its output, f32; 0 where it does not go."""
-    p = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-    chosen = jnp.any(jax.nn.one_hot(lax.top_k(p, c.experts_used)[1], c.experts, dtype=bool), axis=-2)
+    scores = scores.astype(jnp.float32)
+    p = jax.nn.softmax(scores, axis=-1) if c.router == "softmax" else nn.sigmoid(scores)
+    rank = p if bias is None else p + bias.reshape((1,) * (p.ndim - 1) + bias.shape)
+    if c.expert_groups:
+        grouped = rank.reshape(*rank.shape[:-1], c.expert_groups, -1)
+        good = jnp.sum(lax.top_k(grouped, c.expert_group_best)[0], axis=-1)
+        rank = jnp.where(_largest(good, c.expert_groups_used)[..., None], grouped, -jnp.inf).reshape(rank.shape)
+    chosen = _largest(rank, c.experts_used)
     share = jnp.where(chosen, p, 0.0)
-    return chosen, share / jnp.sum(share, axis=-1, keepdims=True) if c.expert_norm else share
+    share = share / (jnp.sum(share, axis=-1, keepdims=True) + 1e-20) if c.expert_norm else share
+    return chosen, share * c.expert_scale
+
+
+def _largest(x: Float[Array, "*b n"], k: int) -> Bool[Array, "*b n"]:
+    """Where the k largest of each row are."""
+    return jnp.any(jax.nn.one_hot(lax.top_k(x, k)[1], x.shape[-1], dtype=bool), axis=-2)

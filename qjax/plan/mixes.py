@@ -96,8 +96,8 @@ class _Site:
         return self.first or self.i >= 7 * self.layers // 8 or (self.i - eighth) % 3 == 2
 
 
-# Where q, k and v are one weight, its rules are those of v.
-SAME_ROLE = {"attn_qkv.weight": "attn_v.weight"}
+# Where q, k and v are one weight, or k and v, its rules are those of v.
+SAME_ROLE = {"attn_qkv.weight": "attn_v.weight", "attn_kv_b.weight": "attn_v.weight"}
 
 # None: the base type.
 Choice = Callable[[_Site], str | None]
@@ -265,7 +265,7 @@ def tensor_types(
     if base in ("F32", "F16", "BF16"):
         return dict.fromkeys(names, base)
     tied = "output.weight" not in tensors
-    n_attn_v = sum("attn_v.weight" in n or "attn_qkv.weight" in n for n in tensors)
+    n_attn_v = sum(any(role in n for role in ("attn_v.weight", *SAME_ROLE)) for n in tensors)
     gqa = heads // kv_heads if kv_heads else 0
     big = layers == 80 and (arch in ("qwen2", "olmo", "deci") or (arch == "llama" and heads != kv_heads))
     seen = dict.fromkeys(ROLES, 0)

@@ -22,6 +22,11 @@ MIXTRAL = dataclasses.replace(LLAMA, family="mixtral", experts=4, experts_used=2
 QWEN2_MOE = dataclasses.replace(
     MIXTRAL, family="qwen2_moe", qkv_bias=True, expert_norm=False, shared_hidden=32, shared_gate=True, hidden=64
 )
+DEEPSEEK = dataclasses.replace(
+    MIXTRAL, family="deepseek_v3", norm_eps=1e-6, kv_heads=4, head_dim=32, rotary_dim=16, value_dim=32, kv_rank=32,
+    query_rank=32, rope_pairs=True, router="sigmoid", router_bias=True, expert_scale=2.5, expert_groups=2,
+    expert_groups_used=1, expert_group_best=2, dense_layers=(0,), shared_hidden=96,
+)  # fmt: skip
 IDS = np.array([[0, *range(7, 400, 5)]])
 
 
@@ -30,7 +35,7 @@ def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
 
 
-@pytest.fixture(params=[MIXTRAL, QWEN2_MOE], ids=["mixtral", "qwen2_moe"])
+@pytest.fixture(params=[MIXTRAL, QWEN2_MOE, DEEPSEEK], ids=["mixtral", "qwen2_moe", "deepseek_v3"])
 def model(request, bpe):
     return Model(request.param, random_params(request.param), bpe)
 
@@ -87,8 +92,8 @@ def test_transformers_folder_is_read(model, tmp_path):
 def test_a_gguf_file_has_stacks_and_float_routers(model, tmp_path):
     qjax.save(model, tmp_path / "m.gguf", dtype="bfloat16")
     file = read_gguf(tmp_path / "m.gguf")
-    assert file.entry("blk.0.ffn_down_exps.weight").shape == (4, 64, 96)
-    assert file.entry("blk.0.ffn_down_exps.weight").type == "BF16"
+    assert file.entry("blk.1.ffn_down_exps.weight").shape == (4, 64, 96)
+    assert file.entry("blk.1.ffn_down_exps.weight").type == "BF16"
     assert file.entry("blk.1.ffn_gate_inp.weight").type == "F32"
     assert file.metadata[f"{file.metadata['general.architecture']}.expert_count"] == 4
     assert file.metadata[f"{file.metadata['general.architecture']}.expert_used_count"] == 2
@@ -128,13 +133,13 @@ def test_packed_stacks_keep_their_bytes(mixtral, tmp_path):
 def test_streamed_bytes_are_those_in_memory(model, target, tmp_path):
     qjax.save(model, tmp_path / target)
     source = open_source(tmp_path / target)
-    for name in ("layers_0", "head"):
+    for name in ("layers_1", "head"):
         equal(source.part(name), model.params[name])
     report = quantize_file(tmp_path / target, tmp_path / "q.gguf", qjax.plan.Plan((qjax.plan.Rule("*", "Q8_0"),)))
     assert {t.kept for t in report.tensors} == {None, "a vector", "a router"}
     params, _ = quantize_params(model.params, "Q8_0")
     equal(qjax.load(tmp_path / "q.gguf").params, params)
-    assert read_gguf(tmp_path / "q.gguf").entry("blk.0.ffn_gate_inp.weight").type == "F32"
+    assert read_gguf(tmp_path / "q.gguf").entry("blk.1.ffn_gate_inp.weight").type == "F32"
     assert len({w.gguf for w in weight_names(model.config)}) == len(report.tensors)
 
 

@@ -10,7 +10,7 @@ from qjax.models.decoder import Decoder
 from qjax.models.stages import stages_of
 
 ALIKE = {"mistral": 1, "llama": 1, "qwen2-window": 2, "qwen3-window": 2, "gemma2": 2, "gemma3": 2, "gemma3-pattern": 2}
-ALIKE |= {"smollm3": 2, "olmo3": 2, "phi3": 1, "mixtral": 1, "qwen2_moe-mixed": 2}
+ALIKE |= {"smollm3": 2, "olmo3": 2, "phi3": 1, "mixtral": 1, "qwen2_moe-mixed": 2, "deepseek_v3": 2}
 
 
 @pytest.mark.sampled(2)

@@ -56,9 +56,10 @@ def config_from_gguf(
     heads, dim, layers = (keys.count(k) for k in ("attention.head_count", "embedding_length", "block_count"))
     head_dim = keys.count("attention.key_length", dim // heads)
     rotated = keys.count("rope.dimension_count", head_dim)
-    partial = any("partial_rotary_factor" in family.options for family in families)
+    latent = any("latent" in family.options for family in families)
+    partial = latent or any("partial_rotary_factor" in family.options for family in families)
     for key, other in (
-        ("attention.value_length", keys.count("attention.value_length", head_dim)),
+        ("attention.value_length", head_dim if latent else keys.count("attention.value_length", head_dim)),
         ("rope.dimension_count", head_dim if partial and rotated < head_dim else rotated),
     ):
         if other != head_dim:

@@ -38,7 +38,8 @@ class Family:
       traits: the DecoderConfig fields that all its members share.
       absent: what a key missing from config.json means (transformers' own defaults); a string: the value of that key.
       absent_gguf: what a key missing from GGUF metadata means to llama.cpp.
-      options: what other families refuse and this one reads: keys of config.json, "longrope", and "experts".
+      options: what other families refuse and this one reads: keys of config.json, "longrope", "experts",
+        and "latent" attention.
       period: llama.cpp takes every n-th layer to be without window unless the file says otherwise; 0: none.
       pairs: llama.cpp rotates neighbouring rows of q and k where Hugging Face rotates halves: rows are permuted.
       hf_names: part of a layer -> its name below `model.layers.0`, where it is not Llama's (or Qwen's, of experts).

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from qjax.models.config import DecoderConfig
+from qjax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from qjax.models.families.family import Family
 from qjax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from qjax.models.families.glm4 import GLM4
@@ -21,7 +22,7 @@ from qjax.models.families.smollm3 import SMOLLM3
 
 _ALL = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, PHI3, GLM4),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ALL})
 

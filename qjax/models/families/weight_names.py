@@ -24,6 +24,12 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "attn/k": ("self_attn.k_proj", "attn_k"),
         "attn/v": ("self_attn.v_proj", "attn_v"),
         "attn/qkv": ("self_attn.qkv_proj", "attn_qkv"),
+        "attn/q_a": ("self_attn.q_a_proj", "attn_q_a"),
+        "attn/q_a_norm": ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+        "attn/q_b": ("self_attn.q_b_proj", "attn_q_b"),
+        "attn/kv_a": ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+        "attn/kv_a_norm": ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+        "attn/kv_b": ("self_attn.kv_b_proj", "attn_kv_b"),
         "attn/q_norm": ("self_attn.q_norm", "attn_q_norm"),
         "attn/k_norm": ("self_attn.k_norm", "attn_k_norm"),
         "attn/o": ("self_attn.o_proj", "attn_output"),
@@ -113,6 +119,17 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         hf = family.hf_names.get(part, hf)
         return (f"layers_{layer}", *part.split("/")), f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
 
+    def latent(layer: int) -> None:
+        if c.query_rank:
+            dense(*at(layer, "attn/q_a"), (c.dim, c.query_rank))
+            norm(*at(layer, "attn/q_a_norm"), c.query_rank)
+            dense(*at(layer, "attn/q_b"), (c.query_rank, q_dim))
+        else:
+            dense(*at(layer, "attn/q"), (c.dim, q_dim))
+        dense(*at(layer, "attn/kv_a"), (c.dim, c.kv_rank + c.rotated))
+        norm(*at(layer, "attn/kv_a_norm"), c.kv_rank)
+        dense(*at(layer, "attn/kv_b"), (c.kv_rank, c.heads * (c.head_dim - c.rotated + c.value_size)))
+
     def mlp(layer: int, part: str, hidden: int, stack: tuple[int, ...] = ()) -> None:
         dense(*at(layer, f"{part}/gate"), (*stack, c.dim, hidden))
         dense(*at(layer, f"{part}/up"), (*stack, c.dim, hidden))
@@ -121,7 +138,9 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
     for i in range(c.layers):
         if c.pre_norms:
             norm(*at(i, "attn_norm"), c.dim)
-        if c.fused_qkv:
+        if c.kv_rank:
+            latent(i)
+        elif c.fused_qkv:
             dense(*at(i, "attn/qkv"), (c.dim, q_dim + 2 * kv_dim), None, c.qkv_bias)
         else:
             dense(*at(i, "attn/q"), (c.dim, q_dim), c.heads, c.qkv_bias)
@@ -130,13 +149,17 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         if c.qk_norm:
             norm(*at(i, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
             norm(*at(i, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
-        dense(*at(i, "attn/o"), (q_dim, c.dim))
+        dense(*at(i, "attn/o"), (c.heads * c.value_size, c.dim))
         if c.post_norms:
             norm(*at(i, "attn_post_norm"), c.dim)
         if c.pre_norms:
             norm(*at(i, "mlp_norm"), c.dim)
         if c.has_experts(i):
             dense(*at(i, "mlp/router"), (c.dim, c.experts))
+            if c.router_bias:
+                hf = f"model.layers.{i}.mlp.gate.e_score_correction_bias"
+                path = (f"layers_{i}", "mlp", "router_bias")
+                names.append(WeightName(path, hf, f"blk.{i}.exp_probs_b.bias", (c.experts,)))
             mlp(i, "mlp/experts", c.expert_hidden, (c.experts,))
             if c.shared_hidden:
                 mlp(i, "mlp/shared", c.shared_hidden)
