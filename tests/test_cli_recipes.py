@@ -31,6 +31,19 @@ def test_recipes_as_json_and_as_a_table(capsys, tmp_path):
     assert all(name in shown for name in RECIPES)
 
 
+def test_the_model_writes_the_text_where_none_is_given(folder, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "q.gguf"
+    argv = ["quantize", str(folder), "-o", str(out), "--type", "Q8_0", "--recipe", "imatrix", "--calib-ctx", "16"]
+    assert main([*argv, "--calib-windows", "4", "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert "no text was given: the model writes 64 tokens" in printed.err
+    tensors = json.loads(printed.out)["tensors"]
+    assert {t["calibration"]["tokens"] for t in tensors if t["calibration"] and "emb" not in t["name"]} == {48}
+    said = out.read_bytes()
+    assert main([*argv, "--calib-windows", "4", "--calib", "self", "--force"]) == 0
+    assert out.read_bytes() == said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line, suffix", [
     pytest.param("imatrix", ".gguf", marks=pytest.mark.slow), ("imatrix", ""),

@@ -123,9 +123,18 @@ def _prefill(
 def _step(
     config: DecoderConfig, sampling: Sampling, params: Params, cache: Cache, token: Array, key: Array
 ) -> tuple[Array, Cache]:
-    """Append one token to the cache and draw the next."""
+    return next_token(config, sampling, params, cache, token, key)
+
+
+def next_token(
+    config: DecoderConfig, sampling: Sampling, params: Params, cache: Cache, token: Array, key: Array
+) -> tuple[Array, Cache]:
+    """Append one token a row, i32[batch], to the cache and draw the next; key is one for all rows, or one a row."""
     logits, longer = _extend(config, params, token[:, None], cache, 0)
-    return sample(logits, sampling, jax.random.fold_in(key, longer["length"])), longer
+    if key.ndim == 0:
+        return sample(logits, sampling, jax.random.fold_in(key, longer["length"])), longer
+    keys = jax.vmap(jax.random.fold_in, (0, None))(key, longer["length"])
+    return jax.vmap(lambda row, key: sample(row[None], sampling, key)[0])(logits, keys), longer
 
 
 def _extend(config: DecoderConfig, params: Params, tokens: Array, cache: Cache, at: Any) -> tuple[Array, Cache]:

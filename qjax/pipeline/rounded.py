@@ -17,13 +17,13 @@ from qjax.pipeline.encode import broken_weights
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
-from qjax.reparam import Applied, Site, reparametrize, restore, settle
+from qjax.reparam import Applied, Site, behind, reparametrize, restore, settle
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.split import Sparse, sparse_of
 from qjax.rounding import Rounded, check_chain, nearest, round_weight
 from qjax.rounding.curvature import proxy
 from qjax.rounding.protocol import requires
-from qjax.rounding.shrinkage import output_error, shrunk
+from qjax.rounding.shrinkage import output_error, pooled, shares, shrunk
 from qjax.stats import Stats, missing
 from qjax.tensor import QTensor
 from qjax.typing import Array
@@ -158,25 +158,40 @@ def of_embedding(recipe: Recipe) -> Recipe:
 
 def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | None) -> Made:
     """One matrix, behind the recipe's reparametrizations; losses are those of the weight as it was."""
-    if recipe.shrink and stats.H is not None and seen is not None:
-        return _believed(w, format, recipe, stats, seen)
+    shrinks = recipe.shrink and stats.H is not None and seen is not None
     heldout = None if seen is None else seen.H
-    if not recipe.reparams:
+    if not recipe.reparams and not shrinks:
         return *_parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
     roundings = recipe.roundings
 
     def loss(w: Array, stats: Stats) -> Array:
         return round_weight(w, format, roundings, stats, recipe.damping).error
 
+    whole, told = stats, None
+    if shrinks and seen is not None:
+        seen, heldout = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), seen), None  # all tokens make the codes
+        whole = pooled(stats, seen)
     kept = requires(roundings) | ({"H"} if stats.H is not None else frozenset())
-    site, applied, found = reparametrize(recipe.reparams, Site(w, stats, format, loss), kept)
-    made = in_parts(site.w, format, recipe, site.stats, None)
-    w_hat = format.decode(made.scales, made.codes)
-    if made.outliers is not None:
-        w_hat = jnp.where(*made.outliers, w_hat)
+    site, applied, found = reparametrize(recipe.reparams, Site(w, whole, format, loss), kept)
+    believed = site.stats
+    if shrinks and seen is not None:
+        a, t = shares(site.w, format, behind(applied, stats), behind(applied, seen), recipe.damping)
+        believed, told = shrunk(believed, a, t), Shrinkage(a, t, jnp.asarray(False))
+    made = in_parts(site.w, format, recipe, believed, None)
+    w_hat = _decoded(made, format)
+    if told is not None and seen is not None:
+        fit = in_parts(site.w, format, Recipe((nearest("h"),)), believed, None)
+        there, ours = (output_error(w, restore(applied, _decoded(m, format)), seen) for m in (fit, made))
+        if bool(there < ours):
+            none = None if made.outliers is None else (jnp.zeros_like(made.outliers[0]), made.outliers[1])
+            made = dataclasses.replace(fit, damping=made.damping, outliers=none)
+            told = dataclasses.replace(told, guarded=jnp.asarray(True))
+            w_hat = _decoded(made, format)
     applied = settle(applied, found, w_hat)
     if stats.H is None:
         return made, applied, None  # no rounding makes outliers without H
+    if told is not None:
+        return *_parted(made, format, applied), told  # losses in what was believed, behind the chain
     sums: dict[str, Any] = {"energy": jnp.sum(proxy(w, stats.H))}
     if stats.cross is None:  # with a cross term the target is another one, known behind the chain only
         e = w - restore(applied, w_hat)
@@ -185,7 +200,13 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
             heldout = jnp.asarray(heldout)
             sums |= {"heldout_energy": jnp.sum(proxy(w, heldout)), "heldout_error": jnp.sum(proxy(e, heldout))}
     made = dataclasses.replace(made, **sums)
-    return *_parted(made, format, applied), None
+    return *_parted(made, format, applied), told
+
+
+def _decoded(made: Rounded, format: Format) -> Array:
+    """The rounded weight, outliers in their places."""
+    w_hat = format.decode(made.scales, made.codes)
+    return w_hat if made.outliers is None else jnp.where(*made.outliers, w_hat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,19 +219,6 @@ class Shrinkage:
 
 
 jax.tree_util.register_dataclass(Shrinkage)
-
-
-def _believed(w: Array, format: Format, recipe: Recipe, used: Stats, seen: Stats) -> Made:
-    """One matrix in the statistics of all tokens, shrunk; or its fit, where held-out tokens like that better."""
-    seen = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), seen)
-    stats, a, t = shrunk(w, format, used, seen, recipe.damping)
-    made, applied = _parted(in_parts(w, format, recipe, stats, None), format, ())
-    fit = in_parts(w, format, Recipe((nearest("h"),)), stats, None)
-    w_hat = restore(applied, format.decode(made.scales, made.codes))
-    guarded = output_error(w, w_hat, seen) > output_error(w, format.decode(fit.scales, fit.codes), seen)
-    if bool(guarded):
-        made, applied = dataclasses.replace(fit, damping=made.damping), ()
-    return made, applied, Shrinkage(a, t, guarded)
 
 
 def _parted(made: Rounded, format: Format, applied: tuple[Applied, ...]) -> tuple[Rounded, tuple[Applied, ...]]:

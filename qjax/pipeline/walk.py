@@ -93,7 +93,7 @@ def walk(
       stages: the model's pieces.
       load: name of a part of the params tree -> its float32 weights; each is asked for a few times.
       formats: {path: (format, recipe)}.
-      calibration: the text.
+      calibration: the text; a quarter of its windows at least is held out where a recipe shrinks.
       emit: takes each weight, as it was and rounded.
       folder: where to keep the state; a second call with the same arguments continues there.
       earlier: what another run with these arguments has emitted: not rounded again. Where one behind the state is
@@ -109,6 +109,7 @@ def walk(
         return
     load = checked(load)
     recipes = [recipe for _, recipe in formats.values()]
+    calibration = calibration.to_shrink() if any(r.shrink for r in recipes) else calibration
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
     both = "cross" in kinds

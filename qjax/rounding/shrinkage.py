@@ -18,6 +18,7 @@ Source: ours; the error model is LDLQ's (QuIP, arXiv:2307.13304, section 3). Shr
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -41,19 +42,19 @@ def toward_diagonal(H: Float[Array, "n n"], a: Float[Array, ""] | float) -> Floa
 
 
 @partial(jax.jit, static_argnames=("format", "damping"))
-def shrunk(
+def shares(
     w: Float[Array, "rows n"], format: Format, used: Stats, heldout: Stats, damping: float
-) -> tuple[Stats, Float[Array, ""], Float[Array, ""]]:
-    """The statistics of all tokens, shrunk as far as the held-out ones ask for.
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(a, t): how far H is to be shrunk toward its diagonal, and what share of the cross term is to be taken.
 
     Args:
       w: the weight.
       format: its grid: how large errors of rounding are.
-      used: H, count and, for a cross term, cross.
+      used: H and, for a cross term, cross.
       heldout: the same of tokens that `used` did not see.
       damping: lambda of H + lambda diag(H), which the rounding will add.
 
-    Returns: (Stats of all tokens: what `used` has, H and cross shrunk; a; t, which is 0 without a cross term).
+    Returns: a, one of SHARES; t in [0, 1], which is 0 without a cross term.
     """
     w = w.astype(jnp.float32)
     assert used.H is not None and heldout.H is not None
@@ -71,18 +72,20 @@ def shrunk(
 
     costs = lax.map(cost, jnp.asarray(SHARES, jnp.float32))
     a = jnp.asarray(SHARES, jnp.float32)[jnp.argmin(costs)]
-    t = jnp.float32(0.0)
-    if used.cross is not None and heldout.cross is not None:
-        f = ordered(toward_diagonal(H, a), damping, "act", tile, group)
-        delta = corrected(w, used.cross, 1.0, f.c, f.order) - w
-        agreed = jnp.sum(lax.dot(w, heldout.cross, precision=lax.Precision.HIGHEST) * delta)
-        size = jnp.sum(proxy(delta, H_held))
-        t = jnp.clip(jnp.where(size > 0, agreed / jnp.where(size > 0, size, 1.0), 0.0), 0.0, 1.0)
-    whole = pooled(used, heldout)
-    assert whole.H is not None
-    cross = None if whole.cross is None else t * whole.cross
-    return Stats(toward_diagonal(whole.H, a), whole.importance, whole.absmean, whole.absmax, cross, whole.samples,
-                 whole.count), a, t  # fmt: skip
+    if used.cross is None or heldout.cross is None:
+        return a, jnp.float32(0.0)
+    f = ordered(toward_diagonal(H, a), damping, "act", tile, group)
+    delta = corrected(w, used.cross, 1.0, f.c, f.order) - w
+    agreed = jnp.sum(lax.dot(w, heldout.cross, precision=lax.Precision.HIGHEST) * delta)
+    size = jnp.sum(proxy(delta, H_held))
+    return a, jnp.clip(jnp.where(size > 0, agreed / jnp.where(size > 0, size, 1.0), 0.0), 0.0, 1.0)
+
+
+def shrunk(stats: Stats, a: Float[Array, ""] | float, t: Float[Array, ""] | float) -> Stats:
+    """H shrunk toward its diagonal, a share of the cross term, the rest as it is."""
+    assert stats.H is not None
+    cross = None if stats.cross is None else t * stats.cross
+    return dataclasses.replace(stats, H=toward_diagonal(stats.H, a), cross=cross)
 
 
 def pooled(a: Stats, b: Stats) -> Stats:
