@@ -57,9 +57,9 @@ def own_tokens(
     made = np.empty((windows, context), np.int32)
     for at in range(0, windows, batch):
         key = keys[at : at + batch]
-        made[at : at + batch, 0] = token = np.asarray(_first(model, key))
+        token = _first(model, key)
+        made[at : at + batch, 0] = np.asarray(token)
         cache = empty_cache(model.config, len(key), context + _STEPS)  # the last step may write too many
-        token = jnp.asarray(token)
         for start in range(1, context, _STEPS):
             token, cache, drawn = _written(model.config, Sampling(temperature), model.dense, cache, token, key)
             count = min(_STEPS, context - start)

@@ -106,25 +106,6 @@ def observe_input(
     return stats, None if held is None else means(held)
 
 
-def tempered(sensitivity: np.ndarray, power: float, counted: int) -> np.ndarray:
-    """How much each token counts: its sensitivity to a power.
-
-    Below 1 the first position of a window counts as the mean of the others: what a model does there is the same in
-    every window, and says nothing of the text.
-
-    Args:
-      sensitivity: f32[windows, context].
-      power: 1 leaves it as it is.
-      counted: the windows over which the mean is 1.
-    """
-    if power == 1:
-        return sensitivity
-    made = sensitivity.astype(np.float64) ** power
-    if made.shape[1] > 1:
-        made[:, 0] = made[:counted, 1:].mean()
-    return (made / max(made[:counted].mean(), 1e-30)).astype(np.float32)
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
 @full_float32
 def _observe_step(
