@@ -35,6 +35,7 @@ from qjax.pipeline.walk_state import commit, resumed, save_survey, saved_survey
 from qjax.pipeline.windows import Calibration
 from qjax.recipes import Recipe
 from qjax.rounding.ldlq import LDLQ
+from qjax.rounding.shrinkage import Split
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
@@ -65,12 +66,18 @@ Round = Callable[[str, Any, int, "Seen"], Array]  # path, weight, axis, its inpu
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Statistics of an input, of the windows that are used and of those held out, and how many tokens are behind them
-    (`effective`); None where nothing was wanted, or tokens count alike."""
+    """What is known of an input.
+
+    Attributes:
+      stats, heldout: of the windows that are used, and of those held out; None where nothing was wanted.
+      effective: tokens and windows behind them, see `effective`; None where tokens count alike.
+      shared: what the weights of this input make of it together.
+    """
 
     stats: Stats | None = None
     heldout: Stats | None = None
     effective: tuple[float, float] | None = None
+    shared: dict[Any, Split] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +163,7 @@ def walk(
         note = "has no input: nearest, without importance" if blind else note
         recipe = plain(recipe) if blind else recipe
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
-        q, line = round_leaf(path, leaf, axis, format, recipe, seen.stats or Stats(), seen.heldout)
+        q, line = round_leaf(path, leaf, axis, format, recipe, seen.stats or Stats(), seen.heldout, seen.shared)
         tokens, windows = seen.effective or (None, None)
         line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         emit(path, leaf, q, line)

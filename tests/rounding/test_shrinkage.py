@@ -10,7 +10,7 @@ from qjax.calibrate import means, sums
 from qjax.pipeline.rounded import round_leaf
 from qjax.reparam import Site, behind, reparametrize
 from qjax.rounding.protocol import DAMPING
-from qjax.rounding.shrinkage import SHARES, output_error, pooled, shares, shrunk
+from qjax.rounding.shrinkage import SHARES, Split, cross_share, leftover, output_error, pooled, shares, shrunk
 
 N, ROWS = 64, 48
 
@@ -39,13 +39,17 @@ def few():
     return tuple(seen(*tokens(rng, n)) for n in (24, 8, 4096))
 
 
+def nearest_h(w, fmt, stats):
+    return fmt.decode(*fmt.encode(w, jnp.broadcast_to(jnp.diagonal(stats.H), w.shape)))
+
+
 def test_closed_forms_are_those_of_float64(w, few):
     used, held, _ = few
     fmt = qjax.format("int3_g32")
-    a, t = shares(w, fmt, used, held, DAMPING)
+    fit = nearest_h(w, fmt, used)
+    a, t = shares(w, fit, fmt, Split(used, held, DAMPING))
     H, Hh, C, Ch = (np.asarray(v, np.float64) for v in (used.H, held.H, used.cross, held.cross))
     w64 = np.asarray(w, np.float64)
-    fit = fmt.decode(*fmt.encode(w, jnp.broadcast_to(jnp.diagonal(used.H), w.shape)))
     s2 = np.mean((w64 - np.asarray(fit)) ** 2, axis=0)
 
     def damped(a):
@@ -83,7 +87,15 @@ def test_pooled_are_the_means_over_all_tokens():
 def test_many_tokens_are_believed_and_few_are_not(w):
     rng = np.random.default_rng(7)
     fmt = qjax.format("int3_g32")
-    found = [shares(w, fmt, seen(*tokens(rng, n)), seen(*tokens(rng, n)), DAMPING) for n in (20, 20_000)]
+    found = [
+        shares(
+            w,
+            nearest_h(w, fmt, seen(*tokens(rng, 9))),
+            fmt,
+            Split(seen(*tokens(rng, n)), seen(*tokens(rng, n)), DAMPING),
+        )
+        for n in (20, 20_000)
+    ]
     (few_a, few_t), (many_a, many_t) = (map(float, f) for f in found)
     assert few_a > many_a and many_a <= 0.05
     assert few_t < many_t and many_t > 0.9
@@ -111,7 +123,7 @@ def test_the_fit_is_written_where_held_out_tokens_like_it_better(w, monkeypatch)
     x, x_float = tokens(rng, 16)
     other = jnp.asarray(rng.normal(size=(512, N)) * np.geomspace(0.1, 3, N), jnp.float32)
     held, used = means(sums(other, ("H", "cross"), other)), seen(x, x_float)
-    monkeypatch.setattr("qjax.pipeline.rounded.shares", lambda *args: (jnp.float32(0), jnp.float32(1)))
+    monkeypatch.setattr("qjax.pipeline.rounded.shares", lambda *args: (0.0, jnp.float32(1)))
     made = qjax.recipe("nearest('h') >> ldlq('act', cross=1.0) >> options(shrink=True)")
     q, line = round_leaf("w", w, -1, qjax.format("int3_g32"), made, used, held)
     fit, _ = round_leaf("w", w, -1, qjax.format("int3_g32"), qjax.recipe("imatrix"), pooled(used, held))
@@ -176,8 +188,25 @@ def test_what_shrink_does_not_go_with_is_said():
 def test_no_second_compilation(w, few):
     used, held, _ = few
     fmt = qjax.format("int3_g32")
-    shares(w, fmt, used, held, DAMPING)
-    count = shares._cache_size()
-    shares(w + 1, fmt, held, used, DAMPING)
-    assert shares._cache_size() == count
+    fit, split = nearest_h(w, fmt, used), Split(used, held, DAMPING)
+    shares(w, fit, fmt, split)
+    programs = (leftover, cross_share, output_error)
+    output_error(w, fit, held)
+    count = [f._cache_size() for f in programs]
+    shares(w + 1, fit, fmt, Split(held, used, 2 * DAMPING))
+    output_error(w + 1, fit, used)
+    assert [f._cache_size() for f in programs] == count
+
+
+def test_weights_of_one_input_share_what_is_made_of_it(w, few, monkeypatch):
+    used, held, _ = few
+    calls = []
+    monkeypatch.setattr("qjax.rounding.shrinkage.leftover", lambda *args: calls.append(args[2]) or leftover(*args))
+    fmt, made, shared = qjax.format("int3_g32"), qjax.recipe("gptq >> options(shrink=True)"), {}
+    alone = [round_leaf("w", v, -1, fmt, made, used, held) for v in (w, w[::-1])]
+    once = len(calls)
+    together = [round_leaf("w", v, -1, fmt, made, used, held, shared) for v in (w, w[::-1])]
+    assert len(calls) - once < once
+    for (a, _), (b, _) in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(qjax.dequantize(a), qjax.dequantize(b))
     assert jax.tree.structure(held) == jax.tree.structure(used)
