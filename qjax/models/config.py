@@ -76,6 +76,17 @@ class DecoderConfig:
     residual_multiplier: float = 1.0  # Granite: of what attention and MLP add
     attn_multiplier: float | None = None  # Granite: of attention scores, in place of 1 / sqrt(head_dim)
     logit_divisor: float = 1.0  # Granite
+    experts: int = 0  # Mixtral, Qwen-MoE: experts a layer; 0: an MLP
+    experts_used: int = 0  # of them, those that a token goes to
+    expert_hidden: int = 0  # width of each
+    expert_norm: bool = True  # their shares are divided by their sum
+    dense_layers: tuple[int, ...] = ()  # the layers that have an MLP all the same
+    shared_hidden: int = 0  # Qwen2-MoE: width of one more expert, which sees every token; 0: there is none
+    shared_gate: bool = False  # Qwen2-MoE: a sigmoid of the token decides how much of it
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of an MLP."""
+        return self.experts > 0 and layer not in self.dense_layers
 
     def layer_window(self, layer: int) -> int | None:
         """The attention window of one layer, or None where it sees everything."""

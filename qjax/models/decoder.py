@@ -7,7 +7,8 @@
 
 Weights are flax kernels, (in, out). Their paths: `embed/embedding`, `layers_3/attn/{q,k,v,o}/kernel`,
 `layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`; where a
-family keeps several in one, `attn/qkv` and `mlp/gate_up`.
+family keeps several in one, `attn/qkv` and `mlp/gate_up`. A layer of experts (mlp.py) has `mlp/router/kernel`,
+`mlp/experts/{gate,up,down}/kernel` (experts, in, out) and, where one sees all, `mlp/shared/{gate,up,down}/kernel`.
 Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
 format of its own.
 """
@@ -24,6 +25,7 @@ from flax import linen as nn
 from jax import lax
 
 from qjax.models.config import DecoderConfig, RopeScaling
+from qjax.models.mlp import MLP, Mixture
 
 # {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]}.
 Cache = dict[str, Any]
@@ -222,25 +224,6 @@ class Attention(nn.Module):
         return dense("o", c.dim)(o), cache
 
 
-class MLP(nn.Module):
-    config: DecoderConfig
-    dtype: Any = jnp.float32
-    dot_general: Callable = lax.dot_general
-
-    @nn.compact
-    def __call__(self, x):
-        def dense(name, out):
-            return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
-
-        c = self.config
-        if c.fused_mlp:
-            gate, up = jnp.split(dense("gate_up", 2 * c.hidden)(x), 2, axis=-1)
-        else:
-            gate, up = dense("gate", c.hidden)(x), dense("up", c.hidden)(x)
-        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        return dense("down", c.dim)(gate * up)
-
-
 class Block(nn.Module):
     config: DecoderConfig
     layer: int
@@ -262,7 +245,11 @@ class Block(nn.Module):
             norm("attn_norm", x, c.pre_norms), positions, cache
         )
         x = added(x, norm("attn_post_norm", y, c.post_norms))
-        y = MLP(c, self.dtype, self.dot_general, name="mlp")(norm("mlp_norm", x, c.pre_norms))
+        if c.has_experts(self.layer):
+            mlp = Mixture(c, self.dtype, self.dot_general, name="mlp")
+        else:
+            mlp = MLP(c, c.hidden, False, self.dtype, self.dot_general, name="mlp")
+        y = mlp(norm("mlp_norm", x, c.pre_norms))
         return added(x, norm("mlp_post_norm", y, c.post_norms)), cache
 
 

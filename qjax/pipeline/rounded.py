@@ -83,10 +83,11 @@ def round_leaf(
     q = QTensor(format.pack(made.scales, made.codes), format, axis, applied, jnp.asarray(leaf).dtype)
     if not np.isfinite(relative_rmse(dataclasses.replace(q, axis=-1), rows)):
         raise UserError(f"{name}: its values are too large for {format.name}")
-    count = int(np.min(np.asarray(stats.count)))
+    counts = np.asarray(stats.count)
     if shrinkage is not None and heldout is not None:  # all tokens made it
-        count += int(np.min(np.asarray(_count(heldout))))
-    notes = [f"saw {count} tokens, fewer than its {n} inputs"] * bool(recipe.requires and 0 < count < n)
+        counts = counts + np.asarray(_count(heldout))
+    count = int(np.min(counts))
+    notes = [few] if recipe.requires and (few := _saw_few(counts, n)) else []
     notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and shrinkage is None)
     note = "; ".join(notes)
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
@@ -94,7 +95,19 @@ def round_leaf(
     if shrinkage is not None:
         a, t, guarded = (np.asarray(v) for v in dataclasses.astuple(shrinkage))
         told = {"shrinkage": float(a.mean()), "cross_share": float(t.mean()), "guarded": bool(guarded.any())}
+    told["by_matrix"] = tuple(counts.reshape(-1).astype(int).tolist()) if counts.ndim else ()
     return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note, **told)
+
+
+def _saw_few(counts: np.ndarray, n: int) -> str:
+    """Which of a stack, or that a matrix, saw fewer tokens than it has inputs; "" where none did or nobody counted."""
+    if not counts.any() or counts.min() >= n:
+        return ""
+    if counts.ndim == 0:
+        return f"saw {int(counts)} tokens, fewer than its {n} inputs"
+    few = [at for at in np.ndindex(counts.shape) if counts[at] < n]
+    named = ", ".join(f"{'/'.join(map(str, at))} ({int(counts[at])})" for at in few[:8]) + (", ..." if few[8:] else "")
+    return f"{len(few)} of {counts.size} matrices saw fewer tokens than their {n} inputs, {named}"
 
 
 def _count(stats: Stats) -> Any:

@@ -30,7 +30,8 @@ class SourceTensor:
       weight: its names and its shape (out, in).
       type: the ggml type it has.
       file, offset, nbytes: where it lies; or
-      values: the tensor itself, where no file holds it in this form.
+      values: the tensor itself, where no file holds it in this form; or
+      parts: the matrices of a stack, which lie apart.
       rope_heads: heads whose rows are permuted on the way into a GGUF file (see `WeightName`).
       add: what is added to every value on that way.
     """
@@ -41,6 +42,7 @@ class SourceTensor:
     offset: int = 0
     nbytes: int = 0
     values: np.ndarray | None = None
+    parts: tuple[SourceTensor, ...] = ()
     rope_heads: int | None = None
     add: float = 0.0
 
@@ -53,8 +55,15 @@ class SourceTensor:
         """Whether its bytes in a GGUF file differ from those here."""
         return self.rope_heads is not None or self.add != 0.0
 
+    @property
+    def pieces(self) -> tuple[SourceTensor, ...]:
+        """What lies in one place each: its parts, or itself."""
+        return self.parts or (self,)
+
     def raw(self) -> np.ndarray:
         """Its bytes: u8[nbytes], mapped. A hint asks the disk to have them ready."""
+        if self.parts:
+            return np.concatenate([part.raw() for part in self.parts])
         if self.values is not None:
             return self.values.reshape(-1).view(np.uint8)
         with open(self.file, "rb") as f:
@@ -71,6 +80,8 @@ class SourceTensor:
     def read(self) -> np.ndarray:
         """Its values (out, in) as a GGUF file holds them: a view of the mapped file where nothing has to be done."""
         shape = self.weight.shape
+        if self.parts:
+            return np.stack([part.read() for part in self.parts])
         if self.type in DENSE:
             raw, dtype = self.raw(), DENSE[self.type]
             raw = raw.copy() if self.values is None and self.offset % dtype.itemsize else raw
@@ -105,4 +116,4 @@ class SourceTensor:
             rows = rows - np.float32(w.offset) if w.offset else rows
         else:
             rows = dataclasses.replace(self, rope_heads=None, add=0.0).read().astype(np.float32)
-        return rows.T if w.transposed else rows
+        return w.turned(rows.reshape(w.file_shape))

@@ -26,6 +26,7 @@ from qjax.formats import Format
 from qjax.lifting import Use
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
+from qjax.pipeline.few_tokens import NOTE, are_few
 from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
@@ -164,6 +165,8 @@ def walk(
         recipe = plain(recipe) if blind else recipe
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, seen.stats or Stats(), seen.heldout, seen.shared)
+        if seen.stats is not None and are_few(seen.stats, float(leaf.shape[axis])):
+            note = "; ".join(filter(None, (line.note, NOTE)))
         tokens, windows = seen.effective or (None, None)
         line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         emit(path, leaf, q, line)
@@ -190,7 +193,7 @@ def walk(
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
         weights = None if seen is None else (seen.sensitivity[i], seen.alike[i])
-        now = _rounded_piece(stages.names[i], apply, floats, streams, weights, how)
+        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), floats, streams, weights, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
@@ -201,7 +204,7 @@ def walk(
     if not stages.tied:
         weights = None if seen is None else (seen.head_sensitivity[None], None)
         floats = head_weights(stages, load)
-        _rounded_piece("", stages.head, floats, streams, weights, how)
+        _rounded_piece("", (stages.head, stages.head), floats, streams, weights, how)
     streams.drop()
     return told
 
@@ -240,13 +243,14 @@ def _rounded_embedding(stages: Stages, params: Any, formats: Formats, seen: Surv
 
 def _rounded_piece(
     prefix: str,
-    apply: Apply,
+    applies: tuple[Apply, Apply],
     floats: Any,
     streams: Streams,
     weights: tuple[np.ndarray, np.ndarray | None] | None,
     how: _How,
 ) -> Any:
     """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
+    apply, to_all = applies
     now = floats
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
     for g, group in enumerate(groups_of(apply, floats, example)):
@@ -259,7 +263,7 @@ def _rounded_piece(
                 sensitivity, alike = weights
                 weight = tempered(sensitivity[g], power, how.counted, alike)
                 known = effective(weight[: how.makes_codes])
-            stats, heldout = how.observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
+            stats, heldout = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
             seen = Seen(stats, heldout, known)
         for name, use in todo.items():
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), seen)

@@ -123,6 +123,10 @@ def test_gguf_round_trip(name):
         with pytest.raises(UserError, match="attn_softcap = None"):
             config_to_gguf(config)
         return
+    if name == "qwen2_moe-mixed":
+        with pytest.raises(UserError, match="experts in every layer of a qwen2_moe; layer 0 of this model has none"):
+            config_to_gguf(config)
+        return
     if name == "qwen3-yarn-betas":
         with pytest.raises(UserError, match=r"beta_fast = 32 and beta_slow = 1 only, got 4 and 0.5"):
             config_to_gguf(config)
@@ -151,7 +155,7 @@ def test_gguf_keys_and_names_are_ggufs_own():
         templates |= {v for k, v in vars(group).items() if isinstance(v, str) and not k.startswith("_")}
     arch_by_name = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     for name, hf in TINY.items():
-        if name in ("gemma2-no-caps", "qwen3-yarn-betas"):
+        if name in ("gemma2-no-caps", "qwen3-yarn-betas", "qwen2_moe-mixed"):
             continue
         config = dataclasses.replace(config_from_hf(hf), query_dim=None)
         meta = config_to_gguf(config)
@@ -185,6 +189,23 @@ def test_weight_names_of_a_llama_and_a_gemma():
     qwen = {w.path: w for w in weight_names(config_from_hf(TINY["qwen2"]))}
     assert qwen["layers_1", "attn", "k", "bias"].hf == "model.layers.1.self_attn.k_proj.bias"
     assert qwen["layers_1", "attn", "k", "bias"].shape == (24,)
+
+
+def test_weight_names_of_experts():
+    """One stack in the tree and in a GGUF file; a tensor for each expert in a folder."""
+    mixtral = {w.path: w for w in weight_names(config_from_hf(TINY["mixtral"]))}
+    down = mixtral["layers_1", "mlp", "experts", "down", "kernel"]
+    assert down.gguf == "blk.1.ffn_down_exps.weight" and not down.stays_float
+    assert (down.shape, down.file_shape, down.hf_shape) == ((4, 80, 48), (4, 48, 80), (48, 80))
+    assert down.hf_names[3] == "model.layers.1.block_sparse_moe.experts.3.w2.weight" and len(down.hf_names) == 4
+    router = mixtral["layers_0", "mlp", "router", "kernel"]
+    assert (router.hf, router.stays_float) == ("model.layers.0.block_sparse_moe.gate.weight", True)
+    qwen = {w.path: w for w in weight_names(config_from_hf(TINY["qwen2_moe-mixed"]))}
+    assert qwen["layers_0", "mlp", "up", "kernel"].hf == "model.layers.0.mlp.up_proj.weight"
+    assert (
+        qwen["layers_1", "mlp", "experts", "up", "kernel"].hf_names[2] == "model.layers.1.mlp.experts.2.up_proj.weight"
+    )
+    assert qwen["layers_1", "mlp", "shared_gate", "kernel"].hf_shape == (1, 48)
 
 
 def test_published_llama3_scaling_survives_gguf_as_a_formula():
@@ -231,7 +252,13 @@ def test_gemma_27b_scores_are_llama_cpps():
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
         ({"model_type": "gemma3"}, 'no text_config; its language model alone is "gemma3_text"'),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported: mixtures of experts are missing"),
+        ({"model_type": "glm4_moe"}, "'glm4_moe' is not supported: a choice of experts by sigmoids is missing"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts a token are more than the 8 there are"),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [2]},
+            r"mlp_only_layers = \[2\]; expected a list of layers below 2",
+        ),
+        ({"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias = False"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type = 'dynamic'"),
@@ -280,7 +307,12 @@ def test_config_json_mistakes(change, message):
         ({"general.architecture": None}, "general.architecture = None"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": "two"}, "llama.block_count = 'two'"),
-        ({"llama.expert_count": 8}, "expert_count = 8"),
+        ({"llama.expert_count": 8}, "expert_used_count is missing"),
+        (
+            {"general.architecture": "qwen3", "qwen3.expert_count": 8},
+            "expert_count = 8 is not supported; expected none",
+        ),
+        ({"general.architecture": "qwen3moe"}, "expert_count = 0 is not supported; expected some"),
         ({"llama.rope.scaling.type": "dynamic"}, "rope.scaling.type = 'dynamic'"),
         ({"llama.rope.scaling.type": "longrope"}, "'rope_factors_long.weight' is missing"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count = 8 differs from the head size 16"),

@@ -19,6 +19,7 @@ from qjax.models.stages import stages_of
 
 # Llama with and without groups, biases of q, k, v, norms of q and k, windows.
 ROTATABLE = ["llama", "llama-mha", "llama-tied-llama3", "qwen2", "qwen2-window", "qwen3", "qwen3-window", "gemma1"]
+ROTATABLE += ["qwen2_moe"]
 SCALABLE = [*ROTATABLE, "mistral", "gemma2", "gemma3"]
 
 

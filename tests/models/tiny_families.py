@@ -145,6 +145,34 @@ TINY = {
             "short_factor": [1.0, 1.0, 1.25, 1.5, 2.0, 2.0],
         },
     },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "head_dim": None,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen2_moe-mixed": {
+        "model_type": "qwen2_moe",
+        "head_dim": None,
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
     "glm4": {"model_type": "glm4"},
     "glm4-no-bias": {"model_type": "glm4", "attention_bias": False, "partial_rotary_factor": 0.25},
 }
@@ -164,7 +192,7 @@ def tiny(name):
         elif weight.path[-1] == "bias":
             value = 0.5 * value
         else:  # embeddings of size one; kernels that keep the size
-            value = value / (1.0 if weight.path[0] == "embed" else weight.shape[0] ** 0.5)
+            value = value / (1.0 if weight.path[0] == "embed" else weight.shape[-2] ** 0.5)
         node = params
         for part in weight.path[:-1]:
             node = node.setdefault(part, {})
