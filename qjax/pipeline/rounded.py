@@ -85,7 +85,7 @@ def round_leaf(
         raise UserError(f"{name}: its values are too large for {format.name}")
     counts = np.asarray(stats.count)
     if shrinkage is not None and heldout is not None:  # all tokens made it
-        counts = counts + np.asarray(_count(heldout))
+        counts = np.asarray(counts + np.asarray(_count(heldout)))
     count = int(np.min(counts))
     notes = [few] if recipe.requires and (few := _saw_few(counts, n)) else []
     notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and shrinkage is None)
