@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.models.decoder import empty_cache
-from qjax.models.generate import Sampling, next_token
-from qjax.models.model import Model
+from qjax.models.decoder import Decoder, empty_cache
+from qjax.models.generate import Sampling, sample
+from qjax.models.model import Model, Running
 from qjax.typing import Array
 
 TOKENS = 32_768
@@ -83,10 +83,14 @@ def _written(
 ) -> tuple[Array, Any, Array]:
     """The next tokens of every window, i32[_STEPS, batch]."""
 
+    decoder = Running(lambda params, tokens, cache: Decoder(config).apply({"params": params}, tokens, cache, at=0))
+
     def step(state: Any, _: None) -> Any:
         token, cache = state
-        token, cache = next_token(config, sampling, params, cache, token, keys)
-        return (token, cache), token
+        logits, longer = decoder(params, token[:, None], cache)
+        key = jax.vmap(jax.random.fold_in, (0, None))(keys, longer["length"])
+        token = jax.vmap(lambda row, key: sample(row[None], sampling, key)[0])(logits[:, 0], key)
+        return (token, longer), token
 
     (token, cache), drawn = lax.scan(step, (token, cache), None, length=_STEPS)
     return token, cache, drawn

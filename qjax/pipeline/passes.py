@@ -22,6 +22,7 @@ from qjax.calibrate.observe import mapped
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.lifting import Use, report, tap, tap_shapes, watch
+from qjax.models.parts import run_windows
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Streams, Writer
 from qjax.pipeline.encode import check_finite
@@ -68,15 +69,8 @@ def run_piece(
 ) -> Activations:
     """apply(params, x) of all windows, stored."""
     out = Writer(folder, name, shape)
-    for at in steps:
-        out.array[at] = np.asarray(_apply(apply, params, jnp.asarray(x[at])))
+    run_windows(apply, params, x, out.array, steps)
     return out.done()
-
-
-@partial(jax.jit, static_argnums=0)
-@full_float32
-def _apply(apply: Apply, params: Any, x: Array) -> Array:
-    return apply(params, x)
 
 
 def observe_input(
