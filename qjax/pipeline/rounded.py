@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.compiled import lapack_on_one_thread
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import Format
@@ -29,6 +30,7 @@ from qjax.tensor import QTensor
 from qjax.typing import Array
 
 
+@lapack_on_one_thread()
 def round_leaf(
     name: str, leaf: Any, axis: int, format: Format, recipe: Recipe, stats: Stats, heldout: Stats | None = None,
     shared: dict[Any, Split] | None = None,
