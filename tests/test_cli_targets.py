@@ -92,7 +92,7 @@ def test_json_is_looked_at_before_the_work(models, mistake, monkeypatch, json, m
     before = contents(models)
     with monkeypatch.context() as m:
         m.setattr(qjax.pipeline, "quantize_file", nothing)
-        m.setattr("qjax.cli.evaluate.load_with_tokenizer", nothing)
+        m.setattr("qjax.cli.evaluate.open_with_tokenizer", nothing)
         quantize = ("quantize", "dir", "-o", "q.gguf", "--type", "Q4_0", "--recipe", "gptq", "--calib", "t.txt")
         assert message in mistake(*quantize, "--json", json)
         if json != "q.gguf":

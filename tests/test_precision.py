@@ -8,9 +8,10 @@ from jaxprs import products
 
 import qjax
 from qjax.calibrate.observe import _pass
-from qjax.evaluate import divergence, perplexity
+from qjax.evaluate import network, perplexity
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
+from qjax.models.parts import run
 from qjax.recipes import recipe
 from qjax.rounding.protocol import round_weight
 from qjax.stats import Stats
@@ -65,12 +66,13 @@ def test_statistics_and_the_model_they_are_taken_of():
 
 
 def test_perplexity_and_divergence(params):
-    network = perplexity.network_of_decoder(CONFIG)
-    tokens, hidden, targets = shape(1, 8, dtype=jnp.int32), shape(1, 4, 32), shape(1, 4, dtype=jnp.int32)
-    all_full(jax.make_jaxpr(perplexity.run_trunk, static_argnums=(0, 3))(network, params, tokens, 2))
-    all_full(jax.make_jaxpr(perplexity._token_nll, static_argnums=0)(network, params, hidden, targets))
-    both = (network, params, hidden, network, params, hidden, targets)
-    all_full(jax.make_jaxpr(divergence._compare, static_argnums=(0, 3))(*both), least=2)
+    decoder = perplexity.network_of_decoder(CONFIG)
+    head = {"head": {"kernel": shape(32, 32)}}
+    first = decoder.stages.blocks[0]
+    all_full(jax.make_jaxpr(run, static_argnums=0)(first, params["layers_0"], shape(1, 8, 32)))
+    one = (network.nothing_seen(4), network.nothing_seen(4)), network.nothing_apart(4)
+    args = (head, head), (shape(4, 32),) * 2, shape(4, dtype=jnp.int32), 0, 0, one
+    all_full(jax.make_jaxpr(network._tally, static_argnums=(0, 1))((decoder, decoder), 32, *args), least=2)
 
 
 def test_losses_of_training(params):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qjax.cli import output
-from qjax.cli.model import MODEL_HELP, load_with_tokenizer
+from qjax.cli.model import MODEL_HELP, open_with_tokenizer
 from qjax.cli.progress import count_bar
 from qjax.cli.targets import check_json
 
@@ -41,7 +41,7 @@ class Evaluate:
 
         check_json(self.json, (self.model, self.text, self.baseline))
         text = read_text(self.text)
-        model = load_with_tokenizer(self.model)
+        model = open_with_tokenizer(self.model)
         from qjax.evaluate.judge import baseline_of, judge
 
         cut: dict[str, Any] = {"protocol": self.protocol, "context": self.ctx, "limit": self.limit}
@@ -49,7 +49,7 @@ class Evaluate:
             with count_bar(self.model, "windows") as progress:
                 found = judge(model, text, **cut, name=self.model, progress=progress)
         else:
-            base = load_with_tokenizer(self.baseline)
+            base = open_with_tokenizer(self.baseline)
             with count_bar(f"baseline {self.baseline}", "windows") as progress:
                 ran = baseline_of(base, text, **cut, progress=progress)
             with count_bar(self.model, "windows") as progress:

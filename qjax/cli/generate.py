@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from qjax.cli.model import MODEL_HELP, load_with_tokenizer
+from qjax.cli.model import MODEL_HELP, open_with_tokenizer
 from qjax.config import check_seed
 from qjax.errors import UserError
 from qjax.terminal import shown
@@ -40,7 +40,7 @@ class Generate:
 
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         check_seed("--seed", self.seed)
-        model = load_with_tokenizer(self.model)
+        model = open_with_tokenizer(self.model)
 
         import jax
 

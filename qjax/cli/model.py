@@ -1,4 +1,4 @@
-"""What several commands share: loading a MODEL argument."""
+"""What several commands share: opening a MODEL argument."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 from qjax.errors import UserError
 
 if TYPE_CHECKING:
-    from qjax.models.model import Model
+    from qjax.pipeline.source import Source
 
 MODEL_HELP = 'Hugging Face directory, .gguf, llama2.c .bin, "reference" or "smollm2"'
 
 
-def load_with_tokenizer(model: str) -> Model:
-    """Load a MODEL argument for a command that reads text.
+def open_with_tokenizer(model: str) -> Source:
+    """Open a MODEL argument for a command that reads text; its weights are read when they are asked for.
 
     Raises:
       UserError: the model cannot be read, or came without a tokenizer.
     """
-    from qjax.io.checkpoint import load, locate
+    from qjax.pipeline.source import open_source
 
-    loaded = load(locate(model))
-    if loaded.tokenizer is None:
+    opened = open_source(model)
+    if opened.tokenizer is None:
         raise UserError(f"{model}: has no tokenizer; put its tokenizer.json (or tokenizer.model) beside the weights")
-    return loaded
+    return opened

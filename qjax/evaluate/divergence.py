@@ -7,12 +7,7 @@ probable token, and by how much the probability of the true token moved (delta-p
 baseline is exact float32 here (llama.cpp stores it in 16 bits, which alone costs about 0.0005), and no token is left
 out of the sum.
 
-KL is evaluated through the difference of the logits, d = z_q - z_p. With delta = d - E_p[d],
-
-    KL = ln E_p[e^delta] = ln(1 + E_p[e^delta - 1 - delta]),
-
-whose terms are all non-negative: nothing cancels, equal logits give exactly 0, and a KL of 1e-9 still has correct
-digits.
+How KL is summed without losing its digits stands in `qjax.evaluate.vocabulary`.
 """
 
 from __future__ import annotations
@@ -20,32 +15,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.errors import UserError
-from qjax.evaluate.perplexity import (
-    Network,
-    Params,
-    Perplexity,
-    Progress,
-    Windows,
-    as_network,
-    batches,
-    mean_and_errors,
-    nll_of,
-    over_positions,
-    perplexity_of_tokens,
-    run_trunk,
-    vocab_of,
-)
+from qjax.evaluate.network import Params, Progress, Reader, as_reader, batch_of, rounds, token_values
+from qjax.evaluate.perplexity import Perplexity, Windows, mean_and_errors, perplexity_of_tokens, readings
+from qjax.evaluate.vocabulary import kl_of
 from qjax.io.space import scratch
-from qjax.typing import Array, Float, Int
+from qjax.typing import Array
 
 CACHE_BYTES = 4 << 30
+TOKEN_VALUES = ("nll", "nll_base", "kl", "same_top")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +63,14 @@ class Baseline:
       hidden: [windows, scored, d] in a temporary file that vanishes with it; None: too large, run the model again.
     """
 
-    network: Network
+    network: Reader
     params: Params
     windows: Windows
     hidden: np.ndarray | None = None
 
 
 def make_baseline(
-    network: Network | Callable[[Params, Array], Array],
+    network: Reader | Callable[[Params, Array], Array],
     params: Params,
     windows: Windows,
     *,
@@ -101,20 +82,18 @@ def make_baseline(
 
     A decoder needs `dim` floats a scored token, 16 to 32 times less than its logits.
     """
-    network = as_network(network)
-    window = jax.ShapeDtypeStruct((1, windows.context), jnp.int32)
-    one = jax.eval_shape(lambda p, t: network.trunk(p, t)[:, windows.first : -1], params, window)
-    shape = (len(windows), *one.shape[1:])
-    if math.prod(shape) * one.dtype.itemsize > cache_bytes:
-        return Baseline(network, params, windows)
-    hidden = scratch(one.dtype, shape)
-    for rows, tokens in batches(windows, batch, progress):
-        hidden[rows] = np.asarray(run_trunk(network, params, tokens, windows.first))[: len(hidden[rows])]
-    return Baseline(network, params, windows, hidden)
+    reader = as_reader(network)
+    shape = (len(windows), windows.scored, reader.width(params, windows.context))
+    if 4 * math.prod(shape) > cache_bytes:
+        return Baseline(reader, params, windows)
+    hidden = scratch(np.float32, shape)
+    for rows, some in readings(reader, params, windows, batch, progress):
+        hidden[rows] = some
+    return Baseline(reader, params, windows, hidden)
 
 
 def divergence(
-    network: Network | Callable[[Params, Array], Array],
+    network: Reader | Callable[[Params, Array], Array],
     params: Params,
     baseline: Baseline,
     *,
@@ -124,7 +103,7 @@ def divergence(
     """Perplexity of a model and its divergence from a baseline, in one pass over the baseline's windows.
 
     Args:
-      network: the model to judge; a Network or a function (params, tokens [b, t]) -> logits [b, t, vocab].
+      network: the model to judge, as for `perplexity`.
       params: its arrays.
       baseline: from `make_baseline`, or a bare `Baseline(network, params, windows)`, which runs along batch by batch.
       batch: windows a step; None: about 2048 tokens. It does not change the result.
@@ -138,7 +117,7 @@ def divergence(
 
 
 def token_divergences(
-    network: Network | Callable[[Params, Array], Array],
+    network: Reader | Callable[[Params, Array], Array],
     params: Params,
     baseline: Baseline,
     *,
@@ -146,21 +125,18 @@ def token_divergences(
     progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """What `divergence` sums up, as f32[windows, scored]: "nll", "nll_base", "kl" and "same_top" of every token."""
-    network, windows = as_network(network), baseline.windows
-    shape = (len(windows), windows.scored)
-    token = {name: np.empty(shape, np.float32) for name in ("nll", "nll_base", "kl", "same_top")}
-    for rows, tokens in batches(windows, batch, progress):
-        count = rows.stop - rows.start
-        hidden = run_trunk(network, params, tokens, windows.first)
-        if baseline.hidden is None:
-            base = run_trunk(baseline.network, baseline.params, tokens, windows.first)
-        else:
-            kept = baseline.hidden[rows]
-            base = jnp.asarray(np.pad(kept, ((0, len(tokens) - count), (0, 0), (0, 0))))
-        targets = tokens[:, windows.first + 1 :]
-        part = _compare(network, params, hidden, baseline.network, baseline.params, base, targets)
-        for name, values in part.items():
-            token[name][rows] = np.asarray(values)[:count]
+    reader, base, windows = as_reader(network), as_reader(baseline.network), baseline.windows
+    token = {name: np.empty((len(windows), windows.scored), np.float32) for name in TOKEN_VALUES}
+    batch = batch_of(windows.context, len(windows), batch)
+    size = min(r.at_once(windows.context, batch) for r in (reader, base))
+    along: Any = readings(base, baseline.params, windows, batch, None, size)
+    if baseline.hidden is not None:
+        along = ((rows, baseline.hidden[rows]) for rows in rounds(len(windows), size))
+    for (rows, hidden), (_, kept) in zip(readings(reader, params, windows, batch, progress, size), along, strict=True):
+        model = reader.scoring(params, hidden.shape[-1]), hidden
+        other = base.scoring(baseline.params, kept.shape[-1]), kept
+        for name, values in token_values(windows.targets[rows], model, other).items():
+            token[name][rows] = values
     return token
 
 
@@ -185,47 +161,6 @@ def divergence_of_tokens(
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _compare(
-    network: Network,
-    params: Params,
-    hidden: Array,
-    base_network: Network,
-    base_params: Params,
-    base_hidden: Array,
-    targets: Int[Array, "b s"],
-) -> dict[str, Float[Array, "b s"]]:
-    vocab, base_vocab = vocab_of(network, params, hidden), vocab_of(base_network, base_params, base_hidden)
-    if vocab != base_vocab:
-        raise UserError(f"the model has {vocab} tokens and its baseline {base_vocab}; they must share a vocabulary")
-
-    def score(x, x_base, target):
-        z = network.head(params, x).astype(jnp.float32)
-        z_base = base_network.head(base_params, x_base).astype(jnp.float32)
-        return {
-            "nll": nll_of(z, target),
-            "nll_base": nll_of(z_base, target),
-            "kl": kl_of(z_base, z),
-            "same_top": (jnp.argmax(z, axis=1) == jnp.argmax(z_base, axis=1)).astype(jnp.float32),
-        }
-
-    return over_positions(score, vocab, (hidden, base_hidden, targets))
-
-
-def kl_of(z_base: Float[Array, "n v"], z: Float[Array, "n v"]) -> Float[Array, "n"]:
-    """KL(softmax(z_base) || softmax(z)) of each row, without cancellation; see the module's docstring."""
-    log_p = jax.nn.log_softmax(z_base, axis=1)
-    p = jnp.exp(log_p)
-    d = z - z_base
-    delta = d - jnp.sum(p * d, axis=1, keepdims=True)
-    # Where q lifts a token by more than e^10, the exponential could overflow; there the plain sum is accurate enough.
-    far = jnp.max(delta, axis=1) > 10
-    near = jnp.log1p(jnp.sum(p * _exp_remainder(jnp.minimum(delta, 10.0)), axis=1))
-    plain = jnp.sum(p * (log_p - jax.nn.log_softmax(z, axis=1)), axis=1)
-    return jnp.where(far, jnp.maximum(plain, 0.0), near)
-
-
-def _exp_remainder(x: Array) -> Array:
-    """e^x - 1 - x >= 0, by its series near 0, where the difference would cancel."""
-    series = 0.5 * x * x * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
-    return jnp.where(jnp.abs(x) < 0.25, series, jnp.expm1(x) - x)
+__all__ = [
+    "Baseline", "Divergence", "divergence", "divergence_of_tokens", "kl_of", "make_baseline", "token_divergences",
+]  # fmt: skip

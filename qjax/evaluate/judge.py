@@ -3,8 +3,9 @@
     baseline = baseline_of(model, text)
     rows = [judge(quantized, baseline=baseline, name=...) for quantized in ...]     # the baseline runs once
 
-Packed weights are decoded to float32 first, and the compiled program takes them as an argument: every format of one
-architecture runs the same program.
+A model is in memory (`Model`) or an opened file (`qjax.pipeline.source.open_source`), and is run a part at a time: its
+float32 weights never exist as a whole. Compiled programs take weights as arguments: every format of one architecture
+runs the same ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from qjax.errors import UserError
@@ -34,10 +34,10 @@ from qjax.evaluate.perplexity import (
     network_of_decoder,
     perplexity,
 )
-from qjax.evaluate.sizes import Sizes, as_float, sizes
+from qjax.evaluate.sizes import Sizes, sizes
 from qjax.io.tokenizer_cut import encode_long
 from qjax.models.model import Model
-from qjax.tensor import is_qtensor
+from qjax.models.parts import Parts
 
 Text = str | Sequence[int] | np.ndarray
 
@@ -68,10 +68,10 @@ class Judgement:
 
 
 def judge(
-    model: Model,
+    model: Parts,
     text: Text | None = None,
     *,
-    baseline: Model | Baseline | None = None,
+    baseline: Parts | Baseline | None = None,
     protocol: str = "llama.cpp",
     context: int | None = None,
     limit: int | None = None,
@@ -83,9 +83,9 @@ def judge(
     """Judge a model on a text.
 
     Args:
-      model: what to judge; its params may be packed.
+      model: what to judge, packed or not: a Model, or an opened file.
       text: a string (the model's tokenizer reads it) or token ids. None with a Baseline: the text that one was made on.
-      baseline: a Model, which then runs along, or a Baseline, which has run already (`baseline_of`). Its tokenizer
+      baseline: such a model, which then runs along, or a Baseline, which has run already (`baseline_of`). Its tokenizer
         reads the text.
       protocol: "llama.cpp" or "gptq"; see `qjax.evaluate.perplexity`.
       context: tokens a window; None: the protocol's, or the model's own if that is shorter.
@@ -98,7 +98,7 @@ def judge(
       UserError: no text, no tokenizer, a text too short, a context or a token the model does not have, another
         vocabulary than the baseline's.
     """
-    network, params = network_of_decoder(model.config), _dense(model)
+    network = network_of_decoder(model.config)
     if isinstance(baseline, Baseline):
         if text is not None:
             raise UserError("a Baseline brings its own text; make another baseline to judge on another text")
@@ -110,24 +110,24 @@ def judge(
         windows = windows_of(source, text, protocol=protocol, context=context, limit=limit)
         _check_windows(windows, model)
         if baseline is None:
-            numbers = perplexity(network, params, windows, batch=batch, progress=progress)
-            return Judgement(name, sizes(model.params), numbers, None, encode_seconds)
-        baseline = Baseline(network_of_decoder(baseline.config), _dense(baseline), windows)
-    numbers, distance = divergence(network, params, baseline, batch=batch, progress=progress)
-    return Judgement(name, sizes(model.params), numbers, distance, encode_seconds)
+            numbers = perplexity(network, model, windows, batch=batch, progress=progress)
+            return Judgement(name, _sizes(model), numbers, None, encode_seconds)
+        baseline = Baseline(network_of_decoder(baseline.config), baseline, windows)
+    numbers, distance = divergence(network, model, baseline, batch=batch, progress=progress)
+    return Judgement(name, _sizes(model), numbers, distance, encode_seconds)
 
 
 def kl_by_token(
-    model: Model, baseline: Baseline, *, batch: int | None = None, progress: Progress | None = None
+    model: Parts, baseline: Baseline, *, batch: int | None = None, progress: Progress | None = None
 ) -> np.ndarray:
     """KL of every scored token, nats, f32[windows, scored]; arguments as in `judge`."""
     _check_windows(baseline.windows, model)
     network = network_of_decoder(model.config)
-    return token_divergences(network, _dense(model), baseline, batch=batch, progress=progress)["kl"]
+    return token_divergences(network, model, baseline, batch=batch, progress=progress)["kl"]
 
 
 def baseline_of(
-    model: Model,
+    model: Parts,
     text: Text,
     *,
     protocol: str = "llama.cpp",
@@ -144,24 +144,24 @@ def baseline_of(
     """
     windows = windows_of(model, text, protocol=protocol, context=context, limit=limit)
     return make_baseline(
-        network_of_decoder(model.config), _dense(model), windows,
+        network_of_decoder(model.config), model, windows,
         batch=batch, cache_bytes=cache_bytes, progress=progress,
     )  # fmt: skip
 
 
-def window_divergences(model: Model, baseline: Baseline) -> np.ndarray:
+def window_divergences(model: Parts, baseline: Baseline) -> np.ndarray:
     """The mean KL of each of a baseline's windows, f64[windows]; their mean is `kl_mean` of `judge`.
 
     Raises:
       UserError: as `judge`.
     """
     _check_windows(baseline.windows, model)
-    token = token_divergences(network_of_decoder(model.config), _dense(model), baseline)
+    token = token_divergences(network_of_decoder(model.config), model, baseline)
     return token["kl"].mean(axis=1, dtype=np.float64)
 
 
 def windows_of(
-    model: Model, text: Text, *, protocol: str = "llama.cpp", context: int | None = None, limit: int | None = None
+    model: Parts, text: Text, *, protocol: str = "llama.cpp", context: int | None = None, limit: int | None = None
 ) -> Windows:
     """Tokenize and cut a text as a protocol does.
 
@@ -187,12 +187,12 @@ def windows_of(
     return windows
 
 
-def _check_context(context: int | None, model: Model) -> None:
+def _check_context(context: int | None, model: Parts) -> None:
     if context is not None and context > model.config.context:
         raise UserError(f"a context of {context} tokens is more than the model's {model.config.context}")
 
 
-def _check_windows(windows: Windows, model: Model) -> None:
+def _check_windows(windows: Windows, model: Parts) -> None:
     _check_context(windows.context, model)
     low, high = int(windows.tokens.min()), int(windows.tokens.max())
     if low < 0 or high >= model.config.vocab:
@@ -200,10 +200,5 @@ def _check_windows(windows: Windows, model: Model) -> None:
         raise UserError(f"token {bad} is outside the model's vocabulary of {model.config.vocab}")
 
 
-def _dense(model: Model) -> Any:
-    """Float32 params, so that every format of one architecture runs the same program; what rounds its inputs stays."""
-
-    def dense(leaf: Any) -> Any:
-        return leaf if is_qtensor(leaf) and leaf.rounds_inputs else as_float(leaf)
-
-    return jax.tree.map(dense, model.params, is_leaf=is_qtensor)
+def _sizes(model: Parts) -> Sizes:
+    return sizes(model.params) if isinstance(model, Model) else model.sizes  # type: ignore[attr-defined]

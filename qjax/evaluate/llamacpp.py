@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.evaluate.divergence import Divergence, divergence_of_tokens, kl_of
-from qjax.evaluate.perplexity import Windows, nll_of
+from qjax.evaluate.divergence import Divergence, divergence_of_tokens
+from qjax.evaluate.perplexity import Windows
+from qjax.evaluate.vocabulary import kl_of, nll_of
 from qjax.io.gguf_model import FILE_TYPES
 from qjax.io.gguf_read import read_gguf
 from qjax.io.imatrix import check_imatrix

@@ -7,8 +7,8 @@
 * `gptq`: windows of 2048 tokens, no BOS, every position with a successor is scored (GPTQ, arXiv:2210.17323, and the
   papers that follow it).
 
-Neither protocol overlaps its windows; a rest shorter than a window is dropped. Logits exist for a few thousand
-positions at a time and only where they are scored; what is kept of a token is its few scalars.
+Neither protocol overlaps its windows; a rest shorter than a window is dropped. How a model is run is a matter of
+`qjax.evaluate.network`.
 """
 
 from __future__ import annotations
@@ -16,74 +16,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jax import lax
 
 from qjax.errors import UserError
-from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, Decoder
-from qjax.models.model import Running
-from qjax.typing import Array, Float, Int
-
-Params = Any
-Progress = Callable[[int, int], None]
+from qjax.evaluate.blocks import network_of_decoder
+from qjax.evaluate.network import (
+    Network,
+    Params,
+    Progress,
+    Reader,
+    as_reader,
+    batch_of,
+    network_of_apply,
+    rounds,
+    token_values,
+)
+from qjax.typing import Array
 
 PROTOCOLS = {"llama.cpp": 512, "gptq": 2048}  # and the context each is published with
-
-MICRO_BATCH_TOKENS = 2048  # tokens in flight unless the caller gives a batch
-HEAD_ELEMENTS = 1 << 23  # positions times vocabulary whose logits exist at once: 32 MiB in float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A language model cut where the logits are made, so that they can be made for a few positions at a time.
-
-    Attributes:
-      trunk: (params, i32[b, t]) -> [b, t, d], anything the head reads.
-      head: (params, [n, d]) -> logits [n, vocab].
-    """
-
-    trunk: Callable[[Params, Array], Array]
-    head: Callable[[Params, Array], Array]
-
-
-@lru_cache(maxsize=64)
-def network_of_apply(apply: Callable[[Params, Array], Array]) -> Network:
-    """Any function (params, tokens [b, t]) -> logits [b, t, vocab]. Its logits exist for a whole micro-batch."""
-    return Network(apply, lambda params, logits: logits)
-
-
-@lru_cache(maxsize=64)
-def network_of_decoder(config: DecoderConfig) -> Network:
-    """The decoder of a config in float32, cut behind its final norm. Equal configs give the same compiled program."""
-    model = Decoder(config)
-
-    def trunk(params, tokens):
-        return Running(hidden)(params, tokens)
-
-    def head(params, x):
-        return Running(scores)(params, x)
-
-    def hidden(params, tokens):
-        with jax.default_matmul_precision("highest"):
-            return Decoder(config, readout=False).apply({"params": params}, tokens)
-
-    def scores(params, x):
-        def replace(next_fun, args, kwargs, context):
-            if isinstance(context.module, Block):
-                return args[0], None
-            return x[None] if context.module.path == ("final_norm",) else next_fun(*args, **kwargs)
-
-        with jax.default_matmul_precision("highest"), nn.intercept_methods(replace):
-            return model.apply({"params": params}, jnp.zeros((1, x.shape[0]), jnp.int32))[0]
-
-    return Network(trunk, head)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,7 +130,7 @@ class Perplexity:
 
 
 def perplexity(
-    network: Network | Callable[[Params, Array], Array],
+    network: Reader | Callable[[Params, Array], Array],
     params: Params,
     windows: Windows,
     *,
@@ -189,8 +140,9 @@ def perplexity(
     """exp of the mean negative log-likelihood of the scored tokens.
 
     Args:
-      network: a Network, or a function (params, tokens [b, t]) -> logits [b, t, vocab].
-      params: what the network reads; arrays, so that another tree of the same shapes reuses the compiled program.
+      network: what reads windows: `network_of_decoder`, a Network, or a function (params, tokens [b, t]) -> logits
+        [b, t, vocab].
+      params: what the network takes; another tree of the same shapes reuses the compiled programs.
       windows: from `cut_windows`.
       batch: windows a step; None: about 2048 tokens. It does not change the result.
       progress: called with (windows done, windows).
@@ -198,14 +150,25 @@ def perplexity(
     Raises:
       UserError: logits that are NaN or infinite.
     """
-    network = as_network(network)
-    nll = np.empty((len(windows), windows.scored), np.float32)
-    for rows, tokens in batches(windows, batch, progress):
-        hidden = run_trunk(network, params, tokens, windows.first)
-        nll[rows] = np.asarray(_token_nll(network, params, hidden, tokens[:, windows.first + 1 :]))[
-            : rows.stop - rows.start
-        ]
+    reader, nll = as_reader(network), np.empty((len(windows), windows.scored), np.float32)
+    for rows, hidden in readings(reader, params, windows, batch, progress):
+        nll[rows] = token_values(windows.targets[rows], (reader.scoring(params, hidden.shape[-1]), hidden))["nll"]
     return perplexity_of_tokens(nll, windows)
+
+
+def readings(
+    reader: Reader, params: Params, windows: Windows, batch: int | None = None, progress: Progress | None = None,
+    size: int | None = None,
+) -> Iterator[tuple[slice, np.ndarray]]:  # fmt: skip
+    """(which windows, what the head reads where they are scored): all of them, `size` or as many at a time as fit."""
+    batch = batch_of(windows.context, len(windows), batch)
+    for rows in rounds(len(windows), size or reader.at_once(windows.context, batch)):
+
+        def told(done: int, of: int, rows: slice = rows) -> None:
+            if progress is not None:
+                progress(rows.start + done, len(windows))
+
+        yield rows, reader.read(params, windows.tokens[rows], windows.first, batch, told)
 
 
 def perplexity_of_tokens(nll: np.ndarray, windows: Windows) -> Perplexity:
@@ -226,64 +189,7 @@ def mean_and_errors(x: np.ndarray) -> tuple[float, float, float | None]:
     return float(x.mean()), se, clustered
 
 
-def as_network(network: Network | Callable[[Params, Array], Array]) -> Network:
-    """A Network passes through; a function (params, tokens) -> logits becomes one."""
-    return network if isinstance(network, Network) else network_of_apply(network)
-
-
-def batches(
-    windows: Windows, batch: int | None = None, progress: Progress | None = None
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """(which windows, their tokens i32[batch, context]); the last batch is padded, so that one program serves all."""
-    if batch is None:
-        batch = max(1, MICRO_BATCH_TOKENS // windows.context)
-    if batch < 1:
-        raise UserError(f"a batch of {batch} windows; it must be at least 1")
-    batch, total = min(batch, len(windows)), len(windows)
-    for start in range(0, total, batch):
-        tokens = windows.tokens[start : start + batch]
-        yield slice(start, start + len(tokens)), np.pad(tokens, ((0, batch - len(tokens)), (0, 0)))
-        if progress is not None:
-            progress(start + len(tokens), total)
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def run_trunk(network: Network, params: Params, tokens: Int[Array, "b t"], first: int) -> Array:
-    """What the head needs of the scored positions: [b, t - 1 - first, d]."""
-    return network.trunk(params, tokens)[:, first:-1]
-
-
-@partial(jax.jit, static_argnums=0)
-def _token_nll(network: Network, params: Params, hidden: Array, targets: Int[Array, "b s"]) -> Array:
-    def score(x, target):
-        logits = network.head(params, x).astype(jnp.float32)
-        return nll_of(logits, target)
-
-    return over_positions(score, vocab_of(network, params, hidden), (hidden, targets))
-
-
-def nll_of(logits: Float[Array, "n v"], target: Int[Array, "n"]) -> Float[Array, "n"]:
-    """-ln softmax(logits)[target]."""
-    chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=1) - chosen
-
-
-def vocab_of(network: Network, params: Params, hidden: Array) -> int:
-    """The vocabulary's size, from shapes alone."""
-    one = jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)
-    return jax.eval_shape(network.head, params, one).shape[-1]
-
-
-def over_positions(f: Callable, vocab: int, arrays: tuple[Array, ...]) -> Any:
-    """f over the [b, s] positions of `arrays`, a bounded number of logits at a time. Returns f's outputs [b, s]."""
-    b, s = arrays[0].shape[:2]
-    chunk = min(b * s, max(1, HEAD_ELEMENTS // vocab))
-    steps = -(-b * s // chunk)
-
-    def split(x):
-        flat = x.reshape(b * s, *x.shape[2:])
-        flat = jnp.pad(flat, ((0, steps * chunk - b * s), *((0, 0),) * (flat.ndim - 1)))
-        return flat.reshape(steps, chunk, *flat.shape[1:])
-
-    out = lax.map(lambda xs: f(*xs), tuple(map(split, arrays)))
-    return jax.tree.map(lambda y: y.reshape(steps * chunk)[: b * s].reshape(b, s), out)
+__all__ = [
+    "PROTOCOLS", "Network", "Perplexity", "Progress", "Windows", "cut_windows", "mean_and_errors", "network_of_apply",
+    "network_of_decoder", "perplexity", "perplexity_of_tokens", "readings",
+]  # fmt: skip

@@ -67,11 +67,17 @@ def sizes(params: Any) -> Sizes:
     (8.5, 16.333333333333332)
     """
     leaves = named_leaves(params).values()
-    packed = [leaf for leaf in leaves if is_qtensor(leaf)]
-    count, total = sum(leaf.size for leaf in leaves), sum(_bytes(leaf) for leaf in leaves)
+    return counted((leaf.size, _bytes(leaf), is_qtensor(leaf)) for leaf in leaves)
+
+
+def counted(tensors: Iterable[tuple[int, int, bool]]) -> Sizes:
+    """The sum of tensors: (weights, bytes, whether it is quantized) of each."""
+    rows = list(tensors)
+    packed = [(size, nbytes) for size, nbytes, is_packed in rows if is_packed]
+    count, total = sum(row[0] for row in rows), sum(row[1] for row in rows)
     if count == 0:
         raise UserError("the model has no parameters")
-    packed_count, packed_total = sum(q.size for q in packed), sum(q.nbytes for q in packed)
+    packed_count, packed_total = sum(row[0] for row in packed), sum(row[1] for row in packed)
     return Sizes(
         parameters=count,
         bytes=total,

@@ -94,10 +94,10 @@ def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
     for w, array in iterate_weights(config, checkpoint):
         set_leaf(params, w.path, own(w.turned(array), dtype))
     settings = language_settings(read_json(folder / "config.json"))
-    return Model(config, params, read_tokenizer(folder, settings), _card_of(folder, settings, config, checkpoint))
+    return Model(config, params, read_tokenizer(folder, settings), card_of(folder, settings, config, checkpoint))
 
 
-def _card_of(folder: Path, settings: Mapping[str, Any], config: DecoderConfig, checkpoint: Checkpoint) -> Card:
+def card_of(folder: Path, settings: Mapping[str, Any], config: DecoderConfig, checkpoint: Checkpoint) -> Card:
     """What a folder says beside architecture, weights and tokenizer."""
     file = folder / "generation_config.json"
     generation = read_json(file) if file.is_file() and file.stat().st_size else {}

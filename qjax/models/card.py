@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from qjax.tokenizer import Tokenizer
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Card:
@@ -23,3 +25,9 @@ class Card:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stops: tuple[int, ...] = ()
     dtype: str | None = None
+
+
+def stops_of(tokenizer: Tokenizer | None, card: Card) -> tuple[int, ...]:
+    """The ids that end a text: the tokenizer's EOS, then what the files say."""
+    eos = None if tokenizer is None else tokenizer.eos
+    return tuple(dict.fromkeys(([] if eos is None else [eos]) + list(card.stops)))

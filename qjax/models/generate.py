@@ -1,8 +1,11 @@
-"""Text generation with a key/value cache: one prefill, then one jitted step per token.
+"""Text generation with a key/value cache: one prefill, then one step per token, block by block.
 
     t_{n+1} ~ softmax(top_p(top_k(logits(t_0..t_n) / temperature)))            (temperature 0: the argmax)
 
-The step is compiled once per model, cache size and Sampling: its shapes do not depend on how far the text has come.
+A block is compiled once per kind of layer and cache size: its shapes do not depend on how far the text has come. Its
+weights are decoded to float32 when it runs; of a model that fits into `HELD_BYTES` they are kept from step to step, of
+a larger one the last blocks are decoded, or read from their file, at each step.
+
 Prompts are padded to a multiple of 64 tokens and cache sizes likewise, so that few lengths are ever compiled; the
 padding lies behind the last real token, where the causal mask hides it until it is overwritten.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +23,14 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Cache, Decoder, empty_cache
-from qjax.models.model import Model, Params, Running, check_tokens
+from qjax.models.decoder import Block, Cache, empty_cache
+from qjax.models.model import Params, Running, check_tokens
+from qjax.models.parts import Held, Parts, embed, head_of, run
+from qjax.models.stages import stages_of
 from qjax.typing import Array, Float, Int
 
 _PAD = 64
+HELD_BYTES = 540 << 20  # of float32 weights kept between steps: 140 million
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +60,24 @@ GREEDY = Sampling()
 
 
 def generate(
-    model: Model,
+    model: Parts,
     prompt: Sequence[int],
     max_tokens: int,
     sampling: Sampling = GREEDY,
     key: Array | None = None,
     stop: Collection[int] = (),
+    held_bytes: int = HELD_BYTES,
 ) -> Iterator[int]:
     """Continue a prompt, one token at a time.
 
     Args:
-      model: its packed weights are decoded once, at the first call.
+      model: a Model, or an opened file (`qjax.pipeline.source.open_source`).
       prompt: token ids, with the BOS where the model wants one.
       max_tokens: how many tokens to make at most.
       sampling: greedy by default.
       key: a jax.random key; needed unless sampling is greedy.
       stop: token ids that end the text (the model's EOS); they are not yielded.
+      held_bytes: of decoded float32 weights that may be kept between steps; more is faster for a model that needs it.
 
     Returns: an iterator over the new token ids, each as soon as it is known.
 
@@ -92,50 +100,64 @@ def generate(
         raise UserError("sampling with a temperature needs a key (a seed)")
     tokens = check_tokens(config, np.asarray(prompt, np.int32)[None, :])
     key = jax.random.key(0) if key is None else key  # greedy sampling does not look at it
-    return _generate(config, model.dense, tokens, max_tokens, sampling, key, frozenset(stop))
+    return _generate(model, np.asarray(tokens), max_tokens, sampling, key, frozenset(stop), held_bytes)
 
 
-def _generate(config, params, tokens, max_tokens, sampling, key, stop) -> Iterator[int]:
-    n = tokens.shape[1]
-    capacity = -(-(n + max_tokens) // _PAD) * _PAD
-    padded = jnp.pad(tokens, ((0, 0), (0, -n % _PAD)))
-    cache = empty_cache(config, 1, capacity)
-    token, cache = _prefill(config, sampling, params, cache, padded, jnp.int32(n), key)
-    for made in range(1, max_tokens + 1):
+def _generate(model, prompt, max_tokens, sampling, key, stop, held_bytes) -> Iterator[int]:
+    n, config = prompt.shape[1], model.config
+    cache = empty_cache(config, 1, -(-(n + max_tokens) // _PAD) * _PAD)
+    cache.pop("length")
+    extend = _extender(model, held_bytes)
+    logits = extend(np.pad(prompt, ((0, 0), (0, -n % _PAD))), cache, 0, n - 1)
+    for length in range(n, n + max_tokens):
+        token = _sample(sampling, logits, key, length)
         current = int(token[0])
         if current in stop:
             return
         yield current
-        if made < max_tokens:
-            token, cache = _step(config, sampling, params, cache, token, key)
+        if length + 1 < n + max_tokens:
+            logits = extend(np.asarray(token)[:, None], cache, length, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
-def _prefill(
-    config: DecoderConfig, sampling: Sampling, params: Params, cache: Cache, tokens: Array, n: Array, key: Array
-) -> tuple[Array, Cache]:
-    """Read the padded prompt, of which n tokens are real; the first new token, i32[batch], and the filled cache."""
-    logits, filled = _extend(config, params, tokens, cache, n - 1)
-    return sample(logits, sampling, jax.random.fold_in(key, n)), filled | {"length": n}
+def _extender(model: Parts, held_bytes: int) -> Callable[[np.ndarray, Cache, int, int], Array]:
+    """(tokens, cache, how many it holds, at) -> logits [batch, vocab] of one of the new positions; the cache's layers
+    are replaced by longer ones."""
+    stages, part, table = stages_of(model.config), Held(model, held_bytes), model.table("embed")
+    kinds = [stages.blocks.index(block) for block in stages.blocks]
+    step, weights = head_of(model, stages, part, held_bytes // 8)
+
+    def extend(tokens: np.ndarray, cache: Cache, start: int, at: int) -> Array:
+        x = embed(stages, table, tokens)
+        for name, kind in zip(stages.names, kinds, strict=True):
+            x, cache[name] = _block(model.config, kind, part(name), x, cache[name], start)
+        n = run(stages.norm, {"final_norm": part("final_norm")}, x[:, at : at + 1])[:, 0]
+        chunks = [(first, min(step, stages.vocab - first)) for first in range(0, stages.vocab, step)]
+        return jnp.concatenate([_scores(model.config, count, weights(s, count), n) for s, count in chunks], axis=-1)
+
+    return extend
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
-def _step(
-    config: DecoderConfig, sampling: Sampling, params: Params, cache: Cache, token: Array, key: Array
-) -> tuple[Array, Cache]:
-    """Append one token to the cache and draw the next."""
-    logits, longer = _extend(config, params, token[:, None], cache, 0)
-    return sample(logits, sampling, jax.random.fold_in(key, longer["length"])), longer
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+def _block(config: DecoderConfig, layer: int, params: Params, x: Array, cache: Any, start: Any) -> tuple[Array, Any]:
+    """A layer on the positions from `start` on, and its longer cache."""
+
+    def apply(params: Params, x: Array, cache: Any) -> Any:
+        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
+        return Block(config, layer).apply({"params": params}, x, positions, cache)
+
+    return Running(apply)(params, x, cache)
 
 
-def _extend(config: DecoderConfig, params: Params, tokens: Array, cache: Cache, at: Any) -> tuple[Array, Cache]:
-    """Logits [batch, vocab] of one of the new positions, and the longer cache."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scores(config: DecoderConfig, count: int, weights: Params, n: Array) -> Array:
+    """Logits of the tokens whose weights these are."""
+    return Running(lambda weights, n: stages_of(config).scores(weights, n, 0, count))(weights, n)
 
-    def apply(params: Params, tokens: Array, cache: Cache) -> Any:
-        return Decoder(config).apply({"params": params}, tokens, cache, at=at)
 
-    logits, longer = Running(apply)(params, tokens, cache)
-    return logits[:, 0], longer
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(sampling: Sampling, logits: Array, key: Array, length: Any) -> Array:
+    """The next token of a text of so many, i32[batch]."""
+    return sample(logits, sampling, jax.random.fold_in(key, length))
 
 
 def sample(logits: Float[Array, "batch vocab"], sampling: Sampling, key: Array) -> Int[Array, "batch"]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.errors import UserError
 from qjax.lifting import lift
-from qjax.models.card import Card
+from qjax.models.card import Card, stops_of
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.tables import html_table, number, size
@@ -48,13 +49,21 @@ class Model:
     @property
     def stops(self) -> tuple[int, ...]:
         """The ids that end a text."""
-        eos = None if self.tokenizer is None else self.tokenizer.eos
-        return tuple(dict.fromkeys(([] if eos is None else [eos]) + list(self.card.stops)))
+        return stops_of(self.tokenizer, self.card)
 
     @functools.cached_property
     def dense(self) -> Params:
         """`dense_params` of the params; decoded once, then kept."""
         return dense_params(self.params)
+
+    def part(self, name: str) -> Any:
+        """A part of the params, as `qjax.models.parts.Parts` says: float32, decoded at each call."""
+        return jax.tree.map(_as_float, self.params[name], is_leaf=is_qtensor)
+
+    def table(self, name: str) -> Callable[[np.ndarray], Any]:
+        """Tokens i[n] -> their rows f32[n, dim] of "embed" or "head"; decoded once."""
+        (leaf,) = jax.tree.leaves(self.part(name))
+        return lambda tokens: leaf[tokens] if name == "embed" else leaf[:, tokens].T
 
     def logits(self, tokens: Any) -> Float[Array, "batch length vocab"]:
         """Next-token scores at every position, float32, of integers [batch, length].
@@ -149,3 +158,11 @@ def dense_params(params: Params) -> Params:
         return dequantize(leaf) if is_qtensor(leaf) and not leaf.rounds_inputs else leaf
 
     return jax.tree.map(dense, params, is_leaf=is_qtensor)
+
+
+def _as_float(leaf: Any) -> Any:
+    """A leaf in float32, so that every format of one architecture runs the same program; what rounds its inputs stays
+    packed."""
+    if is_qtensor(leaf):
+        return leaf if leaf.rounds_inputs else dequantize(leaf)
+    return jnp.asarray(leaf, jnp.float32)

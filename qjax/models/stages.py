@@ -33,7 +33,8 @@ class Stages:
       to_all: the same blocks with every token sent to all experts; equal to `blocks` where there are none.
       head: ({"final_norm", "head" or, tied, "embed"}, x) -> logits f32[b, t, vocab].
       norm: the head's first half: (its params, x) -> n f32[b, t, dim].
-      scores: its second: (its params, n, start, count) -> f32[*b, count], the logits of `count` tokens from `start` on.
+      scores: its second: (its params, n, start, count) -> f32[*b, count], the logits of `count` tokens from `start` on;
+        its params may be those of these tokens alone.
       tied: whether the head is the embedding.
       vocab, dim: tokens of the vocabulary, width of the residual stream.
     """
@@ -86,7 +87,7 @@ def stages_of(config: DecoderConfig) -> Stages:
 
     def scores(params: Any, n: Float[Array, "*b d"], start: Any, count: int) -> Float[Array, "*b v"]:
         w, axis = (params["embed"]["embedding"], 0) if c.tied else (params["head"]["kernel"], 1)
-        w = w if count == c.vocab else lax.dynamic_slice_in_dim(w, start, count, axis)
+        w = w if count == w.shape[axis] else lax.dynamic_slice_in_dim(w, start, count, axis)
         logits = lax.dot_general(n, w, (((n.ndim - 1,), (1 - axis,)), ((), ())))
         return softcapped(logits, c.logit_softcap)
 

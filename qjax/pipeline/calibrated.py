@@ -87,21 +87,19 @@ def quantize_model(
         lines[path] = TensorReport(path, _file_shape(q), q.format.name, q.nbytes, relative_rmse(q, leaf), None, line)
         at[name] = q
 
-    walk(
-        stages_of(model.config), _tree_loader(model), formats, calibration, emit,
+    told = walk(
+        stages_of(model.config), model.part, formats, calibration, emit,
         seen=seen, progress=progress, notify=notify,
     )  # fmt: skip
     report = [lines[a.weight.path] if a.weight.path in lines else _kept(a, params) for a in assigned]
-    return dataclasses.replace(model, params=params), Report(tuple(report), (plan.note,) if plan.note else ())
+    return dataclasses.replace(model, params=params), Report(
+        tuple(report), (*((plan.note,) if plan.note else ()), *told)
+    )
 
 
 def survey_model(model: Model, calibration: Calibration) -> Survey:
     """The float model's pass forwards and backwards that recipes with curvature begin with."""
-    return survey(stages_of(model.config), _tree_loader(model), calibration)
-
-
-def _tree_loader(model: Model) -> Callable[[str], Any]:
-    return lambda name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params[name])
+    return survey(stages_of(model.config), model.part, calibration)
 
 
 def _file_shape(q: QTensor) -> tuple[int, ...]:

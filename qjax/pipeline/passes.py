@@ -22,6 +22,7 @@ from qjax.calibrate.observe import mapped
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.lifting import Use, report, tap, tap_shapes, watch
+from qjax.models.parts import run_windows
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Streams, Writer
 from qjax.pipeline.encode import check_finite
@@ -68,15 +69,8 @@ def run_piece(
 ) -> Activations:
     """apply(params, x) of all windows, stored."""
     out = Writer(folder, name, shape)
-    for at in steps:
-        out.array[at] = np.asarray(_apply(apply, params, jnp.asarray(x[at])))
+    run_windows(apply, params, x, out.array, steps)
     return out.done()
-
-
-@partial(jax.jit, static_argnums=0)
-@full_float32
-def _apply(apply: Apply, params: Any, x: Array) -> Array:
-    return apply(params, x)
 
 
 def observe_input(
@@ -130,25 +124,6 @@ def _means(
     used, held = totals
     assert used is not None
     return means(used), None if held is None else means(held)
-
-
-def tempered(sensitivity: np.ndarray, power: float, counted: int) -> np.ndarray:
-    """How much each token counts: its sensitivity to a power.
-
-    Below 1 the first position of a window counts as the mean of the others: what a model does there is the same in
-    every window, and says nothing of the text.
-
-    Args:
-      sensitivity: f32[windows, context].
-      power: 1 leaves it as it is.
-      counted: the windows over which the mean is 1.
-    """
-    if power == 1:
-        return sensitivity
-    made = sensitivity.astype(np.float64) ** power
-    if made.shape[1] > 1:
-        made[:, 0] = made[:counted, 1:].mean()
-    return (made / max(made[:counted].mean(), 1e-30)).astype(np.float32)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -28,6 +28,7 @@ class CalibrationReport:
       first_heldout_loss, heldout_loss: the same on tokens that did not; None where none were held out.
       damping: lambda of H + lambda diag(H) in force.
       tokens: seen at the weight's input; of a stack, at that of the matrix that saw the fewest.
+      effective_tokens, effective_windows: as many that count alike would know as much, where tokens do not count alike.
       seconds: spent on the weight, statistics not included; weights rounded together share them.
       note: what a reader should know, as that it saw fewer tokens than it has inputs.
       shrinkage, cross_share: how far H was shrunk toward its diagonal, and the share of the cross term that was taken;
@@ -44,6 +45,8 @@ class CalibrationReport:
     tokens: int
     seconds: float
     note: str = ""
+    effective_tokens: float | None = None
+    effective_windows: float | None = None
     shrinkage: float | None = None
     cross_share: float | None = None
     guarded: bool = False

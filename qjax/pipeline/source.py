@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import UserError
+from qjax.evaluate.sizes import Sizes, counted
 from qjax.io.checkpoint import locate
 from qjax.io.gguf_model import ROPE_FREQS, metadata_of, open_gguf_model
-from qjax.io.huggingface import get_leaf, open_model
+from qjax.io.gguf_model import card_of as card_of_gguf
+from qjax.io.gguf_types import DENSE
+from qjax.io.huggingface import card_of, get_leaf, open_model
 from qjax.io.llama2c import load_llama2c
+from qjax.io.multimodal import language_settings
 from qjax.io.safetensors import FLOATS, Checkpoint
 from qjax.io.tokenizer_gguf import tokenizer_from_gguf
 from qjax.io.tokenizer_hf import read_json, read_tokenizer
+from qjax.models.card import Card, stops_of
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, rope_freqs, weight_names
+from qjax.models.parts import Table
 from qjax.pipeline.source_tensor import SourceTensor
 from qjax.plan import Weight
 from qjax.tokenizer import Tokenizer
@@ -35,23 +42,38 @@ class Source:
     Attributes:
       path: where it lies.
       config: the decoder.
-      metadata: the keys of a GGUF file of this model, tokenizer included.
       tensors: all of them, in no particular order.
       is_gguf: kept tensors keep their types; otherwise vectors become F32, as llama.cpp wants them.
-      read_tokenizer: what `tokenizer` is the result of.
+      read_tokenizer, read_card, read_metadata: what `tokenizer`, `card` and `metadata` are the results of.
     """
 
     path: Path
     config: DecoderConfig
-    metadata: Mapping[str, Any]
     tensors: tuple[SourceTensor, ...]
     is_gguf: bool
     read_tokenizer: Callable[[], Tokenizer | None]
+    read_card: Callable[[], Card]
+    read_metadata: Callable[[], Mapping[str, Any]]
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Read when it is first asked for."""
+        """Read when it is first asked for, as the next two are."""
         return self.read_tokenizer()
+
+    @cached_property
+    def card(self) -> Card:
+        """What else the files say."""
+        return self.read_card()
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """The keys of a GGUF file of this model, tokenizer included."""
+        return self.read_metadata()
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return stops_of(self.tokenizer, self.card)
 
     def part(self, name: str) -> dict[str, Any]:
         """A part of the params tree, read now: "embed", "layers_3", "final_norm", "head"; float32."""
@@ -63,6 +85,17 @@ class Source:
             leaf = self._by_path["/".join(w.path)].flax_leaf(w, self.is_gguf)
             at[w.path[-1]] = jnp.asarray(leaf)
         return tree
+
+    def table(self, name: str) -> Table:
+        """Tokens i[n] -> their rows f32[n, dim] of the part "embed" or "head", read when they are asked for."""
+        (w,) = self._names[name]
+        return self._by_path["/".join(w.path)].rows
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What its weights take in their files."""
+        weights = [self._by_path["/".join(w.path)] for names in self._names.values() for w in names]
+        return counted((math.prod(t.weight.shape), t.nbytes, t.type not in DENSE) for t in weights)
 
     @cached_property
     def _names(self) -> dict[str, list[WeightName]]:
@@ -112,7 +145,7 @@ def open_source(path: str | Path, pre: str | None = None) -> Source:
         _tensor(w, "F32", values=np.ascontiguousarray(w.turned(leaves[w.gguf]), np.float32))
         for w in weight_names(model.config)
     ]
-    return _converted(path, model.config, model.tokenizer, tensors, pre)
+    return _converted(path, model.config, lambda: model.tokenizer, lambda: model.card, tensors, pre)
 
 
 def _open_folder(path: Path, pre: str | None) -> Source:
@@ -125,8 +158,9 @@ def _open_folder(path: Path, pre: str | None) -> Source:
             raise UserError(f"{path}: the experts of {w.hf!r} have different types, {' and '.join(sorted(kinds))}")
         whole = parts[0] if len(parts) == 1 else _tensor(w, parts[0].type, parts=parts)
         tensors.append(whole)
-    tokenizer = read_tokenizer(path, read_json(path / "config.json"))
-    return _converted(path, config, tokenizer, tensors, pre)
+    facts = read_json(path / "config.json")
+    settings, tokenizer = language_settings(facts), cache(lambda: read_tokenizer(path, facts))
+    return _converted(path, config, tokenizer, lambda: card_of(path, settings, config, checkpoint), tensors, pre)
 
 
 def _of_checkpoint(w: WeightName, name: str, checkpoint: Checkpoint) -> SourceTensor:
@@ -148,17 +182,28 @@ def _tensor(w: WeightName, kind: str, **where: Any) -> SourceTensor:
 
 
 def _converted(
-    path: Path, config: DecoderConfig, tokenizer: Tokenizer | None, tensors: list[SourceTensor], pre: str | None
+    path: Path,
+    config: DecoderConfig,
+    tokenizer: Callable[[], Tokenizer | None],
+    card: Callable[[], Card],
+    tensors: list[SourceTensor],
+    pre: str | None,
 ) -> Source:
-    """A source that was no GGUF file and gets the metadata of one."""
-    if tokenizer is None:
-        raise UserError(f"{path}: has no tokenizer, and llama.cpp loads no file without one; put tokenizer.json there")
+    """A source that was no GGUF file and gets the metadata of one where it is asked for."""
     freqs = rope_freqs(config)
     if freqs is not None:
         weight = Weight(ROPE_FREQS, freqs.shape, ROPE_FREQS)
         tensors.append(SourceTensor(weight, "F32", values=freqs, nbytes=freqs.nbytes))
-    metadata = metadata_of(config, tokenizer, pre, path.resolve().stem, "F32")
-    return Source(path, config, metadata, tuple(tensors), False, lambda: tokenizer)
+
+    def metadata() -> Mapping[str, Any]:
+        found = tokenizer()
+        if found is None:
+            raise UserError(
+                f"{path}: has no tokenizer, and llama.cpp loads no file without one; put tokenizer.json there"
+            )
+        return metadata_of(config, found, pre, path.resolve().stem, "F32")
+
+    return Source(path, config, tuple(tensors), False, tokenizer, card, metadata)
 
 
 def _open_gguf(path: Path, pre: str | None) -> Source:
@@ -170,5 +215,11 @@ def _open_gguf(path: Path, pre: str | None) -> Source:
             weight = Weight(paths.get(e.name, e.name), e.shape, e.name)
             yield SourceTensor(weight, e.type, path, e.offset, e.nbytes)
 
+    def tokenizer() -> Tokenizer | None:
+        try:
+            return tokenizer_from_gguf(file.metadata, pre)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from e
+
     metadata = dict(file.metadata) | ({} if pre is None else {"tokenizer.ggml.pre": pre})
-    return Source(path, config, metadata, tuple(tensors()), True, lambda: tokenizer_from_gguf(file.metadata, pre))
+    return Source(path, config, tuple(tensors()), True, tokenizer, lambda: card_of_gguf(file), lambda: metadata)

@@ -60,10 +60,11 @@ class SourceTensor:
         """What lies in one place each: its parts, or itself."""
         return self.parts or (self,)
 
-    def raw(self) -> np.ndarray:
-        """Its bytes: u8[nbytes], mapped. A hint asks the disk to have them ready."""
+    def raw(self, ahead: bool = True) -> np.ndarray:
+        """Its bytes: u8[nbytes], mapped. A hint asks the disk to have them ready, unless they are not to be read
+        `ahead`."""
         if self.parts:
-            return np.concatenate([part.raw() for part in self.parts])
+            return np.concatenate([part.raw(ahead) for part in self.parts])
         if self.values is not None:
             return self.values.reshape(-1).view(np.uint8)
         with open(self.file, "rb") as f:
@@ -71,11 +72,24 @@ class SourceTensor:
                 raise UserError(f"{self.file}: tensor {self.name!r} ends beyond the file's end; the file is truncated")
             if self.nbytes == 0:
                 return np.empty(0, np.uint8)
-            if hasattr(os, "posix_fadvise"):
+            if ahead and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(f.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
             skip = self.offset % mmap.ALLOCATIONGRANULARITY
             mapped = mmap.mmap(f.fileno(), skip + self.nbytes, access=mmap.ACCESS_READ, offset=self.offset - skip)
         return np.frombuffer(mapped, np.uint8)[skip:]
+
+    def rows(self, which: np.ndarray) -> np.ndarray:
+        """f32[n, in]: some rows of the values in the file; the others are not read."""
+        count, first = self.weight.shape[0], int(np.min(which, initial=0))
+        last = int(np.max(which, initial=0))
+        span = self.nbytes // count
+        part = dataclasses.replace(self, offset=self.offset + first * span, nbytes=(last + 1 - first) * span)
+        if self.values is not None:
+            part = dataclasses.replace(part, values=self.values[first : last + 1])
+        raw = part.raw(ahead=last + 1 - first <= len(which)).reshape(-1, span)[np.asarray(which) - first]
+        if self.type in DENSE:
+            return raw.view(DENSE[self.type]).astype(np.float32)
+        return np.asarray(dequantize(from_bytes(self.type, raw.reshape(-1), (len(raw), self.weight.shape[1]))))
 
     def read(self) -> np.ndarray:
         """Its values (out, in) as a GGUF file holds them: a view of the mapped file where nothing has to be done."""

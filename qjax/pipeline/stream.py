@@ -118,19 +118,19 @@ def quantize_file(
         if _HEADER not in partial.finished:
             partial.write(_HEADER, 0, place.header)
         _run([job for job in jobs if job.tensor.weight.path not in formats], place, importance, partial, progress)
+        told: tuple[str, ...] = ()
         if formats:
             assert calibration is not None
-            _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
-        return Report(
-            tuple(_line(job, partial.finished[job.info.name]) for job in jobs), (plan.note,) if plan.note else ()
-        )
+            told = _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
+        lines = tuple(_line(job, partial.finished[job.info.name]) for job in jobs)
+        return Report(lines, (*((plan.note,) if plan.note else ()), *told))
 
 
 def _walk(
     source: Source, out: Path, key: str, jobs: Sequence[Job], formats: Mapping[str, tuple[Format, Recipe]],
     calibration: Calibration, place: Layout, partial: Partial, walked: Callable[[WeightDone], None],
     notify: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> tuple[str, ...]:  # fmt: skip
     names = {"/".join(w.path): w for w in weight_names(source.config)}
 
     def emit(path: str, leaf: Any, q: QTensor, line: CalibrationReport | None) -> None:
@@ -141,7 +141,7 @@ def _walk(
 
     earlier = _Earlier({path: names[path] for path in formats}, jobs, place, partial)
     with walk_folder(out, key, notify) as folder:
-        walk(
+        return walk(
             stages_of(source.config), source.part, formats, calibration, emit,
             folder=folder, earlier=earlier, progress=walked, notify=notify,
         )  # fmt: skip

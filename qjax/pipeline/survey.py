@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Activations
 from qjax.pipeline.head import head_step
+from qjax.pipeline.massive import Found, Massive, massive_at, summed
 from qjax.pipeline.passes import Load, block_step, checked, embed_step, groups_of, head_weights, run_piece
 from qjax.pipeline.windows import Calibration
 
@@ -42,6 +44,8 @@ class Survey:
       tokens: how many the two are means over.
       sensitivity: f32[groups of the block, windows, context] for every block, each group's mean 1.
       head_sensitivity: f32[windows, context].
+      alike: bool[blocks, windows, context], the tokens that are massive in front of a block or behind it.
+      massive: the channels that make them so.
     """
 
     embedding: np.ndarray
@@ -49,6 +53,8 @@ class Survey:
     tokens: int
     sensitivity: tuple[np.ndarray, ...]
     head_sensitivity: np.ndarray
+    alike: np.ndarray
+    massive: tuple[Massive, ...] = ()
 
 
 def survey(
@@ -72,7 +78,7 @@ def survey(
       UserError: NaN or Inf in a weight.
     """
     load, tokens, steps, counted = checked(load), calibration.tokens, calibration.steps, calibration.used
-    inputs, head_params = _forward(stages, load, calibration, folder, notify)
+    inputs, found, head_params = _forward(stages, load, calibration, folder, notify)
     dim = stages.dim
     gradient = np.empty((len(tokens), tokens.shape[1], dim), np.float32)
     head = np.zeros((dim, dim), np.float32)
@@ -108,18 +114,22 @@ def survey(
             )
     count = counted * tokens.shape[1]
     mean = max(float(head_sensitivity[:counted].mean()), 1e-30)
-    return Survey(C / count, head / count, count, tuple(reversed(sensitivity)), head_sensitivity / mean)
+    alike = np.stack([a.tokens | b.tokens for a, b in pairwise(found)])
+    means = C / count, head / count, count
+    return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found))
 
 
 def _forward(
     stages: Stages, load: Load, calibration: Calibration, folder: Path | None, notify: Notify
-) -> tuple[list[Activations], Any]:
-    """The inputs of all blocks and of the head, and the head's weights."""
+) -> tuple[list[Activations], list[Found], Any]:
+    """The inputs of all blocks and of the head, what is massive in each, and the head's weights."""
     tokens, steps = calibration.tokens, calibration.steps
     embed = {"embed": load("embed")}
     shape = (*tokens.shape, stages.dim)
     inputs = [run_piece(stages.embed, embed, tokens, shape, steps, folder, "float_0")]
+    found = [massive_at(inputs[0].array)]
     for i, apply in enumerate(stages.blocks):
         notify(f"float model: layers_{i}, float")
         inputs.append(run_piece(apply, load(f"layers_{i}"), inputs[-1].array, shape, steps, folder, f"float_{i + 1}"))
-    return inputs, head_weights(stages, load)
+        found.append(massive_at(inputs[-1].array))
+    return inputs, found, head_weights(stages, load)

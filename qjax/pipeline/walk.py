@@ -27,14 +27,16 @@ from qjax.lifting import Use
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
 from qjax.pipeline.few_tokens import NOTE, are_few
-from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece, tempered
+from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
+from qjax.pipeline.token_weights import effective, tempered
 from qjax.pipeline.walk_state import commit, resumed, save_survey, saved_survey
 from qjax.pipeline.windows import Calibration
 from qjax.recipes import Recipe
 from qjax.rounding.ldlq import LDLQ
+from qjax.rounding.shrinkage import Split
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
@@ -60,16 +62,39 @@ class WeightDone:
 
 Formats = Mapping[str, tuple[Format, Recipe]]
 Emit = Callable[[str, Any, QTensor, CalibrationReport | None], None]  # path, float weight, what became of it
-Round = Callable[[str, Any, int, Stats | None, Stats | None], Array]  # -> the rounded weight, dense
+Round = Callable[[str, Any, int, "Seen"], Array]  # path, weight, axis, its input -> the rounded weight, dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is known of an input.
+
+    Attributes:
+      stats, heldout: of the windows that are used, and of those held out; None where nothing was wanted.
+      effective: tokens and windows behind them, see `effective`; None where tokens count alike.
+      shared: what the weights of this input make of it together.
+    """
+
+    stats: Stats | None = None
+    heldout: Stats | None = None
+    effective: tuple[float, float] | None = None
+    shared: dict[Any, Split] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """What is the same for every piece: see `walk`; `observe` takes what `observe_input` takes behind the kinds."""
+    """What is the same for every piece: see `walk`.
+
+    Attributes:
+      counted: the windows over which tokens weigh 1 on average; those that are used, not held out.
+      makes_codes: the windows whose tokens make codes in the end: where a recipe shrinks, all.
+      observe: takes what `observe_input` takes behind the kinds.
+    """
 
     formats: Formats
     earlier: Mapping[str, QTensor]
     counted: int
+    makes_codes: int
     sequential: bool
     observe: Callable[..., tuple[Stats, Stats | None]]
     round_one: Round
@@ -87,14 +112,14 @@ def walk(
     seen: Survey | None = None,
     progress: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
-) -> None:
+) -> tuple[str, ...]:
     """Round all weights of a decoder that `formats` names.
 
     Args:
       stages: the model's pieces.
       load: name of a part of the params tree -> its float32 weights; each is asked for a few times.
       formats: {path: (format, recipe)}.
-      calibration: the text.
+      calibration: the text; a quarter of its windows at least is held out where a recipe shrinks.
       emit: takes each weight, as it was and rounded.
       folder: where to keep the state; a second call with the same arguments continues there.
       earlier: what another run with these arguments has emitted: not rounded again. Where one behind the state is
@@ -103,13 +128,16 @@ def walk(
       progress: called after each weight.
       notify: told in one line what the walk is doing before it reaches the blocks.
 
+    Returns: what a reader should know of the model: its massive activations, where the survey saw some.
+
     Raises:
       UserError: as `round_leaf`; NaN or Inf in any weight or activation, or nothing but zeros; it names the weight.
     """
     if all(path in earlier for path in formats):
-        return
+        return ()
     load = checked(load)
     recipes = [recipe for _, recipe in formats.values()]
+    calibration = calibration.to_shrink() if any(r.shrink for r in recipes) else calibration
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
     both = "cross" in kinds
@@ -124,28 +152,32 @@ def walk(
     if start:
         notify(f"continuing behind block {start} of {len(stages.blocks)}")
 
-    def round_one(path: str, leaf: Any, axis: int, stats: Stats | None, heldout: Stats | None) -> Array:
+    def round_one(path: str, leaf: Any, axis: int, seen: Seen) -> Array:
         nonlocal done
         done += 1
         if path in earlier:
             progress(WeightDone(path, done, len(formats)))
             return dequantize(earlier[path])
         format, recipe = formats[path]
-        blind = stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
+        blind = seen.stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
         note = LOOKED_UP if path == EMBEDDING and recipe.reparams else ""
         note = "has no input: nearest, without importance" if blind else note
         recipe = plain(recipe) if blind else recipe
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
-        q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
-        if stats is not None and are_few(stats, float(leaf.shape[axis])):
+        q, line = round_leaf(path, leaf, axis, format, recipe, seen.stats or Stats(), seen.heldout, seen.shared)
+        if seen.stats is not None and are_few(seen.stats, float(leaf.shape[axis])):
             note = "; ".join(filter(None, (line.note, NOTE)))
-        line = dataclasses.replace(line, note=note) if note else line
+        tokens, windows = seen.effective or (None, None)
+        line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
         return dequantize(q)
 
     if seen is None:
         seen = _surveyed(stages, load, formats, calibration, shape, folder, notify)
+    told = () if seen is None else tuple(map(str, seen.massive))
+    for line in told:
+        notify(line)
     if streams is None:
         floats = {"embed": load("embed")}
         embedding = _rounded_embedding(stages, floats, formats, seen, round_one)
@@ -155,11 +187,13 @@ def walk(
         streams = Streams(x, x_float)
         commit(folder, 0, streams)
 
-    how = _How(formats, earlier, calibration.used, sequential, partial(observe_input, calibration, kinds), round_one)
+    observe = partial(observe_input, calibration, kinds)
+    makes_codes = len(calibration.tokens) if any(r.shrink for r in recipes) else calibration.used
+    how = _How(formats, earlier, calibration.used, makes_codes, sequential, observe, round_one)
     for i in range(start, len(stages.blocks)):
         apply, floats = stages.blocks[i], load(stages.names[i])
-        weight = None if seen is None else seen.sensitivity[i]
-        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), floats, streams, weight, how)
+        weights = None if seen is None else (seen.sensitivity[i], seen.alike[i])
+        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), floats, streams, weights, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
@@ -168,10 +202,11 @@ def walk(
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
     if not stages.tied:
-        weight = None if seen is None else seen.head_sensitivity[None]
+        weights = None if seen is None else (seen.head_sensitivity[None], None)
         floats = head_weights(stages, load)
-        _rounded_piece("", (stages.head, stages.head), floats, streams, weight, how)
+        _rounded_piece("", (stages.head, stages.head), floats, streams, weights, how)
     streams.drop()
+    return told
 
 
 def _surveyed(
@@ -203,7 +238,7 @@ def _rounded_embedding(stages: Stages, params: Any, formats: Formats, seen: Surv
     if seen is not None and "H" in formats[EMBEDDING][1].requires:
         C = seen.embedding + seen.head if stages.tied else seen.embedding
         stats = Stats(H=jnp.asarray(C), count=jnp.float32(seen.tokens))
-    return {"embed": {"embedding": round_one(EMBEDDING, params["embed"]["embedding"], -1, stats, None)}}
+    return {"embed": {"embedding": round_one(EMBEDDING, params["embed"]["embedding"], -1, Seen(stats))}}
 
 
 def _rounded_piece(
@@ -211,7 +246,7 @@ def _rounded_piece(
     applies: tuple[Apply, Apply],
     floats: Any,
     streams: Streams,
-    sensitivity: np.ndarray | None,
+    weights: tuple[np.ndarray, np.ndarray | None] | None,
     how: _How,
 ) -> Any:
     """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
@@ -220,13 +255,18 @@ def _rounded_piece(
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
     for g, group in enumerate(groups_of(apply, floats, example)):
         todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats}
-        stats = heldout = None
+        seen = Seen()
         if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
             power = float(max(how.formats[name][1].sensitive for name in todo))
-            weight = None if sensitivity is None or not power else tempered(sensitivity[g], power, how.counted)
+            weight = known = None
+            if weights is not None and power:
+                sensitivity, alike = weights
+                weight = tempered(sensitivity[g], power, how.counted, alike)
+                known = effective(weight[: how.makes_codes])
             stats, heldout = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
+            seen = Seen(stats, heldout, known)
         for name, use in todo.items():
-            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), stats, heldout)
+            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), seen)
             now = _put(now, use.path, w_hat) if how.sequential else now
     return now
 

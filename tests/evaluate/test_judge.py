@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from qjax.errors import UserError
-from qjax.evaluate import perplexity as pp
 from qjax.evaluate.judge import baseline_of, judge, window_divergences, windows_of
+from qjax.evaluate.network import _tally
 from qjax.evaluate.sizes import relative_rmse, sizes, tensor_rows
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
 from qjax.models.model import Model
+from qjax.models.parts import run
 from qjax.tensor import dequantize, quantize
 from qjax.tokenizer import Tokenizer
 
@@ -88,10 +89,11 @@ def test_packed_weights_are_judged_at_their_decoded_values(packed, text):
 def test_formats_share_one_program(model, packed, text):
     baseline = baseline_of(model, text, context=16)
     judge(model, baseline=baseline)
-    before = pp.run_trunk._cache_size()
+    judge(model, text, context=16)
+    before = run._cache_size(), _tally._cache_size()
     judge(packed, baseline=baseline)
     judge(packed, text, context=16)
-    assert pp.run_trunk._cache_size() == before
+    assert (run._cache_size(), _tally._cache_size()) == before
 
 
 def test_json_is_flat_and_stable(model, packed, text):

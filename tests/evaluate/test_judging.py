@@ -1,5 +1,7 @@
 """Perplexity and divergence against a plain float64 re-implementation, on a tiny random decoder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from qjax.errors import UserError
 from qjax.evaluate import divergence as kl
+from qjax.evaluate import network as network_module
 from qjax.evaluate import perplexity as pp
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
@@ -167,6 +170,33 @@ def test_kl_keeps_its_digits_where_it_is_tiny(rng):
         np.testing.assert_allclose(kl.kl_of(jnp.asarray(base), jnp.asarray(other)), want, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
+def test_a_vocabulary_in_chunks_says_the_same(rng, size):
+    """Chunks of 16, the last of which begins early; the masses lie in different chunks for different positions."""
+    base = (rng.normal(size=(6, 53)) * 4 + np.linspace(-20, 20, 6)[:, None] * (np.arange(53) > 30)).astype(np.float32)
+    z, target = (base + size * rng.normal(size=base.shape)).astype(np.float32), np.arange(6) * 9
+    seen, apart = (network_module.nothing_seen(6),) * 2, network_module.nothing_apart(6)
+    readers, weights, x = (Table("z"), Table("base")), ({"z": z}, {"base": base}), (jnp.zeros((6, 1)),) * 2
+    for c, start in enumerate((0, 16, 32, 37)):
+        seen, apart = network_module._tally(readers, 16, weights, x, target, start, 16 * c, (seen, apart))
+    got = network_module._settled((seen, apart))
+    p, q = log_softmax64(base), log_softmax64(z)
+    np.testing.assert_allclose(got["nll"], -q[np.arange(6), target], rtol=1e-5)
+    np.testing.assert_allclose(got["nll_base"], -p[np.arange(6), target], rtol=1e-5)
+    np.testing.assert_allclose(got["kl"], (np.exp(p) * (p - q)).sum(1), rtol=2e-4)
+    np.testing.assert_array_equal(got["same_top"], base.argmax(1) == z.argmax(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Scores that are given."""
+
+    name: str
+
+    def scores(self, weights, n, start, count):
+        return jax.lax.dynamic_slice_in_dim(weights[self.name], start, count, axis=1)
+
+
 def test_kl_of_distributions_far_apart_is_finite():
     z = jnp.array([[0.0, 200.0, -300.0]])
     np.testing.assert_allclose(kl.kl_of(z, z[:, ::-1]), 0.0, atol=1e-6)  # the same top token, with certainty
@@ -184,16 +214,19 @@ def test_a_model_does_not_diverge_from_itself(params, tokens, cache_bytes):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_cut_decoder_is_the_decoder(tokens, tied):
-    from dataclasses import replace
-
-    config = replace(CONFIG, tied=tied, logit_softcap=5.0, embed_scale=True)
+def test_a_decoder_in_parts_is_the_decoder(tokens, tied):
+    """Its hidden states through its head, a chunk of the vocabulary at a time, are the logits."""
+    config = dataclasses.replace(CONFIG, tied=tied, logit_softcap=5.0, embed_scale=True)
     tree = random_params(config)
     network = pp.network_of_decoder(config)
-    ids = jnp.asarray(tokens[:32].reshape(2, 16), jnp.int32)
+    ids = tokens[:32].reshape(2, 16).astype(np.int32)
     whole = jax.jit(Decoder(config).apply)({"params": tree}, ids)
-    cut = jax.jit(network.head)(tree, jax.jit(network.trunk)(tree, ids).reshape(32, -1))
-    np.testing.assert_allclose(cut, whole.reshape(32, -1), rtol=1e-6, atol=1e-6)
+    hidden = network.read(tree, ids, 0, 2, lambda *at: None)
+    end = network.scoring(tree, hidden.shape[-1])
+    cut = np.concatenate(
+        [network.scores(end.weights(s, n), jnp.asarray(hidden), s, n) for s, n in ((0, 40), (40, 21))], axis=-1
+    )
+    np.testing.assert_allclose(cut, whole[:, :-1], atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.mark.sampled(1)
@@ -208,7 +241,7 @@ def test_batches_and_chunks_do_not_change_the_result(params, tokens, cached, mon
 
     first = results(apply, 1)
     again = [results(apply, 4), results(apply, 100), results(pp.network_of_decoder(CONFIG), 2)]
-    monkeypatch.setattr(pp, "HEAD_ELEMENTS", 5 * CONFIG.vocab)  # 5 positions at a time, in ragged chunks
+    monkeypatch.setattr(network_module, "HEAD_ELEMENTS", 5 * CONFIG.vocab)  # 5 positions at a time, in ragged chunks
     again.append(results(lambda p, t: apply(p, t), 4))
     for result in again:
         for one, two in zip(first, result, strict=True):

@@ -11,6 +11,7 @@ from tiny_families import tiny
 import qjax
 from qjax.errors import UserError
 from qjax.models import generate as generation
+from qjax.models import parts
 from qjax.models.generate import Sampling, generate, sample
 from qjax.models.model import Model, dense_params, forward
 
@@ -34,13 +35,11 @@ def test_greedy_tokens_are_the_argmax_of_the_uncached_forward_pass(name):
     assert len(set(made)) > 2
 
 
-def test_one_compilation_serves_every_position_and_nearby_lengths(model):
-    generation._step.clear_cache()
-    generation._prefill.clear_cache()
+def test_one_compilation_serves_every_layer_and_position_and_nearby_lengths(model):
+    generation._block.clear_cache()
     list(generate(model, PROMPT, 20))
     list(generate(model, PROMPT[:3], 30))
-    assert generation._step._cache_size() == 1
-    assert generation._prefill._cache_size() == 1
+    assert generation._block._cache_size() == 2  # the prompt, and one token
 
 
 def test_a_prompt_longer_than_the_padding_and_a_full_context():
@@ -128,6 +127,27 @@ def test_packed_weights_are_decoded_first():
     tokens = jnp.array([PROMPT])
     np.testing.assert_array_equal(Model(config, packed).logits(tokens), forward(config, dense, tokens))
     assert list(generate(Model(config, packed), PROMPT, 5)) == list(generate(Model(config, dense), PROMPT, 5))
+
+
+@pytest.mark.parametrize("held", [0, 160_000])
+def test_a_model_too_large_to_be_held_makes_the_same_tokens(model, held, monkeypatch):
+    """Parts that do not fit are asked for at each step; the head of a file, some rows at a time."""
+    asked = []
+
+    class File:
+        config, tokenizer = model.config, None
+
+        def part(self, name):
+            asked.append(name)
+            return model.part(name)
+
+        def table(self, name):
+            return model.table(name)
+
+    monkeypatch.setattr(parts, "HEAD_WEIGHTS", 30 * model.config.dim)
+    assert list(generate(File(), PROMPT, 6, held_bytes=held)) == list(generate(model, PROMPT, 6))
+    again = [asked.count(f"layers_{i}") for i in range(model.config.layers)]
+    assert ("head" in asked) == (held > 0) and again == ([6, 6] if held == 0 else [1, 6])
 
 
 def test_logits_check_their_tokens(model):

@@ -30,14 +30,16 @@ def test_embed_blocks_head_make_the_decoder(name):
     assert logits.dtype == jnp.float32
 
 
-def test_a_decoder_cut_behind_its_final_norm_gives_the_logits():
-    """Granite divides its logits: once, wherever the cut is."""
+def test_granite_divides_its_logits_once():
+    """Wherever the cut is: here behind the final norm."""
     config, params = tiny("granite")
     tokens = tiny_tokens(config)
     network = network_of_decoder(config)
     expected = np.asarray(Decoder(config).apply({"params": params}, tokens))
-    cut = network.head(params, network.trunk(params, tokens)[0])
-    np.testing.assert_allclose(cut, expected[0], atol=1e-5 * np.abs(expected).max())
+    hidden = network.read(params, np.asarray(tokens), 0, len(tokens), lambda *at: None)
+    end = network.scoring(params, hidden.shape[-1])
+    cut = network.scores(end.weights(0, end.vocab), jnp.asarray(hidden), 0, end.vocab)
+    np.testing.assert_allclose(cut, expected[:, :-1], atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name, different", ALIKE.items())

@@ -1,0 +1,111 @@
+"""A decoder whose weights are asked for a part at a time, so that it need not be in memory as a whole.
+
+    embed | layers_0 | layers_1 | ... | final_norm | head          a tied head is the embedding
+
+    x_0 = embed(tokens)     x_{i+1} = block_i(x_i) of all windows, then the next block: each part is asked for once
+
+A `Model` holds its parts, packed or not; an opened file (`qjax.pipeline.source`) reads them when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.compiled import full_float32
+from qjax.models.config import DecoderConfig
+from qjax.models.model import Model, Running
+from qjax.models.stages import Apply, Stages
+from qjax.tokenizer import Tokenizer
+from qjax.typing import Array, Float
+
+HEAD_WEIGHTS = 1 << 24  # of the head in memory at a time, where it is read from a file: 64 MiB in float32
+Table = Callable[[np.ndarray], Any]
+
+
+@runtime_checkable
+class Parts(Protocol):
+    """A decoder in parts: what a `Model` and an opened file have in common."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The architecture."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Turns text into token ids and back."""
+
+    def part(self, name: str) -> Any:
+        """A part of the params tree ("embed", "layers_3", "final_norm", "head") in float32, but for weights that round
+        their inputs, which stay packed."""
+
+    def table(self, name: str) -> Table:
+        """Tokens i[n] -> their rows f32[n, dim] of the part "embed" or "head"."""
+
+
+@partial(jax.jit, static_argnums=0)
+@full_float32
+def run(apply: Apply, params: Any, x: Array | np.ndarray) -> Array:
+    """apply(params, x), compiled once a shape; params may hold packed weights."""
+    return Running(apply)(params, x)
+
+
+def run_windows(apply: Apply, params: Any, x: np.ndarray, out: np.ndarray, steps: Iterable[slice]) -> None:
+    """out = apply(params, x) of all windows, a step at a time; `out` may be `x` itself."""
+    for at in steps:
+        out[at] = np.asarray(run(apply, params, jnp.asarray(x[at])))
+
+
+def embed(stages: Stages, table: Table, tokens: np.ndarray) -> Float[Array, "b t d"]:
+    """What the first block reads of tokens i[b, t]: their rows of the embedding alone are looked at."""
+    rows = jnp.asarray(table(np.asarray(tokens).reshape(-1)))
+    places = np.arange(tokens.size, dtype=np.int32).reshape(tokens.shape)
+    return run(stages.embed, {"embed": {"embedding": rows}}, places)
+
+
+Head = tuple[int, Callable[[int, int], Any]]
+"""Tokens of the vocabulary whose scores are made at a time; (start, count) -> what `stages.scores` takes for them."""
+
+
+def head_of(parts: Parts, stages: Stages, part: Callable[[str], Any] | None = None, small: int | None = None) -> Head:
+    """The weights of the head: whole where the model is in memory or the head small, else so many rows at a time.
+
+    Args:
+      parts: the model.
+      stages: of it.
+      part: in place of `parts.part`.
+      small: weights of a head that is asked for whole; None: HEAD_WEIGHTS.
+    """
+    name = "embed" if stages.tied else "head"
+    if isinstance(parts, Model) or stages.vocab * stages.dim <= (HEAD_WEIGHTS if small is None else small):
+        whole = {name: (part or parts.part)(name)}
+        return stages.vocab, lambda start, count: whole
+    table = parts.table(name)
+
+    def rows(start: int, count: int) -> dict[str, Any]:
+        found = jnp.asarray(table(np.arange(start, start + count)))
+        return {"embed": {"embedding": found}} if stages.tied else {"head": {"kernel": found.T}}
+
+    return max(1, HEAD_WEIGHTS // stages.dim), rows
+
+
+class Held:
+    """Parts of a model in float32, of which those asked for first are kept as long as they fit."""
+
+    def __init__(self, parts: Parts, nbytes: int):
+        self._parts, self._left = parts, nbytes
+        self._kept: dict[str, Any] = {}
+
+    def __call__(self, name: str) -> Any:
+        if name in self._kept:
+            return self._kept[name]
+        part = self._parts.part(name)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(part))
+        if size <= self._left:
+            self._kept[name], self._left = part, self._left - size
+        return part
