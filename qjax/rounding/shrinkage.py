@@ -107,7 +107,8 @@ def leftover(
     """diag(L^-1 H' L^-T) with L the unit lower factor of H_a in act-order; infinite where H_a has none."""
     f = ordered(toward_diagonal(H, a), damping, "act", tile, group)
     inverse = jax.scipy.linalg.solve_triangular(f.c, jnp.eye(H.shape[0], dtype=H.dtype), lower=True)
-    product = lax.dot(inverse, heldout[f.order][:, f.order], precision=lax.Precision.HIGHEST)
+    there = lax.optimization_barrier(heldout[f.order][:, f.order])  # XLA would look each factor of the product up
+    product = lax.dot(inverse, there, precision=lax.Precision.HIGHEST)
     left = jnp.square(jnp.diagonal(f.c)) * jnp.sum(product * inverse, axis=1)  # L = c / diag(c)
     left = jnp.where(jnp.all(jnp.isfinite(left)), left, jnp.inf)
     return jnp.zeros_like(left).at[f.order].set(left)
