@@ -44,10 +44,13 @@ def in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Ar
     factor = None if stats.H is None else _factored(seen["H"], grid, recipe.roundings, recipe.damping)
     program = _program(height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None)
     heldout = None if heldout is None else jnp.asarray(np.asarray(heldout))
-    padded = jnp.pad(w, ((0, -rows % height), (0, 0)))
-    parts = [padded[at : at + height] for at in range(0, len(padded), height)]
+
+    def rounded(at: int) -> Rounded:
+        part = w[at : at + height]  # as many copies as threads, not one of the whole
+        return program(jnp.pad(part, ((0, height - len(part)), (0, 0))), seen, heldout, factor)
+
     with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
-        made = list(pool.map(lambda part: program(part, seen, heldout, factor), parts))
+        made = list(pool.map(rounded, range(0, rows, height)))
     joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded) if f.name != "outliers"}
     scales = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:rows], *joined.pop("scales"))
     codes = jnp.concatenate(joined.pop("codes"))[:rows]
