@@ -24,9 +24,10 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.lifting import Use
+from qjax.models.parts import Parts
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
-from qjax.pipeline.passes import Load, checked, groups_of, head_weights, observe_input, run_piece, tempered
+from qjax.pipeline.passes import Checked, embedded, groups_of, head_weights, observe_input, run_piece, tempered
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
@@ -76,7 +77,7 @@ class _How:
 
 def walk(
     stages: Stages,
-    load: Load,
+    model: Parts,
     formats: Formats,
     calibration: Calibration,
     emit: Emit,
@@ -91,7 +92,7 @@ def walk(
 
     Args:
       stages: the model's pieces.
-      load: name of a part of the params tree -> its float32 weights; each is asked for a few times.
+      model: its float32 weights, asked for a part at a time.
       formats: {path: (format, recipe)}.
       calibration: the text.
       emit: takes each weight, as it was and rounded.
@@ -107,7 +108,7 @@ def walk(
     """
     if all(path in earlier for path in formats):
         return
-    load = checked(load)
+    parts = Checked(model)
     recipes = [recipe for _, recipe in formats.values()]
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
@@ -142,38 +143,39 @@ def walk(
         return dequantize(q)
 
     if seen is None:
-        seen = _surveyed(stages, load, formats, calibration, shape, folder, notify)
+        seen = _surveyed(stages, model, formats, calibration, shape, folder, notify)
     if streams is None:
-        floats = {"embed": load("embed")}
-        embedding = _rounded_embedding(stages, floats, formats, seen, round_one)
         tokens, steps = calibration.tokens, calibration.steps
-        x = run_piece(stages.embed, embedding if sequential else floats, tokens, shape, steps, folder, "x_0")
-        x_float = run_piece(stages.embed, floats, tokens, shape, steps, folder, "float_x_0") if both else None
+        floats = parts.embedding()
+        rounded = _rounded_embedding(stages, parts, formats, seen, round_one)
+        table = floats if rounded is None or not sequential else rounded.__getitem__
+        x = embedded(stages, table, tokens, steps, folder, "x_0")
+        del table, rounded
+        x_float = embedded(stages, floats, tokens, steps, folder, "float_x_0") if both else None
         streams = Streams(x, x_float)
         commit(folder, 0, streams)
 
     how = _How(formats, earlier, calibration.used, sequential, partial(observe_input, calibration, kinds), round_one)
     for i in range(start, len(stages.blocks)):
-        apply, floats = stages.blocks[i], load(stages.names[i])
+        apply, block = stages.blocks[i], parts.part(stages.names[i])
         weight = None if seen is None else seen.sensitivity[i]
-        now = _rounded_piece(stages.names[i], apply, floats, streams, weight, how)
+        now = _rounded_piece(stages.names[i], apply, block, streams, weight, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
         if before.x_float is not None:
-            x_float = run_piece(apply, floats, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
+            x_float = run_piece(apply, block, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
     if not stages.tied:
         weight = None if seen is None else seen.head_sensitivity[None]
-        floats = head_weights(stages, load)
-        _rounded_piece("", stages.head, floats, streams, weight, how)
+        _rounded_piece("", stages.head, head_weights(stages, parts), streams, weight, how)
     streams.drop()
 
 
 def _surveyed(
     stages: Stages,
-    load: Load,
+    model: Parts,
     formats: Formats,
     calibration: Calibration,
     shape: tuple[int, ...],
@@ -186,21 +188,23 @@ def _surveyed(
         return None
     made = saved_survey(folder, len(stages.blocks), shape, notify)
     if made is None:
-        made = survey(stages, load, calibration, folder, notify)
+        made = survey(stages, model, calibration, folder, notify)
         if folder is not None:
             save_survey(folder, made)
     return made
 
 
-def _rounded_embedding(stages: Stages, params: Any, formats: Formats, seen: Survey | None, round_one: Round) -> Any:
-    """The embedding, rounded in the curvature of its output; a tied one in that of both its uses."""
+def _rounded_embedding(
+    stages: Stages, parts: Checked, formats: Formats, seen: Survey | None, round_one: Round
+) -> np.ndarray | None:
+    """The embedding, rounded in the curvature of its output; a tied one in that of both its uses. None: it is kept."""
     if EMBEDDING not in formats:
-        return params
+        return None
     stats = None
     if seen is not None and "H" in formats[EMBEDDING][1].requires:
         C = seen.embedding + seen.head if stages.tied else seen.embedding
         stats = Stats(H=jnp.asarray(C), count=jnp.float32(seen.tokens))
-    return {"embed": {"embedding": round_one(EMBEDDING, params["embed"]["embedding"], -1, stats, None)}}
+    return np.asarray(round_one(EMBEDDING, parts.part("embed")["embedding"], -1, stats, None))
 
 
 def _rounded_piece(
