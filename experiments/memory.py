@@ -82,17 +82,17 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             "KL": ("eval", small, "--text", text, "--baseline", model, *windows),
             "generate": ("generate", model, "--prompt", "def ", "--max-tokens", config.tokens),
         }
-        held = {"model_bytes": model.stat().st_size, **sizes_of(decoder, config)}
-        beside = math.inf if config.room is None else config.room + held["largest_part_bytes"] + held["stream_bytes"]
-        most = min(beside, math.inf if config.most is None else config.most)
+        held = {"model_mb": model.stat().st_size / 1e6, **sizes_of(decoder, config)}
+        beside = math.inf if config.room is None else config.room / 1e6 + held["largest_part_mb"] + held["stream_mb"]
+        most = min(beside, math.inf if config.most is None else config.most / 1e6)
         for name, command in commands.items():
             row = {"step": name, **measured([str(part) for part in command]), **held}
-            row["reads"] = row["bytes_read"] / held["model_bytes"]
+            row["reads"] = row["read_mb"] / held["model_mb"]
             rows.append(row)
             rundir.log(out, row)
-            print(f"{name}: {row['peak_bytes'] / 1e6:.0f} MB, {row['seconds']:.0f} s", file=sys.stderr)
-            if row["peak_bytes"] > most:
-                raise UserError(f"{name} took {row['peak_bytes']:,} bytes of memory, more than {most:,}")
+            print(f"{name}: {row['peak_mb']:.0f} MB, {row['seconds']:.0f} s", file=sys.stderr)
+            if row["peak_mb"] > most:
+                raise UserError(f"{name} took {row['peak_mb']:.0f} MB of memory, more than {most:.0f}")
     return {"rows": rows}
 
 
@@ -102,13 +102,14 @@ def decoder_of(config: Config) -> DecoderConfig:
     return DecoderConfig(**{name: getattr(config, name) for name in names})
 
 
-def sizes_of(decoder: DecoderConfig, config: Config) -> dict[str, int]:
-    """Bytes in float32: of the largest part of the params tree, of a block, and of the residual stream."""
+def sizes_of(decoder: DecoderConfig, config: Config) -> dict[str, float]:
+    """MB in float32: of the largest part of the params tree, of a block, and of the residual stream."""
     parts: dict[str, int] = {}
     for w in weight_names(decoder):
         parts[w.path[0]] = parts.get(w.path[0], 0) + 4 * math.prod(w.shape)
     stream = 4 * config.windows * config.context * config.dim
-    return {"largest_part_bytes": max(parts.values()), "block_bytes": parts["layers_0"], "stream_bytes": stream}
+    held = {"largest_part": max(parts.values()), "block": parts["layers_0"], "stream": stream}
+    return {f"{name}_mb": nbytes / 1e6 for name, nbytes in held.items()}
 
 
 def write_random(path: Path, decoder: DecoderConfig) -> None:
@@ -133,7 +134,7 @@ def write_random(path: Path, decoder: DecoderConfig) -> None:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """A command of qjax in a process of its own: seconds, peak resident bytes, bytes of tensors asked for."""
+    """A command of qjax in a process of its own: seconds, peak resident memory, tensors asked for."""
     with tempfile.NamedTemporaryFile("r") as told:
         clock = time.perf_counter()
         done = subprocess.run([sys.executable, __file__, told.name, *command], capture_output=True, text=True)
@@ -163,7 +164,7 @@ def child(told: str, command: list[str]) -> int:
     SourceTensor.raw, SourceTensor.rows = counted_raw, counted_rows  # type: ignore[method-assign]
     code = main(command)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    Path(told).write_text(json.dumps({"peak_bytes": peak, "bytes_read": read[0]}))
+    Path(told).write_text(json.dumps({"peak_mb": peak / 1e6, "read_mb": read[0] / 1e6}))
     return code
 
 
