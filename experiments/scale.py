@@ -166,7 +166,7 @@ def llama_row(config: Config) -> dict[str, Any]:
     attention = 2 * c.dim * c.dim + 2 * c.dim * c.kv_heads * c.head_dim
     block = attention + 3 * c.dim * c.hidden
     weights = c.layers * block + 2 * c.vocab * c.dim
-    return _row("Llama 3 70B", config, weights, weights, 4 * block, c.dim, c.hidden, 1, config.devices)
+    return _row("Llama 3 70B", config, weights, weights, 4 * block, c.layers, c.dim, c.hidden, 1, config.devices)
 
 
 def mixture_row(config: Config, m: Mixture) -> dict[str, Any]:
@@ -178,15 +178,18 @@ def mixture_row(config: Config, m: Mixture) -> dict[str, Any]:
     weights = moe * layer + m.dense_layers * dense + 2 * m.vocab * m.dim
     active = moe * (m.attention + (m.chosen + 1) * one) + m.dense_layers * dense + 2 * m.vocab * m.dim
     held = 2 * (m.experts // config.devices) * one + 4 * (m.attention + one)
-    return _row("DeepSeek-V3", config, weights, active, held, m.dim, m.dim, m.experts // config.devices, 8 * 8)
+    return _row(
+        "DeepSeek-V3", config, weights, active, held, m.layers, m.dim, m.dim, m.experts // config.devices, 8 * 8
+    )
 
 
 def _row(
-    model: str, config: Config, weights: int, active: int, block: int, dim: int, widest: int, matrices: int, chips: int
-) -> dict[str, Any]:
+    model: str, config: Config, weights: int, active: int, block: int, layers: int, dim: int, widest: int,
+    matrices: int, chips: int,
+) -> dict[str, Any]:  # fmt: skip
     """By arithmetic: bytes read once and with a survey, resident on a host, seconds.
 
-    Forward, backward and again forward for the rounded weights and the floats: 2 + 4 + 2 + 2 products a weight and
+    A survey keeps the inputs of all blocks. Forward, backward and again forward for the rounded weights and the floats: 2 + 4 + 2 + 2 products a weight and
     token; rounding: about n products a weight for feedback and a third of n^3 for a factor, n the widest input.
     """
     tokens = config.windows * config.context
@@ -198,6 +201,7 @@ def _row(
         "model": model, "weights": weights, "tokens": tokens, "devices": chips, "hosts": hosts,
         "read_gb": reads / 1e9, "read_with_survey_gb": 3 * reads / 1e9, "block_gb": block / 1e9,
         "stream_gb": stream / 1e9, "host_gb": (block + 2 * stream / hosts) / 1e9, "H_gb": 4e-9 * widest**2 * matrices,
+        "widest": widest, "survey_gb": (layers + 1) * stream / 1e9,
         "read_seconds": 3 * reads / (config.disk * hosts), "compute_seconds": products / (config.rate * chips),
     }  # fmt: skip
 
