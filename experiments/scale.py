@@ -189,8 +189,8 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     """By arithmetic: bytes read once and with a survey, resident on a host, seconds.
 
-    A survey keeps the inputs of all blocks. Forward, backward and again forward for the rounded weights and the floats: 2 + 4 + 2 + 2 products a weight and
-    token; rounding: about n products a weight for feedback and a third of n^3 for a factor, n the widest input.
+    A survey keeps the inputs of all blocks. Forward, backward and again forward for the rounded weights and the floats:
+    2 + 4 + 2 + 2 products a weight and token; rounding: about n products a weight, n the widest input.
     """
     tokens = config.windows * config.context
     stream = 4 * tokens * dim
