@@ -5,7 +5,8 @@
 A file of random weights is written in a real model's shapes, calibrated and quantized, judged by KL against itself in
 floats, and continued; each by one command in a process of its own, whose peak is what the kernel counts (ru_maxrss,
 pages of mapped files included) and whose reads are the bytes of tensors it asked the file for. The largest part of the
-model in float32 (a block, or the embedding) and the residual stream of all windows stand beside it.
+model in float32 (a block, or the embedding) and the residual stream of all windows stand beside it. Shapes: Gemma 3's
+vocabulary and width; MobileLLM-1B's (arXiv:2402.14905).
 """
 
 from __future__ import annotations
