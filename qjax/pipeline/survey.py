@@ -98,10 +98,9 @@ def survey(
         xg = inputs[i].array, gradient
         for at, (back, sizes) in each_step(block_step, (apply, keys), (params,), xg, steps):
             gradient[at], seen[:, at] = np.asarray(back), np.asarray(sizes)
-        del xg
+        del xg, params  # before the next block's are read
         inputs[i].drop()
         sensitivity.append(seen / np.maximum(seen[:, :counted].mean(axis=(1, 2), keepdims=True), 1e-30))
-    del params
     table = parts.embedding()
     C = np.zeros((dim, dim), np.float32)
     for at in steps:

@@ -167,6 +167,7 @@ def walk(
             x_float = run_piece(apply, block, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
+        del block, now  # before the next one is read
     if not stages.tied:
         weight = None if seen is None else seen.head_sensitivity[None]
         _rounded_piece("", stages.head, head_weights(stages, parts), streams, weight, how)
