@@ -32,7 +32,6 @@ from qjax.io.gguf_model import metadata_of
 from qjax.io.gguf_read import read_gguf
 from qjax.io.gguf_types import DENSE
 from qjax.io.gguf_write import TensorInfo, write_gguf
-from qjax.io.huggingface import file_shape
 from qjax.io.rope_rows import to_pairs
 from qjax.io.safetensors import SINGLE, write_file
 from qjax.io.tokenizer_bpe import bpe_tokenizer
@@ -128,7 +127,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 def weight(w: WeightName, seed: int, index: int) -> np.ndarray:
     """One weight (out, in) in bf16: Gaussian rows under columns whose sizes are log-normal; norms near one."""
     rng = np.random.default_rng([seed, index])
-    shape = file_shape(w)
+    shape = w.file_shape
     if len(shape) == 1:
         return (1 + 0.1 * rng.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
     columns = 0.02 * np.exp(0.4 * rng.standard_normal(shape[-1], np.float32))
@@ -149,7 +148,7 @@ def write_checkpoint(folder: Path, base: Path, decoder: DecoderConfig, seed: int
     (folder / "config.json").write_text(json.dumps(config_to_hf(decoder) | {"torch_dtype": "bfloat16"}))
     write_tokenizer(folder, tokenizer)
     arrays = (weight(w, seed, i) for i, w in enumerate(names))
-    write_file(folder / SINGLE, [(w.hf, "BF16", file_shape(w)) for w in names], arrays)
+    write_file(folder / SINGLE, [(w.hf, "BF16", w.file_shape) for w in names], arrays)
 
     def rows() -> Iterator[np.ndarray]:
         for i, w in enumerate(names):
@@ -157,7 +156,7 @@ def write_checkpoint(folder: Path, base: Path, decoder: DecoderConfig, seed: int
             array = array if w.rope_heads is None else to_pairs(array, w.rope_heads)
             yield array if array.ndim > 1 else array.astype(np.float32)
 
-    infos = [TensorInfo(w.gguf, file_shape(w), "BF16" if len(w.shape) > 1 else "F32") for w in names]
+    infos = [TensorInfo(w.gguf, w.file_shape, "BF16" if len(w.shape) > 1 else "F32") for w in names]
     write_gguf(base, metadata_of(decoder, tokenizer, None, "checkpoint", "BF16"), infos, rows())
 
 

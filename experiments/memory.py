@@ -30,7 +30,6 @@ from qjax import rundir
 from qjax.errors import UserError
 from qjax.io.gguf_model import metadata_of
 from qjax.io.gguf_write import TensorInfo, tensor_order, write_gguf
-from qjax.io.huggingface import file_shape
 from qjax.models import stdlib_text
 from qjax.models.config import DecoderConfig
 from qjax.models.families import weight_names
@@ -120,7 +119,7 @@ def write_random(path: Path, decoder: DecoderConfig) -> None:
     tokenizer = open_source("reference").tokenizer
     assert tokenizer is not None
     names = {w.gguf: w for w in weight_names(decoder)}
-    infos = sorted((TensorInfo(n, file_shape(w), "F32") for n, w in names.items()), key=lambda i: tensor_order(i.name))
+    infos = sorted((TensorInfo(n, w.file_shape, "F32") for n, w in names.items()), key=lambda i: tensor_order(i.name))
 
     def tensors() -> Iterator[np.ndarray]:
         for seed, info in enumerate(infos):

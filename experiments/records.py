@@ -7,7 +7,8 @@ the blocks and not of the whole model: embedding and head are Q8_0 for all, and 
 but a hundredth of those that it stands for.
 
 Entries (a recipe with its format, as in methods.py) challenge in the order of the config, after the records that stand.
-These are judged again beside them: on the same windows, with the same calibration texts, by the same code. An entry is
+These are judged again beside them: on the same windows, with the same calibration texts, by the same code, and by the
+`line` of stages that their name stood for, for a name may come to stand for a better one. An entry is
 a new record of its class if its KL is lower with every calibration text and chance would do as well with a probability
 below `level`: a permutation test of the differences of windows, each the mean over calibration texts. Where a class has
 no record, the first entry that fits is one, without a test. `history` gets a row for each and loses none.
@@ -69,20 +70,31 @@ class Config:
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Judge standing records and entries, whose rows an interrupted run keeps; write the history where one falls."""
     history = records_of(config.history)
-    standing = [r["recipe"] for r in {r["at_most_bits"]: r for r in history}.values()]
-    names = tuple(dict.fromkeys([*standing, *config.entries]))
+    standing = [r["line"] for r in {r["at_most_bits"]: r for r in history}.values()]
+    names = {r["line"]: r["recipe"] for r in history} | {line_of(entry): entry for entry in config.entries}
+    lines = tuple(dict.fromkeys([*standing, *map(line_of, config.entries)]))
     model = load_float(config.model)
-    chosen = {name: recipe_of(name, model) for name in names}
+    chosen = {line: recipe_of(line, model) for line in lines}
     runs = judged(config, model, chosen, out)
     facts = {"commit": commit(), "date": datetime.now(UTC).date().isoformat(), "config": config_name()}
-    fallen = challenge(runs, names, config.classes, config.level, history, facts)
+    new = challenge(runs, lines, config.classes, config.level, history, facts)
+    fallen = [{**r, "recipe": names[r["line"]], "before": names.get(r["before"])} for r in new]
     if fallen:
         keep(config, [*history, *fallen])
-    found = {"records": [*history, *fallen], "rows": [summary(runs, name) for name in names], "runs": runs}
+    rows = [{"recipe": names[line], **summary(runs, line)} for line in lines]
+    found = {"records": [*history, *fallen], "rows": rows, "runs": runs}
     table = build({"records": found["records"]}, title="", command="-").tables
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print("\n".join(map(markdown, table)))
     print(f"{len(fallen)} new records{f' in {config.history}' if fallen else ''}")
     return found
+
+
+def line_of(entry: str) -> str:
+    """The stages of an entry, in one line; what is no recipe is refused where it is read as one."""
+    try:
+        return str(recipes.recipe(entry))
+    except UserError:
+        return entry
 
 
 def recipe_of(name: str, model: Model) -> tuple[Recipe, Plan]:
@@ -97,7 +109,7 @@ def recipe_of(name: str, model: Model) -> tuple[Recipe, Plan]:
 
 def judged(config: Config, model: Model, chosen: Mapping[str, tuple[Recipe, Plan]], out: Path) -> list[Row]:
     """A row of every entry with every calibration text: its bits, and the KL of each window."""
-    done = {(r["seed"], r["recipe"]): r for r in rundir.logged(out / "metrics.jsonl")}
+    done = {(r["seed"], r["line"]): r for r in rundir.logged(out / "metrics.jsonl")}
     baseline: Baseline | None = None
     for seed in config.seeds:
         for name in chosen:  # what looks at no text comes to the same with all
@@ -121,7 +133,7 @@ def judged(config: Config, model: Model, chosen: Mapping[str, tuple[Recipe, Plan
             inside = [t for t in report.tensors if t.name.startswith("layers_") and not t.kept]
             bits = 8 * sum(t.nbytes for t in inside) / sum(np.prod(t.shape) for t in inside)
             kl = window_divergences(quantized, baseline).tolist()
-            row = {"recipe": name, "seed": seed, "layer_bits": float(bits), "windows": kl, "seconds": seconds}
+            row = {"line": name, "seed": seed, "layer_bits": float(bits), "windows": kl, "seconds": seconds}
             done[seed, name] = row
             rundir.log(out, row)
             print(f"seed {seed} {name}: KL {statistics.fmean(kl):.5f}, {bits:.3f} bits, {seconds:.1f} s",
@@ -143,9 +155,9 @@ def challenge(
       history: the records so far; those that stand are among the runs.
       facts: commit, date and config of a new one.
     """
-    by_text = {name: np.array([r["windows"] for r in runs if r["recipe"] == name]) for name in names}
-    bits = {name: max(r["layer_bits"] for r in runs if r["recipe"] == name) for name in names}
-    stands = {r["at_most_bits"]: r["recipe"] for r in history}
+    by_text = {name: np.array([r["windows"] for r in runs if r["line"] == name]) for name in names}
+    bits = {name: max(r["layer_bits"] for r in runs if r["line"] == name) for name in names}
+    stands = {r["at_most_bits"]: r["line"] for r in history}
     fallen = []
     for name in names:
         for most in classes:
@@ -168,10 +180,10 @@ def chance(new: np.ndarray, old: np.ndarray) -> float:
 
 def summary(runs: Sequence[Row], name: str) -> Row:
     """The mean KL of an entry over calibration texts, with half its 95 % interval."""
-    own = [r for r in runs if r["recipe"] == name]
+    own = [r for r in runs if r["line"] == name]
     kl = [statistics.fmean(r["windows"]) for r in own]
     return {
-        "recipe": name, "layer_bits": max(r["layer_bits"] for r in own), "kl": statistics.fmean(kl),
+        "line": name, "layer_bits": max(r["layer_bits"] for r in own), "kl": statistics.fmean(kl),
         "kl_half_interval": half_interval(kl), "texts": len(own),
     }  # fmt: skip
 

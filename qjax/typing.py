@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 from jax import Array
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Integer, Shaped, UInt8
+    from jaxtyping import Bool, Float, Int, Integer, Shaped, UInt8
 else:
     try:
-        from jaxtyping import Float, Int, Integer, Shaped, UInt8
+        from jaxtyping import Bool, Float, Int, Integer, Shaped, UInt8
     except ImportError:
 
         class _Untyped:
             def __class_getitem__(cls, _: Any) -> Any:
                 return Any
 
-        Float = Int = Integer = Shaped = UInt8 = _Untyped
+        Bool = Float = Int = Integer = Shaped = UInt8 = _Untyped
 
-__all__ = ["Array", "Float", "Int", "Integer", "Shaped", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "Integer", "Shaped", "UInt8"]

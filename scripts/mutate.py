@@ -216,6 +216,16 @@ MUTANTS = (
            "io/test_kept.py::test_shards_are_what_the_single_file_is"),
     Mutant("dtype-kept-at-any-price", "io/huggingface.py", "return dtype if same else", "return dtype if True else",
            "io/test_kept.py::test_weights_that_bfloat16_cannot_hold_are_saved_as_float32"),
+    Mutant("experts-see-all", "models/mlp.py", "jnp.where(chosen, x[None]", "jnp.where(chosen | True, x[None]",
+           "calibrate/test_expert_stats.py::test_statistics_are_each_experts_own"),
+    Mutant("cross-of-the-unknown", "calibrate/moments.py", "x_float - x, 0.0)", "x_float - x, x_float - x)",
+           "calibrate/test_expert_stats.py::test_the_cross_term_is_of_tokens_that_both_models_send_there"),
+    Mutant("few-not-filled", "pipeline/few_tokens.py", "t * a + (1 - t) * b", "a + 0 * b",
+           "pipeline/test_walk_experts.py::test_filling_up_goes_over_into_an_experts_own_statistics"),
+    Mutant("router-rounded", "plan/rules.py", "spared = w.is_router and", "spared = False and",
+           "io/test_expert_files.py::test_packed_stacks_keep_their_bytes"),
+    Mutant("router-in-half", "models/families/weight_names.py", ' or self.gguf.endswith("ffn_gate_inp.weight")', "",
+           "io/test_expert_files.py::test_a_gguf_file_has_stacks_and_float_routers[mixtral]"),
 )
 # fmt: on
 

@@ -274,9 +274,10 @@ def test_names_that_do_not_exist(folder, gguf, text, tmp_path, mistake):
     assert "did you mean gptq" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gpqt")
     assert "did you mean Q4_K_M" in mistake(*quantize, "--type", "Q4_KM")
     assert "IQ3_M is a type of llama.cpp's that qjax does not have yet" in mistake(*quantize, "--type", "IQ3_M")
-    assert "--calib TEXT" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gptq")
-    assert "--calib TEXT, or llama.cpp's" in (said := mistake(*quantize, "--type", "Q8_0", "--recipe", "imatrix"))
-    assert "--imatrix FILE" in said
+    both = ["--type", "Q8_0", "--recipe", "gptq", "--calib", "self", "--calib", text]
+    assert "the model's own text goes with no other" in mistake(*quantize, *both)
+    (tmp_path / "no texts").mkdir()
+    assert "holds no .txt" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gptq", "--calib", tmp_path / "no texts")
     calibrated = [*quantize, "--type", "Q8_0", "--recipe", "gptq", "--calib", text]
     assert "--calib-windows 0: two are the least" in mistake(*calibrated, "--calib-windows", 0)
     assert "neither a stage nor a format; did you mean nearest" in mistake(*quantize, "--type", "Q8_0", "--recipe",

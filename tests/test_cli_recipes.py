@@ -12,7 +12,7 @@ from qjax.recipes import RECIPES, recipe
 
 CALIBRATION = {
     "first_loss", "loss", "first_heldout_loss", "heldout_loss", "damping", "tokens", "seconds", "note",
-    "shrinkage", "cross_share", "guarded",
+    "effective_tokens", "effective_windows", "shrinkage", "cross_share", "guarded",
 }  # fmt: skip
 TENSOR = {"name", "shape", "format", "nbytes", "error", "kept", "calibration", "bits_per_weight"}
 
@@ -29,6 +29,19 @@ def test_recipes_as_json_and_as_a_table(capsys, tmp_path):
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in RECIPES)
+
+
+def test_the_model_writes_the_text_where_none_is_given(folder, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "q.gguf"
+    argv = ["quantize", str(folder), "-o", str(out), "--type", "Q8_0", "--recipe", "imatrix", "--calib-ctx", "16"]
+    assert main([*argv, "--calib-windows", "4", "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert "no text was given: the model writes 64 tokens" in printed.err
+    tensors = json.loads(printed.out)["tensors"]
+    assert {t["calibration"]["tokens"] for t in tensors if t["calibration"] and "emb" not in t["name"]} == {48}
+    said = out.read_bytes()
+    assert main([*argv, "--calib-windows", "4", "--calib", "self", "--force"]) == 0
+    assert out.read_bytes() == said
 
 
 @pytest.mark.slow

@@ -121,6 +121,10 @@ def config(layers=2, dim=256, hidden=256, heads=8, kv_heads=8, tied=False):
     )
 
 
+def moe(family, experts, c, **changes):
+    return dataclasses.replace(c, family=family, experts=experts, experts_used=2, expert_hidden=c.hidden, **changes)
+
+
 CONFIGS = {
     "2 layers": config(),
     "8 layers, tied, gqa 2": config(8, kv_heads=4, tied=True),
@@ -132,6 +136,14 @@ CONFIGS = {
     "rows of 288 and 640": config(8, dim=288, hidden=640, heads=4, kv_heads=1),
     "rows of 320 and 80, tied": config(8, dim=320, hidden=80, heads=4, kv_heads=2, tied=True),
     "q, k and v in one": dataclasses.replace(config(8), family="phi3", fused_qkv=True, fused_mlp=True),
+    "8 experts, 16 layers": moe("mixtral", 8, config(16, kv_heads=2)),
+    "8 experts, tied": moe("mixtral", 8, config(8, kv_heads=2, tied=True)),
+    "4 experts": moe("mixtral", 4, config(8, hidden=80, kv_heads=4)),
+    "6 experts, one shared": moe("qwen2_moe", 6, config(16), shared_hidden=256, shared_gate=True, qkv_bias=True),
+    "16 experts": moe("qwen3_moe", 16, config(9, kv_heads=1), qk_norm=True),
+    "latent attention": moe(
+        "deepseek_v3", 16, config(9), kv_rank=256, query_rank=256, rotary_dim=16, shared_hidden=256, dense_layers=(0,)
+    ),
     "rows of 40": config(4, dim=40, hidden=48, heads=2, kv_heads=2),
 }
 
@@ -148,6 +160,17 @@ def write_gguf(path, c):
     w.add_head_count(c.heads)
     w.add_head_count_kv(c.kv_heads)
     w.add_layer_norm_rms_eps(1e-5)
+    if c.experts:
+        w.add_expert_count(c.experts)
+        w.add_expert_used_count(c.experts_used)
+        w.add_expert_feed_forward_length(c.expert_hidden)
+        w.add_expert_shared_feed_forward_length(c.shared_hidden)
+        w.add_expert_shared_count(1)
+    if c.kv_rank:
+        w.add_leading_dense_block_count(len(c.dense_layers))
+        w.add_q_lora_rank(c.query_rank)
+        w.add_kv_lora_rank(c.kv_rank)
+        w.add_rope_dimension_count(c.rotated)
     w.add_tokenizer_model("llama")
     w.add_token_list([f"t{i}" for i in range(c.vocab)])
     w.add_token_scores([0.0] * c.vocab)
@@ -199,13 +222,15 @@ def llama_types():
     llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p())
 
 
-# MXFP4 of a dense model is qjax's own file type: llama.cpp's MXFP4_MOE means experts.
+# MXFP4 is qjax's own file type; llama.cpp's MXFP4_MOE has its number.
 MIXES = [m for m in FILE_TYPES if m not in ("MXFP4", "F16")]
 
 
 def ours(c, *args, **options):
     shapes = {w.gguf: w.shape for w in decoder_weights(c)}
-    return tensor_types(args[0], shapes, layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, **options)
+    return tensor_types(
+        args[0], shapes, layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, experts=c.experts, **options
+    )
 
 
 @pytest.mark.sampled(1)
@@ -246,8 +271,6 @@ def test_mix_mistakes():
         mix("Q4_X", config())
     with pytest.raises(UserError, match="unknown ggml type 'Q7_0'"):
         mix("Q4_0", config(), overrides=[("attn", "Q7_0")])
-    with pytest.raises(UserError, match="experts"):
-        tensor_types("Q4_0", {"blk.0.ffn_up_exps.weight": (4, 32, 32)}, layers=1, heads=1, kv_heads=1)
 
 
 def test_file_type_of_a_custom_plan_is_the_commonest():

@@ -21,7 +21,7 @@ def runs(**entries):
     """Rows of entries (bits, KL of each of two texts), of windows that differ far more than the entries do."""
     windows = np.linspace(1, 9, 8)
     return [
-        {"recipe": name, "seed": seed, "layer_bits": bits, "windows": (windows + kl).tolist()}
+        {"line": name, "seed": seed, "layer_bits": bits, "windows": (windows + kl).tolist()}
         for name, (bits, *kls) in entries.items()
         for seed, kl in enumerate(kls)
     ]
@@ -34,7 +34,7 @@ def fallen(history=(), **entries):
 def test_a_record_falls_to_a_paired_gain_on_every_text_alone():
     entries = {"first": (2.5, 0.5, 0.5), "mixed": (2.5, 0.1, 0.6), "better": (2.5, 0.4, 0.45), "worse": (2.5, 0.9, 0.9)}
     rows = fallen(**entries)
-    assert [(r["recipe"], r["at_most_bits"], r["before"]) for r in rows] == [
+    assert [(r["line"], r["at_most_bits"], r["before"]) for r in rows] == [
         ("first", 3.0, None),
         ("better", 3.0, "first"),
     ]
@@ -43,8 +43,8 @@ def test_a_record_falls_to_a_paired_gain_on_every_text_alone():
 
 
 def test_fewer_bits_hold_more_classes_and_a_standing_record_is_not_its_own_rival():
-    rows = fallen([{"at_most_bits": 3.0, "recipe": "old"}], old=(3.0, 0.5, 0.5), small=(1.7, 0.4, 0.4), big=(3.1, 0, 0))
-    assert [(r["recipe"], r["at_most_bits"], r["before"]) for r in rows] == [
+    rows = fallen([{"at_most_bits": 3.0, "line": "old"}], old=(3.0, 0.5, 0.5), small=(1.7, 0.4, 0.4), big=(3.1, 0, 0))
+    assert [(r["line"], r["at_most_bits"], r["before"]) for r in rows] == [
         ("small", 2.0, None),
         ("small", 3.0, "old"),
     ]
@@ -58,6 +58,7 @@ def test_a_run_writes_the_history_once_and_judges_it_again_the_next_time(tmp_pat
     assert main([*line, "--tokens", "256", "--entries", "rtn:uint2_g32", "--out", str(tmp_path / "a")]) == 0
     (table,) = read(history).tables
     assert [(r["recipe"], r["at_most_bits"]) for r in table.rows] == [("rtn:uint2_g32", m) for m in (3.0, 4.0, 4.5)]
+    assert {r["line"] for r in table.rows} == {"uint2_g32 >> nearest(weight='none')"}
     before = history.read_bytes()
     assert main([*line, "--tokens", "256", "--entries", "rtn:uint4_g32", "--out", str(tmp_path / "b")]) == 0
     assert history.read_bytes() == before  # above all classes

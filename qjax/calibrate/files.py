@@ -86,12 +86,13 @@ def imatrix_of(
       UserError: no weight has h or H.
     """
     values: dict[str, np.ndarray] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Any] = {}
     for w in names:
         s = stats.get("/".join(w.path))
         if s is not None and s.importance is not None:
             values[w.gguf] = np.asarray(s.importance, np.float32)
-            counts[w.gguf] = int(np.asarray(s.count)) if s.count is not None else chunk_size
+            seen = np.asarray(chunk_size if s.count is None else s.count)
+            counts[w.gguf] = seen.astype(np.int64) if values[w.gguf].ndim > 1 else int(seen)
     if not values:
         raise UserError("an importance matrix needs the statistic h or H, and none was collected")
     return Imatrix(values, counts, datasets, chunk_size)
@@ -104,9 +105,11 @@ def stats_of_imatrix(imatrix: Imatrix, names: Iterable[WeightName]) -> dict[str,
       UserError: it is another model's: a tensor the decoder lacks, or rows of another length.
     """
     weights = {w.gguf: w for w in names}
-    shapes = {g: (w.shape[::-1] if w.transposed else w.shape) for g, w in weights.items()}
+    shapes = {g: w.file_shape for g, w in weights.items()}
     check_imatrix(imatrix, shapes)
-    return {
-        "/".join(weights[g].path): Stats(h=jnp.asarray(h), count=jnp.float32(imatrix.counts[g]))
-        for g, h in imatrix.values.items()
-    }
+
+    def one(w: WeightName, h: np.ndarray, count: Any) -> Stats:
+        h = h.reshape(*w.file_shape[:-2], -1)  # a .dat file does not say how many experts
+        return Stats(h=jnp.asarray(h), count=jnp.asarray(np.broadcast_to(count, h.shape[:-1]), jnp.float32))
+
+    return {"/".join(weights[g].path): one(weights[g], h, imatrix.counts[g]) for g, h in imatrix.values.items()}

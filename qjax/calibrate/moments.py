@@ -2,7 +2,8 @@
 
     H: sum x x^T    h: sum x^2    absmean: sum |x|    absmax: max |x|    cross: sum (x_float - x) x^T    count: tokens
 
-A token whose input is all zeros (an expert that it was not routed to, a masked position) is no token. Sums of different
+A token whose input is all zeros (an expert that it was not routed to, a masked position) is no token; where it is so in
+the float model alone, nobody knows what its input would have been, and it is none of `cross`. Sums of different
 batches are added, and divided once at the end; a batch sharded over devices is summed where it lies and reduced.
 """
 
@@ -53,7 +54,8 @@ def sums(
     if "cross" in kinds:
         if x_float is None:
             raise ValueError("cross needs the float model's inputs")
-        off = x_float.reshape(x.shape).astype(jnp.float32) - x
+        x_float = x_float.reshape(x.shape).astype(jnp.float32)
+        off = jnp.where(jnp.any(x_float != 0, axis=1, keepdims=True), x_float - x, 0.0)
         found["cross"] = _gram(off if v is None else off * v, x)
     if "samples" in kinds:
         first = jnp.argsort(1.0 - there)[:SAMPLES]  # stable: rows with something in them, in order

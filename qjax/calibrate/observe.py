@@ -93,7 +93,7 @@ def _pass(
         """Sums where the input arises, so that a scan's inputs never lie side by side, wherever that will do."""
         if use.kind != "dot":
             return None
-        return x if use.source in late else _mapped(lambda x: sums(x, kinds), use.batch)(x)
+        return x if use.source in late else mapped(lambda x: sums(x, kinds), use.batch)(x)
 
     here = watch(apply_fn, collect)(params, *args)[1]
     there = {} if floats is None else watch(apply_fn, collect)(floats, *args)[1]
@@ -111,11 +111,11 @@ def _summed(use: Use, kinds: tuple[str, ...], x: Array, was: Array | None) -> St
     order = (*lead, *(axis for axis in range(x.ndim) if axis not in lead))
     x, was = x.transpose(order), None if was is None else was.transpose(order)
     if was is None:
-        return _mapped(lambda x: sums(x, kinds), len(lead))(x)
-    return _mapped(lambda x, was: sums(x, kinds, was), len(lead))(x, was)
+        return mapped(lambda x: sums(x, kinds), len(lead))(x)
+    return mapped(lambda x, was: sums(x, kinds, was), len(lead))(x, was)
 
 
-def _mapped(fn: Callable[..., Stats], axes: int) -> Callable[..., Stats]:
+def mapped(fn: Callable[..., Stats], axes: int) -> Callable[..., Stats]:
     """fn over so many leading axes."""
     for _ in range(axes):
         fn = jax.vmap(fn)

@@ -12,10 +12,13 @@ import tyro
 
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP
-from qjax.cli.progress import bytes_bar, in_turn, steps_bar
+from qjax.cli.progress import bytes_bar, count_bar, in_turn, steps_bar
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
 from qjax.errors import UserError
 from qjax.terminal import say, shown
+
+OWN = "self"
+"""In place of a file: the model writes the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +28,14 @@ class Quantize:
         qjax quantize reference -o small.gguf --type Q4_K_M
         qjax quantize path/to/directory -o small.gguf --plan plan.toml
         qjax quantize reference -o directory --type NF4
-        qjax quantize reference -o small.gguf --type Q3_K_M --recipe best_gguf --calib book.txt
+        qjax quantize reference -o small.gguf --type Q3_K_M --recipe best_gguf
+        qjax quantize reference -o small.gguf --type Q3_K_M --recipe best_gguf --calib book.txt --calib folder
 
     A recipe says how weights are rounded onto the type's grid (`qjax recipes` lists them). All but rtn look at what
-    the model does with a text (--calib), which should be like the texts it will be used on; an eighth of it is held
-    out, and the table shows each weight's loss on both parts. `imatrix` also takes llama.cpp's file (--imatrix).
+    the model does with a text (--calib), which should be like the texts it will be used on; without one, or with
+    `--calib self`, the model writes it. An eighth is held out, and the table shows each weight's loss on both parts;
+    best_gguf holds a quarter out, to tell how far the rest is to be believed, and then uses all of it. `imatrix` also
+    takes llama.cpp's file (--imatrix).
 
     OUT.gguf is streamed tensor by tensor in bounded memory, continues where a killed run stopped, and runs in
     llama.cpp. Any other OUT becomes a Hugging Face directory that holds the quantized values as floats. What is printed
@@ -48,12 +54,17 @@ class Quantize:
     type: Annotated[str | None, tyro.conf.arg(metavar="TYPE", help="llama-quantize's file type, or a format")] = None
     plan: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="a plan file instead of a type")] = None
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME", help="how to round; see `qjax recipes`")] = "rtn"
-    calib: Annotated[Path | None, tyro.conf.arg(metavar="TEXT", help="calibration text, for all recipes but rtn")] = (
-        None
-    )
+    calib: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="TEXT", help="calibration text: a file, a folder of .txt, .md and .json, or self; may be repeated"
+        ),
+    ] = ()
     calib_ctx: Annotated[int | None, tyro.conf.arg(metavar="N", help="tokens a calibration window")] = None
-    calib_windows: Annotated[int, tyro.conf.arg(metavar="N", help="calibration windows at most")] = 128
-    seed: Annotated[int, tyro.conf.arg(metavar="N", help="of labels drawn from the model while calibrating")] = 0
+    calib_windows: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help="calibration windows at most: 128, or 32,768 tokens of self")
+    ] = None
+    seed: Annotated[int, tyro.conf.arg(metavar="N", help="of labels, and of a text, drawn from the model")] = 0
     imatrix: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="llama.cpp's importance matrix")] = None
     requantize: Annotated[bool, tyro.conf.arg(help="allow a MODEL that is quantized already")] = False
     verbose: Annotated[bool, tyro.conf.arg(help="print a line a tensor, not only one a type")] = False
@@ -63,7 +74,7 @@ class Quantize:
     def execute(self) -> None:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
-        if self.calib is not None and self.calib_windows < 2:
+        if self.calib_windows is not None and self.calib_windows < 2:
             raise UserError(
                 f"--calib-windows {self.calib_windows}: two are the least, one to calibrate on and one held out"
             )
@@ -84,20 +95,16 @@ class Quantize:
             )
         if "act" in changes:
             raise UserError(f"--recipe {self.recipe}: a folder of floats cannot say that inputs are rounded too")
-        if self.plan is None:
-            if not made.requires and self.calib is not None:
-                raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
-            if made.requires and self.calib is None and not (made.requires == {"h"} and self.imatrix is not None):
-                matrix = ", or llama.cpp's importance matrix with --imatrix FILE" if made.requires == {"h"} else ""
-                raise UserError(
-                    f"recipe {self.recipe!r} looks at what the model does with a text: give one with --calib TEXT"
-                    + matrix
-                )
+        if self.plan is None and not made.requires and self.calib:
+            raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
+        if OWN in self.calib and len(self.calib) > 1:
+            raise UserError(f"--calib {OWN}: the model's own text goes with no other; a file of that name is ./{OWN}")
         if self.imatrix is not None and made.requires - {"h"}:
             raise UserError(f"--imatrix holds less than recipe {self.recipe!r} needs; give --calib TEXT instead")
 
         path = locate(self.model)
-        inputs = (path, self.plan, self.calib, self.imatrix)
+        texts = [Path(text) for text in self.calib if text != OWN]
+        inputs = (path, self.plan, *texts, self.imatrix)
         check_output(self.out, inputs, self.force)
         check_json(self.json, (*inputs, self.out))
         clock = time.perf_counter()
@@ -168,19 +175,40 @@ class Quantize:
         return report
 
     def _calibration(self, model: Any) -> Any:
-        if self.calib is None:
-            return None
+        """Windows of the texts; of the model's own where a recipe needs some and none is given."""
         from qjax.config import check_seed
-        from qjax.io.text import read_text
-        from qjax.pipeline import calibration_text
-        from qjax.pipeline.windows import HELDOUT, HELDOUT_TO_SHRINK
         from qjax.recipes import recipe
 
+        needs = recipe(self.recipe).requires
+        if not self.calib and (not needs or self.imatrix is not None):
+            return None
+        from qjax.io.text import texts_at
+        from qjax.pipeline import calibration_text
+        from qjax.pipeline.windows import LIMIT
+
         check_seed("--seed", self.seed)
-        return calibration_text(
-            model, read_text(self.calib), context=self.calib_ctx, limit=self.calib_windows, seed=self.seed,
-            heldout=HELDOUT_TO_SHRINK if recipe(self.recipe).shrink else HELDOUT,
-        )  # fmt: skip
+        if self.calib in ((), (OWN,)):
+            return self._own_text()
+        made = calibration_text(
+            model, texts_at(self.calib), context=self.calib_ctx, limit=self.calib_windows or LIMIT, seed=self.seed
+        )
+        say(f"calibration: {made.tokens.size:,} tokens in {len(made.tokens)} windows")
+        return made
+
+    def _own_text(self) -> Any:
+        """Windows that the model writes."""
+        from qjax.io.checkpoint import load_float
+        from qjax.models.own_text import TOKENS, own_tokens
+        from qjax.pipeline import calibration_of
+
+        model = load_float(self.model)
+        context = self.calib_ctx or min(512, model.config.context)
+        windows = self.calib_windows or max(2, TOKENS // context)
+        say(f"no text was given: the model writes {windows * context:,} tokens to be calibrated on" if not self.calib
+            else f"the model writes {windows * context:,} tokens")  # fmt: skip
+        with count_bar(f"text of {self.model}", "tokens") as progress:
+            tokens = own_tokens(model, windows, context, self.seed, progress=progress)
+        return calibration_of(model.config.context, tokens, context=context, seed=self.seed)
 
     def _importance(self, config: Any) -> dict[str, Any]:
         """{path: f32[in]} of the importance file."""

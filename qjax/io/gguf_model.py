@@ -19,7 +19,7 @@ from qjax.formats.protocol import BlockFormat
 from qjax.io.gguf_read import GGUFFile, read_gguf
 from qjax.io.gguf_types import DENSE, TENSOR_TYPES
 from qjax.io.gguf_write import TensorInfo, tensor_order, write_gguf
-from qjax.io.huggingface import file_shape, get_leaf, own, set_leaf
+from qjax.io.huggingface import get_leaf, own, set_leaf
 from qjax.io.rope_rows import to_halves, to_pairs
 from qjax.io.tokenizer_gguf import tokenizer_from_gguf
 from qjax.models.card import Card
@@ -73,8 +73,8 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
         raise UserError(f"{path}: {e}") from e
     names = weight_names(config)
     for w in names:
-        found, expected = file.entry(w.gguf).shape, file_shape(w)
-        if found != expected:
+        found, expected = file.entry(w.gguf).shape, w.file_shape
+        if found != expected and (1, *found) != expected:  # what is one row may be a vector
             raise UserError(f"{path}: tensor {w.gguf!r} has shape {list(found)}; its metadata ask for {list(expected)}")
     extra = file.tensors.keys() - {w.gguf for w in names} - rope.keys()
     if extra:
@@ -119,9 +119,9 @@ def read_weight(file: GGUFFile, w: WeightName, dtype: Any = jnp.float32) -> Any:
         rows = np.asarray(file.array(w.gguf))
         rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
         rows = rows - np.asarray(w.offset, rows.dtype) if w.offset else rows
-        return own(rows.T if w.transposed else rows, dtype)
+        return own(w.turned(rows.reshape(w.file_shape)), dtype)
     q = file.qtensor(w.gguf)
-    if w.offset or q.ndim != 2:
+    if w.offset or q.ndim < 2:
         raise UserError(f"{file.path}: tensor {w.gguf!r} has type {file.entry(w.gguf).type}; expected F32, F16 or BF16")
     blocks = np.asarray(q.leaves["blocks"])
     blocks = blocks if w.rope_heads is None else to_halves(blocks, w.rope_heads)
@@ -134,7 +134,8 @@ def save_gguf(
     """Write a GGUF file that llama.cpp loads, tensor by tensor.
 
     Args:
-      model: packed weights are written with their exact bytes, float matrices as `float_type`, vectors as F32.
+      model: packed weights are written with their exact bytes, float matrices as `float_type`, vectors and routers as
+        F32.
       path: the final name.
       float_type: "F32", "F16" or "BF16".
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
@@ -190,7 +191,7 @@ def metadata_of(
 def info_of(w: WeightName, leaf: Any, float_type: str) -> TensorInfo:
     """What a weight will be in a file, or a UserError where GGUF has no type for it."""
     if not isinstance(leaf, QTensor):
-        return TensorInfo(w.gguf, file_shape(w), float_type if len(w.shape) > 1 else "F32")
+        return TensorInfo(w.gguf, w.file_shape, "F32" if w.stays_float else float_type)
     path = "/".join(w.path)
     if not isinstance(leaf.format, BlockFormat) or leaf.format.name not in TENSOR_TYPES:
         raise UserError(f"{path!r} is packed as {leaf.format.name}, which is no ggml type: GGUF cannot hold it")
@@ -200,9 +201,9 @@ def info_of(w: WeightName, leaf: Any, float_type: str) -> TensorInfo:
             "fuse it into the float model, then quantize"
         )
     axis = -2 if w.transposed else -1
-    if leaf.axis != axis or len(w.shape) != 2:
+    if leaf.axis != axis:
         raise UserError(f"{path!r} is packed along axis {leaf.axis}; GGUF needs blocks along the input axis, {axis}")
-    return TensorInfo(w.gguf, file_shape(w), leaf.format.name)
+    return TensorInfo(w.gguf, w.file_shape, leaf.format.name)
 
 
 def usual_type(infos: list[TensorInfo]) -> str:
@@ -219,8 +220,7 @@ def to_rows(w: WeightName, leaf: Any, type_name: str) -> np.ndarray:
     if isinstance(leaf, QTensor):
         rows = np.asarray(leaf.leaves["blocks"])
         return rows if w.rope_heads is None else to_pairs(rows, w.rope_heads)
-    rows = np.asarray(leaf)
-    rows = rows.T if w.transposed else rows
+    rows = w.turned(np.asarray(leaf))
     rows = rows if w.rope_heads is None else to_pairs(rows, w.rope_heads)
     rows = rows.astype(np.float32) + np.float32(w.offset) if w.offset else rows
     return rows.astype(DENSE[type_name])

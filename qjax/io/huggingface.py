@@ -55,13 +55,16 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
         raise UserError(f"{folder}: {e}") from e
     names = weight_names(config)
     for w in names:
-        if w.hf not in checkpoint.tensors:
-            raise UserError(f"{folder}: tensor {w.hf!r} is missing")
-        found, expected = checkpoint.tensors[w.hf].shape, file_shape(w)
-        if found != expected:
-            raise UserError(f"{folder}: tensor {w.hf!r} has shape {list(found)}; config.json asks for {list(expected)}")
+        for name in w.hf_names:
+            if name not in checkpoint.tensors:
+                raise UserError(f"{folder}: tensor {name!r} is missing")
+            found, expected = checkpoint.tensors[name].shape, w.hf_shape
+            if found != expected:
+                raise UserError(
+                    f"{folder}: tensor {name!r} has shape {list(found)}; config.json asks for {list(expected)}"
+                )
     ignored = {"lm_head.weight"} if config.tied else set()
-    extra = checkpoint.tensors.keys() - {w.hf for w in names} - ignored
+    extra = checkpoint.tensors.keys() - {name for w in names for name in w.hf_names} - ignored
     extra = {name for name in extra if not name.endswith(_BUFFERS)}
     if extra:
         raise UserError(f"{folder}: tensor {min(extra)!r} belongs to nothing in a {config.family} model")
@@ -71,7 +74,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
 def iterate_weights(config: DecoderConfig, checkpoint: Checkpoint) -> Iterator[tuple[WeightName, np.ndarray]]:
     """Every weight in the order of a forward pass, in the file's orientation (out, in) and dtype, one at a time."""
     for w in weight_names(config):
-        yield w, checkpoint.array(w.hf)
+        parts = [checkpoint.array(name) for name in w.hf_names]
+        yield w, parts[0] if parts[0].shape == w.file_shape else np.stack(parts)
 
 
 def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
@@ -88,7 +92,7 @@ def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
     config, checkpoint = open_model(folder)
     params: dict[str, Any] = {}
     for w, array in iterate_weights(config, checkpoint):
-        set_leaf(params, w.path, own(array.T if w.transposed else array, dtype))
+        set_leaf(params, w.path, own(w.turned(array), dtype))
     settings = language_settings(read_json(folder / "config.json"))
     return Model(config, params, read_tokenizer(folder, settings), card_of(folder, settings, config, checkpoint))
 
@@ -101,7 +105,7 @@ def card_of(folder: Path, settings: Mapping[str, Any], config: DecoderConfig, ch
     for said in (settings.get("eos_token_id"), generation.get("eos_token_id")):
         ids = said if isinstance(said, list) else [said]
         stops |= dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < config.vocab)
-    stored = {checkpoint.tensors[w.hf].dtype for w in weight_names(config)}
+    stored = {checkpoint.tensors[name].dtype for w in weight_names(config) for name in w.hf_names}
     dtype = next((name for name, code in _DTYPES.items() if stored == {code}), None)
     return Card(generation=generation, stops=tuple(stops) if len(stops) > 1 else (), dtype=dtype)
 
@@ -131,13 +135,14 @@ def save_folder(model: Model, folder: str | Path, dtype: str | None = None, shar
         special["eos_token_id"] = list(model.stops)
     special = {key: value for key, value in special.items() if value is not None}
     config = config_to_hf(model.config) | {"torch_dtype": dtype} | special
-    weights = (_to_file(model, w).astype(FLOATS[stored]) for w in names)
+    files = [(name, stored, w.hf_shape) for w in names for name in w.hf_names]
+    weights = (part for w in names for part in _to_file(model, w).astype(FLOATS[stored]).reshape(-1, *w.hf_shape))
     with atomic_dir(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "generation_config.json").write_text(
             json.dumps((dict(model.card.generation) or {"_from_model_config": True}) | special, indent=2) + "\n"
         )
-        write_folder(out, [(w.hf, stored, file_shape(w)) for w in names], weights, shard_bytes)
+        write_folder(out, files, weights, shard_bytes)
         if model.tokenizer is not None:
             write_tokenizer(out, model.tokenizer)
 
@@ -155,11 +160,6 @@ def _same_dtype(model: Model) -> str:
 
     same = dtype != "float32" and all(fits(get_leaf(model.params, w)) for w in weight_names(model.config))
     return dtype if same else "float32"
-
-
-def file_shape(w: WeightName) -> tuple[int, ...]:
-    """A weight's shape in a file: (out, in) for kernels."""
-    return w.shape[::-1] if w.transposed else w.shape
 
 
 def set_leaf(params: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
@@ -192,5 +192,4 @@ def _to_file(model: Model, w: WeightName) -> np.ndarray:
     leaf = get_leaf(model.params, w)
     if isinstance(leaf, QTensor) and leaf.rounds_inputs:
         raise UserError(f"{'/'.join(w.path)!r} rounds its inputs, which a folder of floats cannot say")
-    array = np.asarray(dequantize(leaf) if isinstance(leaf, QTensor) else leaf)
-    return array.T if w.transposed else array
+    return w.turned(np.asarray(dequantize(leaf) if isinstance(leaf, QTensor) else leaf))

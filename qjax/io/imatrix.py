@@ -5,20 +5,26 @@
 Two forms, both little-endian; `read_imatrix` knows them apart by their first bytes.
 
 * GGUF, with general.type = "imatrix": per weight `NAME.in_sum2` f32[in], the sums of x^2, and `NAME.counts` f32[1], the
-  tokens; beside them the names of the texts, the number of chunks and the tokens a chunk.
+  tokens; beside them the names of the texts, the number of chunks and the tokens a chunk. Of a stack of experts
+  f32[experts, in] and f32[experts, 1].
 * `.dat`, what llama.cpp wrote before: n:i32, n times (length:i32 name calls:i32 in:i32 mean * calls:f32[in]), then
-  optionally chunks:i32 length:i32 text. A call is a chunk; how many tokens it had is not in the file.
+  optionally chunks:i32 length:i32 text. A call is a chunk; how many tokens it had is not in the file, nor how many
+  experts share an entry.
+
+An expert that saw no token has ones for its importance, which is none, as llama-quantize has it.
 
 Sources: llama.cpp, tools/imatrix/imatrix.cpp (`save_imatrix`, `save_imatrix_legacy`), and what tools/quantize makes of
-both. A weight that is a stack of experts has a row of sums for each; qjax has no such models and says so.
+both.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,8 +45,8 @@ class Imatrix:
     """The importance of the inputs of a model's weights.
 
     Attributes:
-      values: GGUF name of a weight -> f32[in], its mean squared inputs.
-      counts: the same names -> how many tokens the mean is over.
+      values: GGUF name of a weight -> f32[in], its mean squared inputs; of a stack f32[experts, in].
+      counts: the same names -> how many tokens the mean is over; of a stack i64[experts].
       datasets: names of the texts.
       chunk_size: tokens a chunk.
 
@@ -50,7 +56,7 @@ class Imatrix:
     """
 
     values: Mapping[str, np.ndarray]
-    counts: Mapping[str, int]
+    counts: Mapping[str, Any]
     datasets: tuple[str, ...] = ()
     chunk_size: int = USUAL_CHUNK
 
@@ -62,18 +68,21 @@ class Imatrix:
         if self.chunk_size < 1:
             raise UserError(f"an importance matrix with chunks of {self.chunk_size} tokens; expected at least 1")
         for name, x in self.values.items():
-            if x.ndim != 1 or not x.size:
-                raise UserError(f"entry {name!r} of the importance matrix has shape {list(x.shape)}; expected [in]")
+            if x.ndim not in (1, 2) or not x.size or np.shape(self.counts[name]) != x.shape[:-1]:
+                raise UserError(
+                    f"entry {name!r} of the importance matrix has shape {list(x.shape)} and counts "
+                    f"{list(np.shape(self.counts[name]))}; expected [in] and a number, or [experts, in] and [experts]"
+                )
             bad = x[~(np.isfinite(x) & (x >= 0))]
             if bad.size:
                 raise UserError(f"entry {name!r} of the importance matrix holds {bad[0]}, which is no mean of squares")
-            if self.counts[name] < 1:
+            if np.max(self.counts[name]) < 1:
                 raise UserError(f"entry {name!r} of the importance matrix saw no tokens; calibrate on more text")
 
     @property
     def chunks(self) -> int:
         """Whole chunks that were read."""
-        return max(self.counts.values()) // self.chunk_size
+        return int(max(np.max(count) for count in self.counts.values())) // self.chunk_size
 
 
 def read_imatrix(path: str | Path) -> Imatrix:
@@ -122,16 +131,16 @@ def write_imatrix(path: str | Path, imatrix: Imatrix, legacy: bool = False) -> N
         CHUNKS: imatrix.chunks,
         CHUNK_SIZE: imatrix.chunk_size,
     }
+    counts = {name: np.asarray(imatrix.counts[name], "<f4")[..., None] for name in names}
     infos = [
         info
         for name in names
-        for info in (TensorInfo(name + SUMS, imatrix.values[name].shape, "F32"), TensorInfo(name + COUNTS, (1,), "F32"))
+        for info in (
+            TensorInfo(name + SUMS, imatrix.values[name].shape, "F32"),
+            TensorInfo(name + COUNTS, counts[name].shape, "F32"),
+        )
     ]
-    arrays = (
-        array
-        for name in names
-        for array in (_scaled(imatrix.values[name], imatrix.counts[name]), np.array([imatrix.counts[name]], "<f4"))
-    )
+    arrays = (array for name in names for array in (_scaled(imatrix.values[name], imatrix.counts[name]), counts[name]))
     write_gguf(path, metadata, infos, arrays)
 
 
@@ -149,19 +158,23 @@ def check_imatrix(imatrix: Imatrix | Mapping[str, np.ndarray], tensors: Mapping[
     for name, x in values.items():
         if name not in tensors:
             raise UserError(f"an importance matrix of another model: it has {name!r}, the model has no such tensor")
-        if x.size != tensors[name][-1]:
+        *stack, _, columns = tensors[name] if len(tensors[name]) > 1 else (1, *tensors[name])
+        if x.size != math.prod(stack) * columns:
             raise UserError(
                 f"an importance matrix of another model: its entry {name!r} has {x.size} values, "
-                f"the model's tensor rows of {tensors[name][-1]} weights"
+                f"the model's tensor{''.join(f' {n} experts with' for n in stack)} rows of {columns} weights"
             )
 
 
-def _scaled(mean: np.ndarray, count: int) -> np.ndarray:
-    return (mean.astype(np.float64) * count).astype("<f4")
+def _scaled(mean: np.ndarray, count: Any) -> np.ndarray:
+    return (mean.astype(np.float64) * np.asarray(count)[..., None]).astype("<f4")
 
 
-def _mean(sums: np.ndarray, count: int) -> np.ndarray:
-    return sums.astype(np.float32) / np.float32(max(count, 1))  # a count of 0 is refused by Imatrix
+def _mean(sums: np.ndarray, count: Any) -> np.ndarray:
+    """The means over a count of tokens, or of each row over its own; ones where an expert saw none."""
+    n = np.asarray(count, np.float32)[..., None]
+    means = sums.astype(np.float32) / np.maximum(n, np.float32(1))
+    return np.where(n > 0, means, np.float32(1)) if n.ndim > 1 else means  # a weight's 0 is refused by Imatrix
 
 
 def _from_gguf(file: GGUFFile) -> Imatrix:
@@ -179,19 +192,28 @@ def _from_gguf(file: GGUFFile) -> Imatrix:
         name, suffix = _split(tensor)
         if not suffix:
             continue  # newer llama.cpp adds sums and statistics that quantizing does not need
-        data = file.array(tensor).reshape(-1) if file.entry(tensor).type == "F32" else None
-        if data is None:
+        if file.entry(tensor).type != "F32":
             raise UserError(f"tensor {tensor!r} has type {file.entry(tensor).type}; expected F32")
+        data = file.array(tensor)
         if suffix == SUMS:
             values[name] = data
-        elif data.size > 1:
-            raise UserError(f"entry {name!r} has the counts of {data.size} experts; only dense weights are supported")
-        elif not 0 <= data[0] < 2**63:
-            raise UserError(f"entry {name!r} has the count {data[0]}")
-        else:
-            counts[name] = round(float(data[0]))
+            continue
+        data = data.reshape(-1)
+        if not ((data >= 0) & (data < 2.0**63)).all():
+            raise UserError(f"entry {name!r} has the count {data[~((data >= 0) & (data < 2.0**63))][0]}")
+        counts[name] = round(float(data[0])) if data.size == 1 else np.rint(data).astype(np.int64)
+    for name in values.keys() & counts.keys():
+        values[name] = _by_expert(name, values[name], counts[name])
     means = {name: _mean(x, counts.get(name, 0)) for name, x in values.items()}
     return Imatrix(means, counts, tuple(datasets), chunk_size)
+
+
+def _by_expert(name: str, sums: np.ndarray, counts: Any) -> np.ndarray:
+    """Sums as f32[in], or as f32[experts, in] where there is a count for each expert."""
+    experts = np.size(counts)
+    if sums.size % experts or (sums.ndim > 1 and len(sums) != experts):
+        raise UserError(f"entry {name!r} has sums of shape {list(sums.shape)} for {experts} counts")
+    return sums.reshape(-1) if experts == 1 else sums.reshape(experts, -1)
 
 
 def _split(tensor: str) -> tuple[str, str]:
@@ -245,10 +267,10 @@ def _from_dat(raw: bytes) -> Imatrix:
 def _dat_parts(imatrix: Imatrix, names: Sequence[str]) -> Iterator[bytes]:
     yield struct.pack("<i", len(names))
     for name in names:
-        calls = -(-imatrix.counts[name] // imatrix.chunk_size)
+        calls = -(-int(np.max(imatrix.counts[name])) // imatrix.chunk_size)
         x = imatrix.values[name]
         yield _text(name) + struct.pack("<ii", calls, x.size)
-        yield _scaled(x, calls).tobytes()
+        yield _scaled(x.reshape(-1), calls).tobytes()
     yield struct.pack("<i", imatrix.chunks) + _text(imatrix.datasets[-1] if imatrix.datasets else "")
 
 

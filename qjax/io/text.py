@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from qjax.errors import UserError
@@ -42,3 +43,21 @@ def read_texts(path: str | Path) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise UserError(f'{path}: expected a list of texts, as in ["One.", "Another."]')
     return texts
+
+
+def texts_at(paths: Iterable[str | Path]) -> list[str]:
+    """The texts of files and folders; a folder stands for the .txt, .md and .json files in it, in the order of names.
+
+    Raises:
+      UserError: as `read_texts`, or a folder without such a file.
+    """
+    texts: list[str] = []
+    for path in map(Path, paths):
+        files = sorted(f for f in path.rglob("*") if f.suffix in _TEXTS) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path}: the folder holds no {', '.join(_TEXTS)} file")
+        texts += [text for file in files for text in read_texts(file)]
+    return texts
+
+
+_TEXTS = (".txt", ".md", ".json")

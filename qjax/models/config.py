@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -29,6 +30,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    mscale: float = 0.0  # DeepSeek: scores times (1 + 0.1 mscale ln factor)^2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,26 @@ class DecoderConfig:
     residual_multiplier: float = 1.0  # Granite: of what attention and MLP add
     attn_multiplier: float | None = None  # Granite: of attention scores, in place of 1 / sqrt(head_dim)
     logit_divisor: float = 1.0  # Granite
+    experts: int = 0  # Mixtral, Qwen-MoE: experts a layer; 0: an MLP
+    experts_used: int = 0  # of them, those that a token goes to
+    expert_hidden: int = 0  # width of each
+    expert_norm: bool = True  # their shares are divided by their sum
+    dense_layers: tuple[int, ...] = ()  # the layers that have an MLP all the same
+    shared_hidden: int = 0  # Qwen2-MoE: width of one more expert, which sees every token; 0: there is none
+    shared_gate: bool = False  # Qwen2-MoE: a sigmoid of the token decides how much of it
+    router: Literal["softmax", "sigmoid"] = "softmax"  # DeepSeek-V3: sigmoid
+    router_bias: bool = False  # DeepSeek-V3: added where experts are chosen, and not to their shares
+    expert_scale: float = 1.0  # DeepSeek: shares times this
+    expert_groups: int = 0  # DeepSeek: experts are chosen among those of the best groups only; 0: among all
+    expert_groups_used: int = 0  # how many groups these are
+    expert_group_best: int = 1  # a group is as good as the sum of so many of its best experts
+    kv_rank: int = 0  # DeepSeek: keys and values come out of so many numbers a token; 0: of the token itself
+    query_rank: int = 0  # DeepSeek: and queries; 0: of the token itself
+    value_dim: int = 0  # DeepSeek: numbers of a head's values; 0: head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of an MLP."""
+        return self.experts > 0 and layer not in self.dense_layers
 
     def layer_window(self, layer: int) -> int | None:
         """The attention window of one layer, or None where it sees everything."""
@@ -95,8 +117,15 @@ class DecoderConfig:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
+    def value_size(self) -> int:
+        """How many numbers each head's values have."""
+        return self.value_dim or self.head_dim
+
+    @property
     def score_scale(self) -> float:
         """What attention scores are multiplied with."""
         if self.attn_multiplier is not None:
             return self.attn_multiplier
-        return (self.head_dim if self.query_dim is None else self.query_dim) ** -0.5
+        s = self.rope_scaling
+        grown = 1.0 if s is None or s.factor <= 1 else 1.0 + 0.1 * s.mscale * math.log(s.factor)
+        return (self.head_dim if self.query_dim is None else self.query_dim) ** -0.5 * grown**2

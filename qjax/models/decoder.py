@@ -7,7 +7,8 @@
 
 Weights are flax kernels, (in, out). Their paths: `embed/embedding`, `layers_3/attn/{q,k,v,o}/kernel`,
 `layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`; where a
-family keeps several in one, `attn/qkv` and `mlp/gate_up`.
+family keeps several in one, `attn/qkv` and `mlp/gate_up`. A layer of experts (mlp.py) has `mlp/router/kernel`,
+`mlp/experts/{gate,up,down}/kernel` (experts, in, out) and, where one sees all, `mlp/shared/{gate,up,down}/kernel`.
 Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
 format of its own.
 """
@@ -24,6 +25,8 @@ from flax import linen as nn
 from jax import lax
 
 from qjax.models.config import DecoderConfig, RopeScaling
+from qjax.models.latent import latent_heads
+from qjax.models.mlp import MLP, Mixture
 
 # {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]}.
 Cache = dict[str, Any]
@@ -128,7 +131,7 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
       k, v: [b * kv_heads, s, d].
       mask: bool[t, s], True where a query may look.
 
-    Returns: [b, t, heads * d].
+    Returns: [b, t, heads * d], d that of v, which may be another than of q and k.
     """
     b, t, heads, d = q.shape
     n, s, _ = k.shape
@@ -141,7 +144,7 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
     scores = jnp.where(mask[None, None], scores.reshape(n, heads // kv, t, s), -1e30)
     p = jax.nn.softmax(scores.reshape(n, rows, s), axis=-1).astype(v.dtype)
     o = jnp.einsum("nrs,nsd->nrd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
-    return o.reshape(b, kv, heads // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d)
+    return o.reshape(b, kv, heads // kv, t, -1).transpose(0, 3, 1, 2, 4).reshape(b, t, -1)
 
 
 def attend_causally(q, k, v, window: int | None, scale: float, softcap: float | None):
@@ -186,7 +189,18 @@ class Attention(nn.Module):
 
         b, t, _ = x.shape
         q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        if c.fused_qkv:
+
+        def turned(y):
+            if (turning := c.layer_theta(self.layer)) is None:
+                return y
+            theta, scaling = turning
+            frequencies = rope_frequencies(c.rotated, theta, scaling, positions[-1] + 1)
+            factor = 1.0 if scaling is None else scaling.attention_factor
+            return rotate(y, positions, frequencies, factor, c.rope_pairs)
+
+        if c.kv_rank:
+            q, k, v = latent_heads(c, dense, lambda name: RMSNorm(c.norm_eps, name=name), turned, x)
+        elif c.fused_qkv:
             qkv = dense("qkv", q_dim + 2 * kv_dim, c.qkv_bias)(x)
             q, k, v = jnp.split(qkv, (q_dim, q_dim + kv_dim), axis=-1)
         else:
@@ -198,14 +212,10 @@ class Attention(nn.Module):
             y = y.reshape(b, t, heads, c.head_dim)
             return y if c.qk_norm_whole else norm(y)
 
-        q, k = by_head(q, "q_norm", c.heads), by_head(k, "k_norm", c.kv_heads)
-        v = v.reshape(b, t, c.kv_heads, c.head_dim)
-        if (turning := c.layer_theta(self.layer)) is not None:
-            theta, scaling = turning
-            frequencies = rope_frequencies(c.rotated, theta, scaling, positions[-1] + 1)
-            factor = 1.0 if scaling is None else scaling.attention_factor
-            q, k = (rotate(y, positions, frequencies, factor, c.rope_pairs) for y in (q, k))
-        k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, c.head_dim) for y in (k, v))
+        if not c.kv_rank:
+            q, k = turned(by_head(q, "q_norm", c.heads)), turned(by_head(k, "k_norm", c.kv_heads))
+            v = v.reshape(b, t, c.kv_heads, c.head_dim)
+        k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, y.shape[-1]) for y in (k, v))
         k, v = self.stored("k", k), self.stored("v", v)
         scale = c.score_scale
         window = c.layer_window(self.layer)
@@ -220,25 +230,6 @@ class Attention(nn.Module):
             mask = visible(positions, jnp.arange(k.shape[1]), window)
             o = attend(q, k, v, mask, scale, c.attn_softcap)
         return dense("o", c.dim)(o), cache
-
-
-class MLP(nn.Module):
-    config: DecoderConfig
-    dtype: Any = jnp.float32
-    dot_general: Callable = lax.dot_general
-
-    @nn.compact
-    def __call__(self, x):
-        def dense(name, out):
-            return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
-
-        c = self.config
-        if c.fused_mlp:
-            gate, up = jnp.split(dense("gate_up", 2 * c.hidden)(x), 2, axis=-1)
-        else:
-            gate, up = dense("gate", c.hidden)(x), dense("up", c.hidden)(x)
-        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        return dense("down", c.dim)(gate * up)
 
 
 class Block(nn.Module):
@@ -262,7 +253,11 @@ class Block(nn.Module):
             norm("attn_norm", x, c.pre_norms), positions, cache
         )
         x = added(x, norm("attn_post_norm", y, c.post_norms))
-        y = MLP(c, self.dtype, self.dot_general, name="mlp")(norm("mlp_norm", x, c.pre_norms))
+        if c.has_experts(self.layer):
+            mlp = Mixture(c, self.dtype, self.dot_general, name="mlp")
+        else:
+            mlp = MLP(c, c.hidden, False, self.dtype, self.dot_general, name="mlp")
+        y = mlp(norm("mlp_norm", x, c.pre_norms))
         return added(x, norm("mlp_post_norm", y, c.post_norms)), cache
 
 
@@ -313,6 +308,9 @@ class Decoder(nn.Module):
 
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """A key/value cache for `capacity` positions."""
-    shape = (batch * config.kv_heads, capacity, config.head_dim)
-    layers = {f"layers_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(config.layers)}
+
+    def zeros(size: int) -> jax.Array:
+        return jnp.zeros((batch * config.kv_heads, capacity, size), dtype)
+
+    layers = {f"layers_{i}": {"k": zeros(config.head_dim), "v": zeros(config.value_size)} for i in range(config.layers)}
     return {"length": jnp.int32(0)} | layers

@@ -114,8 +114,8 @@ def rotate_residual(
 ) -> tuple[Params, DecoderConfig]:
     """Rotate the residual stream, x' = R x (R1), after `fold_norms`.
 
-    Embedding rows and the outputs of o and down become R y; the inputs of q, k, v, gate, up and head W R^T. A tied head
-    whose final norm has no gain turns with the embedding and stays tied.
+    Embedding rows and the outputs of o and down become R y; the inputs of q, k, v, gate, up, routers and head W R^T. A
+    tied head whose final norm has no gain turns with the embedding and stays tied.
 
     Args:
       params: floats, the tree of `Decoder(config)`; not modified.
@@ -138,11 +138,11 @@ def rotate_residual(
     folded, config = fold_norms(params, config, untie)
     flat = _flat(folded, config)
     for path in flat:
-        if path == "embed/embedding" or path.endswith(("attn/o/kernel", "mlp/down/kernel")):
+        if path == "embed/embedding" or path.endswith(("attn/o/kernel", "/down/kernel")):
             flat[path] = rotate(flat[path])
     for edge in edges(config):
-        if edge.is_norm:
-            flat |= {sink: rotate(flat[sink].T).T for sink in edge.sinks}
+        if edge.is_residual:
+            flat |= {sink: rotate(flat[sink].swapaxes(-1, -2)).swapaxes(-1, -2) for sink in edge.sinks}
     return unflatten_dict(flat, sep="/"), config
 
 
@@ -163,6 +163,8 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
     """
     if config.fused_qkv:
         raise UserError(f"the values of {config.family} cannot be rotated alone: q, k and v are one weight (fused_qkv)")
+    if config.kv_rank:
+        raise UserError(f"the values of {config.family} cannot be rotated alone: they share attn/kv_b with keys")
     _check_orthogonal(rotate, config.head_dim, "head_dim")
     flat = _flat(params, config)
     for i in range(config.layers):
@@ -213,8 +215,8 @@ def _flat(params: Params, config: DecoderConfig) -> dict[str, Any]:
 
 
 def _widened(flat: dict[str, Any], sinks: tuple[str, ...], by: Array) -> dict[str, Array]:
-    """The kernels (in, out) with their input channels multiplied."""
-    return {sink: flat[sink] * by[:, None] for sink in sinks}
+    """The kernels (in, out), or stacks of them, with their input channels multiplied."""
+    return {sink: flat[sink] * by.reshape((1,) * (flat[sink].ndim - 2) + (-1, 1)) for sink in sinks}
 
 
 def _check_orthogonal(rotate: Rotation, n: int, name: str) -> None:

@@ -43,31 +43,53 @@ class Edge:
         """Whether the source is a norm's gain, which may be folded into the sinks altogether."""
         return self.source.endswith("/scale")
 
+    @property
+    def is_residual(self) -> bool:
+        """Whether the sinks read the residual stream, behind a norm."""
+        return self.is_norm and "/attn/" not in self.source
 
-def _untied(c: DecoderConfig) -> bool:
+
+def _untied(c: DecoderConfig, _: int) -> bool:
     """A tied head is the embedding, and its channels are the residual stream's: it is no sink."""
     return not c.tied
 
 
-def _heads_of_their_own(c: DecoderConfig) -> bool:
+def _ranked(c: DecoderConfig, _: int) -> bool:
+    return c.kv_rank > 0
+
+
+def _ranked_queries(c: DecoderConfig, _: int) -> bool:
+    return c.kv_rank > 0 and c.query_rank > 0
+
+
+def _heads_of_their_own(c: DecoderConfig, _: int) -> bool:
     """Where query heads share a key/value head (GQA), one channel of v feeds several of o."""
-    return c.kv_heads == c.heads and not c.fused_qkv
+    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank
+
+
+def _is_there(c: DecoderConfig, sink: str) -> bool:
+    """Whether a sink that not every family of experts has is one of this config."""
+    if sink.startswith("mlp/shared/"):
+        return bool(c.shared_hidden)
+    if c.kv_rank and sink in ("attn/q/kernel", "attn/q_a/kernel"):
+        return (sink == "attn/q_a/kernel") == (c.query_rank > 0)
+    return c.shared_gate if sink.startswith("mlp/shared_gate") else True
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """One kind of edge: paths below the layer, its channels, and whether a config has it."""
+    """One kind of edge: paths below the layer, its channels, and whether a layer of a config has it."""
 
     label: str
     source: str
     sinks: tuple[str, ...]
     channels: Callable[[DecoderConfig], int]
-    stands: Callable[[DecoderConfig], bool] = lambda c: True
+    stands: Callable[[DecoderConfig, int], bool] = lambda c, layer: True
 
     def edge(self, c: DecoderConfig, at: str) -> Edge:
         bias = f"{at}attn/v/bias" if c.qkv_bias and self.source == "attn/v/kernel" else None
         offset = c.norm_offset if self.source.endswith("/scale") else 0.0
-        sinks = tuple(at + s for s in self.sinks)
+        sinks = tuple(at + s for s in self.sinks if _is_there(c, s))
         return Edge(f"{at}{self.label}", at + self.source, sinks, self.channels(c), bias, offset)
 
 
@@ -77,42 +99,76 @@ _LAYER = (
         "attn_norm/scale",
         ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
         lambda c: c.dim,
-        lambda c: c.pre_norms and not c.fused_qkv,
+        lambda c, _: c.pre_norms and not c.fused_qkv and not c.kv_rank,
     ),
     _Rule(
         "attn_norm -> qkv",
         "attn_norm/scale",
         ("attn/qkv/kernel",),
         lambda c: c.dim,
-        lambda c: c.pre_norms and c.fused_qkv,
+        lambda c, _: c.pre_norms and c.fused_qkv,
     ),
+    _Rule(
+        "attn_norm -> q, kv_a",
+        "attn_norm/scale",
+        ("attn/q/kernel", "attn/q_a/kernel", "attn/kv_a/kernel"),
+        lambda c: c.dim,
+        lambda c, _: c.kv_rank > 0,
+    ),
+    _Rule("q_a_norm -> q_b", "attn/q_a_norm/scale", ("attn/q_b/kernel",), lambda c: c.query_rank, _ranked_queries),
+    _Rule("kv_a_norm -> kv_b", "attn/kv_a_norm/scale", ("attn/kv_b/kernel",), lambda c: c.kv_rank, _ranked),
     _Rule("v -> o", "attn/v/kernel", ("attn/o/kernel",), lambda c: c.heads * c.head_dim, _heads_of_their_own),
     _Rule(
         "mlp_norm -> gate, up",
         "mlp_norm/scale",
         ("mlp/gate/kernel", "mlp/up/kernel"),
         lambda c: c.dim,
-        lambda c: c.pre_norms and not c.fused_mlp,
+        lambda c, layer: c.pre_norms and not c.fused_mlp and not c.has_experts(layer),
     ),
     _Rule(
         "mlp_norm -> gate_up",
         "mlp_norm/scale",
         ("mlp/gate_up/kernel",),
         lambda c: c.dim,
-        lambda c: c.pre_norms and c.fused_mlp,
+        lambda c, layer: c.pre_norms and c.fused_mlp and not c.has_experts(layer),
     ),
-    # The other factor of down's input, act(gate), is no linear function of gate. A part of a fused weight is no source.
-    _Rule("up -> down", "mlp/up/kernel", ("mlp/down/kernel",), lambda c: c.hidden, lambda c: not c.fused_mlp),
+    _Rule(
+        "mlp_norm -> router, experts",
+        "mlp_norm/scale",
+        (
+            "mlp/router/kernel",  # the first: it sees every token
+            *("mlp/experts/gate/kernel", "mlp/experts/up/kernel"),
+            *("mlp/shared_gate/kernel", "mlp/shared/gate/kernel", "mlp/shared/up/kernel"),
+        ),
+        lambda c: c.dim,
+        lambda c, layer: c.pre_norms and c.has_experts(layer),
+    ),
+    # The other factor of down's input, act(gate), is no linear function of gate. A part of a fused weight is no source,
+    # and a stack of experts none of one row of channels.
+    _Rule(
+        "up -> down",
+        "mlp/up/kernel",
+        ("mlp/down/kernel",),
+        lambda c: c.hidden,
+        lambda c, layer: not c.fused_mlp and not c.has_experts(layer),
+    ),
+    _Rule(
+        "shared up -> down",
+        "mlp/shared/up/kernel",
+        ("mlp/shared/down/kernel",),
+        lambda c: c.shared_hidden,
+        lambda c, layer: c.has_experts(layer) and c.shared_hidden > 0,
+    ),
 )
 _MODEL = (_Rule("final_norm -> head", "final_norm/scale", ("head/kernel",), lambda c: c.dim, _untied),)
 
 
 def _placed(config: DecoderConfig) -> list[tuple[_Rule, str]]:
-    """Every rule with the prefix of its paths, in the order of a forward pass."""
-    layers = [(rule, f"layers_{i}/") for i in range(config.layers) for rule in _LAYER]
-    return layers + [(rule, "") for rule in _MODEL]
+    """The rules that stand with the prefix of their paths, in the order of a forward pass."""
+    layers = [(rule, f"layers_{i}/") for i in range(config.layers) for rule in _LAYER if rule.stands(config, i)]
+    return layers + [(rule, "") for rule in _MODEL if rule.stands(config, -1)]
 
 
 def edges(config: DecoderConfig) -> tuple[Edge, ...]:
     """Every edge of a decoder, in the order of a forward pass."""
-    return tuple(rule.edge(config, at) for rule, at in _placed(config) if rule.stands(config))
+    return tuple(rule.edge(config, at) for rule, at in _placed(config))

@@ -30,6 +30,7 @@ class Stages:
     Attributes:
       embed: ({"embed"}, tokens i32[b, t]) -> x f32[b, t, dim].
       blocks: one function a layer: (params["layers_i"], x) -> x. Layers that do the same are the same function.
+      to_all: the same blocks with every token sent to all experts; equal to `blocks` where there are none.
       head: ({"final_norm", "head" or, tied, "embed"}, x) -> logits f32[b, t, vocab].
       norm: the head's first half: (its params, x) -> n f32[b, t, dim].
       scores: its second: (its params, n, start, count) -> f32[*b, count], the logits of `count` tokens from `start` on;
@@ -40,6 +41,7 @@ class Stages:
 
     embed: Apply
     blocks: tuple[Apply, ...]
+    to_all: tuple[Apply, ...]
     head: Apply
     norm: Apply
     scores: Callable[[Any, Array, Any, int], Array]
@@ -59,7 +61,7 @@ def stages_of(config: DecoderConfig) -> Stages:
     c = config
     alike: dict[Any, Apply] = {}
 
-    def block_of(layer: int) -> Apply:
+    def block_of(c: DecoderConfig, layer: int) -> Apply:
         def block(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
             positions = jnp.arange(x.shape[1], dtype=jnp.int32)
             y: Any = Block(c, layer).apply({"params": params}, x, positions)
@@ -67,10 +69,13 @@ def stages_of(config: DecoderConfig) -> Stages:
 
         return block
 
-    blocks = []
-    for i in range(c.layers):
-        kind = (c.layer_window(i), c.layer_theta(i))
-        blocks.append(alike.setdefault(kind, block_of(i)))
+    def alike_of(c: DecoderConfig, layer: int) -> Apply:
+        used = c.experts_used if c.has_experts(layer) else 0
+        kind = (c.layer_window(layer), c.layer_theta(layer), used)
+        return alike.setdefault(kind, block_of(c, layer))
+
+    blocks = tuple(alike_of(c, i) for i in range(c.layers))
+    to_all = tuple(alike_of(dataclasses.replace(c, experts_used=c.experts), i) for i in range(c.layers))
 
     def embed(params: Any, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
@@ -89,4 +94,4 @@ def stages_of(config: DecoderConfig) -> Stages:
     def head(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         return scores(params, norm(params, x), 0, c.vocab)
 
-    return Stages(embed, tuple(blocks), head, norm, scores, c.tied, c.vocab, c.dim)
+    return Stages(embed, blocks, to_all, head, norm, scores, c.tied, c.vocab, c.dim)

@@ -87,12 +87,14 @@ def quantize_model(
         lines[path] = TensorReport(path, _file_shape(q), q.format.name, q.nbytes, relative_rmse(q, leaf), None, line)
         at[name] = q
 
-    walk(
+    told = walk(
         stages_of(model.config), model, formats, calibration, emit,
         seen=seen, progress=progress, notify=notify,
     )  # fmt: skip
     report = [lines[a.weight.path] if a.weight.path in lines else _kept(a, params) for a in assigned]
-    return dataclasses.replace(model, params=params), Report(tuple(report), (plan.note,) if plan.note else ())
+    return dataclasses.replace(model, params=params), Report(
+        tuple(report), (*((plan.note,) if plan.note else ()), *told)
+    )
 
 
 def survey_model(model: Model, calibration: Calibration) -> Survey:

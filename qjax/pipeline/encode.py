@@ -96,20 +96,21 @@ def encode_tensor(
       name: for messages.
       w: floats (out, in), possibly a view of a mapped file.
       fmt: a ggml type whose block divides `in`.
-      importance: f32[in], the importance of each column.
+      importance: f32[in], the importance of each column; of a stack f32[in] or f32[experts, in].
     """
     if not isinstance(fmt, BlockFormat):
         raise UserError(f"{name}: {fmt.name} is no ggml type, and a GGUF file holds nothing else")
     columns = w.shape[-1]
     if importance is not None:
         importance = np.asarray(importance, np.float32)
-        if importance.shape != (columns,):
-            raise UserError(f"{name}: importance of shape {importance.shape} for rows of {columns} weights")
+        if importance.shape not in ((columns,), (*w.shape[:-2], columns)):
+            raise UserError(f"{name}: importance of shape {importance.shape} for weights of shape {w.shape}")
         if not (np.isfinite(importance).all() and (importance >= 0).all()):
             raise UserError(f"{name}: its importance has NaN, infinite or negative values")
     blocks = w.reshape(-1, fmt.block)
     step = _step(fmt)
-    weights = None if importance is None else importance.reshape(-1, fmt.block)
+    weights = None if importance is None else importance.reshape(-1, columns // fmt.block, fmt.block)
+    a_row, a_matrix = columns // fmt.block, len(blocks) // max(len(w), 1) if w.ndim > 2 else len(blocks)
     out = np.empty((len(blocks), fmt.block_bytes), np.uint8)
 
     def piece(start: int) -> np.ndarray:
@@ -117,7 +118,8 @@ def encode_tensor(
         count = len(x)
         if count < step:
             x = np.concatenate([x, np.zeros((step - count, fmt.block), x.dtype)])
-        v = None if weights is None else weights[np.arange(start, start + step) % len(weights)]
+        at = np.arange(start, start + step)
+        v = None if weights is None else weights[at // a_matrix % len(weights), at % a_row]
         packed, sums = _encode(x, v, fmt)
         out[start : start + count] = np.asarray(packed).reshape(step, fmt.block_bytes)[:count]
         return np.asarray(sums)

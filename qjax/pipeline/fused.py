@@ -71,7 +71,8 @@ def fused_scales(
     stats = _observed(model, kinds, calibration, progress) if kinds else {}
     params: Any = model.params
     for edge in chosen:
-        rows = jnp.concatenate([_kernel(model.params, path).T for path in edge.sinks])
+        kernels = [_kernel(model.params, path).swapaxes(-1, -2) for path in edge.sinks]
+        rows = jnp.concatenate([rows.reshape(-1, edge.channels) for rows in kernels])
         site = Site(rows, stats.get(edge.sinks[0], Stats()), get_format(format))
         _, applied = search(site)
         if not isinstance(applied, Scaled):

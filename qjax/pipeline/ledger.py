@@ -18,7 +18,7 @@ def ledger(report: Report) -> dict[str, Any]:
     """What became of a model, for JSON: every tensor is in `quantized_bits` or in `kept`.
 
     Returns: {"quantized_bits": 8 bytes / weights of the quantized tensors, None where there are none;
-      "whole_bits": of all; "kept": {reason: names}; "tokens", "damping": the least and the most of any calibrated weight,
+      "whole_bits": of all; "kept": {reason: names}; "tokens", "damping": least and most of any calibrated weight,
       None where none was; "notes": {note: names}}.
     """
     quantized = [t for t in report.tensors if t.kept is None]

@@ -55,7 +55,8 @@ def quantize_params(
         blocks along `in`; `axes` says otherwise.
       plan: patterns over the leaves' paths ("layers_0/attn/q/kernel"), see `qjax.plan`; or a format's name, for all.
       stats: {path: Stats}, what `qjax.observe` gives; or {path: f32[in]}, the importance of each input of a weight
-        (mean squared activation). With a recipe that needs none, weights that it does not name are rounded without.
+        (mean squared activation), of a stack f32[*stack, in]. With a recipe that needs none,
+        weights that it does not name are rounded without.
       key: for formats that draw random numbers; today's need none.
       recipe: how to round where the plan's rule does not say; a name or a Recipe.
       axes: {path: contracted axis, -1 or -2}, as `contracted_axes` finds them for any function. Without it the axes
@@ -218,6 +219,8 @@ def _quantize_leaf(
         packed = raw.reshape(*rows.shape[:-1], rows.shape[-1] // fmt.block, fmt.block_bytes)
         q = QTensor({"blocks": jnp.asarray(packed)}, fmt, axis, dtype=jnp.asarray(leaf).dtype)
     else:
+        if importance is not None and jnp.ndim(importance) > 1:  # of a stack, one for each of its matrices
+            importance = jnp.broadcast_to(jnp.expand_dims(importance, -1 if axis == -2 else -2), leaf.shape)
         try:
             q = quantize(leaf, fmt, axis=axis, weight=importance)
         except UserError as e:

@@ -15,6 +15,7 @@ import numpy as np
 from qjax.calibrate.moments import SAMPLES
 from qjax.compiled import UNTUNED, untuned
 from qjax.formats import Format
+from qjax.formats.protocol import Scales
 from qjax.pipeline.encode import workers
 from qjax.recipes import Recipe
 from qjax.rounding import Rounded, Rounding, round_weight
@@ -27,7 +28,12 @@ _SHORT, _TALL = 256, 2048  # rows rounded at a time; few where n is small and a 
 _WIDE, _MOST_WIDE = 2048, 8192  # columns from which parts are tall; beyond which they take turns, for memory's sake
 
 
-def in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None) -> Rounded:
+Fit = tuple[Scales, Array]
+
+
+def in_parts(
+    w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None, fit: Fit | None = None
+) -> Rounded:
     """`round_weight` on parts of its rows: one compiled program for all heights, and every core at work.
 
     The parts' height depends on n alone, so the same weight gives the same bytes on every number of cores. Accelerators
@@ -38,16 +44,21 @@ def in_parts(w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Ar
     tied = format.rows == 0 or height % format.rows or rows % format.rows
     whole = tied or any(r.whole for r in recipe.roundings)
     if jax.default_backend() != "cpu" or whole:
-        return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout)
+        return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout, fit=fit)
     grid: Any = format  # hashable, which its protocol cannot say
     seen = {kind: jnp.asarray(np.asarray(getattr(stats, kind))) for kind in stats.kinds}  # off other devices
     factor = None if stats.H is None else _factored(seen["H"], grid, recipe.roundings, recipe.damping)
-    program = _program(height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None)
+    program = _program(
+        height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None, fit is not None
+    )
     heldout = None if heldout is None else jnp.asarray(np.asarray(heldout))
 
     def rounded(at: int) -> Rounded:
-        part = w[at : at + height]  # as many copies as threads, not one of the whole
-        return program(jnp.pad(part, ((0, height - len(part)), (0, 0))), seen, heldout, factor)
+        def part(a: Array) -> Array:  # as many copies as threads, not one of the whole
+            some = a[at : at + height]
+            return jnp.pad(some, ((0, height - len(some)), *((0, 0),) * (a.ndim - 1)))
+
+        return program(part(w), seen, heldout, factor, jax.tree.map(part, fit))
 
     with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
         made = list(pool.map(rounded, range(0, rows, height)))
@@ -67,7 +78,8 @@ def _program(
     damping: float,
     kinds: tuple[str, ...],
     heldout: bool,
-) -> Callable[[Array, dict[str, Array], Array | None, Factor | None], Rounded]:
+    fitted: bool,
+) -> Callable[[Array, dict[str, Array], Array | None, Factor | None, Fit | None], Rounded]:
     """`round_weight` compiled for parts of one height, before the threads begin: each would compile it for itself."""
 
     def f32(*shape: int) -> Any:
@@ -76,11 +88,14 @@ def _program(
     shapes = {"H": (n, n), "cross": (n, n), "h": (n,), "absmean": (n,), "absmax": (n,), "samples": (SAMPLES, n)}
     seen = {kind: f32(*shapes[kind]) for kind in kinds}
 
-    def part(w: Array, seen: dict[str, Array], heldout: Array | None, factor: Factor | None) -> Rounded:
-        return round_weight(w, format, roundings, Stats(**seen), damping, heldout, factor)
+    def part(
+        w: Array, seen: dict[str, Array], heldout: Array | None, factor: Factor | None, fit: Fit | None
+    ) -> Rounded:
+        return round_weight(w, format, roundings, Stats(**seen), damping, heldout, factor, fit)
 
     factor = jax.eval_shape(lambda H: factor_of(roundings, format, Stats(H=H), damping), seen.get("H"))
-    shapes_of = f32(height, n), seen, f32(n, n) if heldout else None, factor
+    fit = jax.eval_shape(format.encode, f32(height, n)) if fitted else None
+    shapes_of = f32(height, n), seen, f32(n, n) if heldout else None, factor, fit
     return jax.jit(part, compiler_options=UNTUNED).lower(*shapes_of).compile()
 
 

@@ -5,6 +5,8 @@ Each is one program a shape, whatever the layer; weights come in, a piece at a t
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from qjax.calibrate import add, check_stats, means, sums
+from qjax.calibrate.observe import mapped
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.lifting import Use, report, tap, tap_shapes, watch
@@ -23,6 +26,7 @@ from qjax.models.parts import Parts, Table, embed, run_windows
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Streams, Writer
 from qjax.pipeline.encode import check_finite
+from qjax.pipeline.few_tokens import are_few, filled
 from qjax.pipeline.windows import Calibration
 from qjax.stats import Stats
 from qjax.typing import Array
@@ -94,54 +98,58 @@ def observe_input(
     calibration: Calibration,
     kinds: tuple[str, ...],
     apply: Apply,
-    source: int,
+    to_all: Apply,
+    use: Use,
     params: Any,
     floats: Any,
     streams: Streams,
     weight: np.ndarray | None,
     name: str,
 ) -> tuple[Stats, Stats | None]:
-    """Means at one input over the windows that are used, and over those held out."""
+    """Means at the input of one use, over the windows that are used, and over those held out; of experts stacked, and
+    filled up where they saw few tokens, by `to_all`, the piece that sends every token to each."""
+    used, held = _means(calibration, kinds, apply, use, params, floats, streams, weight)
+    if not float(jnp.max(jnp.asarray(1 if used.count is None else used.count))):  # tokens pass every block of a decoder
+        raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
+    n = float(math.prod(use.shape[axis] for axis in use.axes))
+    part = n * calibration.heldout / calibration.used
+    if are_few(used, n) or (held is not None and are_few(held, part)):
+        of_all, held_of_all = _means(calibration, kinds, to_all, use, params, floats, streams, weight)
+        used = filled(used, of_all, n)
+        if held is not None and held_of_all is not None:
+            held = filled(held, held_of_all, part)
+    check_stats(dataclasses.replace(used, count=None), name)
+    return used, held
+
+
+def _means(
+    calibration: Calibration,
+    kinds: tuple[str, ...],
+    apply: Apply,
+    use: Use,
+    params: Any,
+    floats: Any,
+    streams: Streams,
+    weight: np.ndarray | None,
+) -> tuple[Stats, Stats | None]:
     totals: list[Stats | None] = [None, None]
     x_float = None if streams.x_float is None else streams.x_float.array
     whole, rows = (params, None if x_float is None else floats), (streams.x.array, x_float, weight)
-    for at, part in each_step(_observe_step, (apply, source, kinds), whole, rows, calibration.steps):
+    for at, part in each_step(_observe_step, (apply, use.source, use.batch, kinds), whole, rows, calibration.steps):
         which = int(at.start >= calibration.used)
         before = totals[which]
         totals[which] = part if before is None else add(before, part)
     used, held = totals
     assert used is not None
-    stats = means(used)
-    if not float(used.count if used.count is not None else 1):  # tokens pass every block of a decoder
-        raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
-    check_stats(stats, name)
-    return stats, None if held is None else means(held)
+    return means(used), None if held is None else means(held)
 
 
-def tempered(sensitivity: np.ndarray, power: float, counted: int) -> np.ndarray:
-    """How much each token counts: its sensitivity to a power.
-
-    Below 1 the first position of a window counts as the mean of the others: what a model does there is the same in
-    every window, and says nothing of the text.
-
-    Args:
-      sensitivity: f32[windows, context].
-      power: 1 leaves it as it is.
-      counted: the windows over which the mean is 1.
-    """
-    if power == 1:
-        return sensitivity
-    made = sensitivity.astype(np.float64) ** power
-    if made.shape[1] > 1:
-        made[:, 0] = made[:counted, 1:].mean()
-    return (made / max(made[:counted].mean(), 1e-30)).astype(np.float32)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 @full_float32
 def _observe_step(
     apply: Apply,
     source: int,
+    batch: int,
     kinds: tuple[str, ...],
     params: Any,
     floats: Any,
@@ -154,18 +162,24 @@ def _observe_step(
     def inputs(params: Any, x: Array) -> Array:
         return watch(apply, lambda use, v: v if use.source == source else None)(params, x)[1][source]
 
-    there = None if x_float is None else inputs(floats, x_float)
-    return sums(inputs(params, x), kinds, there, weight)
+    here = inputs(params, x)
+    if x_float is None:
+        return mapped(lambda x: sums(x, kinds, None, weight), batch)(here)
+    return mapped(lambda x, x_float: sums(x, kinds, x_float, weight), batch)(here, inputs(floats, x_float))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
 def block_step(apply: Apply, keys: tuple[tuple[str, ...], ...], params: Any, x: Array, g: Array) -> tuple[Array, Array]:
-    """dL/dx, and |dL/dy|^2 of each group of weights, token by token: f32[groups, b, t]."""
+    """dL/dx, and |dL/dy|^2 of each group of weights, of all its experts, token by token: f32[groups, b, t]."""
     taps = {k: jnp.zeros(s.shape, s.dtype) for k, s in tap_shapes(apply, params, x).items()}
     _, back = jax.vjp(lambda taps, x: tap(apply)(params, taps, x), taps, x)
     by_output, by_input = back(g)
-    sizes = [sum(jnp.sum(jnp.square(by_output[k]), axis=-1) for k in group) for group in keys]
+
+    def size(y: Array) -> Array:
+        return jnp.sum(jnp.sum(jnp.square(y), axis=-1).reshape(-1, *x.shape[:2]), axis=0)
+
+    sizes = [sum(size(by_output[k]) for k in group) for group in keys]
     return by_input, jnp.stack(sizes)
 
 

@@ -27,12 +27,14 @@ class CalibrationReport:
         input has become.
       first_heldout_loss, heldout_loss: the same on tokens that did not; None where none were held out.
       damping: lambda of H + lambda diag(H) in force.
-      tokens: seen at the weight's input.
+      tokens: seen at the weight's input; of a stack, at that of the matrix that saw the fewest.
+      effective_tokens, effective_windows: as many that count alike would know as much, where tokens do not count alike.
       seconds: spent on the weight, statistics not included; weights rounded together share them.
       note: what a reader should know, as that it saw fewer tokens than it has inputs.
       shrinkage, cross_share: how far H was shrunk toward its diagonal, and the share of the cross term that was taken;
         None where the recipe does not shrink.
       guarded: whether the fit weighted by E[x^2] was taken, for held-out tokens liked it better.
+      by_matrix: tokens seen by each matrix of a stack, experts as a rule; () where it is no stack.
     """
 
     first_loss: float | None
@@ -43,9 +45,17 @@ class CalibrationReport:
     tokens: int
     seconds: float
     note: str = ""
+    effective_tokens: float | None = None
+    effective_windows: float | None = None
     shrinkage: float | None = None
     cross_share: float | None = None
     guarded: bool = False
+    by_matrix: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, said: dict[str, Any]) -> CalibrationReport:
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        return cls(**said | {"by_matrix": tuple(said.get("by_matrix", ()))})
 
 
 @dataclasses.dataclass(frozen=True)

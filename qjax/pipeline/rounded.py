@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.compiled import lapack_on_one_thread
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import Format
@@ -17,21 +18,23 @@ from qjax.pipeline.encode import broken, broken_weights
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
-from qjax.reparam import Applied, Site, reparametrize, restore, settle
+from qjax.reparam import Applied, Site, behind, reparametrize, restore, settle
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.split import Sparse, sparse_of
 from qjax.rounding import Rounded, check_chain, nearest, round_weight
 from qjax.rounding.curvature import proxy
 from qjax.rounding.protocol import requires
-from qjax.rounding.shrinkage import output_error, shrunk
+from qjax.rounding.shrinkage import Split, output_error, pooled, shares, shrunk
 from qjax.stats import Stats, missing
 from qjax.tensor import QTensor
 from qjax.typing import Array
 
 
+@lapack_on_one_thread()
 def round_leaf(
-    name: str, leaf: Any, axis: int, format: Format, recipe: Recipe, stats: Stats, heldout: Stats | None = None
-) -> tuple[QTensor, CalibrationReport]:
+    name: str, leaf: Any, axis: int, format: Format, recipe: Recipe, stats: Stats, heldout: Stats | None = None,
+    shared: dict[Any, Split] | None = None,
+) -> tuple[QTensor, CalibrationReport]:  # fmt: skip
     """Round one matrix, or a stack of them with a stack of statistics.
 
     Args:
@@ -41,7 +44,8 @@ def round_leaf(
       format: the grid.
       recipe: its reparametrizations and roundings; its own format is not looked at.
       stats: of the leaf's input, stacked like the leaf, or one for the whole stack.
-      heldout: statistics of other tokens, to report the loss in.
+      heldout: statistics of other tokens, to report the loss in, or to shrink the others.
+      shared: what the weights of one input make of it together; the same dict for all of them.
 
     Raises:
       UserError: NaN or Inf in the weight, a missing statistic or one of another size, an H that no damping makes
@@ -72,7 +76,7 @@ def round_leaf(
     needed |= {"h": stats.importance} if "h" in recipe.requires else {}
     needed |= {} if stats.H is None else {"H": stats.H}  # to report the loss in
     stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats)))
-    made, applied, shrinkage = _stacked(rows, format, recipe, stats, heldout)
+    made, applied, shrinkage = _stacked(rows, format, recipe, stats, heldout, {} if shared is None else shared)
     damping = float(np.max(np.asarray(made.damping)))
     if not np.isfinite(np.asarray(made.damping)).all():
         raise UserError(
@@ -82,10 +86,11 @@ def round_leaf(
     q = QTensor(format.pack(made.scales, made.codes), format, axis, applied, jnp.asarray(leaf).dtype)
     if not np.isfinite(relative_rmse(dataclasses.replace(q, axis=-1), rows)):
         raise UserError(f"{name}: its values are too large for {format.name}")
-    count = int(np.min(np.asarray(stats.count)))
+    counts = np.asarray(stats.count)
     if shrinkage is not None and heldout is not None:  # all tokens made it
-        count += int(np.min(np.asarray(_count(heldout))))
-    notes = [f"saw {count} tokens, fewer than its {n} inputs"] * bool(recipe.requires and 0 < count < n)
+        counts = np.asarray(counts + np.asarray(_count(heldout)))
+    count = int(np.min(counts))
+    notes = [few] if recipe.requires and (few := _saw_few(counts, n)) else []
     notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and shrinkage is None)
     note = "; ".join(notes)
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
@@ -93,7 +98,19 @@ def round_leaf(
     if shrinkage is not None:
         a, t, guarded = (np.asarray(v) for v in dataclasses.astuple(shrinkage))
         told = {"shrinkage": float(a.mean()), "cross_share": float(t.mean()), "guarded": bool(guarded.any())}
+    told["by_matrix"] = tuple(counts.reshape(-1).astype(int).tolist()) if counts.ndim else ()
     return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note, **told)
+
+
+def _saw_few(counts: np.ndarray, n: int) -> str:
+    """Which of a stack, or that a matrix, saw fewer tokens than it has inputs; "" where none did or nobody counted."""
+    if not counts.any() or counts.min() >= n:
+        return ""
+    if counts.ndim == 0:
+        return f"saw {int(counts)} tokens, fewer than its {n} inputs"
+    few = [at for at in np.ndindex(counts.shape) if counts[at] < n]
+    named = ", ".join(f"{'/'.join(map(str, at))} ({int(counts[at])})" for at in few[:8]) + (", ..." if few[8:] else "")
+    return f"{len(few)} of {counts.size} matrices saw fewer tokens than their {n} inputs, {named}"
 
 
 def _count(stats: Stats) -> Any:
@@ -108,10 +125,12 @@ def plain(recipe: Recipe) -> Recipe:
 Made = tuple[Rounded, tuple[Applied, ...], "Shrinkage | None"]
 
 
-def _stacked(rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Stats | None) -> Made:
+def _stacked(
+    rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Stats | None, shared: dict[Any, Split]
+) -> Made:
     """A matrix, or a stack of them one after the other."""
     if rows.ndim == 2:
-        return _one(rows, format, recipe, stats, heldout)
+        return _one(rows, format, recipe, stats, heldout, shared)
     lead = rows.shape[:-2]
     own = {"H": 2, "cross": 2, "samples": 2, "h": 1, "absmean": 1, "absmax": 1, "count": 0}
 
@@ -126,7 +145,7 @@ def _stacked(rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout:
 
     for at in np.ndindex(*lead):
         held = None if heldout is None else at_one(heldout, at)
-        made.append(_one(rows[at], format, recipe, at_one(stats, at), held))
+        made.append(_one(rows[at], format, recipe, at_one(stats, at), held, {}))
     try:
         return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*lead, *parts[0].shape), *_even(made))
     except ValueError:
@@ -157,27 +176,47 @@ def of_embedding(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, reparams=())
 
 
-def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | None) -> Made:
+def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | None, shared: dict[Any, Split]) -> Made:
     """One matrix, behind the recipe's reparametrizations; losses are those of the weight as it was."""
-    if recipe.shrink and stats.H is not None and seen is not None:
-        return _believed(w, format, recipe, stats, seen)
+    shrinks = recipe.shrink and stats.H is not None and seen is not None
     heldout = None if seen is None else seen.H
-    if not recipe.reparams:
+    if not recipe.reparams and not shrinks:
         return *_parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
     roundings = recipe.roundings
 
     def loss(w: Array, stats: Stats) -> Array:
         return round_weight(w, format, roundings, stats, recipe.damping).error
 
+    whole, told, split = stats, None, None
+    if shrinks and seen is not None:  # all tokens make the codes
+        split = _split(stats, seen, recipe.damping, shared)
+        whole, heldout = pooled(stats, split.heldout), None
     kept = requires(roundings) | ({"H"} if stats.H is not None else frozenset())
-    site, applied, found = reparametrize(recipe.reparams, Site(w, stats, format, loss), kept)
-    made = in_parts(site.w, format, recipe, site.stats, None)
-    w_hat = format.decode(made.scales, made.codes)
-    if made.outliers is not None:
-        w_hat = jnp.where(*made.outliers, w_hat)
+    site, applied, found = reparametrize(recipe.reparams, Site(w, whole, format, loss), kept)
+    believed, fit = site.stats, None
+    if split is not None:
+        fit = in_parts(site.w, format, FIT, Stats(h=site.stats.importance), None)
+        fitted = _decoded(fit, format)
+        a, t = shares(site.w, fitted, format, _behind(applied, split))
+        believed, told = shrunk(believed, a, t), Shrinkage(jnp.float32(a), t, jnp.asarray(False))
+    begins = fit is not None and roundings[0] == FIT.roundings[0]
+    made = in_parts(site.w, format, recipe, believed, None, (fit.scales, fit.codes) if fit and begins else None)
+    w_hat = _decoded(made, format)
+    if split is not None and fit is not None and told is not None:
+        there, ours = (output_error(w, restore(applied, v), split.heldout) for v in (fitted, w_hat))
+        if bool(there < ours):
+            assert believed.H is not None
+            error = jnp.sum(proxy(site.w - fitted, believed.H))
+            none = None if made.outliers is None else (jnp.zeros_like(made.outliers[0]), made.outliers[1])
+            made = dataclasses.replace(
+                made, scales=fit.scales, codes=fit.codes, error=error, first_error=error, outliers=none
+            )
+            told, w_hat = dataclasses.replace(told, guarded=jnp.asarray(True)), fitted
     applied = settle(applied, found, w_hat)
     if stats.H is None:
         return made, applied, None  # no rounding makes outliers without H
+    if told is not None:
+        return *_parted(made, format, applied), told  # losses in what was believed, behind the chain
     sums: dict[str, Any] = {"energy": jnp.sum(proxy(w, stats.H))}
     if stats.cross is None:  # with a cross term the target is another one, known behind the chain only
         e = w - restore(applied, w_hat)
@@ -186,7 +225,29 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
             heldout = jnp.asarray(heldout)
             sums |= {"heldout_energy": jnp.sum(proxy(w, heldout)), "heldout_error": jnp.sum(proxy(e, heldout))}
     made = dataclasses.replace(made, **sums)
-    return *_parted(made, format, applied), None
+    return *_parted(made, format, applied), told
+
+
+FIT = Recipe((nearest("h"),))
+
+
+def _split(stats: Stats, seen: Stats, damping: float, shared: dict[Any, Split]) -> Split:
+    """The one that the other weights of this input have made, or a new one."""
+    key = id(stats.H), stats.kinds, damping
+    if key not in shared:
+        shared[key] = Split(stats, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), seen), damping)
+    return shared[key]
+
+
+def _behind(applied: tuple[Applied, ...], split: Split) -> Split:
+    """The same tokens in the codes' variables."""
+    return Split(behind(applied, split.used), behind(applied, split.heldout), split.damping) if applied else split
+
+
+def _decoded(made: Rounded, format: Format) -> Array:
+    """The rounded weight, outliers in their places."""
+    w_hat = format.decode(made.scales, made.codes)
+    return w_hat if made.outliers is None else jnp.where(*made.outliers, w_hat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,19 +260,6 @@ class Shrinkage:
 
 
 jax.tree_util.register_dataclass(Shrinkage)
-
-
-def _believed(w: Array, format: Format, recipe: Recipe, used: Stats, seen: Stats) -> Made:
-    """One matrix in the statistics of all tokens, shrunk; or its fit, where held-out tokens like that better."""
-    seen = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), seen)
-    stats, a, t = shrunk(w, format, used, seen, recipe.damping)
-    made, applied = _parted(in_parts(w, format, recipe, stats, None), format, ())
-    fit = in_parts(w, format, Recipe((nearest("h"),)), stats, None)
-    w_hat = restore(applied, format.decode(made.scales, made.codes))
-    guarded = output_error(w, w_hat, seen) > output_error(w, format.decode(fit.scales, fit.codes), seen)
-    if bool(guarded):
-        made, applied = dataclasses.replace(fit, damping=made.damping), ()
-    return made, applied, Shrinkage(a, t, guarded)
 
 
 def _parted(made: Rounded, format: Format, applied: tuple[Applied, ...]) -> tuple[Rounded, tuple[Applied, ...]]:

@@ -20,10 +20,10 @@ from qjax.io.checkpoint import locate
 from qjax.io.gguf_model import ROPE_FREQS, metadata_of, open_gguf_model
 from qjax.io.gguf_model import card_of as card_of_gguf
 from qjax.io.gguf_types import DENSE
-from qjax.io.huggingface import card_of, file_shape, get_leaf, open_model
+from qjax.io.huggingface import card_of, get_leaf, open_model
 from qjax.io.llama2c import load_llama2c
 from qjax.io.multimodal import language_settings
-from qjax.io.safetensors import FLOATS
+from qjax.io.safetensors import FLOATS, Checkpoint
 from qjax.io.tokenizer_gguf import tokenizer_from_gguf
 from qjax.io.tokenizer_hf import read_json, read_tokenizer
 from qjax.models.card import Card, stops_of
@@ -112,7 +112,8 @@ class Source:
         """Changes when the weights may have: a hash of every tensor's place, of the files' sizes and times of change,
         and of the values that lie in no file."""
         h = hashlib.sha256()
-        for t in sorted(self.tensors, key=lambda t: t.name):
+        every = sorted(self.tensors, key=lambda t: t.name)
+        for t in (one for whole in every for one in whole.pieces):
             place: list[Any] = [t.name, t.type, t.rope_heads, t.add]
             if t.values is None:
                 stat = t.file.stat()
@@ -141,7 +142,7 @@ def open_source(path: str | Path, pre: str | None = None) -> Source:
     model = load_llama2c(path)
     leaves = {w.gguf: get_leaf(model.params, w) for w in weight_names(model.config)}
     tensors = [
-        _tensor(w, "F32", values=np.ascontiguousarray(leaves[w.gguf].T if w.transposed else leaves[w.gguf], np.float32))
+        _tensor(w, "F32", values=np.ascontiguousarray(w.turned(leaves[w.gguf]), np.float32))
         for w in weight_names(model.config)
     ]
     return _converted(path, model.config, lambda: model.tokenizer, lambda: model.card, tensors, pre)
@@ -151,19 +152,32 @@ def _open_folder(path: Path, pre: str | None) -> Source:
     config, checkpoint = open_model(path)
     tensors = []
     for w in weight_names(config):
-        t = checkpoint.tensors[w.hf]
-        if t.dtype not in FLOATS:
-            raise UserError(f"{t.path}: tensor {w.hf!r} has type {t.dtype}; expected one of {', '.join(FLOATS)}")
-        tensors.append(_tensor(w, t.dtype, file=t.path, offset=t.offset, nbytes=t.nbytes))
-    whole = read_json(path / "config.json")
-    settings, tokenizer = language_settings(whole), cache(lambda: read_tokenizer(path, whole))
+        parts = tuple(_of_checkpoint(w, name, checkpoint) for name in w.hf_names)
+        kinds = {part.type for part in parts}
+        if len(kinds) > 1:
+            raise UserError(f"{path}: the experts of {w.hf!r} have different types, {' and '.join(sorted(kinds))}")
+        whole = parts[0] if len(parts) == 1 else _tensor(w, parts[0].type, parts=parts)
+        tensors.append(whole)
+    facts = read_json(path / "config.json")
+    settings, tokenizer = language_settings(facts), cache(lambda: read_tokenizer(path, facts))
     return _converted(path, config, tokenizer, lambda: card_of(path, settings, config, checkpoint), tensors, pre)
+
+
+def _of_checkpoint(w: WeightName, name: str, checkpoint: Checkpoint) -> SourceTensor:
+    """One tensor of a folder: a weight, or a matrix of a stack."""
+    t = checkpoint.tensors[name]
+    if t.dtype not in FLOATS:
+        raise UserError(f"{t.path}: tensor {name!r} has type {t.dtype}; expected one of {', '.join(FLOATS)}")
+    made = _tensor(w, t.dtype, file=t.path, offset=t.offset, nbytes=t.nbytes)
+    return dataclasses.replace(made, weight=dataclasses.replace(made.weight, shape=w.hf_shape))
 
 
 def _tensor(w: WeightName, kind: str, **where: Any) -> SourceTensor:
     if "values" in where:
         where["nbytes"] = where["values"].nbytes
-    weight = Weight("/".join(w.path), file_shape(w), w.gguf)
+    if "parts" in where:
+        where["nbytes"] = sum(part.nbytes for part in where["parts"])
+    weight = Weight("/".join(w.path), w.file_shape, w.gguf)
     return SourceTensor(weight, kind, rope_heads=w.rope_heads, add=w.offset, **where)
 
 

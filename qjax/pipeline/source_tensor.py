@@ -31,7 +31,8 @@ class SourceTensor:
       weight: its names and its shape (out, in).
       type: the ggml type it has.
       file, offset, nbytes: where it lies; or
-      values: the tensor itself, where no file holds it in this form.
+      values: the tensor itself, where no file holds it in this form; or
+      parts: the matrices of a stack, which lie apart.
       rope_heads: heads whose rows are permuted on the way into a GGUF file (see `WeightName`).
       add: what is added to every value on that way.
     """
@@ -42,6 +43,7 @@ class SourceTensor:
     offset: int = 0
     nbytes: int = 0
     values: np.ndarray | None = None
+    parts: tuple[SourceTensor, ...] = ()
     rope_heads: int | None = None
     add: float = 0.0
 
@@ -54,9 +56,16 @@ class SourceTensor:
         """Whether its bytes in a GGUF file differ from those here."""
         return self.rope_heads is not None or self.add != 0.0
 
+    @property
+    def pieces(self) -> tuple[SourceTensor, ...]:
+        """What lies in one place each: its parts, or itself."""
+        return self.parts or (self,)
+
     def raw(self, ahead: bool = True) -> np.ndarray:
         """Its bytes: u8[nbytes], mapped. A hint asks the disk to have them ready, unless they are not to be read
         `ahead`."""
+        if self.parts:
+            return np.concatenate([part.raw(ahead) for part in self.parts])
         if self.values is not None:
             return self.values.reshape(-1).view(np.uint8)
         with open(self.file, "rb") as f:
@@ -91,6 +100,8 @@ class SourceTensor:
     def read(self) -> np.ndarray:
         """Its values (out, in) as a GGUF file holds them: a view of the mapped file where nothing has to be done."""
         shape = self.weight.shape
+        if self.parts:
+            return np.stack([part.read() for part in self.parts])
         if self.type in DENSE:
             raw, dtype = self.raw(), DENSE[self.type]
             raw = raw.copy() if self.values is None and self.offset % dtype.itemsize else raw
@@ -119,13 +130,16 @@ class SourceTensor:
           w: the weight.
           is_gguf: whether the file holds them as GGUF does.
         """
-        out = aligned(self.weight.shape[::-1] if w.transposed else self.weight.shape)
-        flat = out.T if w.transposed else out
+        out = aligned(w.shape)
+        flat = w.turned(out)  # in the file's order of axes
         plain = self if is_gguf else dataclasses.replace(self, rope_heads=None, add=0.0)
-        count, step = len(flat), max(1, _ROWS * len(flat) // max(1, flat.size))
-        if w.rope_heads is not None and is_gguf:  # whose rows change places all over the tensor
-            flat[...] = to_halves(plain.read(), w.rope_heads)
+        whole = bool(self.parts) or flat.shape != tuple(self.weight.shape) or (w.rope_heads is not None and is_gguf)
+        if whole:
+            rows = plain.read()
+            rows = rows if w.rope_heads is None or not is_gguf else to_halves(rows, w.rope_heads)
+            flat[...] = rows.reshape(flat.shape)
         else:
+            count, step = len(flat), max(1, _ROWS * len(flat) // max(1, flat.size))
             for at in range(0, count, step):  # so that few of the file's pages are mapped at a time
                 flat[at : at + step] = plain.cut(at, min(step, count - at)).read()
         if w.offset and is_gguf:

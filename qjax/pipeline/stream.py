@@ -83,7 +83,8 @@ def quantize_file(
       plan: one of llama-quantize's file types ("Q4_K_M"), a format's name, or a Plan.
       recipe: how to round where the plan's rule does not say; a name or a Recipe.
       calibration: the text, for recipes that need statistics; see `calibration_of`.
-      importance: {path or GGUF name: f32[in]}, the importance of each input of a weight; others are rounded without.
+      importance: {path or GGUF name: f32[in]}, the importance of each input of a weight, of a stack f32[experts, in];
+        others are rounded without.
       pure, overrides: see `qjax.plan.mix`; for a file type only.
       requantize: allow a source whose weights are quantized already.
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
@@ -98,7 +99,7 @@ def quantize_file(
         already; a recipe that needs a calibration text and has none; a full disk. Nothing has the final name then.
     """
     source, out, recipe = open_source(model, pre), Path(out), get_recipe(recipe)
-    files = {source.path} | {t.file for t in source.tensors if t.values is None}
+    files = {source.path} | {t.file for whole in source.tensors for t in whole.pieces if t.values is None}
     if out.exists() and any(out.samefile(file) for file in files):
         raise UserError(f"{out} is the model itself; write to another file")
     importance = importance_by_name(source, importance or {})
@@ -117,19 +118,19 @@ def quantize_file(
         if _HEADER not in partial.finished:
             partial.write(_HEADER, 0, place.header)
         _run([job for job in jobs if job.tensor.weight.path not in formats], place, importance, partial, progress)
+        told: tuple[str, ...] = ()
         if formats:
             assert calibration is not None
-            _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
-        return Report(
-            tuple(_line(job, partial.finished[job.info.name]) for job in jobs), (plan.note,) if plan.note else ()
-        )
+            told = _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
+        lines = tuple(_line(job, partial.finished[job.info.name]) for job in jobs)
+        return Report(lines, (*((plan.note,) if plan.note else ()), *told))
 
 
 def _walk(
     source: Source, out: Path, key: str, jobs: Sequence[Job], formats: Mapping[str, tuple[Format, Recipe]],
     calibration: Calibration, place: Layout, partial: Partial, walked: Callable[[WeightDone], None],
     notify: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> tuple[str, ...]:  # fmt: skip
     names = {"/".join(w.path): w for w in weight_names(source.config)}
 
     def emit(path: str, leaf: Any, q: QTensor, line: CalibrationReport | None) -> None:
@@ -140,7 +141,7 @@ def _walk(
 
     earlier = _Earlier({path: names[path] for path in formats}, jobs, place, partial)
     with walk_folder(out, key, notify) as folder:
-        walk(
+        return walk(
             stages_of(source.config), source, formats, calibration, emit,
             folder=folder, earlier=earlier, progress=walked, notify=notify,
         )  # fmt: skip
@@ -161,7 +162,7 @@ class _Earlier(Mapping[str, QTensor]):
         info, format = self._jobs[w.gguf].info, self._jobs[w.gguf].format
         assert isinstance(format, BlockFormat)
         raw = self._partial.read(self._place.offsets[w.gguf], info.nbytes)
-        rows = raw.reshape(info.shape[0], info.shape[1] // format.block, format.block_bytes)
+        rows = raw.reshape(*info.shape[:-1], info.shape[-1] // format.block, format.block_bytes)
         rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
         return QTensor({"blocks": jnp.asarray(rows)}, format, -2 if w.transposed else -1)
 
@@ -231,5 +232,5 @@ def _line(job: Job, note: Any) -> TensorReport:
     error, line = note, None
     if isinstance(note, dict):
         error, calibration = note["error"], note["calibration"]
-        line = None if calibration is None else CalibrationReport(**calibration)
+        line = None if calibration is None else CalibrationReport.from_dict(calibration)
     return TensorReport(job.info.name, job.info.shape, job.info.type, job.info.nbytes, error, job.kept, line)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qjax.models.parts import Parts
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Activations
 from qjax.pipeline.head import head_step
+from qjax.pipeline.massive import Found, Massive, massive_at, summed
 from qjax.pipeline.passes import Checked, block_step, embed_step, embedded, groups_of, head_weights, run_piece
 from qjax.pipeline.windows import Calibration
 
@@ -44,6 +46,8 @@ class Survey:
       tokens: how many the two are means over.
       sensitivity: f32[groups of the block, windows, context] for every block, each group's mean 1.
       head_sensitivity: f32[windows, context].
+      alike: bool[blocks, windows, context], the tokens that are massive in front of a block or behind it.
+      massive: the channels that make them so.
     """
 
     embedding: np.ndarray
@@ -51,6 +55,8 @@ class Survey:
     tokens: int
     sensitivity: tuple[np.ndarray, ...]
     head_sensitivity: np.ndarray
+    alike: np.ndarray
+    massive: tuple[Massive, ...] = ()
 
 
 def survey(
@@ -74,7 +80,7 @@ def survey(
       UserError: NaN or Inf in a weight.
     """
     parts, tokens, steps, counted = Checked(model), calibration.tokens, calibration.steps, calibration.used
-    inputs = _forward(stages, parts, calibration, folder, notify)
+    inputs, found = _forward(stages, parts, calibration, folder, notify)
     head_params = head_weights(stages, parts)
     dim = stages.dim
     gradient = np.empty((len(tokens), tokens.shape[1], dim), np.float32)
@@ -110,7 +116,9 @@ def survey(
             )
     count = counted * tokens.shape[1]
     mean = max(float(head_sensitivity[:counted].mean()), 1e-30)
-    return Survey(C / count, head / count, count, tuple(reversed(sensitivity)), head_sensitivity / mean)
+    alike = np.stack([a.tokens | b.tokens for a, b in pairwise(found)])
+    means = C / count, head / count, count
+    return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found))
 
 
 def _head_step(stages: Stages, params: Any, seed: Any, x: Any, windows: Any) -> Any:
@@ -119,12 +127,14 @@ def _head_step(stages: Stages, params: Any, seed: Any, x: Any, windows: Any) -> 
 
 def _forward(
     stages: Stages, parts: Checked, calibration: Calibration, folder: Path | None, notify: Notify
-) -> list[Activations]:
-    """The inputs of all blocks and of the head."""
+) -> tuple[list[Activations], list[Found]]:
+    """The inputs of all blocks and of the head, and what is massive in each."""
     tokens, steps = calibration.tokens, calibration.steps
     inputs = [embedded(stages, parts.embedding(), tokens, steps, folder, "float_0")]
+    found = [massive_at(inputs[0].array)]
     for i, (name, apply) in enumerate(zip(stages.names, stages.blocks, strict=True)):
         notify(f"float model: {name}, float")
         x = inputs[-1].array
         inputs.append(run_piece(apply, parts.part(name), x, x.shape, steps, folder, f"float_{i + 1}"))
-    return inputs
+        found.append(massive_at(inputs[-1].array))
+    return inputs, found

@@ -27,14 +27,17 @@ from qjax.lifting import Use
 from qjax.models.parts import Parts
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
-from qjax.pipeline.passes import Checked, embedded, groups_of, head_weights, observe_input, run_piece, tempered
+from qjax.pipeline.few_tokens import NOTE, are_few
+from qjax.pipeline.passes import Checked, embedded, groups_of, head_weights, observe_input, run_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
+from qjax.pipeline.token_weights import effective, tempered
 from qjax.pipeline.walk_state import commit, resumed, save_survey, saved_survey
 from qjax.pipeline.windows import Calibration
 from qjax.recipes import Recipe
 from qjax.rounding.ldlq import LDLQ
+from qjax.rounding.shrinkage import Split
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
@@ -60,16 +63,39 @@ class WeightDone:
 
 Formats = Mapping[str, tuple[Format, Recipe]]
 Emit = Callable[[str, Any, QTensor, CalibrationReport | None], None]  # path, float weight, what became of it
-Round = Callable[[str, Any, int, Stats | None, Stats | None], Array]  # -> the rounded weight, dense
+Round = Callable[[str, Any, int, "Seen"], Array]  # path, weight, axis, its input -> the rounded weight, dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is known of an input.
+
+    Attributes:
+      stats, heldout: of the windows that are used, and of those held out; None where nothing was wanted.
+      effective: tokens and windows behind them, see `effective`; None where tokens count alike.
+      shared: what the weights of this input make of it together.
+    """
+
+    stats: Stats | None = None
+    heldout: Stats | None = None
+    effective: tuple[float, float] | None = None
+    shared: dict[Any, Split] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """What is the same for every piece: see `walk`; `observe` takes what `observe_input` takes behind the kinds."""
+    """What is the same for every piece: see `walk`.
+
+    Attributes:
+      counted: the windows over which tokens weigh 1 on average; those that are used, not held out.
+      makes_codes: the windows whose tokens make codes in the end: where a recipe shrinks, all.
+      observe: takes what `observe_input` takes behind the kinds.
+    """
 
     formats: Formats
     earlier: Mapping[str, QTensor]
     counted: int
+    makes_codes: int
     sequential: bool
     observe: Callable[..., tuple[Stats, Stats | None]]
     round_one: Round
@@ -87,14 +113,14 @@ def walk(
     seen: Survey | None = None,
     progress: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
-) -> None:
+) -> tuple[str, ...]:
     """Round all weights of a decoder that `formats` names.
 
     Args:
       stages: the model's pieces.
       model: its float32 weights, asked for a part at a time.
       formats: {path: (format, recipe)}.
-      calibration: the text.
+      calibration: the text; a quarter of its windows at least is held out where a recipe shrinks.
       emit: takes each weight, as it was and rounded.
       folder: where to keep the state; a second call with the same arguments continues there.
       earlier: what another run with these arguments has emitted: not rounded again. Where one behind the state is
@@ -103,13 +129,16 @@ def walk(
       progress: called after each weight.
       notify: told in one line what the walk is doing before it reaches the blocks.
 
+    Returns: what a reader should know of the model: its massive activations, where the survey saw some.
+
     Raises:
       UserError: as `round_leaf`; NaN or Inf in any weight or activation, or nothing but zeros; it names the weight.
     """
     if all(path in earlier for path in formats):
-        return
+        return ()
     parts = Checked(model)
     recipes = [recipe for _, recipe in formats.values()]
+    calibration = calibration.to_shrink() if any(r.shrink for r in recipes) else calibration
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
     both = "cross" in kinds
@@ -124,26 +153,32 @@ def walk(
     if start:
         notify(f"continuing behind block {start} of {len(stages.blocks)}")
 
-    def round_one(path: str, leaf: Any, axis: int, stats: Stats | None, heldout: Stats | None) -> Array:
+    def round_one(path: str, leaf: Any, axis: int, seen: Seen) -> Array:
         nonlocal done
         done += 1
         if path in earlier:
             progress(WeightDone(path, done, len(formats)))
             return dequantize(earlier[path])
         format, recipe = formats[path]
-        blind = stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
+        blind = seen.stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
         note = LOOKED_UP if path == EMBEDDING and recipe.reparams else ""
         note = "has no input: nearest, without importance" if blind else note
         recipe = plain(recipe) if blind else recipe
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
-        q, line = round_leaf(path, leaf, axis, format, recipe, stats or Stats(), heldout)
-        line = dataclasses.replace(line, note=note) if note else line
+        q, line = round_leaf(path, leaf, axis, format, recipe, seen.stats or Stats(), seen.heldout, seen.shared)
+        if seen.stats is not None and are_few(seen.stats, float(leaf.shape[axis])):
+            note = "; ".join(filter(None, (line.note, NOTE)))
+        tokens, windows = seen.effective or (None, None)
+        line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
         return dequantize(q)
 
     if seen is None:
         seen = _surveyed(stages, model, formats, calibration, shape, folder, notify)
+    told = () if seen is None else tuple(map(str, seen.massive))
+    for line in told:
+        notify(line)
     if streams is None:
         tokens, steps = calibration.tokens, calibration.steps
         floats = parts.embedding()
@@ -155,11 +190,13 @@ def walk(
         streams = Streams(x, x_float)
         commit(folder, 0, streams)
 
-    how = _How(formats, earlier, calibration.used, sequential, partial(observe_input, calibration, kinds), round_one)
+    observe = partial(observe_input, calibration, kinds)
+    makes_codes = len(calibration.tokens) if any(r.shrink for r in recipes) else calibration.used
+    how = _How(formats, earlier, calibration.used, makes_codes, sequential, observe, round_one)
     for i in range(start, len(stages.blocks)):
         apply, block = stages.blocks[i], parts.part(stages.names[i])
-        weight = None if seen is None else seen.sensitivity[i]
-        now = _rounded_piece(stages.names[i], apply, block, streams, weight, how)
+        weights = None if seen is None else (seen.sensitivity[i], seen.alike[i])
+        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
@@ -169,9 +206,10 @@ def walk(
         commit(folder, i + 1, streams, before)
         del block, now  # before the next one is read
     if not stages.tied:
-        weight = None if seen is None else seen.head_sensitivity[None]
-        _rounded_piece("", stages.head, head_weights(stages, parts), streams, weight, how)
+        weights = None if seen is None else (seen.head_sensitivity[None], None)
+        _rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)
     streams.drop()
+    return told
 
 
 def _surveyed(
@@ -205,29 +243,35 @@ def _rounded_embedding(
     if seen is not None and "H" in formats[EMBEDDING][1].requires:
         C = seen.embedding + seen.head if stages.tied else seen.embedding
         stats = Stats(H=jnp.asarray(C), count=jnp.float32(seen.tokens))
-    return np.asarray(round_one(EMBEDDING, parts.part("embed")["embedding"], -1, stats, None))
+    return np.asarray(round_one(EMBEDDING, parts.part("embed")["embedding"], -1, Seen(stats)))
 
 
 def _rounded_piece(
     prefix: str,
-    apply: Apply,
+    applies: tuple[Apply, Apply],
     floats: Any,
     streams: Streams,
-    sensitivity: np.ndarray | None,
+    weights: tuple[np.ndarray, np.ndarray | None] | None,
     how: _How,
 ) -> Any:
     """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
+    apply, to_all = applies
     now = floats
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
     for g, group in enumerate(groups_of(apply, floats, example)):
         todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats}
-        stats = heldout = None
+        seen = Seen()
         if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
             power = float(max(how.formats[name][1].sensitive for name in todo))
-            weight = None if sensitivity is None or not power else tempered(sensitivity[g], power, how.counted)
-            stats, heldout = how.observe(apply, group[0].source, now, floats, streams, weight, next(iter(todo)))
+            weight = known = None
+            if weights is not None and power:
+                sensitivity, alike = weights
+                weight = tempered(sensitivity[g], power, how.counted, alike)
+                known = effective(weight[: how.makes_codes])
+            stats, heldout = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
+            seen = Seen(stats, heldout, known)
         for name, use in todo.items():
-            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), stats, heldout)
+            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), seen)
             now = _put(now, use.path, w_hat) if how.sequential else now
     return now
 

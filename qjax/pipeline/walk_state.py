@@ -9,6 +9,7 @@ What is damaged is named, and done again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from qjax.errors import UserError
 from qjax.io.atomic import atomic_file, write_text
 from qjax.io.npz import read_arrays
 from qjax.pipeline.activations import Activations, Streams, reopen
+from qjax.pipeline.massive import Massive
 from qjax.pipeline.survey import Survey
 
 Notify = Callable[[str], None]
@@ -74,6 +76,8 @@ def save_survey(folder: Path, made: Survey) -> None:
         "head": made.head,
         "tokens": np.asarray(made.tokens),
         "head_sensitivity": made.head_sensitivity,
+        "alike": made.alike,
+        "massive": np.asarray(json.dumps([dataclasses.asdict(m) for m in made.massive])),
     }
     with atomic_file(folder / "survey.npz") as f:
         np.savez(f, **arrays)  # type: ignore[arg-type]
@@ -98,9 +102,12 @@ def saved_survey(
         layers = tuple(z[f"sensitivity_{i}"] for i in range(blocks))
         fits = all(a.ndim == 3 and list(a.shape[1:]) == windows for a in layers)
         fits &= z["embedding"].shape == z["head"].shape == (dim, dim) and list(z["head_sensitivity"].shape) == windows
+        fits &= z["alike"].shape == (blocks, *windows) and z["alike"].dtype == bool
         if not fits:
             raise UserError("of another shape")
-        return Survey(z["embedding"], z["head"], int(z["tokens"]), layers, z["head_sensitivity"])
+        lines = [Massive(**{**line, "positions": tuple(line["positions"])}) for line in json.loads(str(z["massive"]))]
+        parts = z["embedding"], z["head"], int(z["tokens"]), layers, z["head_sensitivity"], z["alike"]
+        return Survey(*parts, tuple(lines))
     except (UserError, KeyError, TypeError, ValueError):
         notify(f"{folder / 'survey.npz'}: damaged; made again")
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ class Calibration:
 
     Attributes:
       tokens: i32[windows, context].
-      heldout: the last so many windows are not used to round, only to report the loss in.
+      heldout: the last so many windows are not used to round, only to report the loss in; where a recipe shrinks,
+        `to_shrink` moves the line, and all are used.
       batch: windows a step; it does not change the result beyond float32's last digits.
       seed: of the labels drawn from the model.
     """
@@ -34,6 +36,14 @@ class Calibration:
         """Windows that make statistics."""
         return len(self.tokens) - self.heldout
 
+    def to_shrink(self) -> Calibration:
+        """The same windows, a quarter of them held out at least: to tell how far the others are to be believed.
+
+        One window cannot be split.
+        """
+        n = len(self.tokens)
+        return dataclasses.replace(self, heldout=min(max(self.heldout, round(HELDOUT_TO_SHRINK * n), 1), n - 1))
+
     @property
     def steps(self) -> list[slice]:
         """Batches of windows, none both used and held out."""
@@ -44,6 +54,9 @@ HELDOUT = 1 / 8
 """The share of the calibration windows on which losses are reported and nothing is fitted."""
 HELDOUT_TO_SHRINK = 1 / 4
 """The share that tells a recipe with `shrink` how far to believe the others; all are used then."""
+
+LIMIT = 128
+"""Windows that commands take of a text, at most."""
 
 
 def calibration_of(
@@ -98,10 +111,27 @@ def calibration_of(
     return Calibration(windows, held, batch or max(1, 4096 // context), seed)
 
 
-def calibration_text(model: Model | Source, text: str, **options: Any) -> Calibration:
-    """`calibration_of` a string, read by the tokenizer of a `Model`, or of a `Source`, which reads no weights."""
+def calibration_text(model: Model | Source, text: str | Sequence[str], **options: Any) -> Calibration:
+    """`calibration_of` a string, read by the tokenizer of a `Model`, or of a `Source`, which reads no weights.
+
+    Of several texts windows are taken in turn, so that a limit leaves some of each.
+    """
     if model.tokenizer is None:
         raise UserError("the model has no tokenizer to read the calibration text with; give token ids")
     t = model.tokenizer
-    ids = t.encode(text, bos=t.add_bos)
-    return calibration_of(model.config.context, ids, bos=t.bos if t.add_bos else None, **options)
+    texts = [text] if isinstance(text, str) else text
+    ids = [t.encode(one, bos=t.add_bos) for one in texts]
+    context = options.get("context") or min(512, model.config.context)
+    joined = ids[0] if len(ids) == 1 else in_turn(ids, context)
+    return calibration_of(model.config.context, joined, bos=t.bos if t.add_bos else None, **options)
+
+
+def in_turn(texts: Sequence[Sequence[int]], context: int) -> np.ndarray:
+    """Whole windows of texts, the first of each, then the second of each; what is shorter than a window is joined.
+
+    Returns: i32[tokens]; where no text has a window, all of them in a row.
+    """
+    cut = [np.asarray(ids, np.int32)[: len(ids) // context * context].reshape(-1, context) for ids in texts]
+    rest = np.concatenate([np.asarray(ids[len(ids) // context * context :], np.int32) for ids in texts])
+    windows = [w[i] for i in range(max(map(len, cut))) for w in cut if i < len(w)]
+    return np.concatenate([*windows, rest])

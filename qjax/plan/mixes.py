@@ -2,9 +2,10 @@
 
     type(tensor) = fallback(override or mix(file type, role, layer, heads / kv heads, importance known?), row length)
 
-A restatement of the rules of llama.cpp's `llama_tensor_get_type` (ggml 0.25), for dense models; tests compare every
-decision with the real `llama_model_quantize`. L = layers; a role's tensors are visited by layer number, and layer i
-counts among those visited: a tensor taken by an override does not advance the count, as in llama.cpp.
+A restatement of the rules of llama.cpp's `llama_tensor_get_type` (ggml 0.25); tests compare every decision with the
+real `llama_model_quantize`. L = layers; a role's tensors are visited by layer number, and layer i counts among those
+visited: a tensor taken by an override does not advance the count, as in llama.cpp. In a model of experts i of an MLP's
+tensors is the number in the name.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from qjax.models.config import DecoderConfig
 from qjax.models.families import family_of, weight_names
 from qjax.plan.rules import KEEP, Plan, Rule, Weight
 
-# File type -> (number in general.file_type, type of most tensors). MXFP4 of a dense model is qjax's own: every layer in
-# that type; it shares its number with llama.cpp's mixture-of-experts type.
+# File type -> (number in general.file_type, type of most tensors). MXFP4 is qjax's own: every layer in that type; it
+# shares its number with llama.cpp's MXFP4_MOE, which is Q8_0 but for experts.
 FILE_TYPES: dict[str, tuple[int, str]] = {
     name: (FILE_TYPE_NUMBERS["MXFP4_MOE" if name == "MXFP4" else name], base)
     for name, base in {
@@ -45,6 +46,7 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
         "IQ4_NL": "IQ4_NL",
         "IQ4_XS": "IQ4_XS",
         "MXFP4": "MXFP4",
+        "MXFP4_MOE": "MXFP4",
         "Q3_K_L": "Q3_K",
         "Q3_K_M": "Q3_K",
         "Q3_K_S": "Q3_K",
@@ -81,6 +83,7 @@ class _Site:
     layers: int
     gqa: int
     imatrix: bool
+    experts: int
 
     @property
     def first(self) -> bool:
@@ -93,8 +96,8 @@ class _Site:
         return self.first or self.i >= 7 * self.layers // 8 or (self.i - eighth) % 3 == 2
 
 
-# Where q, k and v are one weight, its rules are those of v.
-SAME_ROLE = {"attn_qkv.weight": "attn_v.weight"}
+# Where q, k and v are one weight, or k and v, its rules are those of v.
+SAME_ROLE = {"attn_qkv.weight": "attn_v.weight", "attn_kv_b.weight": "attn_v.weight"}
 
 # None: the base type.
 Choice = Callable[[_Site], str | None]
@@ -127,6 +130,8 @@ _ATTN_OUTPUT: dict[str, Choice] = {
     "Q3_K_M": lambda s: "Q4_K",
     "Q3_K_L": lambda s: "Q5_K",
 }
+# Beside eight experts attention is small.
+_ATTN_OUTPUT_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
 _MIX = {"attn_v.weight": _ATTN_V, "ffn_down": _FFN_DOWN, "attn_output.weight": _ATTN_OUTPUT}
 
 
@@ -155,9 +160,7 @@ def is_quantizable(name: str, shape: Sequence[int]) -> bool:
 
 def decoder_weights(config: DecoderConfig) -> tuple[Weight, ...]:
     """Every weight of a decoder as a plan sees it: shapes (out, in), both names."""
-    return tuple(
-        Weight("/".join(n.path), n.shape[::-1] if n.transposed else n.shape, n.gguf) for n in weight_names(config)
-    )
+    return tuple(Weight("/".join(n.path), n.file_shape, n.gguf) for n in weight_names(config))
 
 
 def mix(
@@ -193,6 +196,7 @@ def mix(
         layers=config.layers,
         heads=config.heads,
         kv_heads=config.kv_heads,
+        experts=config.experts,
         arch=family_of(config).arch,
         has_imatrix=has_imatrix,
         pure=pure,
@@ -233,6 +237,7 @@ def tensor_types(
     layers: int,
     heads: int,
     kv_heads: int,
+    experts: int = 0,
     arch: str = "llama",
     has_imatrix: bool = False,
     pure: bool = False,
@@ -243,7 +248,7 @@ def tensor_types(
     Args:
       mix: a file type's name, e.g. "Q4_K_M".
       tensors: GGUF name -> shape (out, in) of every tensor of the file.
-      layers, heads, kv_heads, arch: the model.
+      layers, heads, kv_heads, experts, arch: the model.
       has_imatrix: whether importance is known; some rules ask.
       pure: the base type everywhere (llama-quantize's --pure).
       overrides: (regular expression, type); the first whose pattern is found in the name wins (--tensor-type).
@@ -251,19 +256,16 @@ def tensor_types(
     Returns: {name: type}; tensors not named are kept. A row that no block divides is F16, as llama.cpp does.
 
     Raises:
-      UserError: an unknown mix or type, or a mixture of experts.
+      UserError: an unknown mix or type.
     """
     mix = file_type(mix)
     base = FILE_TYPES[mix][1]
-    for name, shape in tensors.items():
-        if len(shape) > 2 or "_exps" in name:
-            raise UserError(f"{name}: mixtures of experts have no mix yet; write a plan file for them")
     compiled = [(_compile(p), t.upper()) for p, t in overrides]
     names = sorted((n for n, s in tensors.items() if is_quantizable(n, s)), key=tensor_order)
     if base in ("F32", "F16", "BF16"):
         return dict.fromkeys(names, base)
     tied = "output.weight" not in tensors
-    n_attn_v = sum("attn_v.weight" in n or "attn_qkv.weight" in n for n in tensors)
+    n_attn_v = sum(any(role in n for role in ("attn_v.weight", *SAME_ROLE)) for n in tensors)
     gqa = heads // kv_heads if kv_heads else 0
     big = layers == 80 and (arch in ("qwen2", "olmo", "deci") or (arch == "llama" and heads != kv_heads))
     seen = dict.fromkeys(ROLES, 0)
@@ -275,14 +277,18 @@ def tensor_types(
             kind = base
         if kind is None:
             role = next((SAME_ROLE.get(r, r) for r in (*ROLES, *SAME_ROLE) if r in name), "")
-            if name == "output.weight" or (tied and name == "token_embd.weight"):
+            if mix == "MXFP4_MOE":
+                kind = base if len(tensors[name]) > 2 else "Q8_0"
+            elif name == "output.weight" or (tied and name == "token_embd.weight"):
                 kind = _output_type(base, row)
             elif name == "token_embd.weight":
                 kind = "Q4_K" if base in ("TQ1_0", "TQ2_0") else base
             else:
                 total = n_attn_v if role == "attn_v.weight" else layers
-                site = _Site(seen.get(role, 0), total, gqa, has_imatrix)
-                kind = _MIX.get(role, {}).get(mix, lambda _: None)(site) or base
+                numbered = experts > 1 and role.startswith("ffn_")
+                i = tensor_order(name)[0] if numbered else seen.get(role, 0)
+                site = _Site(i, total, gqa, has_imatrix, experts)
+                kind = _choice(mix, role, site) or base
                 if big and role == "attn_v.weight" and kind in ("Q3_K", "Q4_K"):
                     kind = "Q5_K"  # a 70B shares each value head among 8 queries, so its attn_v is small
                 if role:
@@ -306,6 +312,16 @@ def fallbacks(mix: str, tensors: Mapping[str, Sequence[int]], **options: Any) ->
         f"{file_type(mix)}: {len(changed)} of {len(got)} tensors have rows of {rows} weights, which their types' "
         f"blocks do not divide, and get another type: {kinds}"
     )
+
+
+def _choice(mix: str, role: str, site: _Site) -> str | None:
+    """What the rules say of a tensor; None: the base type."""
+    if site.experts == 8:
+        if role in ("attn_v.weight", "attn_k.weight"):
+            return "Q8_0"
+        if role == "attn_output.weight":
+            return "Q5_K" if mix in _ATTN_OUTPUT_OF_8 else None
+    return _MIX.get(role, {}).get(mix, lambda _: None)(site)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

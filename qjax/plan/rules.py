@@ -4,7 +4,8 @@
 
 A pattern is a shell glob over the whole name (`layers_[0-3]/attn/v/kernel`, `blk.*.attn_v.weight`, `*`), or, after
 `re:`, a regular expression over the whole name (`re:layers_(0|1|1[45])/mlp/.*`). Both the path in the params tree and
-the GGUF name are tried. Vectors (norms, biases) are no weights in this sense: they are always kept. What is left must
+the GGUF name are tried. Vectors (norms, biases) are no weights in this sense: they are always kept, and routers of
+experts, which decide what the others see, by every rule that does not say `router` or `ffn_gate_inp`. What is left must
 be covered, by a format or by the word `keep`; nothing stays dense silently. `recipe:format` ("gptq:int4_g128") or a
 recipe's line ("Q4_K >> nearest() >> descend(2)") says how this weight is rounded as well; where a rule names a format
 alone, whoever runs the plan decides.
@@ -30,6 +31,7 @@ from qjax.recipes import recipe as get_recipe
 from qjax.tables import html_table
 
 KEEP = "keep"
+_ROUTERS = ("router", "ffn_gate_inp")  # what a rule says that means them too
 
 
 def fits(pattern: str, name: str, what: str = "the pattern") -> bool:
@@ -51,6 +53,11 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         return fits(self.pattern, name, "plan rule")
+
+    def takes(self, w: Weight) -> bool:
+        """Whether it says what a weight becomes."""
+        spared = w.is_router and not any(word in self.pattern for word in _ROUTERS)
+        return not spared and any(self.matches(name) for name in w.names)
 
     @property
     def format_name(self) -> str:
@@ -83,6 +90,11 @@ class Weight:
     def is_vector(self) -> bool:
         """Norms, biases: everything that has one axis, besides axes of length 1 in front (as ggml counts)."""
         return all(n == 1 for n in self.shape[:-1])
+
+    @property
+    def is_router(self) -> bool:
+        """The weight that chooses among experts."""
+        return any(name.endswith(("router/kernel", "ffn_gate_inp.weight")) for name in self.names)
 
     def __str__(self) -> str:
         return self.path if self.gguf is None or self.gguf == self.path else f"{self.path} ({self.gguf})"
@@ -141,7 +153,7 @@ class Plan:
             if rule.pattern in exact:  # a mix has hundreds of rules that name one tensor each
                 hits = [exact[rule.pattern]]
             else:
-                hits = [w for w in matrices if any(rule.matches(name) for name in w.names)]
+                hits = [w for w in matrices if rule.takes(w)]
             if not hits:
                 near = f"the weights are named like {str(matrices[0])!r}" if matrices else "there is no weight"
                 raise UserError(f"plan rule {rule.pattern!r} -> {rule.format_name} matches no weight; {near}")
@@ -158,6 +170,8 @@ class Plan:
     ) -> Assignment:
         if w.is_vector:
             return Assignment(w, None, "a vector")
+        if rule is None and w.is_router:
+            return Assignment(w, None, "a router")
         if rule is None:
             raise UserError(
                 f"no rule of plan {self.name!r} covers {w}; add a rule for it (-> {KEEP} leaves it as it is)"

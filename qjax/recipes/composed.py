@@ -31,8 +31,9 @@ class Recipe:
       sequential: statistics are gathered behind the already quantized predecessors; otherwise in the float model.
       sensitive: tokens count in H by the squared size of the loss gradient at the weight's output, to this power: True,
         which is 1, or less, as few tokens carry that sum (the first of a window then counts as the mean); False: alike.
-      shrink: H is shrunk toward its diagonal, and the cross term by a share, as far as held-out windows ask for; then
-        all windows are used, and where the result is worse there than the fit weighted by E[x^2], the fit is taken.
+      shrink: H, in the codes' variables, is shrunk toward its diagonal, and the cross term by a share, as far as
+        held-out windows ask for; then all windows are used, and where the result is worse there than the fit weighted
+        by E[x^2], the fit is taken.
       reparams: changes of variables, made in this order before anything is rounded.
       name: for tables; equality does not look at it.
     """
@@ -53,10 +54,6 @@ class Recipe:
             raise UserError(f"damping must be positive, got {self.damping}")
         if not 0 <= self.sensitive <= 1:
             raise UserError(f"sensitive is a power of the gradient's square, from 0 to 1; got {self.sensitive}")
-        if self.shrink and self.reparams:
-            raise UserError(
-                "shrink goes with no change of variables yet: H would be shrunk in another basis than the codes'"
-            )
         if any(isinstance(r, Act) for r in self.reparams[:-1]):
             raise UserError(
                 "act rounds the input that meets the codes: it is the last reparametrization, and the only act"

@@ -2,7 +2,7 @@
 
 from qjax.reparam.inputs import act
 from qjax.reparam.permute import permute
-from qjax.reparam.protocol import Applied, Reparam, Site, reparametrize, restore, settle, through
+from qjax.reparam.protocol import Applied, Reparam, Site, behind, reparametrize, restore, settle, through
 from qjax.reparam.rotate import hadamard, kronecker, orthogonal
 from qjax.reparam.scale import awq_scale, rescale, smooth
 from qjax.reparam.split import columns, low_rank, sparse
@@ -13,6 +13,7 @@ __all__ = [
     "Site",
     "act",
     "awq_scale",
+    "behind",
     "columns",
     "hadamard",
     "kronecker",

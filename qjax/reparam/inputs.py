@@ -40,6 +40,10 @@ class RoundedInput(Applied):
     kind: Kind = "int8"
     threshold: float | None = None
 
+    @property
+    def rounds_input(self) -> bool:
+        return True
+
     def input(self, x: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
         codes, s, exact = self.parts(x)
         return (exact + codes.astype(jnp.float32) * s).astype(x.dtype)

@@ -50,6 +50,11 @@ class Applied:
     or None pass through here too.
     """
 
+    @property
+    def rounds_input(self) -> bool:
+        """Whether `input` rounds; otherwise it is linear."""
+        return False
+
     def inverse(self, w: Float[Array, "out n"]) -> Float[Array, "out n"]:
         """A weight in the new variables, in the old ones."""
         return w
@@ -115,6 +120,17 @@ def reparametrize(
         site, one = reparam(dataclasses.replace(site, stats=now))
         applied.append(one)
     return site, tuple(applied), tuple(found)
+
+
+def behind(applied: Sequence[Applied], stats: Stats) -> Stats:
+    """H and cross of other tokens behind a chain that is chosen; an input that is rounded counts as it is.
+
+    H -> B H B^T, B x = input(x)
+    """
+    stats = stats.only(("H", "cross"))
+    for one in applied:
+        stats = stats if one.rounds_input else stats.linear(one.input)
+    return stats
 
 
 def restore(applied: Sequence[Applied], w: Float[Array, "out n"]) -> Float[Array, "out n"]:

@@ -135,7 +135,7 @@ def corrected(
 ) -> Float[Array, "rows n"]:
     """W + alpha W cross (H + lambda diag H)^{-1}, from the factor c c^T of that matrix with its columns in `order`."""
     assert cross is not None
-    moved = lax.dot(w, cross[:, order], precision=lax.Precision.HIGHEST)
+    moved = lax.dot(w, cross, precision=lax.Precision.HIGHEST)[:, order]  # a look-up in front would be fused into it
     solved = jax.scipy.linalg.cho_solve((c, True), moved.T)
     return w + alpha * jnp.zeros_like(solved).at[order].set(solved).T
 

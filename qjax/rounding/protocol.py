@@ -199,6 +199,7 @@ def round_weight(
     damping: float = DAMPING,
     heldout: Float[Array, "n n"] | None = None,
     factor: Factor | None = None,
+    fit: tuple[Scales, Integer[Array, "rows m"]] | None = None,
 ) -> Rounded:
     """Run a chain of roundings on one weight.
 
@@ -210,6 +211,7 @@ def round_weight(
       damping: lambda of H + lambda diag(H), at least.
       heldout: H of tokens that `stats` did not see, to report the loss in.
       factor: `factor_of` these, for many parts of a weight's rows; None: made here.
+      fit: what the first stage would make, where that is known: the chain begins behind it.
 
     Returns: scales, codes and losses. Rows are independent of each other unless the format ties them together.
     """
@@ -217,9 +219,10 @@ def round_weight(
     lam = jnp.float32(damping)
     if stats.H is not None and "H" in requires(roundings) and not any(r.factors for r in roundings):
         _, lam = cholesky(stats.H, lam)  # descent alone would not notice an indefinite H
-    state = State(None, None, w, lam, factor=factor)
-    first = None
-    for r in roundings:
+    scales, codes = fit or (None, None)
+    state = State(scales, codes, w, lam, factor=factor)
+    first = state if fit else None
+    for r in roundings[1 if fit else 0 :]:
         state = r(state, format, stats)
         first = state if first is None else first
     assert first is not None and first.scales is not None and first.codes is not None

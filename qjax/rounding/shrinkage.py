@@ -5,8 +5,9 @@ into E = s L^-1. On tokens that H did not see it costs
 
     cost(a) = sum_j s_j^2 [L^-1 H' L^-T]_jj,      s_j^2 = mean over rows of (w_ij - nearest(w_ij))^2
 
-whose least a of a few is taken: nothing is rounded for it. The cross term moves the target by Delta = W C H_a^-1; on
-held-out tokens a share t of it leaves const - 2 t tr(W C' Delta^T) + t^2 tr(Delta H' Delta^T), so
+whose least a of a few is taken: nothing is rounded for it, and the bracket is the same for all weights of an input. The
+cross term moves the target by Delta = W C H_a^-1; on held-out tokens a share t of it leaves
+const - 2 t tr(W C' Delta^T) + t^2 tr(Delta H' Delta^T), so
 
     t = tr(W C' Delta^T) / tr(Delta H' Delta^T), between 0 and 1
 
@@ -18,6 +19,7 @@ Source: ours; the error model is LDLQ's (QuIP, arXiv:2307.13304, section 3). Shr
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -33,6 +35,7 @@ from qjax.typing import Array, Float
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Of the diagonal, tried."""
+_BEGIN = 3
 
 
 def toward_diagonal(H: Float[Array, "n n"], a: Float[Array, ""] | float) -> Float[Array, "n n"]:
@@ -40,49 +43,96 @@ def toward_diagonal(H: Float[Array, "n n"], a: Float[Array, ""] | float) -> Floa
     return (1.0 - a) * H + a * jnp.diag(jnp.diagonal(H))
 
 
-@partial(jax.jit, static_argnames=("format", "damping"))
-def shrunk(
-    w: Float[Array, "rows n"], format: Format, used: Stats, heldout: Stats, damping: float
-) -> tuple[Stats, Float[Array, ""], Float[Array, ""]]:
-    """The statistics of all tokens, shrunk as far as the held-out ones ask for.
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Statistics of tokens that are used and of those held out; what one weight asks of them serves the others.
 
-    Args:
-      w: the weight.
-      format: its grid: how large errors of rounding are.
+    Attributes:
       used: H, count and, for a cross term, cross.
       heldout: the same of tokens that `used` did not see.
       damping: lambda of H + lambda diag(H), which the rounding will add.
-
-    Returns: (Stats of all tokens: what `used` has, H and cross shrunk; a; t, which is 0 without a cross term).
     """
-    w = w.astype(jnp.float32)
-    assert used.H is not None and heldout.H is not None
-    H, H_held = used.H, heldout.H
-    tile, group = format.tile[1], group_of(format, w.shape[1])
-    importance = jnp.broadcast_to(jnp.diagonal(H), w.shape)
-    s2 = jnp.mean(jnp.square(w - format.decode(*format.encode(w, importance))), axis=0)
 
-    def cost(a: Array) -> Array:
-        f = ordered(toward_diagonal(H, a), damping, "act", tile, group)
-        L = f.c / jnp.diagonal(f.c)[None, :]
-        solve = partial(jax.scipy.linalg.solve_triangular, L, lower=True, unit_diagonal=True)
-        left = jnp.diagonal(solve(solve(H_held[f.order][:, f.order]).T))
-        return jnp.where(jnp.all(jnp.isfinite(left)), jnp.sum(s2[f.order] * left), jnp.inf)
+    used: Stats
+    heldout: Stats
+    damping: float
+    _left: dict[tuple[float, int, int], Float[Array, "n"]] = dataclasses.field(default_factory=dict)
 
-    costs = lax.map(cost, jnp.asarray(SHARES, jnp.float32))
-    a = jnp.asarray(SHARES, jnp.float32)[jnp.argmin(costs)]
-    t = jnp.float32(0.0)
-    if used.cross is not None and heldout.cross is not None:
-        f = ordered(toward_diagonal(H, a), damping, "act", tile, group)
-        delta = corrected(w, used.cross, 1.0, f.c, f.order) - w
-        agreed = jnp.sum(lax.dot(w, heldout.cross, precision=lax.Precision.HIGHEST) * delta)
-        size = jnp.sum(proxy(delta, H_held))
-        t = jnp.clip(jnp.where(size > 0, agreed / jnp.where(size > 0, size, 1.0), 0.0), 0.0, 1.0)
-    whole = pooled(used, heldout)
-    assert whole.H is not None
-    cross = None if whole.cross is None else t * whole.cross
-    return Stats(toward_diagonal(whole.H, a), whole.importance, whole.absmean, whole.absmax, cross, whole.samples,
-                 whole.count), a, t  # fmt: skip
+    def left(self, a: float, format: Format) -> Float[Array, "n"]:
+        """diag(L^-1 H' L^-T): what a unit of rounding error in each column costs, f32[n]; see `leftover`."""
+        assert self.used.H is not None and self.heldout.H is not None
+        key = a, format.tile[1], group_of(format, self.used.H.shape[-1])
+        if key not in self._left:
+            self._left[key] = leftover(self.used.H, self.heldout.H, *key, self.damping)
+        return self._left[key]
+
+
+def shares(w: Float[Array, "rows n"], fit: Float[Array, "rows n"], format: Format, split: Split) -> tuple[float, Array]:
+    """(a, t): how far H is to be shrunk toward its diagonal, and what share of the cross term is to be taken.
+
+    Args:
+      w: the weight.
+      fit: the same, rounded to nearest: how large errors of rounding are.
+      format: its grid.
+      split: of its input.
+
+    Returns: a, one of SHARES, a least cost beside its neighbours; t f32[] in [0, 1], which is 0 without a cross term.
+    """
+    s2 = jnp.mean(jnp.square(w - fit), axis=0)
+
+    def cost(i: int) -> float:
+        return float(jnp.sum(s2 * split.left(SHARES[i], format)))
+
+    at = _BEGIN
+    costs = {i: cost(i) for i in (at - 1, at, at + 1)}
+    while (least := min(costs, key=lambda i: (costs[i], i))) != at:  # down the ladder, or up, to the first valley
+        at = least
+        costs |= {i: cost(i) for i in (at - 1, at + 1) if 0 <= i < len(SHARES) and i not in costs}
+    a = SHARES[at]
+    if split.used.cross is None or split.heldout.cross is None:
+        return a, jnp.float32(0.0)
+    key = format.tile[1], group_of(format, w.shape[1])
+    return a, cross_share(w, split.used, split.heldout, a, *key, split.damping)
+
+
+@partial(jax.jit, static_argnames=("tile", "group"))
+def leftover(
+    H: Float[Array, "n n"],
+    heldout: Float[Array, "n n"],
+    a: float | Array,
+    tile: int,
+    group: int,
+    damping: float | Array,
+) -> Float[Array, "n"]:
+    """diag(L^-1 H' L^-T) with L the unit lower factor of H_a in act-order; infinite where H_a has none."""
+    f = ordered(toward_diagonal(H, a), damping, "act", tile, group)
+    inverse = jax.scipy.linalg.solve_triangular(f.c, jnp.eye(H.shape[0], dtype=H.dtype), lower=True)
+    there = lax.optimization_barrier(heldout[f.order][:, f.order])  # XLA would look each factor of the product up
+    product = lax.dot(inverse, there, precision=lax.Precision.HIGHEST)
+    left = jnp.square(jnp.diagonal(f.c)) * jnp.sum(product * inverse, axis=1)  # L = c / diag(c)
+    left = jnp.where(jnp.all(jnp.isfinite(left)), left, jnp.inf)
+    return jnp.zeros_like(left).at[f.order].set(left)
+
+
+@partial(jax.jit, static_argnames=("tile", "group"))
+def cross_share(
+    w: Float[Array, "rows n"], used: Stats, heldout: Stats, a: float | Array, tile: int, group: int,
+    damping: float | Array,
+) -> Float[Array, ""]:  # fmt: skip
+    """t = tr(W C' Delta^T) / tr(Delta H' Delta^T), between 0 and 1, with Delta = W C H_a^-1."""
+    assert used.H is not None and heldout.H is not None and heldout.cross is not None
+    f = ordered(toward_diagonal(used.H, a), damping, "act", tile, group)
+    delta = corrected(w, used.cross, 1.0, f.c, f.order) - w
+    agreed = jnp.sum(lax.dot(w, heldout.cross, precision=lax.Precision.HIGHEST) * delta)
+    size = jnp.sum(proxy(delta, heldout.H))
+    return jnp.clip(jnp.where(size > 0, agreed / jnp.where(size > 0, size, 1.0), 0.0), 0.0, 1.0)
+
+
+def shrunk(stats: Stats, a: Float[Array, ""] | float, t: Float[Array, ""] | float) -> Stats:
+    """H shrunk toward its diagonal, a share of the cross term, the rest as it is."""
+    assert stats.H is not None
+    cross = None if stats.cross is None else t * stats.cross
+    return dataclasses.replace(stats, H=toward_diagonal(stats.H, a), cross=cross)
 
 
 def pooled(a: Stats, b: Stats) -> Stats:
@@ -98,6 +148,7 @@ def pooled(a: Stats, b: Stats) -> Stats:
                  a.count + b.count)  # fmt: skip
 
 
+@jax.jit
 def output_error(w: Float[Array, "rows n"], w_hat: Float[Array, "rows n"], heldout: Stats) -> Float[Array, ""]:
     """E|W x_float - W_hat x|^2 on held-out tokens, less what no W_hat changes: tr(E H' E^T) + 2 tr(W C' E^T)."""
     assert heldout.H is not None

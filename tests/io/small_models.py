@@ -46,7 +46,9 @@ def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
 
     def leaf(path, s):
-        scale = {"scale": 0.2, "bias": 0.3, "embedding": 1.0}.get(path[-1].key, s.shape[0] ** -0.5)
+        scale = {"scale": 0.2, "bias": 0.3, "embedding": 1.0}.get(
+            path[-1].key, s.shape[-2] ** -0.5 if s.ndim > 1 else 1.0
+        )
         centre = 1.0 - config.norm_offset if path[-1].key == "scale" else 0.0
         return jnp.asarray(centre + scale * rng.standard_normal(s.shape), jnp.float32)
 

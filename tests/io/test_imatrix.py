@@ -74,6 +74,26 @@ def test_gguf_py_reads_what_was_written(imatrix, tmp_path):
         np.testing.assert_array_equal(sums.data, (x.astype(np.float64) * 1536).astype(np.float32))
 
 
+def test_experts(tmp_path):
+    """A row of sums and a count for each; one that saw no token has no importance, which is ones."""
+    x = np.random.default_rng(0).lognormal(size=(3, 64)).astype(np.float32)
+    x[1] = 1
+    made = Imatrix({"blk.0.ffn_down_exps.weight": x}, {"blk.0.ffn_down_exps.weight": np.array([9, 0, 5])}, ("t",), 8)
+    write_imatrix(tmp_path / "im.gguf", made)
+    tensors = {t.name.rsplit(".", 1)[1]: t for t in gguf.GGUFReader(tmp_path / "im.gguf").tensors}
+    assert list(tensors["in_sum2"].shape) == [64, 3] and list(tensors["counts"].shape) == [1, 3]  # as llama-imatrix
+    np.testing.assert_array_equal(tensors["in_sum2"].data[1], 0)
+    back = read_imatrix(tmp_path / "im.gguf")
+    np.testing.assert_allclose(back.values["blk.0.ffn_down_exps.weight"], x, rtol=1.2e-7)
+    np.testing.assert_array_equal(back.counts["blk.0.ffn_down_exps.weight"], [9, 0, 5])
+    assert back.chunks == 1
+    check_imatrix(back, {"blk.0.ffn_down_exps.weight": (3, 16, 64)})
+    with pytest.raises(UserError, match="192 values, the model's tensor 4 experts with rows of 64"):
+        check_imatrix(back, {"blk.0.ffn_down_exps.weight": (4, 16, 64)})
+    write_imatrix(tmp_path / "im.dat", made, legacy=True)
+    assert read_imatrix(tmp_path / "im.dat").values["blk.0.ffn_down_exps.weight"].shape == (192,)  # it does not say
+
+
 def test_header_is_what_ggml_writes(ggml, imatrix, tmp_path):
     class Params(ctypes.Structure):
         _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
@@ -156,7 +176,8 @@ def test_bad_dat(raw, message, tmp_path):
         ({"counts": None}, "'w'.* needs both"),
         ({"in_sum2": None, "counts": None, "in_sum": np.ones(1, np.float32)}, "without entries"),
         ({"in_sum2": np.ones(4, np.float16)}, "'w.in_sum2' has type F16"),
-        ({"counts": np.ones((2, 1), np.float32)}, "the counts of 2 experts"),
+        ({"counts": np.ones((3, 1), np.float32)}, r"'w' has sums of shape \[4\] for 3 counts"),
+        ({"counts": np.zeros((2, 1), np.float32)}, "'w'.* saw no tokens"),
         ({"counts": np.zeros(1, np.float32)}, "'w'.* saw no tokens"),
         ({"counts": np.float32([np.nan])}, "'w' has the count nan"),
         ({"in_sum2": np.float32([1, -1])}, "'w'.* holds -1"),

@@ -27,15 +27,19 @@ def transformers_logits(hf, config, params, tokens):
         hf
     )  # it edits nested dicts in place; default ids exceed a tiny vocabulary
     settings = transformers.AutoConfig.for_model(**hf)
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
     state = {}
     for weight in weight_names(config):
         value = params
         for part in weight.path:
             value = value[part]
-        state[weight.hf] = torch.tensor(np.asarray(value.T if weight.transposed else value))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tied else set())
+        parts = np.asarray(weight.turned(value)).reshape(-1, *weight.hf_shape)
+        state |= {name: torch.tensor(part) for name, part in zip(weight.hf_names, parts, strict=True)}
+    model, loaded = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].from_pretrained(
+        None, config=settings, state_dict=state, attn_implementation="eager", output_loading_info=True
+    )
+    model = model.float().eval()
+    assert not any(loaded[kind] for kind in loaded if kind != "missing_keys"), loaded
+    assert set(loaded["missing_keys"]) <= ({"lm_head.weight"} if config.tied else set())
     model.tie_weights()
     with torch.no_grad():
         return model(torch.tensor(np.asarray(tokens)).long()).logits.numpy(), settings.to_dict()
@@ -80,13 +84,21 @@ def test_options_change_the_logits(name):
         "residual_multiplier": 1.0,
         "attn_multiplier": None,
         "logit_divisor": 1.0,
+        "expert_norm": config.expert_norm ^ (config.experts > 0),
+        "experts_used": min(1, config.experts_used),
+        "shared_gate": False,
+        "router": "softmax",
+        "expert_scale": 1.0,
+        "expert_groups": 0,
+        "expert_group_best": 1 if config.expert_groups else config.expert_group_best,
     }
     logits = forward(config, params, tokens)
     for field, value in plain.items():
         tables = (
             config.rope_scaling is not None and config.rope_scaling.kind == "longrope"
         )  # as long as rotary_dim says
-        if getattr(config, field) != value and not (tables and field == "rotary_dim"):
+        shaped = tables or config.kv_rank > 0
+        if getattr(config, field) != value and not (shaped and field == "rotary_dim"):
             other = dataclasses.replace(config, **{field: value})
             moved = jnp.abs(forward(other, params, tokens) - logits).max()
             assert moved > 1e-3, field

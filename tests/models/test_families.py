@@ -112,6 +112,15 @@ def as_stored(meta):
     return {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in meta.items()}
 
 
+UNSAYABLE = {
+    "gemma2-no-caps": "attn_softcap = None",  # llama.cpp always caps these
+    "qwen3-yarn-betas": r"beta_fast = 32 and beta_slow = 1 only, got 4 and 0.5",
+    "qwen2_moe-mixed": "experts in every layer of a qwen2_moe; layer 0 of this model has none",
+    "deepseek_v2-lite": "groups of experts by their two best",
+    "deepseek_v3-yarn": "deepseek2 with a rotary scaling",
+}
+
+
 @pytest.mark.parametrize("name", [*TINY, *PUBLISHED])
 def test_gguf_round_trip(name):
     config = config_from_hf((TINY | PUBLISHED)[name])
@@ -119,12 +128,8 @@ def test_gguf_round_trip(name):
         with pytest.raises(UserError, match="query_dim = 24"):
             config_to_gguf(config)
         config = dataclasses.replace(config, query_dim=None)
-    if name == "gemma2-no-caps":  # llama.cpp always caps these
-        with pytest.raises(UserError, match="attn_softcap = None"):
-            config_to_gguf(config)
-        return
-    if name == "qwen3-yarn-betas":
-        with pytest.raises(UserError, match=r"beta_fast = 32 and beta_slow = 1 only, got 4 and 0.5"):
+    if name in UNSAYABLE:
+        with pytest.raises(UserError, match=UNSAYABLE[name]):
             config_to_gguf(config)
         return
     meta = config_to_gguf(config)
@@ -151,7 +156,7 @@ def test_gguf_keys_and_names_are_ggufs_own():
         templates |= {v for k, v in vars(group).items() if isinstance(v, str) and not k.startswith("_")}
     arch_by_name = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     for name, hf in TINY.items():
-        if name in ("gemma2-no-caps", "qwen3-yarn-betas"):
+        if name in UNSAYABLE:
             continue
         config = dataclasses.replace(config_from_hf(hf), query_dim=None)
         meta = config_to_gguf(config)
@@ -185,6 +190,32 @@ def test_weight_names_of_a_llama_and_a_gemma():
     qwen = {w.path: w for w in weight_names(config_from_hf(TINY["qwen2"]))}
     assert qwen["layers_1", "attn", "k", "bias"].hf == "model.layers.1.self_attn.k_proj.bias"
     assert qwen["layers_1", "attn", "k", "bias"].shape == (24,)
+
+
+def test_deepseeks_spelling_of_yarn():
+    """Equal mscale and mscale_all_dim, as published, leave what is rotated as long as it was, and sharpen scores."""
+    rope = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
+    config = config_from_hf(TINY["deepseek_v3"] | {"rope_scaling": rope})
+    assert config.rope_scaling.attention_factor == 1.0 and config.rope_scaling.mscale == 1.0
+    assert config.score_scale == pytest.approx(18**-0.5 * (1 + 0.1 * np.log(40)) ** 2)
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_weight_names_of_experts():
+    """One stack in the tree and in a GGUF file; a tensor for each expert in a folder."""
+    mixtral = {w.path: w for w in weight_names(config_from_hf(TINY["mixtral"]))}
+    down = mixtral["layers_1", "mlp", "experts", "down", "kernel"]
+    assert down.gguf == "blk.1.ffn_down_exps.weight" and not down.stays_float
+    assert (down.shape, down.file_shape, down.hf_shape) == ((4, 80, 48), (4, 48, 80), (48, 80))
+    assert down.hf_names[3] == "model.layers.1.block_sparse_moe.experts.3.w2.weight" and len(down.hf_names) == 4
+    router = mixtral["layers_0", "mlp", "router", "kernel"]
+    assert (router.hf, router.stays_float) == ("model.layers.0.block_sparse_moe.gate.weight", True)
+    qwen = {w.path: w for w in weight_names(config_from_hf(TINY["qwen2_moe-mixed"]))}
+    assert qwen["layers_0", "mlp", "up", "kernel"].hf == "model.layers.0.mlp.up_proj.weight"
+    assert (
+        qwen["layers_1", "mlp", "experts", "up", "kernel"].hf_names[2] == "model.layers.1.mlp.experts.2.up_proj.weight"
+    )
+    assert qwen["layers_1", "mlp", "shared_gate", "kernel"].hf_shape == (1, 48)
 
 
 def test_published_llama3_scaling_survives_gguf_as_a_formula():
@@ -231,7 +262,17 @@ def test_gemma_27b_scores_are_llama_cpps():
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
         ({"model_type": "gemma3"}, 'no text_config; its language model alone is "gemma3_text"'),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported: mixtures of experts are missing"),
+        ({"model_type": "glm4_moe"}, "'glm4_moe' is not supported: its layers of experts are missing"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts a token are more than the 8 there are"),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [2]},
+            r"mlp_only_layers = \[2\]; expected a list of layers below 2",
+        ),
+        ({"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias = False"),
+        (TINY["deepseek_v2"] | {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'; expected greedy or group"),
+        (TINY["deepseek_v3"] | {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 is not supported"),
+        (TINY["deepseek_v3"] | {"num_key_value_heads": 2}, "num_key_value_heads differs"),
+        (TINY["deepseek_v3"] | {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type = 'dynamic'"),
@@ -275,12 +316,17 @@ def test_config_json_mistakes(change, message):
     [
         (
             {"general.architecture": "rwkv7"},
-            "general.architecture = 'rwkv7' is not supported; supported: gemma, gemma2",
+            "general.architecture = 'rwkv7' is not supported; supported: deepseek2, gemma, gemma2",
         ),
         ({"general.architecture": None}, "general.architecture = None"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": "two"}, "llama.block_count = 'two'"),
-        ({"llama.expert_count": 8}, "expert_count = 8"),
+        ({"llama.expert_count": 8}, "expert_used_count is missing"),
+        (
+            {"general.architecture": "qwen3", "qwen3.expert_count": 8},
+            "expert_count = 8 is not supported; expected none",
+        ),
+        ({"general.architecture": "qwen3moe"}, "expert_count = 0 is not supported; expected some"),
         ({"llama.rope.scaling.type": "dynamic"}, "rope.scaling.type = 'dynamic'"),
         ({"llama.rope.scaling.type": "longrope"}, "'rope_factors_long.weight' is missing"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count = 8 differs from the head size 16"),
@@ -315,7 +361,8 @@ def test_bad_rope_freqs(bad):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_family_cannot_say_is_an_error(family):
-    plain = config_from_hf(TINY["llama"] | {"model_type": family, "query_pre_attn_scalar": 12, "head_dim": 12})
+    other = TINY["llama"] | {"model_type": family, "query_pre_attn_scalar": 12, "head_dim": 12}
+    plain = config_from_hf(TINY[family] if family.startswith("deepseek") else other)
     wrong = {"norm_offset": 0.5} if family.startswith("gemma") else {"post_norms": not plain.post_norms}
     for write in (config_to_hf, config_to_gguf):
         with pytest.raises(UserError, match=next(iter(wrong))):

@@ -19,7 +19,9 @@ from qjax.models.stages import stages_of
 
 # Llama with and without groups, biases of q, k, v, norms of q and k, windows.
 ROTATABLE = ["llama", "llama-mha", "llama-tied-llama3", "qwen2", "qwen2-window", "qwen3", "qwen3-window", "gemma1"]
-SCALABLE = [*ROTATABLE, "mistral", "gemma2", "gemma3"]
+ROTATABLE += ["qwen2_moe"]
+LATENT = ["deepseek_v2"]  # values and keys are one weight
+SCALABLE = [*ROTATABLE, *LATENT, "mistral", "gemma2", "gemma3"]
 
 
 def model(name):
@@ -131,7 +133,7 @@ def test_folding_norms(name):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("name", ROTATABLE)
+@pytest.mark.parametrize("name", [*ROTATABLE, *LATENT])
 def test_rotating_the_residual(name):
     config, params = model(name)
     rotate = orthogonal(config.dim)

@@ -10,7 +10,7 @@ from qjax.models.decoder import Decoder
 from qjax.models.stages import stages_of
 
 ALIKE = {"mistral": 1, "llama": 1, "qwen2-window": 2, "qwen3-window": 2, "gemma2": 2, "gemma3": 2, "gemma3-pattern": 2}
-ALIKE |= {"smollm3": 2, "olmo3": 2, "phi3": 1}
+ALIKE |= {"smollm3": 2, "olmo3": 2, "phi3": 1, "mixtral": 1, "qwen2_moe-mixed": 2, "deepseek_v3": 2}
 
 
 @pytest.mark.sampled(2)
@@ -48,6 +48,6 @@ def test_layers_that_do_the_same_are_one_function(name, different):
     stages = stages_of(config)
     assert len(set(stages.blocks)) == different
     assert stages_of(config) is stages
-    kinds = [(config.layer_window(i), config.layer_theta(i)) for i in range(config.layers)]
+    kinds = [(config.layer_window(i), config.layer_theta(i), config.has_experts(i)) for i in range(config.layers)]
     for a, kind in zip(stages.blocks, kinds, strict=True):
         assert all((a is b) == (kind == other) for b, other in zip(stages.blocks, kinds, strict=True))

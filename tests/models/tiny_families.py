@@ -29,6 +29,21 @@ _LLAMA3 = {
 }
 _MIXED = ["sliding_attention", "full_attention"]
 
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+}
+
 TINY = {
     "llama": {"model_type": "llama"},
     "llama-mha": {"model_type": "llama", "num_key_value_heads": 4, "head_dim": None, "rope_theta": 500.0},
@@ -145,6 +160,60 @@ TINY = {
             "short_factor": [1.0, 1.0, 1.25, 1.5, 2.0, 2.0],
         },
     },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "head_dim": None,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen2_moe-mixed": {
+        "model_type": "qwen2_moe",
+        "head_dim": None,
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v2": _DEEPSEEK | {"model_type": "deepseek_v2", "routed_scaling_factor": 1.5, "first_k_dense_replace": 1},
+    "deepseek_v2-lite": _DEEPSEEK
+    | {
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "n_shared_experts": 1,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 1,
+    },
+    "deepseek_v3": _DEEPSEEK | {"model_type": "deepseek_v3", "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1},
+    "deepseek_v3-yarn": _DEEPSEEK
+    | {
+        "model_type": "deepseek_v3",
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 0.93,
+            "mscale_all_dim": 1.3,
+        },
+    },
     "glm4": {"model_type": "glm4"},
     "glm4-no-bias": {"model_type": "glm4", "attention_bias": False, "partial_rotary_factor": 0.25},
 }
@@ -161,10 +230,10 @@ def tiny(name):
         value = rng.normal(size=weight.shape).astype(np.float32)
         if weight.path[-1] == "scale":
             value = 1 - weight.offset + 0.3 * value
-        elif weight.path[-1] == "bias":
+        elif weight.path[-1].endswith("bias"):
             value = 0.5 * value
         else:  # embeddings of size one; kernels that keep the size
-            value = value / (1.0 if weight.path[0] == "embed" else weight.shape[0] ** 0.5)
+            value = value / (1.0 if weight.path[0] == "embed" else weight.shape[-2] ** 0.5)
         node = params
         for part in weight.path[:-1]:
             node = node.setdefault(part, {})

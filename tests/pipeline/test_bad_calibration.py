@@ -15,10 +15,12 @@ from qjax.calibrate import imatrix_of
 from qjax.cli import main
 from qjax.errors import UserError
 from qjax.io.imatrix import write_imatrix
+from qjax.io.text import texts_at
 from qjax.models.config import DecoderConfig
 from qjax.models.families import weight_names
 from qjax.pipeline import Calibration, calibration_of, calibration_text, quantize_file, quantize_model, quantize_params
 from qjax.pipeline.calibrated import survey_model
+from qjax.pipeline.windows import in_turn
 from qjax.stats import Stats
 
 PLAN = plan_of(("*", "Q4_0"))
@@ -65,6 +67,24 @@ def test_windows_of_a_good_text():
     assert [(s.start, s.stop) for s in calibration_of(256, IDS, context=16, heldout=0.5, batch=2).steps] == [
         (0, 2), (2, 3), (3, 5), (5, 6)
     ]  # fmt: skip
+
+
+def test_of_several_texts_windows_are_taken_in_turn(tmp_path):
+    a, b, c = list(range(9)), list(range(100, 105)), [200]
+    assert in_turn([a, b, c], 2).tolist() == [0, 1, 100, 101, 2, 3, 102, 103, 4, 5, 6, 7, 8, 104, 200]
+    assert in_turn([c, c], 2).tolist() == [200, 200]
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.txt").write_text("two")
+    (tmp_path / "a.json").write_text('["one", "more"]')
+    (tmp_path / "picture.png").write_bytes(b"\xff")
+    (tmp_path / "last.txt").write_text("three")
+    assert texts_at([tmp_path, tmp_path / "last.txt"]) == ["one", "more", "two", "three", "three"]
+
+
+def test_a_quarter_is_held_out_where_a_recipe_shrinks():
+    for windows, held, expected in ((8, 1, 2), (8, 4, 4), (8, 0, 2), (2, 0, 1), (1, 0, 0), (64, 8, 16)):
+        made = Calibration(np.zeros((windows, 4), np.int32), held)
+        assert made.to_shrink().heldout == expected, (windows, held)
 
 
 def test_no_tokenizer():
@@ -261,8 +281,6 @@ def command_lines(folder, text, tmp_path):  # noqa: F811
     plan = tmp_path / "plan.toml"
     plan.write_text('[rules]\n"*" = "gptq:Q4_0"\n')
     return {
-        "no text": ([*quantize, "--recipe", "best_gguf"], "give one with --calib TEXT"),
-        "no text for imatrix": ([*quantize, "--recipe", "imatrix"], "give one with --calib TEXT"),
         "a text for rtn": ([*quantize, "--calib", text], "recipe 'rtn' takes no calibration text"),
         "an imatrix for gptq": (
             [*quantize, "--recipe", "gptq", "--imatrix", other, "--calib", text],

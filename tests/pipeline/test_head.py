@@ -60,6 +60,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
     stages = Stages(
         embed=lambda p, t: p["embed"]["embedding"][t],
         blocks=(),
+        to_all=(),
         head=lambda p, x: x @ p["embed"]["embedding"].T,
         norm=lambda p, x: x,
         scores=lambda p, n, at, count: n @ jax.lax.dynamic_slice_in_dim(p["embed"]["embedding"], at, count).T,

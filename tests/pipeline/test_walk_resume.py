@@ -18,6 +18,7 @@ import qjax
 from qjax.errors import UserError
 from qjax.pipeline import quantize_file, quantize_model, walk
 from qjax.pipeline.activations import Writer
+from qjax.pipeline.massive import Massive
 from qjax.pipeline.survey import Survey
 from qjax.pipeline.walk_folder import key_of, walk_folder
 from qjax.pipeline.walk_state import resumed, save_survey, saved_survey
@@ -187,7 +188,8 @@ def test_damaged_states_in_detail(tmp_path):
         (tmp_path / "x_1.f32").write_bytes(bytes(4 * 24))
         said = []
         assert resumed(tmp_path, shape, False, said.append) == (0, None) and len(said) == 1, raw
-    made = Survey(np.eye(4), np.eye(4), 6, (np.ones((1, 2, 3)),), np.ones((2, 3)))
+    massive = (Massive(3, 0, 1, 2e3, 0.25, (0,)),)
+    made = Survey(np.eye(4), np.eye(4), 6, (np.ones((1, 2, 3)),), np.ones((2, 3)), np.ones((1, 2, 3), bool), massive)
     save_survey(tmp_path, made)
     assert saved_survey(tmp_path, 1, shape).tokens == 6
     whole = (tmp_path / "survey.npz").read_bytes()

@@ -29,7 +29,7 @@ def tiny_model(config=CONFIG, seed=0, **changes):
 
     def leaf(path, s):
         kind = path[-1].key
-        size = {"scale": 0.2, "embedding": 1.0}.get(kind, s.shape[0] ** -0.5)
+        size = {"scale": 0.2, "embedding": 1.0}.get(kind, s.shape[-2] ** -0.5 if s.ndim > 1 else 1.0)
         return jnp.asarray((kind == "scale") + size * rng.standard_normal(s.shape), jnp.float32)
 
     return Model(config, jax.tree_util.tree_map_with_path(leaf, shapes))

@@ -1,9 +1,9 @@
 """GGUF metadata <-> DecoderConfig, with llama.cpp's own defaults and key names; what one family has is its own file's.
 
 What metadata does not hold: whether the head is tied (the file then has no `output.weight`), whether q, k and v have
-biases, and rotary scaling that is a tensor. All are arguments here. The arch `llama` serves Llama and Mistral, `olmo2`
-both OLMo 2 and 3. llama.cpp reads a window for the Gemmas and OLMo 3 only; for other families the key is written all
-the same, but llama.cpp attends to everything, so texts longer than the window differ there.
+biases, and rotary scaling that is a tensor. All are arguments here. The arch `llama` serves Llama, Mistral and Mixtral,
+`olmo2` both OLMo 2 and 3. llama.cpp reads a window for the Gemmas and OLMo 3 only; for other families the key is
+written all the same, but llama.cpp attends to everything, so texts longer than the window differ there.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ def config_from_gguf(
     archs = sorted({family.arch for family in FAMILIES.values()})
     if not isinstance(arch, str) or arch not in archs:
         raise UserError(f"general.architecture = {arch!r} is not supported; supported: {', '.join(archs)}")
-    families = [family for family in FAMILIES.values() if family.arch == arch]
     at = f"{arch}."
+    count = meta.get(f"{at}expert_count", 0)
+    families = [f for f in FAMILIES.values() if f.arch == arch and bool(count) == ("experts" in f.options)]
+    if not families:
+        raise UserError(f"{at}expert_count = {count!r} is not supported; expected {'some' if not count else 'none'}")
     keys = Keys(meta, families[0].absent_gguf, at, at, "float32")
-    if keys.get("expert_count"):
-        raise UserError(f"{at}expert_count = {keys.get('expert_count')!r}: mixtures of experts are not supported")
     heads, dim, layers = (keys.count(k) for k in ("attention.head_count", "embedding_length", "block_count"))
     head_dim = keys.count("attention.key_length", dim // heads)
     rotated = keys.count("rope.dimension_count", head_dim)
-    partial = any("partial_rotary_factor" in family.options for family in families)
+    latent = any("latent" in family.options for family in families)
+    partial = latent or any("partial_rotary_factor" in family.options for family in families)
     for key, other in (
-        ("attention.value_length", keys.count("attention.value_length", head_dim)),
+        ("attention.value_length", head_dim if latent else keys.count("attention.value_length", head_dim)),
         ("rope.dimension_count", head_dim if partial and rotated < head_dim else rotated),
     ):
         if other != head_dim:

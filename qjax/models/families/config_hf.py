@@ -26,15 +26,12 @@ _ACTIVATIONS = {
 # What a model_type that many ask for would take.
 MISSING = {
     "gemma3": 'there is no text_config; its language model alone is "gemma3_text"',
-    "mixtral": "mixtures of experts are missing",
-    "qwen2_moe": "mixtures of experts are missing",
-    "qwen3_moe": "mixtures of experts are missing",
-    "llama4": "mixtures of experts and attention in chunks are missing",
-    "llama4_text": "mixtures of experts and attention in chunks are missing",
-    "gpt_oss": "mixtures of experts and attention sinks are missing",
-    "deepseek_v3": "mixtures of experts and latent attention are missing",
-    "glm4_moe": "mixtures of experts are missing",
-    "qwen3_next": "mixtures of experts and gated linear attention are missing",
+    "llama4": "attention in chunks and experts whose inputs are scaled by their share are missing",
+    "llama4_text": "attention in chunks and experts whose inputs are scaled by their share are missing",
+    "gpt_oss": "attention sinks and experts with biases are missing",
+    "deepseek_v32": "sparse attention is missing",
+    "glm4_moe": "its layers of experts are missing, whose parts DeepSeek-V3 has",
+    "qwen3_next": "gated linear attention is missing",
     "qwen3_5": "gated linear attention is missing",
     "gemma3n": "its embeddings by layer are missing",
     "cohere": "LayerNorm and attention beside the MLP are missing",
@@ -106,6 +103,8 @@ def check_dimensions(config: DecoderConfig, where: str) -> DecoderConfig:
             raise UserError(f"{where}: {_NAMES.get(name, name)} = {value} is more than any model has")
     if config.heads % config.kv_heads:
         raise UserError(f"{where}: {config.heads} attention heads are no multiple of {config.kv_heads} key-value heads")
+    if config.experts_used > config.experts:
+        raise UserError(f"{where}: {config.experts_used} experts a token are more than the {config.experts} there are")
     if config.head_dim % 2:
         raise UserError(f"{where}: head size {config.head_dim} is odd; rotary embeddings need an even one")
     return config

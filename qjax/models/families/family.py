@@ -34,14 +34,15 @@ class Family:
       name: the Hugging Face model_type.
       architecture: the Hugging Face class.
       arch: llama.cpp's `general.architecture`. Where two families share one, the first in the table is the one without
-        windows.
+        windows, and those with experts are known by these.
       traits: the DecoderConfig fields that all its members share.
       absent: what a key missing from config.json means (transformers' own defaults); a string: the value of that key.
       absent_gguf: what a key missing from GGUF metadata means to llama.cpp.
-      options: what other families refuse and this one reads: keys of config.json, and "longrope".
+      options: what other families refuse and this one reads: keys of config.json, "longrope", "experts",
+        and "latent" attention.
       period: llama.cpp takes every n-th layer to be without window unless the file says otherwise; 0: none.
       pairs: llama.cpp rotates neighbouring rows of q and k where Hugging Face rotates halves: rows are permuted.
-      hf_names: part of a layer -> its name below `model.layers.0`, where it is not Llama's.
+      hf_names: part of a layer -> its name below `model.layers.0`, where it is not Llama's (or Qwen's, of experts).
       from_hf: (keys of config.json, the common fields) -> the DecoderConfig fields that only this family reads.
       to_hf: (config, contents of a config.json as Llama's) -> as this family's.
       from_gguf: (keys of the metadata, the common fields) -> the DecoderConfig fields that only this family reads.

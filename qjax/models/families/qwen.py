@@ -13,15 +13,18 @@ def _windows(keys: Keys, _: Fields) -> Fields:
     return windows_from_hf(keys, lambda layers: tuple(range(min(keys.get("max_window_layers", 28), layers))))
 
 
-def _to_hf(c: DecoderConfig, hf: Fields) -> Fields:
+def windows_to_qwen(c: DecoderConfig, hf: Fields) -> Fields:
+    """A config.json with its windows as Qwen spells them."""
     leading = next((i for i in range(c.layers) if c.layer_window(i) is not None), c.layers)
     return hf | windows_to_hf(c) | {"use_sliding_window": c.window is not None, "max_window_layers": leading}
 
 
-def _check_heads(c: DecoderConfig) -> Fields:
+def check_heads(c: DecoderConfig) -> Fields:
+    """No keys of its own, or a UserError where llama.cpp would not load the file."""
     if c.heads * c.head_dim != c.dim:
         raise UserError(
-            f"llama.cpp's qwen2 wants heads x head_dim = embedding_length, got {c.heads} x {c.head_dim} and {c.dim}"
+            f"llama.cpp's {c.family} wants heads x head_dim = embedding_length, "
+            f"got {c.heads} x {c.head_dim} and {c.dim}"
         )
     return {}
 
@@ -33,8 +36,8 @@ QWEN2 = Family(
     traits={"qkv_bias": True},
     absent={"max_position_embeddings": 32768, "sliding_window": 4096},
     from_hf=_windows,
-    to_hf=_to_hf,
-    to_gguf=_check_heads,
+    to_hf=windows_to_qwen,
+    to_gguf=check_heads,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -43,5 +46,5 @@ QWEN3 = Family(
     traits={"qk_norm": True},
     absent={"max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
     from_hf=_windows,
-    to_hf=_to_hf,
+    to_hf=windows_to_qwen,
 )

@@ -6,18 +6,24 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from qjax.models.config import DecoderConfig
+from qjax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from qjax.models.families.family import Family
 from qjax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from qjax.models.families.glm4 import GLM4
 from qjax.models.families.granite import GRANITE
 from qjax.models.families.llama import LLAMA
 from qjax.models.families.mistral import MISTRAL
+from qjax.models.families.mixtral import MIXTRAL
 from qjax.models.families.olmo import OLMO2, OLMO3
 from qjax.models.families.phi3 import PHI3
 from qjax.models.families.qwen import QWEN2, QWEN3
+from qjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from qjax.models.families.smollm3 import SMOLLM3
 
-_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, PHI3, GLM4)
+_ALL = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, PHI3, GLM4),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3),
+)
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ALL})
 
 

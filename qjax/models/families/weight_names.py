@@ -1,6 +1,8 @@
 """One weight, three names: its path in the flax tree, its Hugging Face tensor, its GGUF tensor.
 
 flax kernel (in, out)  =  file (out, in)^T          GGUF value  =  Hugging Face value + offset
+
+Kernels of experts are stacks (experts, in, out), in a GGUF file too; a Hugging Face checkpoint has a tensor for each.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from qjax.models.config import DecoderConfig
 from qjax.models.families.table import family_of
@@ -21,6 +24,12 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "attn/k": ("self_attn.k_proj", "attn_k"),
         "attn/v": ("self_attn.v_proj", "attn_v"),
         "attn/qkv": ("self_attn.qkv_proj", "attn_qkv"),
+        "attn/q_a": ("self_attn.q_a_proj", "attn_q_a"),
+        "attn/q_a_norm": ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+        "attn/q_b": ("self_attn.q_b_proj", "attn_q_b"),
+        "attn/kv_a": ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+        "attn/kv_a_norm": ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+        "attn/kv_b": ("self_attn.kv_b_proj", "attn_kv_b"),
         "attn/q_norm": ("self_attn.q_norm", "attn_q_norm"),
         "attn/k_norm": ("self_attn.k_norm", "attn_k_norm"),
         "attn/o": ("self_attn.o_proj", "attn_output"),
@@ -30,6 +39,14 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mlp/up": ("mlp.up_proj", "ffn_up"),
         "mlp/gate_up": ("mlp.gate_up_proj", "ffn_up"),
         "mlp/down": ("mlp.down_proj", "ffn_down"),
+        "mlp/router": ("mlp.gate", "ffn_gate_inp"),
+        "mlp/experts/gate": ("mlp.experts.*.gate_proj", "ffn_gate_exps"),
+        "mlp/experts/up": ("mlp.experts.*.up_proj", "ffn_up_exps"),
+        "mlp/experts/down": ("mlp.experts.*.down_proj", "ffn_down_exps"),
+        "mlp/shared_gate": ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
+        "mlp/shared/gate": ("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+        "mlp/shared/up": ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
+        "mlp/shared/down": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
         "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
     }
 )
@@ -41,10 +58,10 @@ class WeightName:
 
     Attributes:
       path: its keys in the flax params tree.
-      hf: its name in a Hugging Face checkpoint.
+      hf: its name in a Hugging Face checkpoint; of a stack, with * for the number of the expert.
       gguf: its name in a GGUF file.
       shape: its shape in the flax tree.
-      transposed: both files hold (out, in) where flax holds (in, out).
+      transposed: both files hold (out, in) where flax holds (in, out); of a stack, each of its matrices.
       rope_heads: the number of heads whose rows are permuted between Hugging Face and GGUF, or None (`Family.pairs`).
       offset: what GGUF stores minus what Hugging Face and flax store (Gemma's norm gains: 1).
     """
@@ -57,6 +74,30 @@ class WeightName:
     rope_heads: int | None = None
     offset: float = 0.0
 
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Its shape in a file: (out, in) for kernels."""
+        return (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
+
+    @property
+    def stays_float(self) -> bool:
+        """Whether GGUF files hold it in F32 whatever the others' type: vectors, and routers of experts."""
+        return all(n == 1 for n in self.file_shape[:-1]) or self.gguf.endswith("ffn_gate_inp.weight")
+
+    def turned(self, array: Any) -> Any:
+        """The same between flax's order of axes and the files', either way."""
+        return array.swapaxes(-1, -2) if self.transposed else array
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The tensors of a Hugging Face checkpoint that it is made of: one, or those of a stack."""
+        return tuple(self.hf.replace("*", str(i)) for i in range(self.shape[0])) if "*" in self.hf else (self.hf,)
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape of each of them."""
+        return self.file_shape[1:] if "*" in self.hf else self.file_shape
+
 
 def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
     """Every weight of a decoder, in the order of a forward pass; a tied head is not listed."""
@@ -67,7 +108,7 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
     def norm(path: tuple[str, ...], hf: str, gguf: str, size: int) -> None:
         names.append(WeightName((*path, "scale"), f"{hf}.weight", f"{gguf}.weight", (size,), offset=c.norm_offset))
 
-    def dense(path: tuple[str, ...], hf: str, gguf: str, shape: tuple[int, int], heads=None, bias=False) -> None:
+    def dense(path: tuple[str, ...], hf: str, gguf: str, shape: tuple[int, ...], heads=None, bias=False) -> None:
         heads = heads if family.pairs else None
         names.append(WeightName((*path, "kernel"), f"{hf}.weight", f"{gguf}.weight", shape, True, heads))
         if bias:
@@ -78,10 +119,28 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         hf = family.hf_names.get(part, hf)
         return (f"layers_{layer}", *part.split("/")), f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
 
+    def latent(layer: int) -> None:
+        if c.query_rank:
+            dense(*at(layer, "attn/q_a"), (c.dim, c.query_rank))
+            norm(*at(layer, "attn/q_a_norm"), c.query_rank)
+            dense(*at(layer, "attn/q_b"), (c.query_rank, q_dim))
+        else:
+            dense(*at(layer, "attn/q"), (c.dim, q_dim))
+        dense(*at(layer, "attn/kv_a"), (c.dim, c.kv_rank + c.rotated))
+        norm(*at(layer, "attn/kv_a_norm"), c.kv_rank)
+        dense(*at(layer, "attn/kv_b"), (c.kv_rank, c.heads * (c.head_dim - c.rotated + c.value_size)))
+
+    def mlp(layer: int, part: str, hidden: int, stack: tuple[int, ...] = ()) -> None:
+        dense(*at(layer, f"{part}/gate"), (*stack, c.dim, hidden))
+        dense(*at(layer, f"{part}/up"), (*stack, c.dim, hidden))
+        dense(*at(layer, f"{part}/down"), (*stack, hidden, c.dim))
+
     for i in range(c.layers):
         if c.pre_norms:
             norm(*at(i, "attn_norm"), c.dim)
-        if c.fused_qkv:
+        if c.kv_rank:
+            latent(i)
+        elif c.fused_qkv:
             dense(*at(i, "attn/qkv"), (c.dim, q_dim + 2 * kv_dim), None, c.qkv_bias)
         else:
             dense(*at(i, "attn/q"), (c.dim, q_dim), c.heads, c.qkv_bias)
@@ -90,17 +149,27 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         if c.qk_norm:
             norm(*at(i, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
             norm(*at(i, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
-        dense(*at(i, "attn/o"), (q_dim, c.dim))
+        dense(*at(i, "attn/o"), (c.heads * c.value_size, c.dim))
         if c.post_norms:
             norm(*at(i, "attn_post_norm"), c.dim)
         if c.pre_norms:
             norm(*at(i, "mlp_norm"), c.dim)
-        if c.fused_mlp:
+        if c.has_experts(i):
+            dense(*at(i, "mlp/router"), (c.dim, c.experts))
+            if c.router_bias:
+                hf = f"model.layers.{i}.mlp.gate.e_score_correction_bias"
+                path = (f"layers_{i}", "mlp", "router_bias")
+                names.append(WeightName(path, hf, f"blk.{i}.exp_probs_b.bias", (c.experts,)))
+            mlp(i, "mlp/experts", c.expert_hidden, (c.experts,))
+            if c.shared_hidden:
+                mlp(i, "mlp/shared", c.shared_hidden)
+                if c.shared_gate:
+                    dense(*at(i, "mlp/shared_gate"), (c.dim, 1))
+        elif c.fused_mlp:
             dense(*at(i, "mlp/gate_up"), (c.dim, 2 * c.hidden))
+            dense(*at(i, "mlp/down"), (c.hidden, c.dim))
         else:
-            dense(*at(i, "mlp/gate"), (c.dim, c.hidden))
-            dense(*at(i, "mlp/up"), (c.dim, c.hidden))
-        dense(*at(i, "mlp/down"), (c.hidden, c.dim))
+            mlp(i, "mlp", c.hidden)
         if c.post_norms:
             norm(*at(i, "mlp_post_norm"), c.dim)
     norm(("final_norm",), "model.norm", "output_norm", c.dim)

@@ -1,0 +1,118 @@
+"""The feed-forward half of a layer: one gated MLP, or experts among which a router chooses for each token.
+
+    MLP(x) = W_down (act(W_gate x) * W_up x)
+    y      = sum_e r_e(x) MLP_e(x) + MLP_shared(x)          r = softmax(W_router x), but 0 beyond the k largest
+
+Experts are stacks of matrices, kernels [experts, in, out]. Every expert gets every token, those that are not its own as
+zeros: a token keeps its place whatever the routing, so what an expert saw is plain to see in one batched product, and a
+model and its quantized twin, which may choose differently, stay comparable token by token. The price is arithmetic,
+experts / k times that of the chosen ones.
+
+Sources: Mixtral, arXiv:2401.04088, section 2; DeepSeekMoE, arXiv:2401.06066, section 3, for shared experts; DeepSeek-V2
+and V3, arXiv:2405.04434, section 2.2, and arXiv:2412.19437, section 2.1, for groups, sigmoids and the choice's bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from qjax.models.config import DecoderConfig
+from qjax.typing import Array, Bool, Float
+
+
+class Stacked(nn.Module):
+    """y_e = x_e W_e for every expert: [experts, *b, in] -> [experts, *b, out]."""
+
+    out: int
+    dtype: Any = jnp.float32
+    dot_general: Callable = lax.dot_general
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal(batch_axis=(0,))
+        kernel = self.param("kernel", init, (x.shape[0], x.shape[-1], self.out), jnp.float32)
+        dimensions = (((x.ndim - 2,), (0,)), ((), ()))
+        return jax.vmap(lambda x, w: self.dot_general(x, w, dimensions))(
+            x.astype(self.dtype), kernel.astype(self.dtype)
+        )
+
+
+class MLP(nn.Module):
+    """One gated MLP, or with `stacked` one for each entry of the input's first axis."""
+
+    config: DecoderConfig
+    hidden: int
+    stacked: bool = False
+    dtype: Any = jnp.float32
+    dot_general: Callable = lax.dot_general
+
+    @nn.compact
+    def __call__(self, x):
+        def dense(name, out):
+            if self.stacked:
+                return Stacked(out, name=name, dtype=self.dtype, dot_general=self.dot_general)
+            return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
+
+        c = self.config
+        if c.fused_mlp and not self.stacked:
+            gate, up = jnp.split(dense("gate_up", 2 * self.hidden)(x), 2, axis=-1)
+        else:
+            gate, up = dense("gate", self.hidden)(x), dense("up", self.hidden)(x)
+        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+        return dense("down", c.dim)(gate * up)
+
+
+class Mixture(nn.Module):
+    """Experts, the router that chooses among them, and the one that sees every token where there is one."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    dot_general: Callable = lax.dot_general
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+
+        def dense(name, out):
+            return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
+
+        def mlp(name, hidden, stacked=False):
+            return MLP(c, hidden, stacked, self.dtype, self.dot_general, name=name)
+
+        bias = self.param("router_bias", nn.initializers.zeros, (c.experts,), jnp.float32) if c.router_bias else None
+        chosen, share = routed(c, dense("router", c.experts)(x), bias)
+        chosen, share = (jnp.moveaxis(a, -1, 0)[..., None] for a in (chosen, share))
+        y = mlp("experts", c.expert_hidden, stacked=True)(jnp.where(chosen, x[None], jnp.zeros_like(x)[None]))
+        y = jnp.sum(y.astype(jnp.float32) * share, axis=0).astype(x.dtype)
+        if c.shared_hidden:
+            shared = mlp("shared", c.shared_hidden)(x)
+            y = y + (nn.sigmoid(dense("shared_gate", 1)(x)) * shared if c.shared_gate else shared)
+        return y
+
+
+def routed(
+    c: DecoderConfig, scores: Float[Array, "*b e"], bias: Float[Array, "e"] | None = None
+) -> tuple[Bool[Array, "*b e"], Float[Array, "*b e"]]:
+    """Which experts a token goes to, and the share of each in its output, f32; 0 where it does not go."""
+    scores = scores.astype(jnp.float32)
+    p = jax.nn.softmax(scores, axis=-1) if c.router == "softmax" else nn.sigmoid(scores)
+    rank = p if bias is None else p + bias.reshape((1,) * (p.ndim - 1) + bias.shape)
+    if c.expert_groups:
+        grouped = rank.reshape(*rank.shape[:-1], c.expert_groups, -1)
+        good = jnp.sum(lax.top_k(grouped, c.expert_group_best)[0], axis=-1)
+        rank = jnp.where(_largest(good, c.expert_groups_used)[..., None], grouped, -jnp.inf).reshape(rank.shape)
+    chosen = _largest(rank, c.experts_used)
+    share = jnp.where(chosen, p, 0.0)
+    share = share / (jnp.sum(share, axis=-1, keepdims=True) + 1e-20) if c.expert_norm else share
+    return chosen, share * c.expert_scale
+
+
+def _largest(x: Float[Array, "*b n"], k: int) -> Bool[Array, "*b n"]:
+    """Where the k largest of each row are."""
+    return jnp.any(jax.nn.one_hot(lax.top_k(x, k)[1], x.shape[-1], dtype=bool), axis=-2)

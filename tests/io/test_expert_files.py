@@ -1,0 +1,161 @@
+"""Experts in files: a tensor for each in a folder, one stack in the tree and in a GGUF file, routers in float32."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small_models import LLAMA, random_params
+
+import qjax
+from qjax.errors import UserError
+from qjax.evaluate import llamacpp
+from qjax.io.gguf_read import read_gguf
+from qjax.io.gguf_write import TensorInfo, write_gguf
+from qjax.models.families import weight_names
+from qjax.models.model import Model
+from qjax.pipeline import quantize_file, quantize_params
+from qjax.pipeline.source import open_source
+
+MIXTRAL = dataclasses.replace(LLAMA, family="mixtral", experts=4, experts_used=2, expert_hidden=96)
+QWEN2_MOE = dataclasses.replace(
+    MIXTRAL, family="qwen2_moe", qkv_bias=True, expert_norm=False, shared_hidden=32, shared_gate=True, hidden=64
+)
+DEEPSEEK = dataclasses.replace(
+    MIXTRAL, family="deepseek_v3", norm_eps=1e-6, kv_heads=4, head_dim=32, rotary_dim=16, value_dim=32, kv_rank=32,
+    query_rank=32, rope_pairs=True, router="sigmoid", router_bias=True, expert_scale=2.5, expert_groups=2,
+    expert_groups_used=1, expert_group_best=2, dense_layers=(0,), shared_hidden=96,
+)  # fmt: skip
+IDS = np.array([[0, *range(7, 400, 5)]])
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+
+
+@pytest.fixture(params=[MIXTRAL, QWEN2_MOE, DEEPSEEK], ids=["mixtral", "qwen2_moe", "deepseek_v3"])
+def model(request, bpe):
+    return Model(request.param, random_params(request.param), bpe)
+
+
+@pytest.fixture
+def mixtral(bpe):
+    return Model(MIXTRAL, random_params(MIXTRAL), bpe)
+
+
+def test_both_files_give_the_model_back(model, tmp_path):
+    for target in ("m.gguf", "folder"):
+        qjax.save(model, tmp_path / target)
+        back = qjax.load(tmp_path / target)
+        assert back.config == model.config
+        equal(back.params, model.params)
+
+
+def test_a_folder_has_a_tensor_for_each_expert(mixtral, tmp_path):
+    qjax.save(mixtral, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    stack = np.asarray(mixtral.params["layers_1"]["mlp"]["experts"]["down"]["kernel"])
+    for i in range(4):
+        np.testing.assert_array_equal(tensors[name.format(i)], stack[i].T)
+    del tensors[name.format(2)]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"experts\.2\.w2\.weight' is missing"):
+        qjax.load(tmp_path / "m")
+    save_file(tensors | {name.format(2): stack[2]}, file)
+    with pytest.raises(
+        UserError, match=r"experts\.2\.w2\.weight' has shape \[96, 64\]; config.json asks for \[64, 96\]"
+    ):
+        qjax.load(tmp_path / "m")
+    save_file(tensors | {name.format(2): stack[2].T.astype(np.float16)}, file)
+    with pytest.raises(UserError, match=r"w2\.weight' have different types, F16 and F32"):
+        open_source(tmp_path / "m")
+
+
+@pytest.mark.slow
+def test_transformers_folder_is_read(model, tmp_path):
+    """What save_pretrained writes, from its fused tensors in memory, is the layout of published models."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    qjax.save(model, tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)).logits.numpy()
+    np.testing.assert_allclose(model.logits(IDS), expected, atol=1e-4 * np.abs(expected).max())
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = qjax.load(tmp_path / "theirs")
+    equal(back.params, model.params)
+
+
+def test_a_gguf_file_has_stacks_and_float_routers(model, tmp_path):
+    qjax.save(model, tmp_path / "m.gguf", dtype="bfloat16")
+    file = read_gguf(tmp_path / "m.gguf")
+    assert file.entry("blk.1.ffn_down_exps.weight").shape == (4, 64, 96)
+    assert file.entry("blk.1.ffn_down_exps.weight").type == "BF16"
+    assert file.entry("blk.1.ffn_gate_inp.weight").type == "F32"
+    assert file.metadata[f"{file.metadata['general.architecture']}.expert_count"] == 4
+    assert file.metadata[f"{file.metadata['general.architecture']}.expert_used_count"] == 2
+
+
+def test_the_gate_of_the_shared_expert_may_be_a_vector(bpe, tmp_path):
+    """llama.cpp's own files have it so."""
+    model = Model(QWEN2_MOE, random_params(QWEN2_MOE), bpe)
+    qjax.save(model, tmp_path / "m.gguf")
+    file = read_gguf(tmp_path / "m.gguf")
+    infos = [
+        TensorInfo(e.name, e.shape[1:] if "inp_shexp" in e.name else e.shape, e.type) for e in file.tensors.values()
+    ]
+    write_gguf(tmp_path / "v.gguf", file.metadata, infos, [file.raw(i.name) for i in infos])
+    assert read_gguf(tmp_path / "v.gguf").entry("blk.0.ffn_gate_inp_shexp.weight").shape == (64,)
+    equal(qjax.load(tmp_path / "v.gguf").params, model.params)
+    equal(open_source(tmp_path / "v.gguf").part("layers_0"), model.params["layers_0"])
+
+
+def test_packed_stacks_keep_their_bytes(mixtral, tmp_path):
+    params, report = quantize_params(mixtral.params, "Q8_0")
+    kept = {line.name: line.kept for line in report.tensors if line.kept not in (None, "a vector")}
+    assert kept == {f"layers_{i}/mlp/router/kernel": "a router" for i in range(2)}
+    q = Model(mixtral.config, params, mixtral.tokenizer)
+    qjax.save(q, tmp_path / "q.gguf")
+    back = qjax.load(tmp_path / "q.gguf")
+    equal(back.params, params)
+    down = params["layers_0"]["mlp"]["experts"]["down"]["kernel"]
+    np.testing.assert_array_equal(
+        np.asarray(down.leaves["blocks"])[3].reshape(-1),
+        np.asarray(read_gguf(tmp_path / "q.gguf").raw("blk.0.ffn_down_exps.weight")).reshape(4, -1)[3],
+    )
+    np.testing.assert_array_equal(back.logits(IDS), q.logits(IDS))
+
+
+@pytest.mark.parametrize("target", ["folder", "m.gguf"])
+def test_streamed_bytes_are_those_in_memory(model, target, tmp_path):
+    qjax.save(model, tmp_path / target)
+    source = open_source(tmp_path / target)
+    for name in ("layers_1", "head"):
+        equal(source.part(name), model.params[name])
+    report = quantize_file(tmp_path / target, tmp_path / "q.gguf", qjax.plan.Plan((qjax.plan.Rule("*", "Q8_0"),)))
+    assert {t.kept for t in report.tensors} == {None, "a vector", "a router"}
+    params, _ = quantize_params(model.params, "Q8_0")
+    equal(qjax.load(tmp_path / "q.gguf").params, params)
+    assert read_gguf(tmp_path / "q.gguf").entry("blk.1.ffn_gate_inp.weight").type == "F32"
+    assert len({w.gguf for w in weight_names(model.config)}) == len(report.tensors)
+
+
+def test_importance_of_experts_is_llama_cpps(mixtral, llama_cpp, tmp_path):
+    """llama-quantize takes the rows of a stack's importance for its matrices in the same order: with each it loses
+    less, where that row says it matters, than without."""
+    qjax.save(mixtral, tmp_path / "m.gguf")
+    rng = np.random.default_rng(0)
+    names = [f"blk.{i}.ffn_{part}_exps.weight" for i in range(2) for part in ("gate", "up", "down")]
+    importance = {n: rng.lognormal(0, 2, (4, 96 if "down" in n else 64)).astype(np.float32) for n in names}
+    llamacpp.quantize(tmp_path / "m.gguf", tmp_path / "theirs.gguf", "Q4_0", importance)
+    quantize_file(tmp_path / "m.gguf", tmp_path / "ours.gguf", "Q4_0", importance=importance)
+    quantize_file(tmp_path / "m.gguf", tmp_path / "plain.gguf", "Q4_0")
+    files = {kind: read_gguf(tmp_path / f"{kind}.gguf") for kind in ("m", "theirs", "ours", "plain")}
+    for name in names:
+        w, v = files["m"].array(name), importance[name][:, None]
+        decoded = {kind: np.asarray(qjax.dequantize(files[kind].qtensor(name))) for kind in ("theirs", "ours", "plain")}
+        lost = {kind: (v * (w - q) ** 2).sum(axis=(1, 2)) for kind, q in decoded.items()}  # [experts]
+        assert (lost["theirs"] < 0.9 * lost["plain"]).all() and (lost["ours"] < 1.02 * lost["theirs"]).all()
