@@ -106,13 +106,19 @@ def test_quantize_by_plan_reports_every_tensor(folder, tmp_path, capsys):
     made = json.loads(capsys.readouterr().out)
     assert set(made) == {
         "model", "out", "type", "recipe", "seconds", "written", "bits_per_weight", "nbytes", "formats", "notes",
-        "tensors",
+        "tensors", "ledger",
     }  # fmt: skip
     assert made["written"] == out.stat().st_size
     tensors = {t["name"]: t for t in made["tensors"]}
     assert tensors["blk.1.ffn_up.weight"]["format"] == "Q4_0" and 0 < tensors["blk.1.ffn_up.weight"]["error"] < 0.2
     assert tensors["blk.1.attn_q.weight"]["format"] == "Q8_0"
     assert tensors["token_embd.weight"]["kept"] and tensors["token_embd.weight"]["error"] is None
+    kept = [name for names in made["ledger"]["kept"].values() for name in names]
+    assert sorted(kept) == sorted(name for name, t in tensors.items() if t["kept"])  # nothing is left out silently
+    rest = [t for name, t in tensors.items() if name not in kept]
+    bits = 8 * sum(t["nbytes"] for t in rest) / sum(math.prod(t["shape"]) for t in rest)
+    assert made["ledger"]["quantized_bits"] == bits and made["ledger"]["whole_bits"] == made["bits_per_weight"]
+    assert made["ledger"]["tokens"] is made["ledger"]["damping"] is None
     assert main(["inspect", str(out), "--json", "-"]) == 0
     seen = json.loads(capsys.readouterr().out)
     assert {t["name"]: t["type"] for t in seen["tensors"]}["blk.0.ffn_down.weight"] == "Q4_0"

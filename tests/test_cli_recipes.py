@@ -94,9 +94,11 @@ def test_the_reference_model_by_best_gguf(tmp_path, capsys):
     made = json.loads((tmp_path / "j.json").read_text())
     assert set(made) == {
         "model", "out", "type", "recipe", "seconds", "written", "bits_per_weight", "nbytes", "formats", "notes",
-        "tensors",
+        "tensors", "ledger",
     }  # fmt: skip
     assert (made["model"], made["type"], made["recipe"]) == ("reference", "Q3_K_M", "best_gguf")
+    assert made["ledger"]["tokens"] == [192, 192] and made["ledger"]["damping"][0] >= 0.05
+    assert any("fewer than its" in note for note in made["ledger"]["notes"])
     for t in made["tensors"]:
         assert set(t) == TENSOR and (t["calibration"] is None) == (t["kept"] is not None)
         line = t["calibration"]

@@ -79,6 +79,7 @@ class Quantize:
                 f"--calib-windows {self.calib_windows}: two are the least, one to calibrate on and one held out"
             )
         from qjax.io.checkpoint import locate
+        from qjax.pipeline.ledger import ledger, said
         from qjax.recipes import recipe
 
         made = recipe(self.recipe)
@@ -112,11 +113,15 @@ class Quantize:
         seconds = time.perf_counter() - clock
         head = {"model": self.model, "out": str(self.out), "type": self.type, "recipe": self.recipe}
         written = sum(f.stat().st_size for f in (self.out.iterdir() if self.out.is_dir() else (self.out,)))
-        if output.write_json(self.json, {**head, "seconds": seconds, "written": written, **report.to_dict()}):
+        if output.write_json(
+            self.json, {**head, "seconds": seconds, "written": written, **report.to_dict(), "ledger": ledger(report)}
+        ):
             return
         if self.verbose:
             output.console().print(report.table())
         output.table(*report.summary())
+        for line in said(report):
+            print(shown(line))
         size = output.size(report.nbytes)
         print(f"{shown(self.out)}: {size}, {report.bits_per_weight:.3f} bits per weight, {seconds:.1f} s")
         if self.out.is_dir():

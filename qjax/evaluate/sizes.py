@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -134,10 +134,29 @@ def by_layer(rows: Iterable[TensorRow]) -> list[dict[str, Any]]:
 
 def relative_rmse(leaf: Any, reference: Any) -> float:
     """|w_hat - w| / |w| of a QTensor or array against the floats it stands for; 0 where the two are equal."""
-    error, norm = (float(x) for x in _squares(as_float(leaf), as_float(reference)))
+    error = norm = 0.0
+    for some in _in_rows(leaf, reference):
+        top, *sums = (float(x) for x in _squares(*some))
+        error, norm = error + sums[0] * top * top, norm + sums[1] * top * top
     if error == 0:
         return 0.0
     return math.sqrt(error / norm) if norm else math.inf
+
+
+_AT_ONCE = 1 << 24  # weights of a large matrix, decoded to be compared
+
+
+def _in_rows(leaf: Any, reference: Any) -> Iterator[tuple[Array, Array]]:
+    """Both in float32: some rows at a time of a large matrix whose rows are stored one by one, else as a whole."""
+    by_rows = is_qtensor(leaf) and leaf.ndim == 2 and not leaf.applied and leaf.format.rows == 1
+    if leaf.size <= _AT_ONCE or not by_rows:
+        yield as_float(leaf), as_float(reference)
+        return
+    step = max(1, _AT_ONCE // leaf.shape[leaf.axis])
+    for at in range(0, leaf.size // leaf.shape[leaf.axis], step):
+        rows = slice(at, at + step)
+        some = dataclasses.replace(leaf, leaves=jax.tree.map(lambda a, rows=rows: a[rows], leaf.leaves))
+        yield dequantize(some), as_float(reference[rows] if leaf.axis == -1 else reference[:, rows])
 
 
 def is_key(leaf: Any) -> bool:
@@ -151,9 +170,10 @@ def as_float(leaf: Any) -> Array:
 
 
 @jax.jit
-def _squares(w_hat: Array, w: Array) -> tuple[Array, Array]:
+def _squares(w_hat: Array, w: Array) -> tuple[Array, Array, Array]:
+    """The largest |w|, and the sums of squares in units of it: of w_hat - w, and of w."""
     top = jnp.maximum(jnp.max(jnp.abs(w), initial=0.0), 1e-30)  # so that the squares of large weights stay finite
-    return jnp.sum(jnp.square((w_hat - w) / top)), jnp.sum(jnp.square(w / top))
+    return top, jnp.sum(jnp.square((w_hat - w) / top)), jnp.sum(jnp.square(w / top))
 
 
 def _bytes(leaf: Any) -> int:

@@ -9,7 +9,7 @@ A `Model` holds its parts, packed or not; an opened file (`qjax.pipeline.source`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from qjax.compiled import full_float32
 from qjax.models.config import DecoderConfig
+from qjax.models.devices import each_step
 from qjax.models.model import Model, Running
 from qjax.models.stages import Apply, Stages
 from qjax.tokenizer import Tokenizer
@@ -55,10 +56,10 @@ def run(apply: Apply, params: Any, x: Array | np.ndarray) -> Array:
     return Running(apply)(params, x)
 
 
-def run_windows(apply: Apply, params: Any, x: np.ndarray, out: np.ndarray, steps: Iterable[slice]) -> None:
-    """out = apply(params, x) of all windows, a step at a time; `out` may be `x` itself."""
-    for at in steps:
-        out[at] = np.asarray(run(apply, params, jnp.asarray(x[at])))
+def run_windows(apply: Apply, params: Any, x: np.ndarray, out: np.ndarray, steps: Sequence[slice]) -> None:
+    """out = apply(params, x) of all windows, a step of them on each device; `out` may be `x` itself."""
+    for at, y in each_step(run, (apply,), (params,), (x,), steps):
+        out[at] = np.asarray(y)
 
 
 def embed(stages: Stages, table: Table, tokens: np.ndarray) -> Float[Array, "b t d"]:

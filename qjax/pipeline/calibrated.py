@@ -88,7 +88,7 @@ def quantize_model(
         at[name] = q
 
     told = walk(
-        stages_of(model.config), model.part, formats, calibration, emit,
+        stages_of(model.config), model, formats, calibration, emit,
         seen=seen, progress=progress, notify=notify,
     )  # fmt: skip
     report = [lines[a.weight.path] if a.weight.path in lines else _kept(a, params) for a in assigned]
@@ -99,7 +99,7 @@ def quantize_model(
 
 def survey_model(model: Model, calibration: Calibration) -> Survey:
     """The float model's pass forwards and backwards that recipes with curvature begin with."""
-    return survey(stages_of(model.config), model.part, calibration)
+    return survey(stages_of(model.config), model, calibration)
 
 
 def _file_shape(q: QTensor) -> tuple[int, ...]:

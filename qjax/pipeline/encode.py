@@ -26,6 +26,7 @@ from qjax.formats import BlockFormat, Format
 from qjax.tensor import is_qtensor
 
 CHUNK = 1 << 16
+_AT_ONCE = 1 << 24  # values looked through
 _CHUNK_DEVICE = 1 << 22  # accelerators want more to do at a time
 
 
@@ -58,11 +59,24 @@ def broken_weights(name: str, count: int) -> UserError:
     return UserError(f"{name}: {count} of its weights are NaN or infinite; the model is broken")
 
 
+def broken(w: Any) -> int:
+    """How many of an array's values are NaN or infinite, looked at a part at a time."""
+    if w.size <= _AT_ONCE or w.ndim < 2:
+        return int(_broken(w))
+    step = max(1, _AT_ONCE * len(w) // w.size)
+    return sum(int(_broken(w[at : at + step])) for at in range(0, len(w), step))
+
+
+@jax.jit
+def _broken(w: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(w))
+
+
 def check_finite(params: Any, prefix: str = "") -> None:
     """Raise UserError where a float array of a params tree has NaN or Inf; packed weights and integers pass."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
         if not is_qtensor(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            bad = broken(leaf)
             if bad:
                 raise broken_weights(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), bad)
 

@@ -52,10 +52,16 @@ def in_parts(
         height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None, fit is not None
     )
     heldout = None if heldout is None else jnp.asarray(np.asarray(heldout))
-    padded = jax.tree.map(lambda a: jnp.pad(a, ((0, -rows % height), *((0, 0),) * (a.ndim - 1))), (w, fit))
-    parts = [jax.tree.map(lambda a: a[at : at + height], padded) for at in range(0, rows, height)]  # noqa: B023
+
+    def rounded(at: int) -> Rounded:
+        def part(a: Array) -> Array:  # as many copies as threads, not one of the whole
+            some = a[at : at + height]
+            return jnp.pad(some, ((0, height - len(some)), *((0, 0),) * (a.ndim - 1)))
+
+        return program(part(w), seen, heldout, factor, jax.tree.map(part, fit))
+
     with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
-        made = list(pool.map(lambda part: program(part[0], seen, heldout, factor, part[1]), parts))
+        made = list(pool.map(rounded, range(0, rows, height)))
     joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded) if f.name != "outliers"}
     scales = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:rows], *joined.pop("scales"))
     codes = jnp.concatenate(joined.pop("codes"))[:rows]

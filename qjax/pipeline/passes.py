@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from qjax.calibrate.observe import mapped
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.lifting import Use, report, tap, tap_shapes, watch
-from qjax.models.parts import run_windows
+from qjax.models.devices import each_step
+from qjax.models.parts import Parts, Table, embed, run_windows
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Streams, Writer
 from qjax.pipeline.encode import check_finite
@@ -32,22 +32,34 @@ from qjax.stats import Stats
 from qjax.typing import Array
 
 Sent = tuple[np.ndarray, np.ndarray]  # tokens of each expert among those used, and among those held out
-Load = Callable[[str], Any]  # a name of the params tree ("embed", "layers_3", "final_norm", "head") -> its weights
 
 
-def checked(load: Load) -> Load:
-    """The same weights, each part looked through for NaN and Inf when it is first asked for: what is broken is named
+class Checked:
+    """The same model, its weights looked through for NaN and Inf when they are first asked for: what is broken is named
     before it has spread into activations and gradients."""
-    seen: set[str] = set()
 
-    def look(name: str) -> Any:
-        part = load(name)
-        if name not in seen:
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self._seen: set[str] = set()
+
+    def part(self, name: str) -> Any:
+        """See `Parts`."""
+        part = self._parts.part(name)
+        if name not in self._seen:
             check_finite(part, f"{name}/")
-            seen.add(name)
+            self._seen.add(name)
         return part
 
-    return look
+    def embedding(self) -> Table:
+        """Rows of the embedding by token."""
+        table = self._parts.table("embed")
+
+        def rows(tokens: np.ndarray) -> Any:
+            found = table(tokens)
+            check_finite({"embedding": found}, "embed/")
+            return found
+
+        return rows
 
 
 def groups_of(apply: Apply, params: Any, x: Any) -> tuple[tuple[Use, ...], ...]:
@@ -59,10 +71,10 @@ def groups_of(apply: Apply, params: Any, x: Any) -> tuple[tuple[Use, ...], ...]:
     return tuple(tuple(uses) for uses in found.values())
 
 
-def head_weights(stages: Stages, load: Load) -> dict[str, Any]:
+def head_weights(stages: Stages, parts: Checked) -> dict[str, Any]:
     """What `stages.head` needs."""
     name = "embed" if stages.tied else "head"
-    return {"final_norm": load("final_norm"), name: load(name)}
+    return {"final_norm": parts.part("final_norm"), name: parts.part(name)}
 
 
 def run_piece(
@@ -71,6 +83,16 @@ def run_piece(
     """apply(params, x) of all windows, stored."""
     out = Writer(folder, name, shape)
     run_windows(apply, params, x, out.array, steps)
+    return out.done()
+
+
+def embedded(
+    stages: Stages, table: Table, tokens: np.ndarray, steps: list[slice], folder: Path | None, name: str
+) -> Activations:
+    """What the first block reads of all windows, stored; of the embedding, only their rows are in memory."""
+    out = Writer(folder, name, (*tokens.shape, stages.dim))
+    for at in steps:
+        out.array[at] = np.asarray(embed(stages, table, tokens[at]))
     return out.done()
 
 
@@ -115,12 +137,9 @@ def _means(
     weight: np.ndarray | None,
 ) -> tuple[Stats, Stats | None]:
     totals: list[Stats | None] = [None, None]
-    both = streams.x_float is not None
-    for at in calibration.steps:
-        x_float = jnp.asarray(streams.x_float.array[at]) if streams.x_float is not None else None
-        v = None if weight is None else jnp.asarray(weight[at])
-        x = jnp.asarray(streams.x.array[at])
-        part = _observe_step(apply, use.source, use.batch, kinds, params, floats if both else None, x, x_float, v)
+    x_float = None if streams.x_float is None else streams.x_float.array
+    whole, rows = (params, None if x_float is None else floats), (streams.x.array, x_float, weight)
+    for at, part in each_step(_observe_step, (apply, use.source, use.batch, kinds), whole, rows, calibration.steps):
         which = int(at.start >= calibration.used)
         before = totals[which]
         totals[which] = part if before is None else add(before, part)
@@ -170,8 +189,9 @@ def block_step(apply: Apply, keys: tuple[tuple[str, ...], ...], params: Any, x: 
 
 @partial(jax.jit, static_argnums=0)
 @full_float32
-def embed_step(apply: Apply, params: Any, tokens: Array, g: Array) -> Array:
-    """sum of c c^T, c the gradient at the looked-up row."""
+def embed_step(apply: Apply, rows: Array, g: Array) -> Array:
+    """sum of c c^T, c the gradient at the looked-up row; `rows` are those of the tokens, in order."""
+    params, tokens = {"embed": {"embedding": rows}}, jnp.arange(len(rows), dtype=jnp.int32).reshape(g.shape[:-1])
     taps = {k: jnp.zeros(s.shape, s.dtype) for k, s in tap_shapes(apply, params, tokens).items()}
     _, back = jax.vjp(lambda taps: tap(apply)(params, taps, tokens), taps)
     (c,) = (c.reshape(-1, c.shape[-1]) for c in back(g)[0].values())

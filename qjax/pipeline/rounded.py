@@ -14,7 +14,7 @@ from qjax.compiled import lapack_on_one_thread
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import Format
-from qjax.pipeline.encode import broken_weights
+from qjax.pipeline.encode import broken, broken_weights
 from qjax.pipeline.few_tokens import saw_few
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
@@ -53,8 +53,9 @@ def round_leaf(
         definite.
     """
     clock = time.perf_counter()
-    rows = jnp.moveaxis(jnp.asarray(leaf, jnp.float32), axis, -1)
-    bad = int(jnp.sum(~jnp.isfinite(rows)))
+    rows = jnp.asarray(leaf, jnp.float32)
+    rows = rows if axis == -1 else jnp.moveaxis(rows, axis, -1)  # which copies
+    bad = broken(rows)
     if bad:
         raise broken_weights(name, bad)
     n = rows.shape[-1]

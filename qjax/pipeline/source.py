@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from qjax.errors import UserError
@@ -83,7 +83,7 @@ class Source:
             for key in w.path[1:-1]:
                 at = at.setdefault(key, {})
             leaf = self._by_path["/".join(w.path)].flax_leaf(w, self.is_gguf)
-            at[w.path[-1]] = jnp.asarray(leaf)
+            at[w.path[-1]] = jax.device_put(leaf)
         return tree
 
     def table(self, name: str) -> Table:

@@ -15,6 +15,7 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.io.gguf_types import DENSE
 from qjax.io.rope_rows import to_halves, to_pairs
+from qjax.io.space import aligned
 from qjax.models.families import WeightName
 from qjax.plan import Weight
 from qjax.tensor import dequantize, from_bytes
@@ -78,15 +79,20 @@ class SourceTensor:
             mapped = mmap.mmap(f.fileno(), skip + self.nbytes, access=mmap.ACCESS_READ, offset=self.offset - skip)
         return np.frombuffer(mapped, np.uint8)[skip:]
 
+    def cut(self, at: int, count: int) -> SourceTensor:
+        """Some of its rows in the file, as a tensor of their own."""
+        span = self.nbytes // self.weight.shape[0]
+        weight = dataclasses.replace(self.weight, shape=(count, *self.weight.shape[1:]))
+        values = None if self.values is None else self.values[at : at + count]
+        place = self.offset + at * span
+        return dataclasses.replace(self, weight=weight, offset=place, nbytes=count * span, values=values)
+
     def rows(self, which: np.ndarray) -> np.ndarray:
         """f32[n, in]: some rows of the values in the file; the others are not read."""
-        count, first = self.weight.shape[0], int(np.min(which, initial=0))
-        last = int(np.max(which, initial=0))
-        span = self.nbytes // count
-        part = dataclasses.replace(self, offset=self.offset + first * span, nbytes=(last + 1 - first) * span)
-        if self.values is not None:
-            part = dataclasses.replace(part, values=self.values[first : last + 1])
-        raw = part.raw(ahead=last + 1 - first <= len(which)).reshape(-1, span)[np.asarray(which) - first]
+        first, last = int(np.min(which, initial=self.weight.shape[0] - 1)), int(np.max(which, initial=0))
+        part = self.cut(first, last + 1 - first)
+        raw = part.raw(ahead=part.weight.shape[0] <= len(which)).reshape(part.weight.shape[0], -1)
+        raw = raw[np.asarray(which) - first]
         if self.type in DENSE:
             return raw.view(DENSE[self.type]).astype(np.float32)
         return np.asarray(dequantize(from_bytes(self.type, raw.reshape(-1), (len(raw), self.weight.shape[1]))))
@@ -124,10 +130,18 @@ class SourceTensor:
           w: the weight.
           is_gguf: whether the file holds them as GGUF does.
         """
-        if is_gguf:
-            rows = self.read().astype(np.float32)
-            rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
-            rows = rows - np.float32(w.offset) if w.offset else rows
+        out = aligned(w.shape)
+        flat = w.turned(out)  # in the file's order of axes
+        plain = self if is_gguf else dataclasses.replace(self, rope_heads=None, add=0.0)
+        whole = bool(self.parts) or flat.shape != tuple(self.weight.shape) or (w.rope_heads is not None and is_gguf)
+        if whole:
+            rows = plain.read()
+            rows = rows if w.rope_heads is None or not is_gguf else to_halves(rows, w.rope_heads)
+            flat[...] = rows.reshape(flat.shape)
         else:
-            rows = dataclasses.replace(self, rope_heads=None, add=0.0).read().astype(np.float32)
-        return w.turned(rows.reshape(w.file_shape))
+            count, step = len(flat), max(1, _ROWS * len(flat) // max(1, flat.size))
+            for at in range(0, count, step):  # so that few of the file's pages are mapped at a time
+                flat[at : at + step] = plain.cut(at, min(step, count - at)).read()
+        if w.offset and is_gguf:
+            flat -= np.float32(w.offset)
+        return out

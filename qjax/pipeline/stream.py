@@ -142,7 +142,7 @@ def _walk(
     earlier = _Earlier({path: names[path] for path in formats}, jobs, place, partial)
     with walk_folder(out, key, notify) as folder:
         return walk(
-            stages_of(source.config), source.part, formats, calibration, emit,
+            stages_of(source.config), source, formats, calibration, emit,
             folder=folder, earlier=earlier, progress=walked, notify=notify,
         )  # fmt: skip
 

@@ -24,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.models.devices import each_step
+from qjax.models.parts import Parts
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Activations
 from qjax.pipeline.head import head_step
 from qjax.pipeline.massive import Found, Massive, massive_at, summed
-from qjax.pipeline.passes import Load, block_step, checked, embed_step, groups_of, head_weights, run_piece
+from qjax.pipeline.passes import Checked, block_step, embed_step, embedded, groups_of, head_weights, run_piece
 from qjax.pipeline.windows import Calibration
 
 Notify = Callable[[str], None]
@@ -59,7 +61,7 @@ class Survey:
 
 def survey(
     stages: Stages,
-    load: Load,
+    model: Parts,
     calibration: Calibration,
     folder: Path | None = None,
     notify: Notify = lambda message: None,
@@ -68,7 +70,7 @@ def survey(
 
     Args:
       stages: its pieces.
-      load: their weights, asked for one piece at a time.
+      model: their weights, asked for one piece at a time.
       calibration: the text; the windows that are used make `embedding` and `head`. Labels are drawn by its seed, a
         window's whatever the batch it is in.
       folder: where the inputs of all blocks are kept meanwhile; None: in memory.
@@ -77,40 +79,40 @@ def survey(
     Raises:
       UserError: NaN or Inf in a weight.
     """
-    load, tokens, steps, counted = checked(load), calibration.tokens, calibration.steps, calibration.used
-    inputs, found, head_params = _forward(stages, load, calibration, folder, notify)
+    parts, tokens, steps, counted = Checked(model), calibration.tokens, calibration.steps, calibration.used
+    inputs, found = _forward(stages, parts, calibration, folder, notify)
+    head_params = head_weights(stages, parts)
     dim = stages.dim
     gradient = np.empty((len(tokens), tokens.shape[1], dim), np.float32)
     head = np.zeros((dim, dim), np.float32)
     head_sensitivity = np.empty(tokens.shape, np.float32)
     notify("float model: head, backwards")
-    for at in steps:
-        windows = jnp.arange(at.start, at.stop)
-        g, gram, mass = head_step(stages, head_params, jnp.asarray(inputs[-1].array[at]), windows, calibration.seed)
+    whole, rows = (head_params, calibration.seed), (inputs[-1].array, np.arange(len(tokens), dtype=np.int32))
+    for at, (g, gram, mass) in each_step(_head_step, (stages,), whole, rows, steps):
         gradient[at], head_sensitivity[at] = np.asarray(g), np.asarray(mass)
         if at.start < counted:
             head += np.asarray(gram)
-    del head_params
+    del head_params, whole, rows
     inputs[-1].drop()
     sensitivity: list[np.ndarray] = []
     for i in reversed(range(len(stages.blocks))):
         notify(f"float model: layers_{i}, backwards")
-        params, apply = load(f"layers_{i}"), stages.blocks[i]
+        params, apply = parts.part(f"layers_{i}"), stages.blocks[i]
         example = jax.ShapeDtypeStruct((1, tokens.shape[1], dim), jnp.float32)
         keys = tuple(tuple(use.key for use in group) for group in groups_of(apply, params, example))
         seen = np.empty((len(keys), *tokens.shape), np.float32)
-        for at in steps:
-            x, g = jnp.asarray(inputs[i].array[at]), jnp.asarray(gradient[at])
-            back, sizes = block_step(apply, keys, params, x, g)
+        xg = inputs[i].array, gradient
+        for at, (back, sizes) in each_step(block_step, (apply, keys), (params,), xg, steps):
             gradient[at], seen[:, at] = np.asarray(back), np.asarray(sizes)
+        del xg, params  # before the next block's are read
         inputs[i].drop()
         sensitivity.append(seen / np.maximum(seen[:, :counted].mean(axis=(1, 2), keepdims=True), 1e-30))
-    embed = load("embed")
+    table = parts.embedding()
     C = np.zeros((dim, dim), np.float32)
     for at in steps:
         if at.start < counted:
             C += np.asarray(
-                embed_step(stages.embed, {"embed": embed}, jnp.asarray(tokens[at]), jnp.asarray(gradient[at]))
+                embed_step(stages.embed, jnp.asarray(table(tokens[at].reshape(-1))), jnp.asarray(gradient[at]))
             )
     count = counted * tokens.shape[1]
     mean = max(float(head_sensitivity[:counted].mean()), 1e-30)
@@ -119,17 +121,20 @@ def survey(
     return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found))
 
 
+def _head_step(stages: Stages, params: Any, seed: Any, x: Any, windows: Any) -> Any:
+    return head_step(stages, params, x, windows, seed)
+
+
 def _forward(
-    stages: Stages, load: Load, calibration: Calibration, folder: Path | None, notify: Notify
-) -> tuple[list[Activations], list[Found], Any]:
-    """The inputs of all blocks and of the head, what is massive in each, and the head's weights."""
+    stages: Stages, parts: Checked, calibration: Calibration, folder: Path | None, notify: Notify
+) -> tuple[list[Activations], list[Found]]:
+    """The inputs of all blocks and of the head, and what is massive in each."""
     tokens, steps = calibration.tokens, calibration.steps
-    embed = {"embed": load("embed")}
-    shape = (*tokens.shape, stages.dim)
-    inputs = [run_piece(stages.embed, embed, tokens, shape, steps, folder, "float_0")]
+    inputs = [embedded(stages, parts.embedding(), tokens, steps, folder, "float_0")]
     found = [massive_at(inputs[0].array)]
-    for i, apply in enumerate(stages.blocks):
-        notify(f"float model: layers_{i}, float")
-        inputs.append(run_piece(apply, load(f"layers_{i}"), inputs[-1].array, shape, steps, folder, f"float_{i + 1}"))
+    for i, (name, apply) in enumerate(zip(stages.names, stages.blocks, strict=True)):
+        notify(f"float model: {name}, float")
+        x = inputs[-1].array
+        inputs.append(run_piece(apply, parts.part(name), x, x.shape, steps, folder, f"float_{i + 1}"))
         found.append(massive_at(inputs[-1].array))
-    return inputs, found, head_weights(stages, load)
+    return inputs, found

@@ -24,10 +24,11 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.lifting import Use
+from qjax.models.parts import Parts
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
 from qjax.pipeline.few_tokens import NOTE, saw_few
-from qjax.pipeline.passes import Load, Sent, checked, groups_of, head_weights, observe_input, run_piece
+from qjax.pipeline.passes import Checked, Sent, embedded, groups_of, head_weights, observe_input, run_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
@@ -104,7 +105,7 @@ class _How:
 
 def walk(
     stages: Stages,
-    load: Load,
+    model: Parts,
     formats: Formats,
     calibration: Calibration,
     emit: Emit,
@@ -119,7 +120,7 @@ def walk(
 
     Args:
       stages: the model's pieces.
-      load: name of a part of the params tree -> its float32 weights; each is asked for a few times.
+      model: its float32 weights, asked for a part at a time.
       formats: {path: (format, recipe)}.
       calibration: the text; a quarter of its windows at least is held out where a recipe shrinks.
       emit: takes each weight, as it was and rounded.
@@ -137,7 +138,7 @@ def walk(
     """
     if all(path in earlier for path in formats):
         return ()
-    load = checked(load)
+    parts = Checked(model)
     recipes = [recipe for _, recipe in formats.values()]
     calibration = calibration.to_shrink() if any(r.shrink for r in recipes) else calibration
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
@@ -180,16 +181,18 @@ def walk(
         return dequantize(q)
 
     if seen is None:
-        seen = _surveyed(stages, load, formats, calibration, shape, folder, notify)
+        seen = _surveyed(stages, model, formats, calibration, shape, folder, notify)
     told = () if seen is None else tuple(map(str, seen.massive))
     for line in told:
         notify(line)
     if streams is None:
-        floats = {"embed": load("embed")}
-        embedding = _rounded_embedding(stages, floats, formats, seen, round_one)
         tokens, steps = calibration.tokens, calibration.steps
-        x = run_piece(stages.embed, embedding if sequential else floats, tokens, shape, steps, folder, "x_0")
-        x_float = run_piece(stages.embed, floats, tokens, shape, steps, folder, "float_x_0") if both else None
+        floats = parts.embedding()
+        rounded = _rounded_embedding(stages, parts, formats, seen, round_one)
+        table = floats if rounded is None or not sequential else rounded.__getitem__
+        x = embedded(stages, table, tokens, steps, folder, "x_0")
+        del table, rounded
+        x_float = embedded(stages, floats, tokens, steps, folder, "float_x_0") if both else None
         streams = Streams(x, x_float)
         commit(folder, 0, streams)
 
@@ -197,27 +200,27 @@ def walk(
     makes_codes = len(calibration.tokens) if any(r.shrink for r in recipes) else calibration.used
     how = _How(formats, earlier, calibration.used, makes_codes, sequential, observe, round_one)
     for i in range(start, len(stages.blocks)):
-        apply, floats = stages.blocks[i], load(stages.names[i])
+        apply, block = stages.blocks[i], parts.part(stages.names[i])
         weights = None if seen is None else (seen.sensitivity[i], seen.alike[i])
-        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), floats, streams, weights, how)
+        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
         if before.x_float is not None:
-            x_float = run_piece(apply, floats, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
+            x_float = run_piece(apply, block, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
+        del block, now  # before the next one is read
     if not stages.tied:
         weights = None if seen is None else (seen.head_sensitivity[None], None)
-        floats = head_weights(stages, load)
-        _rounded_piece("", (stages.head, stages.head), floats, streams, weights, how)
+        _rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)
     streams.drop()
     return told
 
 
 def _surveyed(
     stages: Stages,
-    load: Load,
+    model: Parts,
     formats: Formats,
     calibration: Calibration,
     shape: tuple[int, ...],
@@ -230,21 +233,23 @@ def _surveyed(
         return None
     made = saved_survey(folder, len(stages.blocks), shape, notify)
     if made is None:
-        made = survey(stages, load, calibration, folder, notify)
+        made = survey(stages, model, calibration, folder, notify)
         if folder is not None:
             save_survey(folder, made)
     return made
 
 
-def _rounded_embedding(stages: Stages, params: Any, formats: Formats, seen: Survey | None, round_one: Round) -> Any:
-    """The embedding, rounded in the curvature of its output; a tied one in that of both its uses."""
+def _rounded_embedding(
+    stages: Stages, parts: Checked, formats: Formats, seen: Survey | None, round_one: Round
+) -> np.ndarray | None:
+    """The embedding, rounded in the curvature of its output; a tied one in that of both its uses. None: it is kept."""
     if EMBEDDING not in formats:
-        return params
+        return None
     stats = None
     if seen is not None and "H" in formats[EMBEDDING][1].requires:
         C = seen.embedding + seen.head if stages.tied else seen.embedding
         stats = Stats(H=jnp.asarray(C), count=jnp.float32(seen.tokens))
-    return {"embed": {"embedding": round_one(EMBEDDING, params["embed"]["embedding"], -1, Seen(stats))}}
+    return np.asarray(round_one(EMBEDDING, parts.part("embed")["embedding"], -1, Seen(stats)))
 
 
 def _rounded_piece(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import UserError
+from qjax.evaluate import sizes as sizes_module
 from qjax.evaluate.judge import baseline_of, judge, window_divergences, windows_of
 from qjax.evaluate.network import _tally
 from qjax.evaluate.sizes import relative_rmse, sizes, tensor_rows
@@ -185,3 +186,16 @@ def test_a_row_per_tensor(model, packed):
 def test_relative_rmse_of_nothing():
     assert relative_rmse(jnp.zeros(3), jnp.zeros(3)) == 0.0
     assert relative_rmse(jnp.full(4, 2.0), jnp.zeros(4)) == np.inf
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_relative_rmse_of_a_large_matrix_goes_by_rows(axis, rng, monkeypatch):
+    w = jnp.asarray(rng.normal(size=(40, 64)) * np.linspace(1, 9, 40)[:, None], jnp.float32)
+    w = w if axis == -1 else w.T
+    q = quantize(w, "Q4_0", axis=axis)
+    whole = relative_rmse(q, w)
+    decoded = []
+    monkeypatch.setattr(sizes_module, "_AT_ONCE", 64 * 16)
+    monkeypatch.setattr(sizes_module, "dequantize", lambda q: decoded.append(q.size) or dequantize(q))
+    assert relative_rmse(q, w) == pytest.approx(whole, rel=1e-6)
+    assert decoded == [64 * 16, 64 * 16, 64 * 8]

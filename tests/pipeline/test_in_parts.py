@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 from test_pipeline import write_model
-from tiny_walks import CONFIG
+from tiny_walks import CONFIG, plan_of, tiny_calibration
 
 import qjax
 from qjax.evaluate import network
@@ -80,3 +80,16 @@ def test_rows_are_read_alone(files):
         tensor = next(t for t in source.tensors if t.name == "token_embd.weight")
         which = np.array([5, 3, 3, 60])
         np.testing.assert_array_equal(tensor.rows(which), tensor.read().astype(np.float32)[which])
+
+
+@pytest.mark.parametrize("recipe, reads", [("nearest('h')", 1), ("nearest('h') >> options(sensitive=True)", 3)])
+def test_what_a_walk_reads(files, recipe, reads, tmp_path, monkeypatch):
+    """Each part once, and with a survey once more each way; of the embedding the survey reads the rows of the text."""
+    asked, part = [], Source.part
+    monkeypatch.setattr(Source, "part", lambda self, name: asked.append(name) or part(self, name))
+    plan = plan_of(("*", "Q4_0"))
+    quantize_file(files[0], tmp_path / "q.gguf", plan, recipe=recipe, calibration=tiny_calibration(windows=3))
+    tied = "head" not in open_source(files[0])._names
+    assert {asked.count(name) for name in ("layers_0", "layers_1")} == {reads}
+    assert asked.count("embed") == (2 if tied and reads == 3 else 1)
+    assert asked.count("head") == (0 if tied else 2 if reads == 3 else 1)
