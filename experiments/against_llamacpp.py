@@ -2,16 +2,20 @@
 
     LLAMA_CPP_LIB_PATH=<folder of libllama.so> qjax run configs/against_llamacpp.toml
 
-For each seed a calibration text is drawn, disjoint from the text judged on. llama.cpp gets an importance matrix of that
-text (mean squared activations of the float model at every weight) and makes its file by llama_model_quantize; each
-recipe makes one of the same mix from the same text, an eighth of which it holds out. All files are unpacked to F32 and
-run by llama.cpp; KL divergence is that to the float model's file, token by token. `ratio` is a recipe's mean KL over
-llama.cpp's of the same seed and mix.
+For each seed a calibration text is drawn, disjoint from the text judged on, or windows of given ones are taken.
+llama.cpp gets an importance matrix of that text (mean squared activations of the float model at every weight) and makes
+its file by llama_model_quantize; each recipe makes one of the same mix from the same text, of which it holds a part
+out. All files are unpacked to F32 and run by llama.cpp; KL divergence is that to the float model's file, token by
+token. `ratio` is a recipe's mean KL over llama.cpp's of the same seed and mix; with several amounts of text, over
+llama.cpp's of the largest.
+
+A killed run goes on with the same command and its --out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import statistics
@@ -32,17 +36,21 @@ from qjax import recipes, rundir
 from qjax.calibrate import observe
 from qjax.errors import UserError
 from qjax.evaluate import llamacpp
+from qjax.evaluate.cost import watch_memory
 from qjax.evaluate.intervals import half_interval
 from qjax.evaluate.judge import windows_of
-from qjax.io.checkpoint import load, save
+from qjax.io.checkpoint import load, load_float, save
 from qjax.io.gguf_read import read_gguf
-from qjax.io.text import read_text
+from qjax.io.text import read_text, texts_at
 from qjax.models import stdlib_text
 from qjax.models.families import weight_names
+from qjax.models.generate import generate
 from qjax.models.model import Model, forward
 from qjax.pipeline.calibrated import quantize_model, survey_model
+from qjax.pipeline.report import Report
 from qjax.pipeline.windows import calibration_text
 from qjax.plan.mixes import mix as plan_of_mix
+from qjax.recipes import Recipe
 
 THEIRS = "llama.cpp + imatrix"
 
@@ -56,67 +64,131 @@ class Config:
     recipes: tuple[str, ...] = ("best_gguf",)
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws another calibration text
     text: Path | None = None  # a UTF-8 text, or a JSON list of texts; none: the standard library's modules
-    calibration_windows: int = 64  # at most
+    calibration: tuple[Path, ...] = ()  # files and folders; none: the parts of `text` that are not judged on
+    calibration_windows: tuple[int, ...] = (64,)  # at most; each amount is a row
     context: int | None = None  # tokens a window, in calibration and judging; none: 512 or the model's
     windows: int = 64  # judged, at most
     threads: int = 1  # of llama.cpp; its threads spin, so more than the idle cores are slower than one
     keep: bool = False  # leave the GGUF files of the first seed in the run directory
+    generated: int = 0  # tokens that each file of the first seed writes behind `prompt`, greedily
+    prompt: str = "The history of"
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Fill `out` with metrics.jsonl; returns all rows, the summary, and what machine made them."""
-    model = load(config.model)
+    model = load_float(config.model)
     chosen = {text: recipes.recipe(text) for text in config.recipes}
     context = config.context or min(512, model.config.context)
-    rows: list[dict[str, Any]] = []
+    done = {
+        (r["seed"], r["calibration_windows"], r["mix"], r["recipe"]): r for r in rundir.logged(out / "metrics.jsonl")
+    }
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        scratch = Path(folder)
-        source = scratch / "float.gguf"
-        save(model, source)
-        judged = windows_of(model, texts(config.text, None)[0], context=context, limit=config.windows)
-        judge = llamacpp.judge_of(source, judged.tokens, judged.first, scratch, config.threads)
+        contest = Contest(config, model, context, chosen, done, out, Path(folder))
         for seed in config.seeds:
-            calibration = calibration_text(
-                model, texts(config.text, seed)[1], context=context, limit=config.calibration_windows, seed=seed
-            )
-            importance = importance_of(model, calibration.tokens)
-            seen = survey_model(model, calibration) if any(r.requires for r in chosen.values()) else None
-            for mix in config.mixes:
-                theirs = scratch / f"{mix}.llamacpp.gguf"
-                clock = time.perf_counter()
-                llamacpp.quantize(source, theirs, mix, importance, threads=config.threads)
-                seconds = time.perf_counter() - clock
-                first = row_of(judge, theirs, mix, THEIRS, seed, seconds)
-                rows.append(first | {"ratio": 1.0})
-                rundir.log(out, rows[-1])
-                plan = plan_of_mix(mix, model.config, has_imatrix=True)
-                for name, recipe in chosen.items():
-                    ours = (out if config.keep and seed == config.seeds[0] else scratch) / f"{mix}.{len(rows)}.gguf"
-                    clock = time.perf_counter()
-                    quantized, report = quantize_model(model, plan, recipe, calibration, seen=seen)
-                    save(quantized, ours)
-                    seconds = time.perf_counter() - clock
-                    row = row_of(judge, ours, mix, name, seed, seconds)
-                    same_tensors(ours, theirs)
-                    calibrated = [t.calibration for t in report.tensors if t.calibration]
-                    for key in ("first_loss", "loss", "first_heldout_loss", "heldout_loss"):
-                        found = [getattr(c, key) for c in calibrated if getattr(c, key) is not None]
-                        row[key] = statistics.fmean(found) if found else None
-                    row["ratio"] = row["kl_mean"] / first["kl_mean"]
-                    rows.append(row)
-                    rundir.log(out, row)
-                    print(
-                        f"seed {seed} {mix} {name}: KL {row['kl_mean']:.5f}, {row['ratio']:.3f} of llama.cpp's",
-                        file=sys.stderr,
-                    )
+            for windows in sorted(config.calibration_windows, reverse=True):
+                contest.hold(seed, windows)
+        judged = {"windows": len(contest.judged), "context": context}
+    rows = list(done.values())
+    for row in rows:
+        most = max(r["calibration_windows"] for r in rows if (r["seed"], r["mix"]) == (row["seed"], row["mix"]))
+        row["ratio"] = row["kl_mean"] / done[row["seed"], most, row["mix"], THEIRS]["kl_mean"]
     summary = summarize(rows)
     Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(table(summary))
-    return {
-        "rows": rows,
-        "summary": summary,
-        "machine": machine(),
-        "judged": {"windows": len(judged), "context": context},
-    }
+    return {"rows": rows, "summary": summary, "machine": machine(), "judged": judged}
+
+
+Key = tuple[int, int, str, str]  # seed, windows of calibration text, mix, recipe
+
+
+@dataclasses.dataclass
+class Contest:
+    """What all rows share: the float model, its file, and llama.cpp's logits of it."""
+
+    config: Config
+    model: Model
+    context: int
+    chosen: dict[str, Recipe]
+    done: dict[Key, dict[str, Any]]
+    out: Path
+    scratch: Path
+
+    @functools.cached_property
+    def source(self) -> Path:
+        """The float model as a file."""
+        save(self.model, self.scratch / "float.gguf")
+        return self.scratch / "float.gguf"
+
+    @functools.cached_property
+    def judged(self) -> np.ndarray:
+        """Windows of tokens."""
+        return self._windows.tokens
+
+    @functools.cached_property
+    def _windows(self) -> Any:
+        text = texts(self.config.text, None)[0] if not self.config.calibration else read_text(self.config.text or "")
+        return windows_of(self.model, text, context=self.context, limit=self.config.windows)
+
+    @functools.cached_property
+    def judge(self) -> llamacpp.Judge:
+        """llama.cpp, with its logits of the float model."""
+        first = self._windows.first
+        return llamacpp.judge_of(self.source, self.judged, first, self.scratch, self.config.threads)
+
+    def hold(self, seed: int, windows: int) -> None:
+        """The rows of one calibration text that are not done."""
+        names = (THEIRS, *self.chosen)
+        left = [(mix, n) for mix in self.config.mixes for n in names if (seed, windows, mix, n) not in self.done]
+        if not left:
+            return
+        given = texts_at(self.config.calibration) if self.config.calibration else texts(self.config.text, seed)[1]
+        calibration = calibration_text(self.model, given, context=self.context, limit=windows, seed=seed)
+        seen, importance = None, None
+        if any(n != THEIRS and self.chosen[n].sensitive for _, n in left):
+            seen = survey_model(self.model, calibration)
+        for mix, name in left:
+            kept = self.config.keep and seed == self.config.seeds[0]
+            file = (self.out if kept else self.scratch) / f"{mix}.{windows}.{[*names].index(name)}.gguf"
+            peak, clock = watch_memory(), time.perf_counter()
+            losses: dict[str, Any] = {}
+            if name == THEIRS:
+                importance = importance_of(self.model, calibration.tokens) if importance is None else importance
+                clock = time.perf_counter()
+                llamacpp.quantize(self.source, file, mix, importance, threads=self.config.threads)
+            else:
+                plan = plan_of_mix(mix, self.model.config, has_imatrix=True)
+                quantized, report = quantize_model(self.model, plan, self.chosen[name], calibration, seen=seen)
+                save(quantized, file)
+                losses = means_of(report)
+            facts = {"seed": seed, "calibration_windows": windows, "mix": mix, "recipe": name,
+                     "calibration_tokens": calibration.tokens.size}  # fmt: skip
+            seconds, memory = time.perf_counter() - clock, peak()
+            row = {**facts, "seconds": round(seconds, 1), "peak_mb": memory, **row_of(self.judge, file), **losses}
+            if self.config.generated and seed == self.config.seeds[0]:
+                row["text"] = written(file, self.config.prompt, self.config.generated)
+            theirs = self.scratch / f"{mix}.{THEIRS}.types"
+            same_types(file, theirs)
+            self.done[seed, windows, mix, name] = row
+            rundir.log(self.out, row)
+            if not kept:
+                file.unlink()
+            print(f"seed {seed}, {windows} windows, {mix} {name}: KL {row['kl_mean']:.5f}", file=sys.stderr)
+
+
+def means_of(report: Report) -> dict[str, float | None]:
+    """Means over weights of what their lines say."""
+    calibrated = [t.calibration for t in report.tensors if t.calibration]
+    made: dict[str, float | None] = {}
+    for key in ("first_loss", "loss", "first_heldout_loss", "heldout_loss", "shrinkage", "cross_share"):
+        found = [getattr(c, key) for c in calibrated if getattr(c, key) is not None]
+        made[key] = statistics.fmean(found) if found else None
+    return {**made, "guarded": float(sum(c.guarded for c in calibrated))}
+
+
+def written(file: Path, prompt: str, count: int) -> str:
+    """What a file writes behind a prompt, greedily."""
+    model = load(file)
+    ids = model.tokenizer.encode(prompt, bos=True)
+    return model.tokenizer.decode([*ids, *generate(model, ids, count)])
 
 
 def texts(path: Path | None, seed: int | None) -> tuple[str, str]:
@@ -142,33 +214,29 @@ def importance_of(model: Model, tokens: np.ndarray) -> dict[str, np.ndarray]:
     return {gguf: np.asarray(stats[path].h) for gguf, path in paths.items() if path in stats}
 
 
-def row_of(judge: llamacpp.Judge, file: Path, mix: str, recipe: str, seed: int, seconds: float) -> dict[str, Any]:
+def row_of(judge: llamacpp.Judge, file: Path) -> dict[str, Any]:
     """The judgement of one file."""
-    found = dataclasses.asdict(llamacpp.judge_file(judge, file))
-    return {
-        "mix": mix,
-        "recipe": recipe,
-        "seed": seed,
-        "bytes": file.stat().st_size,
-        "seconds": round(seconds, 1),
-        **found,
-    }
+    return {"bytes": file.stat().st_size, **dataclasses.asdict(llamacpp.judge_file(judge, file))}
 
 
-def same_tensors(ours: Path, theirs: Path) -> None:
-    """Raise UserError unless two files hold the same tensors in the same types, and so the same bytes of weights."""
-    a, b = ({t.name: (t.type, t.nbytes) for t in read_gguf(f).tensors.values()} for f in (ours, theirs))
-    if a != b:
-        differs = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-        found = f"{a.get(differs[0])} and {b.get(differs[0])}"
-        raise UserError(f"{ours.name} and {theirs.name} differ in {differs[0]}: {found}")
+def same_types(file: Path, known: Path) -> None:
+    """Raise UserError unless a file holds the tensors and types, and so the bytes of weights, of the first that was
+    looked at; `known` keeps them."""
+    mine = {t.name: f"{t.type} {t.nbytes}" for t in read_gguf(file).tensors.values()}
+    if not known.exists():
+        known.write_text(json.dumps(mine))
+    theirs = json.loads(known.read_text())
+    if mine != theirs:
+        differs = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        raise UserError(f"{file.name}: {differs[0]} is {mine.get(differs[0])}, and was {theirs.get(differs[0])}")
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, and the half width of the 95 % interval of the ratio (Student's t)."""
     made = []
-    for mix, recipe in dict.fromkeys((r["mix"], r["recipe"]) for r in rows):
-        mine = [r for r in rows if (r["mix"], r["recipe"]) == (mix, recipe)]
+    for key in dict.fromkeys((r["mix"], r["recipe"], r["calibration_windows"]) for r in rows):
+        mine = [r for r in rows if (r["mix"], r["recipe"], r["calibration_windows"]) == key]
+        mix, recipe, windows = key
         ratios = [r["ratio"] for r in mine]
         half = half_interval(ratios)
         mean = {
@@ -179,7 +247,10 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "mix": mix,
                 "recipe": recipe,
+                "calibration_windows": windows,
+                "calibration_tokens": mine[0]["calibration_tokens"],
                 "seeds": len(mine),
+                "kl_half_interval": half_interval([r["kl_mean"] for r in mine]),
                 **mean,
                 "ratio": statistics.fmean(ratios),
                 "ratio_half_width": half,
@@ -191,14 +262,14 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(summary: list[dict[str, Any]]) -> Table:
     """For `rich.print`."""
     made = Table()
-    for column in ("mix", "recipe", "mean KL", "99 % KL", "same top, %", "ln ppl ratio", "KL / llama.cpp's", "s"):
-        made.add_column(column, justify="left" if column in ("mix", "recipe") else "right")
+    heads = "mix", "recipe", "windows", "mean KL", "99 % KL", "same top, %", "ln ppl ratio", "KL / llama.cpp's", "s"
+    for head in heads:
+        made.add_column(head, justify="left" if head in ("mix", "recipe") else "right")
     for s in summary:
         half = "" if s["ratio_half_width"] is None else f" ± {s['ratio_half_width']:.3f}"
-        made.add_row(
-            s["mix"], s["recipe"], f"{s['kl_mean']:.5f}", f"{s['kl_p99']:.4f}", f"{s['same_top_percent']:.2f}",
-            f"{s['log_ratio']:.5f}", f"{s['ratio']:.3f}{half}", f"{s['seconds']:.1f}",
-        )  # fmt: skip
+        found = f"{s['kl_mean']:.5f}", f"{s['kl_p99']:.4f}", f"{s['same_top_percent']:.2f}", f"{s['log_ratio']:.5f}"
+        last = f"{s['ratio']:.3f}{half}", f"{s['seconds']:.1f}"
+        made.add_row(s["mix"], s["recipe"], str(s["calibration_windows"]), *found, *last)
     return made
 
 

@@ -6,6 +6,7 @@ Of a model of text and images the language model is read (see `multimodal`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from qjax.models.families import WeightName, config_from_hf, config_to_hf, weigh
 from qjax.models.model import Model
 from qjax.tensor import QTensor, dequantize
 
-# Tensors that carry no weight: buffers that some versions of transformers save.
+# Tensors that carry no weight: buffers that some versions of transformers save. Layers behind the last one, which
+# num_nextn_predict_layers announces (DeepSeek-V3), guess further tokens and have no part in the next one's scores.
 _BUFFERS = ("rotary_emb.inv_freq",)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -66,9 +68,21 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     ignored = {"lm_head.weight"} if config.tied else set()
     extra = checkpoint.tensors.keys() - {name for w in names for name in w.hf_names} - ignored
     extra = {name for name in extra if not name.endswith(_BUFFERS)}
+    if settings.get("num_nextn_predict_layers"):
+        extra = {name for name in extra if _layer(name) < config.layers}
+    if fp8 := sorted(name for name in extra if name.endswith("weight_scale_inv")):
+        raise UserError(
+            f"{folder}: {fp8[0]!r} belongs to weights in blocks of FP8, which are not read; take the model in bfloat16"
+        )
     if extra:
         raise UserError(f"{folder}: tensor {min(extra)!r} belongs to nothing in a {config.family} model")
     return config, checkpoint
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a tensor belongs to, -1 outside."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def iterate_weights(config: DecoderConfig, checkpoint: Checkpoint) -> Iterator[tuple[WeightName, np.ndarray]]:

@@ -31,7 +31,7 @@ def are_few(stats: Stats, wanted: float) -> bool:
 
 
 def filled(own: Stats, of_all: Stats, wanted: float) -> Stats:
-    """Each expert's statistics, those of too few tokens filled up; `count` stays the expert's own.
+    """Each expert's statistics, those of too few tokens filled up; `count` is what they stand on then.
 
     Args:
       own: [experts, ...], means over the tokens that each was sent.
@@ -45,4 +45,15 @@ def filled(own: Stats, of_all: Stats, wanted: float) -> Stats:
         t = share.reshape(share.shape + (1,) * (a.ndim - share.ndim))
         # The largest of all tokens is none smaller than that of some; a sample of them has room for no more.
         made[kind] = jnp.where(t < 1, b, a) if kind in ("absmax", "samples") else t * a + (1 - t) * b
-    return dataclasses.replace(own, **made)
+    return dataclasses.replace(own, **made, count=jnp.maximum(jnp.asarray(own.count, jnp.float32), wanted))
+
+
+def saw_few(counts: np.ndarray, n: int) -> str:
+    """Which of a stack, or that a matrix, saw fewer tokens than it has inputs; "" where none did or nobody counted."""
+    if not counts.any() or counts.min() >= n:
+        return ""
+    if counts.ndim == 0:
+        return f"saw {int(counts)} tokens, fewer than its {n} inputs"
+    few = [at for at in np.ndindex(counts.shape) if counts[at] < n]
+    named = ", ".join(f"{'/'.join(map(str, at))} ({int(counts[at])})" for at in few[:8]) + (", ..." if few[8:] else "")
+    return f"{len(few)} of {counts.size} matrices saw fewer tokens than their {n} inputs, {named}"

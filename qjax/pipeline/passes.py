@@ -31,6 +31,8 @@ from qjax.pipeline.windows import Calibration
 from qjax.stats import Stats
 from qjax.typing import Array
 
+Sent = tuple[np.ndarray, np.ndarray]  # tokens of each expert among those used, and among those held out
+
 
 class Checked:
     """The same model, its weights looked through for NaN and Inf when they are first asked for: what is broken is named
@@ -105,21 +107,23 @@ def observe_input(
     streams: Streams,
     weight: np.ndarray | None,
     name: str,
-) -> tuple[Stats, Stats | None]:
+) -> tuple[Stats, Stats | None, Sent | None]:
     """Means at the input of one use, over the windows that are used, and over those held out; of experts stacked, and
-    filled up where they saw few tokens, by `to_all`, the piece that sends every token to each."""
+    filled up where they saw few tokens, by `to_all`, the piece that sends every token to each: then what they saw."""
     used, held = _means(calibration, kinds, apply, use, params, floats, streams, weight)
     if not float(jnp.max(jnp.asarray(1 if used.count is None else used.count))):  # tokens pass every block of a decoder
         raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
     n = float(math.prod(use.shape[axis] for axis in use.axes))
     part = n * calibration.heldout / calibration.used
+    sent = None
     if are_few(used, n) or (held is not None and are_few(held, part)):
+        sent = np.asarray(used.count), np.asarray(0.0 if held is None else held.count)
         of_all, held_of_all = _means(calibration, kinds, to_all, use, params, floats, streams, weight)
         used = filled(used, of_all, n)
         if held is not None and held_of_all is not None:
             held = filled(held, held_of_all, part)
     check_stats(dataclasses.replace(used, count=None), name)
-    return used, held
+    return used, held, sent
 
 
 def _means(

@@ -15,6 +15,7 @@ from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import Format
 from qjax.pipeline.encode import broken, broken_weights
+from qjax.pipeline.few_tokens import saw_few
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
@@ -90,7 +91,7 @@ def round_leaf(
     if shrinkage is not None and heldout is not None:  # all tokens made it
         counts = np.asarray(counts + np.asarray(_count(heldout)))
     count = int(np.min(counts))
-    notes = [few] if recipe.requires and (few := _saw_few(counts, n)) else []
+    notes = [few] if recipe.requires and (few := saw_few(counts, n)) else []
     notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and shrinkage is None)
     note = "; ".join(notes)
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
@@ -100,17 +101,6 @@ def round_leaf(
         told = {"shrinkage": float(a.mean()), "cross_share": float(t.mean()), "guarded": bool(guarded.any())}
     told["by_matrix"] = tuple(counts.reshape(-1).astype(int).tolist()) if counts.ndim else ()
     return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note, **told)
-
-
-def _saw_few(counts: np.ndarray, n: int) -> str:
-    """Which of a stack, or that a matrix, saw fewer tokens than it has inputs; "" where none did or nobody counted."""
-    if not counts.any() or counts.min() >= n:
-        return ""
-    if counts.ndim == 0:
-        return f"saw {int(counts)} tokens, fewer than its {n} inputs"
-    few = [at for at in np.ndindex(counts.shape) if counts[at] < n]
-    named = ", ".join(f"{'/'.join(map(str, at))} ({int(counts[at])})" for at in few[:8]) + (", ..." if few[8:] else "")
-    return f"{len(few)} of {counts.size} matrices saw fewer tokens than their {n} inputs, {named}"
 
 
 def _count(stats: Stats) -> Any:

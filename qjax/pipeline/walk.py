@@ -27,8 +27,8 @@ from qjax.lifting import Use
 from qjax.models.parts import Parts
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
-from qjax.pipeline.few_tokens import NOTE, are_few
-from qjax.pipeline.passes import Checked, embedded, groups_of, head_weights, observe_input, run_piece
+from qjax.pipeline.few_tokens import NOTE, saw_few
+from qjax.pipeline.passes import Checked, Sent, embedded, groups_of, head_weights, observe_input, run_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
@@ -73,12 +73,14 @@ class Seen:
     Attributes:
       stats, heldout: of the windows that are used, and of those held out; None where nothing was wanted.
       effective: tokens and windows behind them, see `effective`; None where tokens count alike.
+      sent: the tokens of each expert, where some have too few and are filled up.
       shared: what the weights of this input make of it together.
     """
 
     stats: Stats | None = None
     heldout: Stats | None = None
     effective: tuple[float, float] | None = None
+    sent: Sent | None = None
     shared: dict[Any, Split] = dataclasses.field(default_factory=dict)
 
 
@@ -97,7 +99,7 @@ class _How:
     counted: int
     makes_codes: int
     sequential: bool
-    observe: Callable[..., tuple[Stats, Stats | None]]
+    observe: Callable[..., tuple[Stats, Stats | None, Sent | None]]
     round_one: Round
 
 
@@ -166,8 +168,12 @@ def walk(
         recipe = plain(recipe) if blind else recipe
         recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, seen.stats or Stats(), seen.heldout, seen.shared)
-        if seen.stats is not None and are_few(seen.stats, float(leaf.shape[axis])):
-            note = "; ".join(filter(None, (line.note, NOTE)))
+        if seen.sent is not None:
+            used, held = seen.sent
+            own = (used + held if recipe.shrink else used).astype(int)
+            line = dataclasses.replace(line, tokens=int(own.min()), by_matrix=tuple(own.tolist()))
+            few = saw_few(used, leaf.shape[axis]) or "some matrices saw few held-out tokens"
+            note = "; ".join(filter(None, (line.note, few, NOTE)))
         tokens, windows = seen.effective or (None, None)
         line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         emit(path, leaf, q, line)
@@ -268,8 +274,9 @@ def _rounded_piece(
                 sensitivity, alike = weights
                 weight = tempered(sensitivity[g], power, how.counted, alike)
                 known = effective(weight[: how.makes_codes])
-            stats, heldout = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
-            seen = Seen(stats, heldout, known)
+            found = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
+            stats, heldout, sent = found
+            seen = Seen(stats, heldout, known, sent)
         for name, use in todo.items():
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), seen)
             now = _put(now, use.path, w_hat) if how.sequential else now

@@ -51,6 +51,6 @@ def test_best_gguf_beats_imatrix(setup):
     assert {name for name, t in lines["best_gguf"].items() if t.kept != "a vector" and t.kept} == routers
     experts = [t.calibration for name, t in lines["best_gguf"].items() if "_exps" in name]
     assert len(experts) == 6 and all(len(c.by_matrix) == 4 and c.tokens == min(c.by_matrix) for c in experts)
-    assert all((NOTE in c.note) == (c.tokens < 128) for c in experts)
-    used = calibration.used * CONTEXT * model.config.experts_used
-    assert all(abs(sum(c.by_matrix) - used) < 8 for c in experts)
+    assert all(NOTE in c.note for c in experts if c.tokens < 128)
+    sent = calibration.tokens.size * model.config.experts_used  # best_gguf shrinks: held-out tokens make codes too
+    assert all(abs(sum(c.by_matrix) - sent) < 8 for c in experts)

@@ -1,6 +1,7 @@
 """Experts in files: a tensor for each in a folder, one stack in the tree and in a GGUF file, routers in float32."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -73,6 +74,23 @@ def test_a_folder_has_a_tensor_for_each_expert(mixtral, tmp_path):
     save_file(tensors | {name.format(2): stack[2].T.astype(np.float16)}, file)
     with pytest.raises(UserError, match=r"w2\.weight' have different types, F16 and F32"):
         open_source(tmp_path / "m")
+
+
+def test_what_lies_beside_a_published_deepseek(bpe, tmp_path):
+    """A layer that guesses the token after the next is passed over where it is announced; FP8 is told."""
+    model = Model(DEEPSEEK, random_params(DEEPSEEK), bpe)
+    qjax.save(model, tmp_path / "m")
+    file, settings = tmp_path / "m" / "model.safetensors", tmp_path / "m" / "config.json"
+    tensors, said = load_file(file), json.loads(settings.read_text())
+    save_file(tensors | {"model.layers.2.eh_proj.weight": np.zeros((4, 4), np.float32)}, file)
+    with pytest.raises(UserError, match=r"layers\.2\.eh_proj\.weight' belongs to nothing in a deepseek_v3 model"):
+        qjax.load(tmp_path / "m")
+    settings.write_text(json.dumps(said | {"num_nextn_predict_layers": 1}))
+    equal(qjax.load(tmp_path / "m").params, model.params)
+    name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    save_file(tensors | {name: np.zeros((1, 1), np.float32)}, file)
+    with pytest.raises(UserError, match=r"o_proj\.weight_scale_inv' belongs to weights in blocks of FP8"):
+        qjax.load(tmp_path / "m")
 
 
 @pytest.mark.slow

@@ -79,6 +79,22 @@ def test_each_expert_is_rounded_to_its_own_tokens_and_one_with_few_to_all():
     assert kept["layers_0/mlp/router/kernel"] == "a router"
 
 
+@pytest.mark.slow
+def test_an_expert_without_tokens_is_shrunk_as_if_it_had_the_wanted_ones():
+    """Where a recipe shrinks, used and held-out statistics are pooled by their counts: those of what they stand on."""
+    model, calibration = starved_model(), tiny_calibration(windows=20, heldout=5)
+    recipe = qjax.recipe("nearest('h') >> ldlq('act', cross=1.0) >> options(shrink=True)")
+    out, table = quantize_model(model, PLAN, recipe, calibration)
+    lines = {t.name: t for t in table.tensors}
+    for part in PARTS:
+        line = lines[f"layers_0/mlp/experts/{part}/kernel"]
+        assert line.calibration.by_matrix[2] == line.calibration.tokens == 0 and NOTE in line.calibration.note
+        assert sum(line.calibration.by_matrix) == calibration.tokens.size
+        w, got = get(model.params, line.name), np.asarray(dense(get(out.params, line.name)))
+        lost = [np.square(got[e] - w[e]).sum() / np.square(w[e]).sum() for e in range(4)]
+        assert lost[2] < 1.5 * np.median(lost)
+
+
 def test_filling_up_goes_over_into_an_experts_own_statistics():
     H = jnp.stack([jnp.eye(2) * s for s in (1.0, 2.0, 4.0)])
     own = Stats(H=H, absmax=jnp.ones((3, 2)), count=jnp.array([0.0, 5.0, 10.0]))
@@ -86,7 +102,7 @@ def test_filling_up_goes_over_into_an_experts_own_statistics():
     made = filled(own, of_all, 10.0)
     np.testing.assert_allclose(made.H[:, 0, 0], [8, 9, 4])
     np.testing.assert_allclose(made.absmax[:, 0], [3, 3, 1])
-    np.testing.assert_array_equal(made.count, own.count)
+    np.testing.assert_array_equal(made.count, [10, 10, 10])
 
 
 def test_an_experts_gradient_counts_for_its_token():

@@ -54,9 +54,15 @@ def found():
          "peak_flops": 1e11, "peak_bytes": 2e10}
         for n in (1, 4, 16, 64)
     ]  # fmt: skip
+    amount = [
+        {"mix": mix, "recipe": recipe, "calibration_tokens": 512 * n, "kl_mean": kl * (1 + gain / n),
+         "kl_half_interval": kl / 20}
+        for mix, kl in (("Q3_K_M", 0.04), ("Q4_0", 0.07)) for recipe, gain in (("imatrix", 0.3), ("best_gguf", 2.0))
+        for n in (8, 32, 64, 256)
+    ]  # fmt: skip
     return {
-        "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers, "tokens": tokens,
-        "curve": curve, "roofline": roofline,
+        "amount": amount, "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
+        "tokens": tokens, "curve": curve, "roofline": roofline,
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ MISSING = {
     "gemma3": 'there is no text_config; its language model alone is "gemma3_text"',
     "llama4": "attention in chunks and experts whose inputs are scaled by their share are missing",
     "llama4_text": "attention in chunks and experts whose inputs are scaled by their share are missing",
-    "gpt_oss": "attention sinks and experts with biases are missing",
+    "gpt_oss": "attention sinks, experts with biases and their weights in MXFP4 are missing",
     "deepseek_v32": "sparse attention is missing",
     "glm4_moe": "its layers of experts are missing, whose parts DeepSeek-V3 has",
     "qwen3_next": "gated linear attention is missing",
