@@ -14,18 +14,18 @@ from qjax.compiled import lapack_on_one_thread
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import Format
+from qjax.pipeline.believed import believed
 from qjax.pipeline.encode import broken, broken_weights
 from qjax.pipeline.few_tokens import saw_few
+from qjax.pipeline.one_matrix import Made, changed, decoded, parted
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
-from qjax.reparam import Applied, Site, behind, reparametrize, restore, settle
-from qjax.reparam.inputs import RoundedInput
-from qjax.reparam.split import Sparse, sparse_of
-from qjax.rounding import Rounded, check_chain, nearest, round_weight
+from qjax.reparam import Applied, restore, settle
+from qjax.reparam.split import Sparse
+from qjax.rounding import check_chain, nearest
 from qjax.rounding.curvature import proxy
-from qjax.rounding.protocol import requires
-from qjax.rounding.shrinkage import Split, output_error, pooled, shares, shrunk
+from qjax.rounding.shrinkage import Split
 from qjax.stats import Stats, missing
 from qjax.tensor import QTensor
 from qjax.typing import Array
@@ -112,9 +112,6 @@ def plain(recipe: Recipe) -> Recipe:
     return Recipe((nearest(),), recipe.format, name="rtn")
 
 
-Made = tuple[Rounded, tuple[Applied, ...], "Shrinkage | None"]
-
-
 def _stacked(
     rows: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Stats | None, shared: dict[Any, Split]
 ) -> Made:
@@ -168,45 +165,17 @@ def of_embedding(recipe: Recipe) -> Recipe:
 
 def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | None, shared: dict[Any, Split]) -> Made:
     """One matrix, behind the recipe's reparametrizations; losses are those of the weight as it was."""
-    shrinks = recipe.shrink and stats.H is not None and seen is not None
+    if recipe.shrink and stats.H is not None and seen is not None:
+        return believed(w, format, recipe, stats, seen, shared)
     heldout = None if seen is None else seen.H
-    if not recipe.reparams and not shrinks:
-        return *_parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
-    roundings = recipe.roundings
-
-    def loss(w: Array, stats: Stats) -> Array:
-        return round_weight(w, format, roundings, stats, recipe.damping).error
-
-    whole, told, split = stats, None, None
-    if shrinks and seen is not None:  # all tokens make the codes
-        split = _split(stats, seen, recipe.damping, shared)
-        whole, heldout = pooled(stats, split.heldout), None
-    kept = requires(roundings) | ({"H"} if stats.H is not None else frozenset())
-    site, applied, found = reparametrize(recipe.reparams, Site(w, whole, format, loss), kept)
-    believed, fit = site.stats, None
-    if split is not None:
-        fit = in_parts(site.w, format, FIT, Stats(h=site.stats.importance), None)
-        fitted = _decoded(fit, format)
-        a, t = shares(site.w, fitted, format, _behind(applied, split))
-        believed, told = shrunk(believed, a, t), Shrinkage(jnp.float32(a), t, jnp.asarray(False))
-    begins = fit is not None and roundings[0] == FIT.roundings[0]
-    made = in_parts(site.w, format, recipe, believed, None, (fit.scales, fit.codes) if fit and begins else None)
-    w_hat = _decoded(made, format)
-    if split is not None and fit is not None and told is not None:
-        there, ours = (output_error(w, restore(applied, v), split.heldout) for v in (fitted, w_hat))
-        if bool(there < ours):
-            assert believed.H is not None
-            error = jnp.sum(proxy(site.w - fitted, believed.H))
-            none = None if made.outliers is None else (jnp.zeros_like(made.outliers[0]), made.outliers[1])
-            made = dataclasses.replace(
-                made, scales=fit.scales, codes=fit.codes, error=error, first_error=error, outliers=none
-            )
-            told, w_hat = dataclasses.replace(told, guarded=jnp.asarray(True)), fitted
+    if not recipe.reparams:
+        return *parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
+    site, applied, found = changed(w, format, recipe, stats)
+    made = in_parts(site.w, format, recipe, site.stats, None)
+    w_hat = decoded(made, format)
     applied = settle(applied, found, w_hat)
     if stats.H is None:
         return made, applied, None  # no rounding makes outliers without H
-    if told is not None:
-        return *_parted(made, format, applied), told  # losses in what was believed, behind the chain
     sums: dict[str, Any] = {"energy": jnp.sum(proxy(w, stats.H))}
     if stats.cross is None:  # with a cross term the target is another one, known behind the chain only
         e = w - restore(applied, w_hat)
@@ -214,52 +183,7 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
         if heldout is not None:
             heldout = jnp.asarray(heldout)
             sums |= {"heldout_energy": jnp.sum(proxy(w, heldout)), "heldout_error": jnp.sum(proxy(e, heldout))}
-    made = dataclasses.replace(made, **sums)
-    return *_parted(made, format, applied), told
-
-
-FIT = Recipe((nearest("h"),))
-
-
-def _split(stats: Stats, seen: Stats, damping: float, shared: dict[Any, Split]) -> Split:
-    """The one that the other weights of this input have made, or a new one."""
-    key = id(stats.H), stats.kinds, damping
-    if key not in shared:
-        shared[key] = Split(stats, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), seen), damping)
-    return shared[key]
-
-
-def _behind(applied: tuple[Applied, ...], split: Split) -> Split:
-    """The same tokens in the codes' variables."""
-    return Split(behind(applied, split.used), behind(applied, split.heldout), split.damping) if applied else split
-
-
-def _decoded(made: Rounded, format: Format) -> Array:
-    """The rounded weight, outliers in their places."""
-    w_hat = format.decode(made.scales, made.codes)
-    return w_hat if made.outliers is None else jnp.where(*made.outliers, w_hat)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shrinkage:
-    """How far the statistics were believed: see `CalibrationReport`."""
-
-    a: Array
-    t: Array
-    guarded: Array
-
-
-jax.tree_util.register_dataclass(Shrinkage)
-
-
-def _parted(made: Rounded, format: Format, applied: tuple[Applied, ...]) -> tuple[Rounded, tuple[Applied, ...]]:
-    """Outliers of the rounding, if it made any, as the innermost split; rounded inputs stay last."""
-    if made.outliers is None:
-        return made, applied
-    mask, values = made.outliers
-    part = sparse_of(values, np.asarray(mask), format.decode(made.scales, made.codes))
-    last = applied[-1:] if applied and isinstance(applied[-1], RoundedInput) else ()
-    return dataclasses.replace(made, outliers=None), (*applied[: len(applied) - len(last)], part, *last)
+    return *parted(dataclasses.replace(made, **sums), format, applied), None
 
 
 def _mean(loss: Array) -> float | None:

@@ -17,32 +17,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from qjax.errors import UserError
-from qjax.formats import Format
-from qjax.lifting import Use
 from qjax.models.parts import Parts
-from qjax.models.stages import Apply, Stages
+from qjax.models.stages import Stages
 from qjax.pipeline.activations import Streams
 from qjax.pipeline.few_tokens import NOTE, saw_few
-from qjax.pipeline.passes import Checked, Sent, embedded, groups_of, head_weights, observe_input, run_piece
+from qjax.pipeline.passes import Checked, embedded, head_weights, observe_input, run_piece
+from qjax.pipeline.piece import EMBEDDING, Formats, How, Seen, for_embedding, rounded_embedding, rounded_piece
 from qjax.pipeline.report import CalibrationReport
-from qjax.pipeline.rounded import LOOKED_UP, of_embedding, plain, round_leaf
+from qjax.pipeline.rounded import LOOKED_UP, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
-from qjax.pipeline.token_weights import effective, tempered
 from qjax.pipeline.walk_state import commit, resumed, save_survey, saved_survey
 from qjax.pipeline.windows import Calibration
-from qjax.recipes import Recipe
-from qjax.rounding.ldlq import LDLQ
-from qjax.rounding.shrinkage import Split
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
 
-EMBEDDING = "embed/embedding"
+Emit = Callable[[str, Any, QTensor, CalibrationReport | None], None]  # path, float weight, what became of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,48 +49,6 @@ class WeightDone:
     done: int
     total: int
     report: CalibrationReport | None = None
-
-
-Formats = Mapping[str, tuple[Format, Recipe]]
-Emit = Callable[[str, Any, QTensor, CalibrationReport | None], None]  # path, float weight, what became of it
-Round = Callable[[str, Any, int, "Seen"], Array]  # path, weight, axis, its input -> the rounded weight, dense
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What is known of an input.
-
-    Attributes:
-      stats, heldout: of the windows that are used, and of those held out; None where nothing was wanted.
-      effective: tokens and windows behind them, see `effective`; None where tokens count alike.
-      sent: the tokens of each expert, where some have too few and are filled up.
-      shared: what the weights of this input make of it together.
-    """
-
-    stats: Stats | None = None
-    heldout: Stats | None = None
-    effective: tuple[float, float] | None = None
-    sent: Sent | None = None
-    shared: dict[Any, Split] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """What is the same for every piece: see `walk`.
-
-    Attributes:
-      counted: the windows over which tokens weigh 1 on average; those that are used, not held out.
-      makes_codes: the windows whose tokens make codes in the end: where a recipe shrinks, all.
-      observe: takes what `observe_input` takes behind the kinds.
-    """
-
-    formats: Formats
-    earlier: Mapping[str, QTensor]
-    counted: int
-    makes_codes: int
-    sequential: bool
-    observe: Callable[..., tuple[Stats, Stats | None, Sent | None]]
-    round_one: Round
 
 
 def walk(
@@ -166,7 +114,7 @@ def walk(
         note = LOOKED_UP if path == EMBEDDING and recipe.reparams else ""
         note = "has no input: nearest, without importance" if blind else note
         recipe = plain(recipe) if blind else recipe
-        recipe = _of_embedding(recipe) if path == EMBEDDING else recipe
+        recipe = for_embedding(recipe) if path == EMBEDDING else recipe
         q, line = round_leaf(path, leaf, axis, format, recipe, seen.stats or Stats(), seen.heldout, seen.shared)
         if seen.sent is not None:
             used, held = seen.sent
@@ -188,7 +136,7 @@ def walk(
     if streams is None:
         tokens, steps = calibration.tokens, calibration.steps
         floats = parts.embedding()
-        rounded = _rounded_embedding(stages, parts, formats, seen, round_one)
+        rounded = rounded_embedding(stages, parts, formats, seen, round_one)
         table = floats if rounded is None or not sequential else rounded.__getitem__
         x = embedded(stages, table, tokens, steps, folder, "x_0")
         del table, rounded
@@ -198,11 +146,11 @@ def walk(
 
     observe = partial(observe_input, calibration, kinds)
     makes_codes = len(calibration.tokens) if any(r.shrink for r in recipes) else calibration.used
-    how = _How(formats, earlier, calibration.used, makes_codes, sequential, observe, round_one)
+    how = How(formats, earlier, calibration.used, makes_codes, sequential, observe, round_one)
     for i in range(start, len(stages.blocks)):
         apply, block = stages.blocks[i], parts.part(stages.names[i])
         weights = None if seen is None else (seen.sensitivity[i], seen.alike[i])
-        now = _rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
+        now = rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
         before, steps = streams, calibration.steps
         x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
         x_float = None
@@ -213,7 +161,7 @@ def walk(
         del block, now  # before the next one is read
     if not stages.tied:
         weights = None if seen is None else (seen.head_sensitivity[None], None)
-        _rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)
+        rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)
     streams.drop()
     return told
 
@@ -237,75 +185,3 @@ def _surveyed(
         if folder is not None:
             save_survey(folder, made)
     return made
-
-
-def _rounded_embedding(
-    stages: Stages, parts: Checked, formats: Formats, seen: Survey | None, round_one: Round
-) -> np.ndarray | None:
-    """The embedding, rounded in the curvature of its output; a tied one in that of both its uses. None: it is kept."""
-    if EMBEDDING not in formats:
-        return None
-    stats = None
-    if seen is not None and "H" in formats[EMBEDDING][1].requires:
-        C = seen.embedding + seen.head if stages.tied else seen.embedding
-        stats = Stats(H=jnp.asarray(C), count=jnp.float32(seen.tokens))
-    return np.asarray(round_one(EMBEDDING, parts.part("embed")["embedding"], -1, Seen(stats)))
-
-
-def _rounded_piece(
-    prefix: str,
-    applies: tuple[Apply, Apply],
-    floats: Any,
-    streams: Streams,
-    weights: tuple[np.ndarray, np.ndarray | None] | None,
-    how: _How,
-) -> Any:
-    """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
-    apply, to_all = applies
-    now = floats
-    example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
-    for g, group in enumerate(groups_of(apply, floats, example)):
-        todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats}
-        seen = Seen()
-        if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
-            power = float(max(how.formats[name][1].sensitive for name in todo))
-            weight = known = None
-            if weights is not None and power:
-                sensitivity, alike = weights
-                weight = tempered(sensitivity[g], power, how.counted, alike)
-                known = effective(weight[: how.makes_codes])
-            found = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
-            stats, heldout, sent = found
-            seen = Seen(stats, heldout, known, sent)
-        for name, use in todo.items():
-            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), seen)
-            now = _put(now, use.path, w_hat) if how.sequential else now
-    return now
-
-
-def _of_embedding(recipe: Recipe) -> Recipe:
-    """Without a cross term, for it has no input that could have changed; as it is, for it is looked up."""
-    roundings = tuple(dataclasses.replace(r, cross=0.0) if isinstance(r, LDLQ) else r for r in recipe.roundings)
-    return of_embedding(dataclasses.replace(recipe, roundings=roundings))
-
-
-def _axis(use: Use) -> int:
-    if use.axis not in (-1, -2) or len(use.axes) != 1:
-        raise UserError(f"{use.path}: a block's weight must be contracted along one of its last two axes")
-    return use.axis
-
-
-def _join(prefix: str, path: str) -> str:
-    return f"{prefix}/{path}" if prefix else path
-
-
-def _get(tree: Any, path: str) -> Any:
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: Any, path: str, leaf: Any) -> Any:
-    """The tree with one leaf replaced."""
-    key, _, rest = path.partition("/")
-    return {**tree, key: _put(tree[key], rest, leaf) if rest else leaf}

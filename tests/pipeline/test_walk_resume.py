@@ -244,9 +244,9 @@ def test_a_mistake_leaves_nothing(model, tmp_path):
     interrupt(model, out, "layers_1/attn/o/kernel")
 
     def walked(step):
-        raise qjax.pipeline.walk.UserError("no")
+        raise qjax.errors.UserError("no")
 
-    with pytest.raises(qjax.pipeline.walk.UserError):
+    with pytest.raises(qjax.errors.UserError):
         run(model, out, walked=walked)
     assert os.listdir(tmp_path) == []
 

@@ -123,7 +123,7 @@ def test_the_fit_is_written_where_held_out_tokens_like_it_better(w, monkeypatch)
     x, x_float = tokens(rng, 16)
     other = jnp.asarray(rng.normal(size=(512, N)) * np.geomspace(0.1, 3, N), jnp.float32)
     held, used = means(sums(other, ("H", "cross"), other)), seen(x, x_float)
-    monkeypatch.setattr("qjax.pipeline.rounded.shares", lambda *args: (0.0, jnp.float32(1)))
+    monkeypatch.setattr("qjax.pipeline.believed.shares", lambda *args: (0.0, jnp.float32(1)))
     made = qjax.recipe("nearest('h') >> ldlq('act', cross=1.0) >> options(shrink=True)")
     q, line = round_leaf("w", w, -1, qjax.format("int3_g32"), made, used, held)
     fit, _ = round_leaf("w", w, -1, qjax.format("int3_g32"), qjax.recipe("imatrix"), pooled(used, held))
@@ -163,7 +163,7 @@ def test_behind_a_change_of_variables_h_is_that_of_what_the_codes_meet(w, few, c
 def test_where_the_fit_is_better_outliers_are_none(w, monkeypatch):
     """A stack of which one matrix is guarded still is one array."""
     used, held = seen(*tokens(np.random.default_rng(4), 16)), seen(*tokens(np.random.default_rng(5), 64))
-    monkeypatch.setattr("qjax.pipeline.rounded.output_error", lambda w, w_hat, seen: jnp.sum(w * 0) + next(errors))
+    monkeypatch.setattr("qjax.pipeline.believed.output_error", lambda w, w_hat, seen: jnp.sum(w * 0) + next(errors))
     errors = iter([0.0, 1.0, 1.0, 0.0])  # the fit's, ours; twice
     made = qjax.recipe("spqr(threshold=0.2) >> options(shrink=True)")
     q, line = round_leaf("w", jnp.stack([w, w]), -1, qjax.format("int3_g32"), made, used, held)

@@ -1,0 +1,142 @@
+"""The weights of one piece of a decoder, rounded in the order in which they run: those of one input together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.formats import Format
+from qjax.lifting import Use
+from qjax.models.stages import Apply, Stages
+from qjax.pipeline.activations import Streams
+from qjax.pipeline.passes import Checked, Sent, groups_of
+from qjax.pipeline.rounded import of_embedding
+from qjax.pipeline.survey import Survey
+from qjax.pipeline.token_weights import effective, tempered
+from qjax.recipes import Recipe
+from qjax.rounding.ldlq import LDLQ
+from qjax.rounding.shrinkage import Split
+from qjax.stats import Stats
+from qjax.tensor import QTensor
+from qjax.typing import Array
+
+EMBEDDING = "embed/embedding"
+
+Formats = Mapping[str, tuple[Format, Recipe]]
+Round = Callable[[str, Any, int, "Seen"], Array]  # path, weight, axis, its input -> the rounded weight, dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is known of an input.
+
+    Attributes:
+      stats, heldout: of the windows that are used, and of those held out; None where nothing was wanted.
+      effective: tokens and windows behind them, see `effective`; None where tokens count alike.
+      sent: the tokens of each expert, where some have too few and are filled up.
+      shared: what the weights of this input make of it together.
+    """
+
+    stats: Stats | None = None
+    heldout: Stats | None = None
+    effective: tuple[float, float] | None = None
+    sent: Sent | None = None
+    shared: dict[Any, Split] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What is the same for every piece: see `walk`.
+
+    Attributes:
+      counted: the windows over which tokens weigh 1 on average; those that are used, not held out.
+      makes_codes: the windows whose tokens make codes in the end: where a recipe shrinks, all.
+      observe: takes what `observe_input` takes behind the kinds.
+    """
+
+    formats: Formats
+    earlier: Mapping[str, QTensor]
+    counted: int
+    makes_codes: int
+    sequential: bool
+    observe: Callable[..., tuple[Stats, Stats | None, Sent | None]]
+    round_one: Round
+
+
+def rounded_embedding(
+    stages: Stages, parts: Checked, formats: Formats, seen: Survey | None, round_one: Round
+) -> np.ndarray | None:
+    """The embedding, rounded in the curvature of its output; a tied one in that of both its uses. None: it is kept."""
+    if EMBEDDING not in formats:
+        return None
+    stats = None
+    if seen is not None and "H" in formats[EMBEDDING][1].requires:
+        C = seen.embedding + seen.head if stages.tied else seen.embedding
+        stats = Stats(H=jnp.asarray(C), count=jnp.float32(seen.tokens))
+    return np.asarray(round_one(EMBEDDING, parts.part("embed")["embedding"], -1, Seen(stats)))
+
+
+def rounded_piece(
+    prefix: str,
+    applies: tuple[Apply, Apply],
+    floats: Any,
+    streams: Streams,
+    weights: tuple[np.ndarray, np.ndarray | None] | None,
+    how: How,
+) -> Any:
+    """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
+    apply, to_all = applies
+    now = floats
+    example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
+    for g, group in enumerate(groups_of(apply, floats, example)):
+        todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats}
+        seen = Seen()
+        if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
+            power = float(max(how.formats[name][1].sensitive for name in todo))
+            weight = known = None
+            if weights is not None and power:
+                sensitivity, alike = weights
+                weight = tempered(sensitivity[g], power, how.counted, alike)
+                known = effective(weight[: how.makes_codes])
+            found = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
+            stats, heldout, sent = found
+            seen = Seen(stats, heldout, known, sent)
+        for name, use in todo.items():
+            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), seen)
+            now = _put(now, use.path, w_hat) if how.sequential else now
+    return now
+
+
+def for_embedding(recipe: Recipe) -> Recipe:
+    """Without a cross term, for it has no input that could have changed; not shrunk, for no tokens are held out of its
+    curvature; as it is, for it is looked up."""
+    roundings = tuple(dataclasses.replace(r, cross=0.0) if isinstance(r, LDLQ) else r for r in recipe.roundings)
+    return of_embedding(dataclasses.replace(recipe, roundings=roundings, shrink=False))
+
+
+def _axis(use: Use) -> int:
+    if use.axis not in (-1, -2) or len(use.axes) != 1:
+        raise UserError(f"{use.path}: a block's weight must be contracted along one of its last two axes")
+    return use.axis
+
+
+def _join(prefix: str, path: str) -> str:
+    return f"{prefix}/{path}" if prefix else path
+
+
+def _get(tree: Any, path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: Any, path: str, leaf: Any) -> Any:
+    """The tree with one leaf replaced."""
+    key, _, rest = path.partition("/")
+    return {**tree, key: _put(tree[key], rest, leaf) if rest else leaf}
