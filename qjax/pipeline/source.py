@@ -17,8 +17,8 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.evaluate.sizes import Sizes, counted
 from qjax.io.checkpoint import locate
-from qjax.io.gguf_model import ROPE_FREQS, metadata_of, open_gguf_model
 from qjax.io.gguf_model import card_of as card_of_gguf
+from qjax.io.gguf_model import metadata_of, open_gguf_model
 from qjax.io.gguf_types import DENSE
 from qjax.io.huggingface import card_of, get_leaf, open_model
 from qjax.io.llama2c import load_llama2c
@@ -28,7 +28,7 @@ from qjax.io.tokenizer_gguf import tokenizer_from_gguf
 from qjax.io.tokenizer_hf import read_json, read_tokenizer
 from qjax.models.card import Card, stops_of
 from qjax.models.config import DecoderConfig
-from qjax.models.families import WeightName, rope_freqs, weight_names
+from qjax.models.families import WeightName, rope_tensors, weight_names
 from qjax.models.parts import Table
 from qjax.pipeline.source_tensor import SourceTensor
 from qjax.plan import Weight
@@ -190,10 +190,8 @@ def _converted(
     pre: str | None,
 ) -> Source:
     """A source that was no GGUF file and gets the metadata of one where it is asked for."""
-    freqs = rope_freqs(config)
-    if freqs is not None:
-        weight = Weight(ROPE_FREQS, freqs.shape, ROPE_FREQS)
-        tensors.append(SourceTensor(weight, "F32", values=freqs, nbytes=freqs.nbytes))
+    for name, table in rope_tensors(config).items():
+        tensors.append(SourceTensor(Weight(name, table.shape, name), "F32", values=table, nbytes=table.nbytes))
 
     def metadata() -> Mapping[str, Any]:
         found = tokenizer()
@@ -221,5 +219,7 @@ def _open_gguf(path: Path, pre: str | None) -> Source:
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
 
-    metadata = dict(file.metadata) | ({} if pre is None else {"tokenizer.ggml.pre": pre})
-    return Source(path, config, tuple(tensors()), True, tokenizer, lambda: card_of_gguf(file), lambda: metadata)
+    def metadata() -> Mapping[str, Any]:
+        return {key: file.typed(key) for key in file.metadata} | ({} if pre is None else {"tokenizer.ggml.pre": pre})
+
+    return Source(path, config, tuple(tensors()), True, tokenizer, lambda: card_of_gguf(file), metadata)

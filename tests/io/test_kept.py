@@ -13,6 +13,7 @@ from qjax.io.gguf_read import read_gguf
 from qjax.io.gguf_write import TensorInfo, write_gguf
 from qjax.io.huggingface import load_folder, save_folder
 from qjax.io.safetensors import open_folder
+from qjax.pipeline import quantize_file
 
 KEPT = {
     "general.name": "A small one",
@@ -58,6 +59,20 @@ def test_gguf_metadata_of_every_type_survive(llama_model, tmp_path):
     assert first.metadata == second.metadata and first.kinds == second.kinds
     assert first.metadata["a.u64"] == 1 << 63 and first.kinds["a.i8"] == np.int8  # the comparison is of what was meant
     assert second.kinds.keys() >= {key for key in KEPT if key.startswith("a.") and key != "a.words"}
+
+
+def test_quantizing_a_file_keeps_them_too(llama_model, tmp_path):
+    qjax.save(llama_model, tmp_path / "plain.gguf")
+    with_metadata(tmp_path / "plain.gguf", tmp_path / "a.gguf", KEPT)
+    quantize_file(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q8_0")
+    first, second = read_gguf(tmp_path / "a.gguf"), read_gguf(tmp_path / "b.gguf")
+    ours = {"general.file_type", "general.quantization_version"}
+    assert {k: v for k, v in first.metadata.items() if k not in ours} == {
+        k: v for k, v in second.metadata.items() if k not in ours
+    }
+    assert {k: v for k, v in first.kinds.items() if k not in ours} == {
+        k: v for k, v in second.kinds.items() if k not in ours
+    }
 
 
 def test_a_file_of_another_name_keeps_the_models_and_a_given_name_wins(llama_model, tmp_path):

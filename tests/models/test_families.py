@@ -15,7 +15,6 @@ from qjax.models.families import (
     config_from_hf,
     config_to_gguf,
     config_to_hf,
-    rope_freqs,
     rope_tensors,
     weight_names,
 )
@@ -138,7 +137,8 @@ def test_gguf_round_trip(name):
         back = dataclasses.replace(back, family="mistral")
     if config.rope_scaling is not None and config.rope_scaling.original_max_position == 32:
         assert back.rope_scaling.kind == "table"  # not one of the published scalings: kept as numbers
-        np.testing.assert_array_equal(rope_freqs(back), rope_freqs(config))
+        for tensor, table in rope_tensors(config).items():
+            np.testing.assert_array_equal(rope_tensors(back)[tensor], table)
         back = dataclasses.replace(back, rope_scaling=config.rope_scaling)
     if (wanted := config.rope_scaling) is not None and wanted.kind in ("yarn", "longrope"):
         np.testing.assert_allclose(back.rope_scaling.attention_factor, wanted.attention_factor, rtol=1e-6)
@@ -220,11 +220,11 @@ def test_weight_names_of_experts():
 
 def test_published_llama3_scaling_survives_gguf_as_a_formula():
     config = config_from_hf(LLAMA_31_8B)
-    divisors = rope_freqs(config)
+    divisors = rope_tensors(config)["rope_freqs.weight"]
     assert divisors.shape == (64,) and divisors[0] == 1.0 and divisors[-1] == 8.0
     back = config_from_gguf(config_to_gguf(config), rope_freqs=divisors)
     assert config_to_hf(back)["rope_scaling"] == LLAMA_31_8B["rope_scaling"]
-    assert rope_freqs(config_from_hf(TINY["llama-linear"])) is None
+    assert rope_tensors(config_from_hf(TINY["llama-linear"])) == {}
 
 
 def test_gguf_defaults_are_llama_cpps():

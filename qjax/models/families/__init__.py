@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from qjax.models.families.config_gguf import config_from_gguf, config_to_gguf
 from qjax.models.families.config_hf import config_from_hf, config_to_hf
-from qjax.models.families.scaling import rope_freqs, rope_tensors
+from qjax.models.families.scaling import rope_tensors
 from qjax.models.families.table import FAMILIES, family_of
 from qjax.models.families.weight_names import WeightName, weight_names
 
@@ -22,7 +22,6 @@ __all__ = [
     "config_to_gguf",
     "config_to_hf",
     "family_of",
-    "rope_freqs",
     "rope_tensors",
     "weight_names",
 ]

@@ -172,18 +172,6 @@ def rope_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
     return {FREQS: np.asarray(rope_divisors(config.rotated, config.rope_theta, s), np.float32)}
 
 
-def rope_freqs(config: DecoderConfig) -> np.ndarray | None:
-    """The tensor `rope_freqs.weight` alone, or None where the file needs none.
-
-    Raises:
-      UserError: the file needs others (`rope_tensors`).
-    """
-    tensors = rope_tensors(config)
-    if tensors.keys() - {FREQS}:
-        raise UserError(f"the rotary scaling is longrope, which is {LONG} and {SHORT} of a GGUF file, not {FREQS}")
-    return tensors.get(FREQS)
-
-
 def yarn_growth(factor: float, weight: float = 1.0) -> float:
     """What YaRN makes rotated queries and keys longer by (arXiv:2309.00071, equation 22)."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
