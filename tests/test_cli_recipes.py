@@ -12,7 +12,7 @@ from qjax.recipes import RECIPES, recipe
 
 CALIBRATION = {
     "first_loss", "loss", "first_heldout_loss", "heldout_loss", "damping", "tokens", "seconds", "note",
-    "effective_tokens", "effective_windows", "shrinkage", "cross_share", "guarded",
+    "by_matrix", "effective_tokens", "effective_windows", "shrinkage", "cross_share", "guarded",
 }  # fmt: skip
 TENSOR = {"name", "shape", "format", "nbytes", "error", "kept", "calibration", "bits_per_weight"}
 
@@ -79,7 +79,9 @@ def test_the_tables_show_losses_by_type_and_if_asked_by_tensor(folder, text, tmp
     said = capsys.readouterr()
     by_tensor, by_type = said.out.split("rel. error")[1:]
     assert "held out" in by_tensor and "damping" in by_tensor and "->" in by_tensor and "blk.1.ffn_up" in by_tensor
+    by_type, ledger = by_type.split("bits per weight: ")
     assert "held out" in by_type and "->" in by_type and "blk." not in by_type
+    assert "of the whole" in ledger and "kept: output_norm.weight" in ledger
     assert [line.split()[0] for line in by_type.splitlines()[2:6]] == ["Q4_0", "Q8_0", "F32", "all"]
     assert "Q4_0: 1 of 15 tensors have rows of 64 weights" in said.err  # its embedding is no Q6_K
 
@@ -97,15 +99,16 @@ def test_the_reference_model_by_best_gguf(tmp_path, capsys):
         "tensors", "ledger",
     }  # fmt: skip
     assert (made["model"], made["type"], made["recipe"]) == ("reference", "Q3_K_M", "best_gguf")
-    assert made["ledger"]["tokens"] == [192, 192] and made["ledger"]["damping"][0] >= 0.05
+    assert made["ledger"]["tokens"] == [192, 256] and made["ledger"]["damping"][0] >= 0.05
     assert any("fewer than its" in note for note in made["ledger"]["notes"])
     for t in made["tensors"]:
         assert set(t) == TENSOR and (t["calibration"] is None) == (t["kept"] is not None)
         line = t["calibration"]
         if line:
             assert set(line) == CALIBRATION
-            assert line["tokens"] == 3 * 64 and line["damping"] >= 0.05 and 0 < line["loss"] < 0.5
-            assert line["note"] == f"saw 192 tokens, fewer than its {t['shape'][-1]} inputs"
+            seen, n = 3 * 64 if "embd" in t["name"] else 4 * 64, t["shape"][-1]  # what is shrunk uses all windows
+            assert line["tokens"] == seen and line["damping"] >= 0.05 and 0 < line["loss"] < 0.5
+            assert line["note"] == (f"saw {seen} tokens, fewer than its {n} inputs" if seen < n else "")
     plain = tmp_path / "plain.gguf"
     assert (
         main(["quantize", "reference", "-o", str(plain), "--type", "Q3_K_M", "--json", str(tmp_path / "p.json")]) == 0

@@ -62,6 +62,6 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _range(ends: Sequence[float]) -> str:
+def _range(ends: Sequence[int] | Sequence[float]) -> str:
     low, high = (f"{v:,}" if isinstance(v, int) else f"{v:.3g}" for v in ends)
     return low if low == high else f"{low} to {high}"
