@@ -87,7 +87,7 @@ def llama_programs(config: Config) -> list[dict[str, Any]]:
     made: list[tuple[str, Any, tuple[Any, ...], tuple[Any, ...]]]
     made = [("a block forwards", spread(forward, (block,)), (weights,), (x,))]
     for what, group in (("H of q, k and v", groups[0]), ("H of down", groups[-1])):
-        static = (block, group[0].source, ("H",))
+        static = (block, group[0].source, group[0].batch, ("H",))
         made.append((what, spread(_observe_step, static), (weights, None), (x, None, None)))
     made.append(("a block backwards", spread(block_step, (block, keys)), (weights,), (x, x)))
     made.append(("the head and its gradient", spread(_head_step, (stages,)), (head, seed), (x, numbers)))

@@ -61,8 +61,8 @@ def found():
         for n in (8, 32, 64, 256)
     ]  # fmt: skip
     return {
-        "amount": amount, "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
-        "tokens": tokens, "curve": curve, "roofline": roofline,
+        "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
+        "tokens": tokens, "curve": curve, "roofline": roofline, "amount": amount,
     }  # fmt: skip
 
 
