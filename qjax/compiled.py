@@ -8,8 +8,7 @@ A product of float32 arrays is no float32 product on a GPU or a TPU unless its p
 bfloat16 passes 8. What is measured, a statistic or a loss, is measured in full.
 
 On a CPU XLA calls LAPACK, whose OpenBLAS has threads of its own; they spin while they wait for each other, beside
-XLA's, which want the same cores. A Cholesky factor of 1536 x 1536 took 3.6 s on two busy cores with them, and 0.06 s
-without.
+XLA's, which want the same cores: on busy ones a Cholesky factor waits far longer than it computes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from qjax.evaluate.network import Params, Progress, Scoring
 from qjax.io.space import scratch
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model, Running
-from qjax.models.parts import Parts, embed, head_of, run, run_windows
+from qjax.models.parts import Parts, batches, embed, head_of, run, run_windows
 from qjax.models.stages import Stages, stages_of
 from qjax.typing import Array
 
@@ -51,7 +51,7 @@ class Blocks:
         parts, stages, total = self._parts(params), self.stages, len(tokens)
         spare = -total % batch  # one program serves all
         x = _room((total + spare, tokens.shape[1], self.config.dim))
-        steps = [slice(at, at + batch) for at in range(0, len(x), batch)]
+        steps = list(batches(len(x), batch))
         table, padded = parts.table("embed"), np.pad(tokens, ((0, spare), (0, 0)))
         for at in steps:
             x[at] = np.asarray(embed(stages, table, padded[at]))

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from qjax.evaluate.network import Params, Progress, Reader, as_reader, batch_of, rounds, token_values
+from qjax.evaluate.network import Params, Progress, Reader, as_reader, batch_of, token_values
 from qjax.evaluate.perplexity import Perplexity, Windows, mean_and_errors, perplexity_of_tokens, readings
 from qjax.evaluate.vocabulary import kl_of
 from qjax.io.space import scratch
+from qjax.models.parts import batches
 from qjax.typing import Array
 
 CACHE_BYTES = 4 << 30
@@ -131,7 +132,7 @@ def token_divergences(
     size = min(r.at_once(windows.context, batch) for r in (reader, base))
     along: Any = readings(base, baseline.params, windows, batch, None, size)
     if baseline.hidden is not None:
-        along = ((rows, baseline.hidden[rows]) for rows in rounds(len(windows), size))
+        along = ((rows, baseline.hidden[rows]) for rows in batches(len(windows), size))
     for (rows, hidden), (_, kept) in zip(readings(reader, params, windows, batch, progress, size), along, strict=True):
         model = reader.scoring(params, hidden.shape[-1]), hidden
         other = base.scoring(baseline.params, kept.shape[-1]), kept

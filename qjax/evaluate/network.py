@@ -10,7 +10,7 @@ time. What is kept of a token is its few scalars.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -126,11 +126,6 @@ def run_trunk(network: Network, params: Params, tokens: Int[Array, "b t"], first
 def as_reader(network: Any) -> Any:
     """What reads passes through; a function (params, tokens) -> logits becomes a Network."""
     return network if hasattr(network, "read") else network_of_apply(network)
-
-
-def rounds(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover 0..count."""
-    return (slice(at, min(at + size, count)) for at in range(0, count, max(size, 1)))
 
 
 def batch_of(context: int, windows: int, batch: int | None) -> int:

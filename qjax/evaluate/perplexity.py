@@ -29,9 +29,9 @@ from qjax.evaluate.network import (
     as_reader,
     batch_of,
     network_of_apply,
-    rounds,
     token_values,
 )
+from qjax.models.parts import batches
 from qjax.typing import Array
 
 PROTOCOLS = {"llama.cpp": 512, "gptq": 2048}  # and the context each is published with
@@ -162,7 +162,7 @@ def readings(
 ) -> Iterator[tuple[slice, np.ndarray]]:  # fmt: skip
     """(which windows, what the head reads where they are scored): all of them, `size` or as many at a time as fit."""
     batch = batch_of(windows.context, len(windows), batch)
-    for rows in rounds(len(windows), size or reader.at_once(windows.context, batch)):
+    for rows in batches(len(windows), size or reader.at_once(windows.context, batch)):
 
         def told(done: int, of: int, rows: slice = rows) -> None:
             if progress is not None:

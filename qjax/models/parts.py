@@ -9,7 +9,7 @@ A `Model` holds its parts, packed or not; an opened file (`qjax.pipeline.source`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,6 +54,15 @@ class Parts(Protocol):
 def run(apply: Apply, params: Any, x: Array | np.ndarray) -> Array:
     """apply(params, x), compiled once a shape; params may hold packed weights."""
     return Running(apply)(params, x)
+
+
+def batches(count: int, size: int, stops: tuple[int, ...] = ()) -> Iterator[slice]:
+    """Slices of at most `size` that cover 0..count and end at every stop."""
+    at = 0
+    for stop in (*sorted(s for s in stops if 0 < s < count), count):
+        while at < stop:
+            yield slice(at, min(at + size, stop))
+            at = min(at + size, stop)
 
 
 def run_windows(apply: Apply, params: Any, x: np.ndarray, out: np.ndarray, steps: Sequence[slice]) -> None:

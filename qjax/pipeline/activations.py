@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +76,3 @@ def reopen(folder: Path, name: str, shape: tuple[int, ...]) -> Activations | Non
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".unfinished")
-
-
-def batches(count: int, size: int, stops: tuple[int, ...] = ()) -> Iterator[slice]:
-    """Slices of at most `size` that cover 0..count and end at every stop."""
-    at = 0
-    for stop in (*sorted(s for s in stops if 0 < s < count), count):
-        while at < stop:
-            yield slice(at, min(at + size, stop))
-            at = min(at + size, stop)

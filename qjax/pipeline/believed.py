@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from qjax.formats import Format
-from qjax.pipeline.one_matrix import Made, Shrinkage, changed, decoded, parted
+from qjax.pipeline.one_matrix import Made, Shrinkage, changed, parted
 from qjax.pipeline.parts import in_parts
 from qjax.recipes import Recipe
 from qjax.reparam import Applied, behind, restore, settle
 from qjax.rounding import Rounded, nearest
 from qjax.rounding.curvature import proxy
+from qjax.rounding.protocol import rounded_of
 from qjax.rounding.shrinkage import Split, output_error, pooled, shares, shrunk
 from qjax.stats import Stats
 from qjax.typing import Array
@@ -31,12 +32,12 @@ def believed(w: Array, format: Format, recipe: Recipe, used: Stats, heldout: Sta
     split = _split(used, heldout, recipe.damping, shared)
     site, applied, found = changed(w, format, recipe, pooled(used, split.heldout))
     fit = in_parts(site.w, format, FIT, Stats(h=site.stats.importance), None)
-    fitted = decoded(fit, format)
+    fitted = rounded_of(fit, format)
     a, t = shares(site.w, fitted, format, _behind(applied, split))
     stats = shrunk(site.stats, a, t)
     begins = (fit.scales, fit.codes) if recipe.roundings[0] == FIT.roundings[0] else None
     made = in_parts(site.w, format, recipe, stats, None, begins)
-    w_hat = decoded(made, format)
+    w_hat = rounded_of(made, format)
     errors = (output_error(w, restore(applied, v), split.heldout) for v in (fitted, w_hat))
     there, ours = map(float, errors)
     if guarded := there < ours:

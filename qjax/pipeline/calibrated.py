@@ -92,9 +92,8 @@ def quantize_model(
         seen=seen, progress=progress, notify=notify,
     )  # fmt: skip
     report = [lines[a.weight.path] if a.weight.path in lines else _kept(a, params) for a in assigned]
-    return dataclasses.replace(model, params=params), Report(
-        tuple(report), (*((plan.note,) if plan.note else ()), *told)
-    )
+    notes = tuple(filter(None, (plan.note, *told)))
+    return dataclasses.replace(model, params=params), Report(tuple(report), notes)
 
 
 def survey_model(model: Model, calibration: Calibration) -> Survey:

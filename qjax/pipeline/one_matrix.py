@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qjax.formats import Format
@@ -44,12 +43,6 @@ def changed(
 
     kept = requires(recipe.roundings) | ({"H"} if stats.H is not None else frozenset())
     return reparametrize(recipe.reparams, Site(w, stats, format, loss), kept)
-
-
-def decoded(made: Rounded, format: Format) -> Array:
-    """The rounded weight, outliers in their places."""
-    w_hat = format.decode(made.scales, made.codes)
-    return w_hat if made.outliers is None else jnp.where(*made.outliers, w_hat)
 
 
 def parted(made: Rounded, format: Format, applied: tuple[Applied, ...]) -> tuple[Rounded, tuple[Applied, ...]]:

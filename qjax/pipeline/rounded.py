@@ -17,7 +17,7 @@ from qjax.formats import Format
 from qjax.pipeline.believed import believed
 from qjax.pipeline.encode import broken, broken_weights
 from qjax.pipeline.few_tokens import saw_few
-from qjax.pipeline.one_matrix import Made, changed, decoded, parted
+from qjax.pipeline.one_matrix import Made, changed, parted
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
@@ -25,6 +25,7 @@ from qjax.reparam import Applied, restore, settle
 from qjax.reparam.split import Sparse
 from qjax.rounding import check_chain, nearest
 from qjax.rounding.curvature import proxy
+from qjax.rounding.protocol import rounded_of
 from qjax.rounding.shrinkage import Split
 from qjax.stats import Stats, missing
 from qjax.tensor import QTensor
@@ -172,7 +173,7 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
         return *parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
     site, applied, found = changed(w, format, recipe, stats)
     made = in_parts(site.w, format, recipe, site.stats, None)
-    w_hat = decoded(made, format)
+    w_hat = rounded_of(made, format)
     applied = settle(applied, found, w_hat)
     if stats.H is None:
         return made, applied, None  # no rounding makes outliers without H

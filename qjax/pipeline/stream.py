@@ -123,7 +123,7 @@ def quantize_file(
             assert calibration is not None
             told = _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
         lines = tuple(_line(job, partial.finished[job.info.name]) for job in jobs)
-        return Report(lines, (*((plan.note,) if plan.note else ()), *told))
+        return Report(lines, tuple(filter(None, (plan.note, *told))))
 
 
 def _walk(

@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.models.model import Model
-from qjax.pipeline.activations import batches
+from qjax.models.parts import batches
 from qjax.pipeline.source import Source
 
 

@@ -249,7 +249,7 @@ def errors_of(state: State, format: Format) -> Float[Array, "rows n"]:
     return state.target - rounded_of(state, format)
 
 
-def rounded_of(state: State, format: Format) -> Float[Array, "rows n"]:
+def rounded_of(state: State | Rounded, format: Format) -> Float[Array, "rows n"]:
     """decode(scales, codes), and the outliers."""
     assert state.scales is not None and state.codes is not None
     w_hat = format.decode(state.scales, state.codes)

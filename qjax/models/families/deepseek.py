@@ -8,7 +8,7 @@ import dataclasses
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.families.experts import counts_from_gguf
+from qjax.models.families.experts import counts_from_gguf, counts_to_gguf
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
 
@@ -125,12 +125,10 @@ def _to_gguf(c: DecoderConfig) -> Fields:
         raise UserError(f"llama.cpp's deepseek2 {has} q_lora_rank null where there are {_LITE} layers, and only there")
     if c.rope_scaling is not None:
         raise UserError("llama.cpp's deepseek2 with a rotary scaling is not supported: its factors of scores differ")
-    said: Fields = {
+    said: Fields = counts_to_gguf(c) | {
         "attention.value_length": c.value_size,
         "attention.kv_lora_rank": c.kv_rank,
         "leading_dense_block_count": len(c.dense_layers),
-        "expert_count": c.experts,
-        "expert_used_count": c.experts_used,
         "expert_feed_forward_length": c.expert_hidden,
         "expert_shared_count": c.shared_hidden // c.expert_hidden,
         "expert_weights_scale": c.expert_scale,

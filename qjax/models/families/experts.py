@@ -41,13 +41,18 @@ def counts_from_gguf(keys: Keys) -> dict[str, Any]:
 
 
 def counts_to_gguf(c: DecoderConfig) -> dict[str, Any]:
-    """The keys that `counts_from_gguf` reads.
+    """The keys that `counts_from_gguf` reads."""
+    return {"expert_count": c.experts, "expert_used_count": c.experts_used}
+
+
+def everywhere_to_gguf(c: DecoderConfig) -> dict[str, Any]:
+    """The same of a family that llama.cpp knows with experts in every layer alone.
 
     Raises:
-      UserError: a layer without experts, for which llama.cpp's families have no key.
+      UserError: a layer without experts.
     """
     if c.dense_layers:
         raise UserError(
             f"llama.cpp wants experts in every layer of a {c.family}; layer {c.dense_layers[0]} of this model has none"
         )
-    return {"expert_count": c.experts, "expert_used_count": c.experts_used}
+    return counts_to_gguf(c)

@@ -1,7 +1,7 @@
 """Mixtral: a Mistral with experts for its MLPs. llama.cpp calls it `llama` too, and knows it by its expert_count."""
 
 from qjax.models.config import DecoderConfig
-from qjax.models.families.experts import OPTIONS, counts_from_gguf, counts_from_hf, counts_to_gguf
+from qjax.models.families.experts import OPTIONS, counts_from_gguf, counts_from_hf, everywhere_to_gguf
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
 from qjax.models.families.mistral import window_from_hf
@@ -47,5 +47,5 @@ MIXTRAL = Family(
     from_hf=_from_hf,
     to_hf=_to_hf,
     from_gguf=_from_gguf,
-    to_gguf=counts_to_gguf,
+    to_gguf=everywhere_to_gguf,
 )

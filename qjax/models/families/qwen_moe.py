@@ -6,8 +6,8 @@ from qjax.models.families.experts import (
     OPTIONS,
     counts_from_gguf,
     counts_from_hf,
-    counts_to_gguf,
     dense_layers_from_hf,
+    everywhere_to_gguf,
 )
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
@@ -59,7 +59,7 @@ def _qwen2_from_gguf(keys: Keys, common: Fields) -> Fields:
 
 
 def _qwen2_to_gguf(c: DecoderConfig) -> Fields:
-    return check_heads(c) | counts_to_gguf(c) | {_EXPERTS: c.expert_hidden, _SHARED: c.shared_hidden}
+    return check_heads(c) | everywhere_to_gguf(c) | {_EXPERTS: c.expert_hidden, _SHARED: c.shared_hidden}
 
 
 def _qwen3_from_hf(keys: Keys, common: Fields) -> Fields:
@@ -77,7 +77,7 @@ def _qwen3_from_gguf(keys: Keys, common: Fields) -> Fields:
 
 
 def _qwen3_to_gguf(c: DecoderConfig) -> Fields:
-    return counts_to_gguf(c) | {_EXPERTS: c.expert_hidden}
+    return everywhere_to_gguf(c) | {_EXPERTS: c.expert_hidden}
 
 
 _ABSENT = {
