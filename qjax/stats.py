@@ -4,6 +4,8 @@
 
 A reparametrization W -> W B^-1 makes the input B x. H, cross and samples follow any linear B exactly; h, absmean and
 absmax follow permutations and channel scales only: a rotation mixes channels, and what they say is lost.
+
+    G = E[g g^T], g the gradient of the loss at the weight's output: not of the input, and not every collector has it
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Stats:
       cross: E[(x_float - x) x^T], f32[n, n]: what the quantized predecessors changed about the input x.
       samples: f32[k, n], rows of x.
       count: tokens seen, f32[].
+      G: E[g g^T], f32[k, m, m], of a weight whose k m rows stand in k blocks; what lies between blocks is not known.
       axis: the stored axis of the weight, counted from the end, that the input was contracted with, or the axes that
         are merged into one; None where nobody said.
       also: other axes along which the same weight was contracted; nothing here is of those inputs.
@@ -58,6 +61,7 @@ class Stats:
     cross: Float[Array, "*b n n"] | None = None
     samples: Float[Array, "*b k n"] | None = None
     count: Float[Array, "*b"] | None = None
+    G: Float[Array, "*g blocks m m"] | None = None
     axis: Any = dataclasses.field(default=None, metadata={"static": True})  # Axis | None
     also: Any = dataclasses.field(default=(), metadata={"static": True})  # tuple[Axis, ...]
 

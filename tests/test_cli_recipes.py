@@ -12,7 +12,7 @@ from qjax.recipes import RECIPES, recipe
 
 CALIBRATION = {
     "first_loss", "loss", "first_heldout_loss", "heldout_loss", "damping", "tokens", "seconds", "note",
-    "by_matrix", "effective_tokens", "effective_windows", "shrinkage", "cross_share", "guarded",
+    "by_matrix", "effective_tokens", "effective_windows", "shrinkage", "cross_share", "guarded", "output_shrinkage",
 }  # fmt: skip
 TENSOR = {"name", "shape", "format", "nbytes", "error", "kept", "calibration", "bits_per_weight"}
 

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +17,12 @@ from qjax.typing import Array, Float, Integer
 
 def group_of(format: Format, n: int) -> int:
     """Columns of a row of n weights that share what their levels depend on; a tile at least."""
+    grid: Any = format  # hashable, which its protocol cannot say
+    return _group_of(grid, n)
+
+
+@lru_cache(maxsize=256)  # to trace a K-quant's search takes longer than what it is asked for
+def _group_of(format: Format, n: int) -> int:
 
     def columns(w: Array) -> Columns:
         return format.columns(format.fit(w), w.shape)

@@ -36,7 +36,7 @@ class Stages:
       scores: its second: (its params, n, start, count) -> f32[*b, count], the logits of `count` tokens from `start` on;
         its params may be those of these tokens alone.
       tied: whether the head is the embedding.
-      vocab, dim: tokens of the vocabulary, width of the residual stream.
+      vocab, dim, head_dim: tokens of the vocabulary, width of the residual stream, of an attention head.
     """
 
     embed: Apply
@@ -48,6 +48,7 @@ class Stages:
     tied: bool
     vocab: int
     dim: int
+    head_dim: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,4 +95,4 @@ def stages_of(config: DecoderConfig) -> Stages:
     def head(params: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         return scores(params, norm(params, x), 0, c.vocab)
 
-    return Stages(embed, blocks, to_all, head, norm, scores, c.tied, c.vocab, c.dim)
+    return Stages(embed, blocks, to_all, head, norm, scores, c.tied, c.vocab, c.dim, c.head_dim)

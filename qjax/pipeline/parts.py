@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ from qjax.pipeline.encode import workers
 from qjax.recipes import Recipe
 from qjax.rounding import Rounded, Rounding, round_weight
 from qjax.rounding.curvature import Factor
-from qjax.rounding.protocol import factor_of
+from qjax.rounding.protocol import concatenated, factor_of
 from qjax.stats import Stats
 from qjax.typing import Array
 
@@ -39,34 +38,50 @@ def in_parts(
     The parts' height depends on n alone, so the same weight gives the same bytes on every number of cores. Accelerators
     take all rows at once.
     """
-    rows, n = w.shape
-    height = _SHORT if n < _WIDE else _TALL
-    tied = format.rows == 0 or height % format.rows or rows % format.rows
-    whole = tied or any(r.whole for r in recipe.roundings)
-    if jax.default_backend() != "cpu" or whole:
+    return by_parts(w.shape[1], format, recipe, stats, heldout)(w, fit)
+
+
+def by_parts(
+    n: int, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None = None, height: int = 0
+) -> Callable[..., Rounded]:
+    """(w, fit) -> `in_parts` of rows of n, with what is the same for all rows made once.
+
+    Args:
+      height: rows of a part; 0: as n asks for.
+    """
+    height = height or (_SHORT if n < _WIDE else _TALL)
+
+    def whole(w: Array, fit: Fit | None = None) -> Rounded:
         return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout, fit=fit)
+
+    tied = format.rows == 0 or height % format.rows
+    if jax.default_backend() != "cpu" or tied or any(r.whole for r in recipe.roundings):
+        return whole
     grid: Any = format  # hashable, which its protocol cannot say
     seen = {kind: jnp.asarray(np.asarray(getattr(stats, kind))) for kind in stats.kinds}  # off other devices
     factor = None if stats.H is None else _factored(seen["H"], grid, recipe.roundings, recipe.damping)
-    program = _program(
-        height, n, grid, recipe.roundings, recipe.damping, stats.kinds, heldout is not None, fit is not None
-    )
-    heldout = None if heldout is None else jnp.asarray(np.asarray(heldout))
+    unseen = None if heldout is None else jnp.asarray(np.asarray(heldout))
 
-    def rounded(at: int) -> Rounded:
-        def part(a: Array) -> Array:  # as many copies as threads, not one of the whole
-            some = a[at : at + height]
-            return jnp.pad(some, ((0, height - len(some)), *((0, 0),) * (a.ndim - 1)))
+    def parts(w: Array, fit: Fit | None = None) -> Rounded:
+        rows = len(w)
+        if rows % format.rows:
+            return whole(w, fit)
+        program = _program(
+            height, n, grid, recipe.roundings, recipe.damping, stats.kinds, unseen is not None, fit is not None
+        )
 
-        return program(part(w), seen, heldout, factor, jax.tree.map(part, fit))
+        def rounded(at: int) -> Rounded:
+            def part(a: Array) -> Array:  # as many copies as threads, not one of the whole
+                some = a[at : at + height]
+                return jnp.pad(some, ((0, height - len(some)), *((0, 0),) * (a.ndim - 1)))
 
-    with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
-        made = list(pool.map(rounded, range(0, rows, height)))
-    joined = {f.name: [getattr(m, f.name) for m in made] for f in dataclasses.fields(Rounded) if f.name != "outliers"}
-    scales = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:rows], *joined.pop("scales"))
-    codes = jnp.concatenate(joined.pop("codes"))[:rows]
-    damping = jnp.max(jnp.stack(joined.pop("damping")))
-    return Rounded(scales, codes, damping, **{name: sum(parts[1:], parts[0]) for name, parts in joined.items()})
+            return program(part(w), seen, unseen, factor, jax.tree.map(part, fit))
+
+        with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
+            made = list(pool.map(rounded, range(0, rows, height)))
+        return concatenated(made, slice(rows))
+
+    return parts
 
 
 @lru_cache(maxsize=64)

@@ -27,6 +27,7 @@ from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Streams, Writer
 from qjax.pipeline.encode import check_finite
 from qjax.pipeline.few_tokens import are_few, filled
+from qjax.pipeline.output_curvature import summed_curvature
 from qjax.pipeline.windows import Calibration
 from qjax.stats import Stats
 from qjax.typing import Array
@@ -172,10 +173,18 @@ def _observe_step(
     return mapped(lambda x, x_float: sums(x, kinds, x_float, weight), batch)(here, inputs(floats, x_float))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 @full_float32
-def block_step(apply: Apply, keys: tuple[tuple[str, ...], ...], params: Any, x: Array, g: Array) -> tuple[Array, Array]:
-    """dL/dx, and |dL/dy|^2 of each group of weights, of all its experts, token by token: f32[groups, b, t]."""
+def block_step(
+    apply: Apply,
+    keys: tuple[tuple[str, ...], ...],
+    rows: tuple[tuple[str, int], ...],
+    params: Any,
+    x: Array,
+    g: Array,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """dL/dx; |dL/dy|^2 of each group of weights, of all its experts, token by token: f32[groups, b, t]; and the sums of
+    G at the output of each weight of `rows`, (key, rows of a block), see output_curvature.py."""
     taps = {k: jnp.zeros(s.shape, s.dtype) for k, s in tap_shapes(apply, params, x).items()}
     _, back = jax.vjp(lambda taps, x: tap(apply)(params, taps, x), taps, x)
     by_output, by_input = back(g)
@@ -183,8 +192,12 @@ def block_step(apply: Apply, keys: tuple[tuple[str, ...], ...], params: Any, x: 
     def size(y: Array) -> Array:
         return jnp.sum(jnp.sum(jnp.square(y), axis=-1).reshape(-1, *x.shape[:2]), axis=0)
 
+    def curvature(y: Array, m: int) -> Array:
+        tokens = y.reshape(*y.shape[:-3], x.shape[0] * x.shape[1], y.shape[-1])
+        return summed_curvature(tokens, m)
+
     sizes = [sum(size(by_output[k]) for k in group) for group in keys]
-    return by_input, jnp.stack(sizes)
+    return by_input, jnp.stack(sizes), {k: curvature(by_output[k], m) for k, m in rows}
 
 
 @partial(jax.jit, static_argnums=0)

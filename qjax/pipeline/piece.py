@@ -28,6 +28,9 @@ from qjax.typing import Array
 
 EMBEDDING = "embed/embedding"
 
+Weights = tuple[np.ndarray, np.ndarray | None, Mapping[str, np.ndarray]]
+"""What the survey says of a piece: sensitivity, alike, G of its weights' outputs."""
+
 Formats = Mapping[str, tuple[Format, Recipe]]
 Round = Callable[[str, Any, int, "Seen"], Array]  # path, weight, axis, its input -> the rounded weight, dense
 
@@ -87,7 +90,7 @@ def rounded_piece(
     applies: tuple[Apply, Apply],
     floats: Any,
     streams: Streams,
-    weights: tuple[np.ndarray, np.ndarray | None] | None,
+    weights: Weights | None,
     how: How,
 ) -> Any:
     """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
@@ -101,16 +104,26 @@ def rounded_piece(
             power = float(max(how.formats[name][1].sensitive for name in todo))
             weight = known = None
             if weights is not None and power:
-                sensitivity, alike = weights
+                sensitivity, alike, _ = weights
                 weight = tempered(sensitivity[g], power, how.counted, alike)
                 known = effective(weight[: how.makes_codes])
             found = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
             stats, heldout, sent = found
             seen = Seen(stats, heldout, known, sent)
         for name, use in todo.items():
-            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), seen)
+            own = seen if weights is None else _with_curvature(seen, weights[2].get(use.path))
+            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), own)
             now = _put(now, use.path, w_hat) if how.sequential else now
     return now
+
+
+def _with_curvature(seen: Seen, G: np.ndarray | None) -> Seen:
+    """With G of a weight's own output."""
+    if G is None or seen.stats is None:
+        return seen
+    used, heldout = map(jnp.asarray, G)
+    there = None if seen.heldout is None else dataclasses.replace(seen.heldout, G=heldout)
+    return dataclasses.replace(seen, stats=dataclasses.replace(seen.stats, G=used), heldout=there)
 
 
 def for_embedding(recipe: Recipe) -> Recipe:

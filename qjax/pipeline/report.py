@@ -24,7 +24,7 @@ class CalibrationReport:
     Attributes:
       first_loss, loss: tr(E H E^T) / tr(W H W^T) of the first stage (scales fitted, nearest codes) and at the end, on
         the tokens that made H; E is what is missing from the target: W, or with a cross term W corrected for what its
-        input has become.
+        input has become. Where rows were rounded for each other, tr(G E H E^T) / tr(G W H W^T).
       first_heldout_loss, heldout_loss: the same on tokens that did not; None where none were held out.
       damping: lambda of H + lambda diag(H) in force.
       tokens: seen at the weight's input; of a stack, at that of the matrix that saw the fewest.
@@ -33,6 +33,8 @@ class CalibrationReport:
       note: what a reader should know, as that it saw fewer tokens than it has inputs.
       shrinkage, cross_share: how far H was shrunk toward its diagonal, and the share of the cross term that was taken;
         None where the recipe does not shrink.
+      output_shrinkage: how far G of the output was shrunk toward its diagonal; None where rows were rounded alone: the
+        recipe is not two-sided, G is not known, or held-out tokens saw nothing to gain.
       guarded: whether the fit weighted by E[x^2] was taken, for held-out tokens liked it better.
       by_matrix: tokens seen by each matrix of a stack, experts as a rule; () where it is no stack.
     """
@@ -50,6 +52,7 @@ class CalibrationReport:
     shrinkage: float | None = None
     cross_share: float | None = None
     guarded: bool = False
+    output_shrinkage: float | None = None
     by_matrix: tuple[int, ...] = ()
 
     @classmethod

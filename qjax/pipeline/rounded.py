@@ -17,7 +17,7 @@ from qjax.formats import Format
 from qjax.pipeline.believed import believed
 from qjax.pipeline.encode import broken, broken_weights
 from qjax.pipeline.few_tokens import saw_few
-from qjax.pipeline.one_matrix import Made, changed, parted
+from qjax.pipeline.one_matrix import Made, aimed, changed, in_metric, output_curvatures, parted, rounded_rows
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
@@ -27,6 +27,7 @@ from qjax.rounding import check_chain, nearest
 from qjax.rounding.curvature import proxy
 from qjax.rounding.protocol import rounded_of
 from qjax.rounding.shrinkage import Split
+from qjax.rounding.two_sided import turn_size, turns_of
 from qjax.stats import Stats, missing
 from qjax.tensor import QTensor
 from qjax.typing import Array
@@ -77,6 +78,7 @@ def round_leaf(
     needed: dict[str, Any] = {k: getattr(stats, k) for k in recipe.requires - {"h"}}
     needed |= {"h": stats.importance} if "h" in recipe.requires else {}
     needed |= {} if stats.H is None else {"H": stats.H}  # to report the loss in
+    needed |= {"G": _curvature(name, stats.G, rows)} if recipe.two_sided and stats.G is not None else {}
     stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats)))
     made, applied, shrinkage = _stacked(rows, format, recipe, stats, heldout, {} if shared is None else shared)
     damping = float(np.max(np.asarray(made.damping)))
@@ -98,14 +100,25 @@ def round_leaf(
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
     told: dict[str, Any] = {}
     if shrinkage is not None:
-        a, t, guarded = (np.asarray(v) for v in dataclasses.astuple(shrinkage))
+        a, t, guarded, output = (np.asarray(v) for v in dataclasses.astuple(shrinkage))
         told = {"shrinkage": float(a.mean()), "cross_share": float(t.mean()), "guarded": bool(guarded.any())}
+        told["output_shrinkage"] = None if np.isnan(output).all() else float(np.nanmean(output))
     told["by_matrix"] = tuple(counts.reshape(-1).astype(int).tolist()) if counts.ndim else ()
     return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note, **told)
 
 
 def _count(stats: Stats) -> Any:
     return jnp.float32(0.0) if stats.count is None else stats.count
+
+
+def _curvature(name: str, G: Any, rows: Array) -> Any:
+    """G of the weight's output, looked at."""
+    *stack, k, m, also = G.shape
+    if tuple(stack) not in ((), rows.shape[:-2]) or m != also or k * m != rows.shape[-2]:
+        raise UserError(f"{name}: G has the shape {G.shape}, and the weight has {rows.shape[-2]} outputs")
+    if not bool(jnp.all(jnp.isfinite(jnp.asarray(G)))):
+        raise UserError(f"{name}: G of its output has values that are NaN or infinite")
+    return G
 
 
 def plain(recipe: Recipe) -> Recipe:
@@ -120,7 +133,7 @@ def _stacked(
     if rows.ndim == 2:
         return _one(rows, format, recipe, stats, heldout, shared)
     lead = rows.shape[:-2]
-    own = {"H": 2, "cross": 2, "samples": 2, "h": 1, "absmean": 1, "absmax": 1, "count": 0}
+    own = {"H": 2, "cross": 2, "samples": 2, "h": 1, "absmean": 1, "absmax": 1, "count": 0, "G": 3}
 
     def pick(a: Array | None, own: int, at: tuple[int, ...]) -> Array | None:
         """The part of a statistic for one matrix; a statistic without the stack's last axes is for all."""
@@ -169,6 +182,8 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
     if recipe.shrink and stats.H is not None and seen is not None:
         return believed(w, format, recipe, stats, seen, shared)
     heldout = None if seen is None else seen.H
+    if recipe.two_sided and stats.G is not None and stats.H is not None:
+        return _in_turns(w, format, recipe, stats)
     if not recipe.reparams:
         return *parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
     site, applied, found = changed(w, format, recipe, stats)
@@ -185,6 +200,21 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
             heldout = jnp.asarray(heldout)
             sums |= {"heldout_energy": jnp.sum(proxy(w, heldout)), "heldout_error": jnp.sum(proxy(e, heldout))}
     return *parted(dataclasses.replace(made, **sums), format, applied), None
+
+
+def _in_turns(w: Array, format: Format, recipe: Recipe, stats: Stats) -> Made:
+    """One matrix whose rows make up for each other, H and G believed whole; losses are those behind the chain."""
+    site, applied, found = changed(w, format, recipe, dataclasses.replace(stats, G=None))
+    G = output_curvatures(recipe, format, applied, w.shape, stats, None)
+    if G is None:
+        return _one(w, format, recipe, dataclasses.replace(stats, G=None), None, {})
+    m = G.both.shape[-1]
+    target, rest = aimed(site.w, format, recipe, site.stats)
+    turns = turns_of(G.both, 0.0, turn_size(m, recipe.two_sided), recipe.damping)
+    made = rounded_rows(target, format, rest, dataclasses.replace(site.stats, cross=None), turns)
+    w_hat = rounded_of(made, format)
+    made = in_metric(made, site.w, target - w_hat, target - w_hat, site.stats.H, G.both)
+    return *parted(made, format, settle(applied, found, w_hat)), None
 
 
 def _mean(loss: Array) -> float | None:

@@ -7,9 +7,10 @@ Backwards block by block from the stored inputs of every block, so only one bloc
     C = E[g g^T], g at the embedded token: an error e in a row of the embedding costs e C e^T
     head = E[(1 - sum_v p_v^2) x x^T]: the same for a row of the head, on the mean row; a tied row pays C + head
     sensitivity = |g|^2 at the output of a weight, token by token: how much each token should count in its H
+    G = E[g g^T / |g|] there: how much an error in one of its rows is made better or worse by one in another
 
 Sources: Fisher information with labels sampled from the model, as in YAQA (arXiv:2505.22988); token weights:
-GuidedQuant (arXiv:2505.07004) with one group.
+GuidedQuant (arXiv:2505.07004) with one group; G: YAQA, its sketch A.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.lifting import Use
 from qjax.models.devices import each_step
-from qjax.models.parts import Parts
+from qjax.models.parts import Parts, batches
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Activations
 from qjax.pipeline.head import head_step
 from qjax.pipeline.massive import Found, Massive, massive_at, summed
+from qjax.pipeline.output_curvature import OutputCurvature, rows_of_block
 from qjax.pipeline.passes import Checked, block_step, embed_step, embedded, groups_of, head_weights, run_piece
 from qjax.pipeline.windows import Calibration
 
@@ -48,6 +51,7 @@ class Survey:
       head_sensitivity: f32[windows, context].
       alike: bool[blocks, windows, context], the tokens that are massive in front of a block or behind it.
       massive: the channels that make them so.
+      outputs: G of the blocks' weights, empty where nobody asked for it.
     """
 
     embedding: np.ndarray
@@ -57,6 +61,7 @@ class Survey:
     head_sensitivity: np.ndarray
     alike: np.ndarray
     massive: tuple[Massive, ...] = ()
+    outputs: OutputCurvature = dataclasses.field(default_factory=OutputCurvature)
 
 
 def survey(
@@ -65,6 +70,7 @@ def survey(
     calibration: Calibration,
     folder: Path | None = None,
     notify: Notify = lambda message: None,
+    two_sided: bool = True,
 ) -> Survey:
     """Run the float model forwards and backwards over the calibration windows.
 
@@ -75,12 +81,15 @@ def survey(
         window's whatever the batch it is in.
       folder: where the inputs of all blocks are kept meanwhile; None: in memory.
       notify: told the name of each piece.
+      two_sided: whether G is wanted, of tokens that are used and of those that a recipe with `shrink` holds out.
 
     Raises:
       UserError: NaN or Inf in a weight.
     """
-    parts, tokens, steps, counted = Checked(model), calibration.tokens, calibration.steps, calibration.used
-    inputs, found = _forward(stages, parts, calibration, folder, notify)
+    parts, tokens, counted = Checked(model), calibration.tokens, calibration.used
+    split = calibration.to_shrink().used
+    steps = list(batches(len(tokens), calibration.batch, (counted, split)))
+    inputs, found = _forward(stages, parts, tokens, steps, folder, notify)
     head_params = head_weights(stages, parts)
     dim = stages.dim
     gradient = np.empty((len(tokens), tokens.shape[1], dim), np.float32)
@@ -95,15 +104,24 @@ def survey(
     del head_params, whole, rows
     inputs[-1].drop()
     sensitivity: list[np.ndarray] = []
+    outputs = OutputCurvature(folder if two_sided else None)
     for i in reversed(range(len(stages.blocks))):
         notify(f"float model: layers_{i}, backwards")
         params, apply = parts.part(f"layers_{i}"), stages.blocks[i]
         example = jax.ShapeDtypeStruct((1, tokens.shape[1], dim), jnp.float32)
-        keys = tuple(tuple(use.key for use in group) for group in groups_of(apply, params, example))
+        groups = groups_of(apply, params, example)
+        keys = tuple(tuple(use.key for use in group) for group in groups)
+        uses = [use for group in groups for use in group if two_sided and len(use.axes) == 1]
+        heights = tuple((use.key, rows_of_block(use.path, _height(use), stages.head_dim)) for use in uses)
         seen = np.empty((len(keys), *tokens.shape), np.float32)
         xg = inputs[i].array, gradient
-        for at, (back, sizes) in each_step(block_step, (apply, keys), (params,), xg, steps):
+        sums: tuple[dict[str, Any], ...] = {}, {}
+        for at, (back, sizes, found_G) in each_step(block_step, (apply, keys, heights), (params,), xg, steps):
             gradient[at], seen[:, at] = np.asarray(back), np.asarray(sizes)
+            total = sums[int(at.start >= split)]
+            total |= {key: total[key] + G if key in total else G for key, G in found_G.items()}
+        if uses:
+            outputs.put(i, {use.path: _means(use.key, sums, split, tokens.shape) for use in uses})
         del xg, params  # before the next block's are read
         inputs[i].drop()
         sensitivity.append(seen / np.maximum(seen[:, :counted].mean(axis=(1, 2), keepdims=True), 1e-30))
@@ -118,7 +136,19 @@ def survey(
     mean = max(float(head_sensitivity[:counted].mean()), 1e-30)
     alike = np.stack([a.tokens | b.tokens for a, b in pairwise(found)])
     means = C / count, head / count, count
-    return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found))
+    return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found), outputs)
+
+
+def _height(use: Use) -> int:
+    return use.shape[-1 if use.axes[0] == -2 else -2]
+
+
+def _means(key: str, sums: tuple[dict[str, Any], ...], used: int, shape: tuple[int, ...]) -> np.ndarray:
+    """G of used and of held-out tokens, stacked; zeros where there is one window."""
+    first, last = sums
+    windows, context = shape
+    held = np.asarray(last[key]) / (windows - used) if key in last else np.zeros_like(first[key])
+    return np.stack([np.asarray(first[key]) / used, held]) / context
 
 
 def _head_step(stages: Stages, params: Any, seed: Any, x: Any, windows: Any) -> Any:
@@ -126,10 +156,9 @@ def _head_step(stages: Stages, params: Any, seed: Any, x: Any, windows: Any) -> 
 
 
 def _forward(
-    stages: Stages, parts: Checked, calibration: Calibration, folder: Path | None, notify: Notify
+    stages: Stages, parts: Checked, tokens: np.ndarray, steps: list[slice], folder: Path | None, notify: Notify
 ) -> tuple[list[Activations], list[Found]]:
     """The inputs of all blocks and of the head, and what is massive in each."""
-    tokens, steps = calibration.tokens, calibration.steps
     inputs = [embedded(stages, parts.embedding(), tokens, steps, folder, "float_0")]
     found = [massive_at(inputs[0].array)]
     for i, (name, apply) in enumerate(zip(stages.names, stages.blocks, strict=True)):

@@ -42,7 +42,9 @@ def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration |
     return h.hexdigest()
 
 
-_OURS = re.compile(r"key|state\.json|survey\.npz|(float_)?(x_)?\d+\.f32(\.unfinished)?|\..+\.[0-9a-f]{8}\.tmp")
+_OURS = re.compile(
+    r"key|state\.json|survey\.npz|output_curvature_\d+\.npz|(float_)?(x_)?\d+\.f32(\.unfinished)?|\..+\.[0-9a-f]{8}\.tmp"
+)
 
 
 @contextmanager

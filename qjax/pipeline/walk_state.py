@@ -2,7 +2,7 @@
 
 state.json              {"blocks": how many are done, "crc32": {stream: its checksum}}, written last
 x_<i>.f32               the residual stream in front of block i; float_x_<i>.f32 the float model's, where it is needed
-survey.npz              see `survey`
+survey.npz              see `survey`; output_curvature_<i>.npz: G of block i
 
 What is damaged is named, and done again.
 """
@@ -22,6 +22,7 @@ from qjax.io.atomic import atomic_file, write_text
 from qjax.io.npz import read_arrays
 from qjax.pipeline.activations import Activations, Streams, reopen
 from qjax.pipeline.massive import Massive
+from qjax.pipeline.output_curvature import OutputCurvature
 from qjax.pipeline.survey import Survey
 
 Notify = Callable[[str], None]
@@ -84,7 +85,11 @@ def save_survey(folder: Path, made: Survey) -> None:
 
 
 def saved_survey(
-    folder: Path | None, blocks: int, shape: tuple[int, ...], notify: Notify = lambda message: None
+    folder: Path | None,
+    blocks: int,
+    shape: tuple[int, ...],
+    notify: Notify = lambda message: None,
+    two_sided: bool = False,
 ) -> Survey | None:
     """The survey that an earlier run has kept.
 
@@ -92,7 +97,8 @@ def saved_survey(
       folder: of the walk.
       blocks: of the model.
       shape: of a stream: windows, context, dim.
-      notify: told if the file is damaged.
+      notify: told if a file is damaged.
+      two_sided: whether G is wanted.
     """
     if folder is None or not (folder / "survey.npz").is_file():
         return None
@@ -107,7 +113,14 @@ def saved_survey(
             raise UserError("of another shape")
         lines = [Massive(**{**line, "positions": tuple(line["positions"])}) for line in json.loads(str(z["massive"]))]
         parts = z["embedding"], z["head"], int(z["tokens"]), layers, z["head_sensitivity"], z["alike"]
-        return Survey(*parts, tuple(lines))
     except (UserError, KeyError, TypeError, ValueError):
         notify(f"{folder / 'survey.npz'}: damaged; made again")
         return None
+    outputs = OutputCurvature(folder if two_sided else None)
+    try:
+        for i in range(blocks if two_sided else 0):
+            outputs.of(i)
+    except UserError as e:
+        notify(f"{e}; made again")
+        return None
+    return Survey(*parts, tuple(lines), outputs)

@@ -34,6 +34,8 @@ class Recipe:
       shrink: H, in the codes' variables, is shrunk toward its diagonal, and the cross term by a share, as far as
         held-out windows ask for; then all windows are used, and where the result is worse there than the fit weighted
         by E[x^2], the fit is taken.
+      two_sided: rows of a weight make up for each other's errors too, in at most so many turns, in the metric of
+        G = E[g g^T] of its output (rounding/two_sided.py), where that is known, as in a decoder; 0: rows stand alone.
       reparams: changes of variables, made in this order before anything is rounded.
       name: for tables; equality does not look at it.
     """
@@ -44,6 +46,7 @@ class Recipe:
     sequential: bool = True
     sensitive: bool | float = False
     shrink: bool = False
+    two_sided: int = 0
     reparams: tuple[Reparam, ...] = ()
     name: str = dataclasses.field(default="", compare=False)
 
@@ -54,6 +57,8 @@ class Recipe:
             raise UserError(f"damping must be positive, got {self.damping}")
         if not 0 <= self.sensitive <= 1:
             raise UserError(f"sensitive is a power of the gradient's square, from 0 to 1; got {self.sensitive}")
+        if type(self.two_sided) is not int or self.two_sided < 0:
+            raise UserError(f"two_sided is a number of turns, 8 as a rule, or 0; got {self.two_sided!r}")
         if any(isinstance(r, Act) for r in self.reparams[:-1]):
             raise UserError(
                 "act rounds the input that meets the codes: it is the last reparametrization, and the only act"
@@ -103,14 +108,15 @@ class Recipe:
         return html_table(f"{title}: needs {needs}", ("step", "by"), rows)
 
 
-_OPTIONS = ("damping", "sequential", "sensitive", "shrink")
+_OPTIONS = ("damping", "sequential", "sensitive", "shrink", "two_sided")
 
 
 def joined(*parts: Link | Chain | Recipe | dict[str, Any], line: str = "") -> Recipe:
     """The recipe of parts in a row, what `>>` does.
 
     Args:
-      parts: links, chains and recipes; a dict is options of the recipe (damping, sequential, sensitive, shrink).
+      parts: links, chains and recipes; a dict is options of the recipe (damping, sequential, sensitive, shrink,
+        two_sided).
       line: how they were written, for messages.
 
     Raises:

@@ -5,7 +5,7 @@
     gptq       nearest() >> ldlq(order="act")                                         arXiv:2210.17323
     gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
     best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)
-                   >> options(sensitive=0.5, shrink=True)                             ours
+                   >> options(sensitive=0.5, shrink=True, two_sided=8)                ours
     awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
     spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
     quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
@@ -54,9 +54,10 @@ def gptaq(bits: int = 4, group: int = 128, format: str | Format | None = None, a
 
 def best_gguf(format: str | Format | None = None) -> Recipe:
     """The best file of a GGUF type: importance-weighted fit, act-order feedback, then scales and codes in turn; the
-    statistics are believed as far as held-out windows ask for (rounding/shrinkage.py)."""
+    statistics are believed as far as held-out windows ask for (rounding/shrinkage.py), and rows make up for each other
+    where that pays (rounding/two_sided.py)."""
     stages = nearest("h"), ldlq("act", cross=1.0), refit(2, 2)
-    return _recipe("best_gguf", format, *stages, sensitive=0.5, shrink=True)
+    return _recipe("best_gguf", format, *stages, sensitive=0.5, shrink=True, two_sided=8)
 
 
 def awq(bits: int = 4, group: int = 128, format: str | Format | None = None) -> Recipe:

@@ -2,7 +2,17 @@
 
 from qjax.reparam.inputs import act
 from qjax.reparam.permute import permute
-from qjax.reparam.protocol import Applied, Reparam, Site, behind, reparametrize, restore, settle, through
+from qjax.reparam.protocol import (
+    Applied,
+    Reparam,
+    Site,
+    behind,
+    behind_outputs,
+    reparametrize,
+    restore,
+    settle,
+    through,
+)
 from qjax.reparam.rotate import hadamard, kronecker, orthogonal
 from qjax.reparam.scale import awq_scale, rescale, smooth
 from qjax.reparam.split import columns, low_rank, sparse
@@ -14,6 +24,7 @@ __all__ = [
     "act",
     "awq_scale",
     "behind",
+    "behind_outputs",
     "columns",
     "hadamard",
     "kronecker",

@@ -13,6 +13,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from qjax.chain import Link
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
@@ -131,6 +134,27 @@ def behind(applied: Sequence[Applied], stats: Stats) -> Stats:
     for one in applied:
         stats = stats if one.rounds_input else stats.linear(one.input)
     return stats
+
+
+def behind_outputs(
+    applied: Sequence[Applied], G: Float[Array, "k m m"], out: int, n: int
+) -> Float[Array, "k m m"] | Float[Array, "1 out out"]:
+    """G of the output of W' behind a chain: A^T G A, with y = A y' the change of the output; as it is where there is
+    none.
+
+    Args:
+      G: E[g g^T] of the layer's output, in blocks.
+      out, n: of the weight.
+    """
+    for one in applied:
+        if type(one).output is Applied.output:
+            continue
+        eye = jnp.eye(out, dtype=G.dtype)
+        rows = one.output(eye, jnp.zeros((out, n), G.dtype))  # row i is A e_i, so this is A^T
+        if not bool(jnp.all(rows == eye)):
+            whole = jax.scipy.linalg.block_diag(*G)
+            G = jnp.matmul(jnp.matmul(rows, whole, precision="highest"), rows.T, precision="highest")[None]
+    return G
 
 
 def restore(applied: Sequence[Applied], w: Float[Array, "out n"]) -> Float[Array, "out n"]:

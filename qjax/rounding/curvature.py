@@ -188,5 +188,21 @@ def proxy(e: Float[Array, "*rows n"], H: Float[Array, "n n"]) -> Float[Array, "*
     return total
 
 
+def weighed(e: Float[Array, "rows n"], G: Float[Array, "k m m"] | None) -> Float[Array, "rows n"]:
+    """G e, its rows in k blocks of m; e where no G is known."""
+    if G is None:
+        return e
+    parts = e.reshape(*G.shape[:2], -1)
+    return lax.dot_general(G, parts, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST).reshape(e.shape)
+
+
+@jax.jit
+def two_sided_loss(
+    e: Float[Array, "rows n"], H: Float[Array, "n n"], G: Float[Array, "k m m"] | None = None
+) -> Float[Array, ""]:
+    """tr(G E H E^T), what an error costs where G = E[g g^T] of the output; tr(E H E^T) where G is not known."""
+    return jnp.sum(proxy(e, H)) if G is None else jnp.sum(weighed(e, G) * _dot(e, H))
+
+
 def _dot(e: Array, H: Array) -> Array:
     return lax.dot_general(e, H, (((e.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)

@@ -232,6 +232,26 @@ def round_weight(
     return Rounded(state.scales, state.codes, state.damping, *sums, outliers=state.outliers)
 
 
+def concatenated(made: Sequence[Rounded], rows: Any) -> Rounded:
+    """A weight of the parts of its rows.
+
+    Args:
+      made: the parts.
+      rows: which of the parts' rows, one after the other, stand in the weight: a slice or indices.
+    """
+
+    def joined(*leaves: Array) -> Array:
+        return jnp.concatenate(leaves)[rows]
+
+    scales, codes, outliers = (
+        jax.tree.map(joined, *(getattr(m, field) for m in made)) for field in ("scales", "codes", "outliers")
+    )
+    sums = ("energy", "error", "first_error", "heldout_energy", "heldout_error", "first_heldout_error")
+    damping = jnp.max(jnp.stack([m.damping for m in made]))
+    totals = {name: sum((getattr(m, name) for m in made[1:]), getattr(made[0], name)) for name in sums}
+    return Rounded(scales, codes, damping, **totals, outliers=outliers)
+
+
 def factor_of(
     roundings: Sequence[Rounding], format: Format, stats: Stats, damping: float | Float[Array, ""] = DAMPING
 ) -> Factor | None:

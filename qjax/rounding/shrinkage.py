@@ -20,6 +20,7 @@ Source: ours; the error model is LDLQ's (QuIP, arXiv:2307.13304, section 3). Shr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -28,7 +29,7 @@ from jax import lax
 
 from qjax.formats.protocol import Format
 from qjax.formats.tiles import group_of
-from qjax.rounding.curvature import ordered, proxy
+from qjax.rounding.curvature import ordered, proxy, two_sided_loss, weighed
 from qjax.rounding.ldlq import corrected
 from qjax.stats import Stats
 from qjax.typing import Array, Float
@@ -79,20 +80,21 @@ def shares(w: Float[Array, "rows n"], fit: Float[Array, "rows n"], format: Forma
     Returns: a, one of SHARES, a least cost beside its neighbours; t f32[] in [0, 1], which is 0 without a cross term.
     """
     s2 = jnp.mean(jnp.square(w - fit), axis=0)
-
-    def cost(i: int) -> float:
-        return float(jnp.sum(s2 * split.left(SHARES[i], format)))
-
-    at = _BEGIN
-    costs = {i: cost(i) for i in (at - 1, at, at + 1)}
-    while (least := min(costs, key=lambda i: (costs[i], i))) != at:  # down the ladder, or up, to the first valley
-        at = least
-        costs |= {i: cost(i) for i in (at - 1, at + 1) if 0 <= i < len(SHARES) and i not in costs}
-    a = SHARES[at]
+    a, _ = least_share(lambda a: float(jnp.sum(s2 * split.left(a, format))))
     if split.used.cross is None or split.heldout.cross is None:
         return a, jnp.float32(0.0)
     key = format.tile[1], group_of(format, w.shape[1])
     return a, cross_share(w, split.used, split.heldout, a, *key, split.damping)
+
+
+def least_share(cost: Callable[[float], float]) -> tuple[float, float]:
+    """One of SHARES whose cost is least beside its neighbours', and that cost: down the ladder or up to a valley."""
+    at = _BEGIN
+    costs = {i: cost(SHARES[i]) for i in (at - 1, at, at + 1)}
+    while (least := min(costs, key=lambda i: (costs[i], i))) != at:
+        at = least
+        costs |= {i: cost(SHARES[i]) for i in (at - 1, at + 1) if 0 <= i < len(SHARES) and i not in costs}
+    return SHARES[at], costs[at]
 
 
 @partial(jax.jit, static_argnames=("tile", "group"))
@@ -145,15 +147,16 @@ def pooled(a: Stats, b: Stats) -> Stats:
 
     absmax = None if a.absmax is None or b.absmax is None else jnp.maximum(a.absmax, b.absmax)
     return Stats(mean(a.H, b.H), mean(a.h, b.h), mean(a.absmean, b.absmean), absmax, mean(a.cross, b.cross), a.samples,
-                 a.count + b.count)  # fmt: skip
+                 a.count + b.count, mean(a.G, b.G))  # fmt: skip
 
 
 @jax.jit
 def output_error(w: Float[Array, "rows n"], w_hat: Float[Array, "rows n"], heldout: Stats) -> Float[Array, ""]:
-    """E|W x_float - W_hat x|^2 on held-out tokens, less what no W_hat changes: tr(E H' E^T) + 2 tr(W C' E^T)."""
+    """E|W x_float - W_hat x|^2 on held-out tokens, less what no W_hat changes: tr(E H' E^T) + 2 tr(W C' E^T); where G'
+    of the output is known, in its metric: tr(G' E H' E^T) + 2 tr(G' W C' E^T)."""
     assert heldout.H is not None
     e = w - w_hat
-    error = jnp.sum(proxy(e, heldout.H))
+    error = two_sided_loss(e, heldout.H, heldout.G)
     if heldout.cross is None:
         return error
-    return error + 2.0 * jnp.sum(lax.dot(w, heldout.cross, precision=lax.Precision.HIGHEST) * e)
+    return error + 2.0 * jnp.sum(lax.dot(w, heldout.cross, precision=lax.Precision.HIGHEST) * weighed(e, heldout.G))

@@ -1,0 +1,182 @@
+"""Two-sided feedback: rows make up for each other's errors as columns do, in the metric of the output.
+
+    loss = tr(G E H E^T),      G = E[g g^T], g the gradient of the loss at the output, rows in k blocks of m
+
+    G_a + lambda diag(G) = L D L^T    T_b = W_b + sum over earlier turns r of L_rb^T E_r    W_hat_b = round(T_b) in H
+
+Rows are rounded in turns. Whatever the rounding, the loss is then sum_b tr(D_b S_b H S_b^T) with S_b = T_b - W_hat_b:
+each turn is a weight of its own in H, and any chain of roundings may take it. The rows of the largest G go first. With
+white errors S the rows cost sum_i s_i^2 [L^-1 G' L^-T]_ii in held-out G', which tells how far G is to be shrunk to its
+diagonal, as in shrinkage.py; where nothing is gained by any share, rows stay alone. With G = 1 this is LDLQ.
+
+Source: YAQA, arXiv:2505.22988 (two-sided feedback, labels sampled from the model); turns of rows in place of tiles
+along anti-diagonals, and the shrinkage, are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.compiled import untuned
+from qjax.formats.protocol import Format
+from qjax.rounding.curvature import cholesky, feedback, order_of
+from qjax.rounding.protocol import DAMPING, Rounded, Rounding, concatenated, round_weight, rounded_of
+from qjax.rounding.shrinkage import SHARES, least_share, toward_diagonal
+from qjax.stats import Stats
+from qjax.typing import Array, Float, Int
+
+WORTH = 0.98
+"""Of the loss with rows alone: below it, turns are taken."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """In which order the rows of a weight are rounded, and what they owe to each other.
+
+    Attributes:
+      order: i32[k, m], the rows of each block, those that come first last.
+      coupling: L - 1, f32[k, m, m], rows and columns in that order.
+      size: rows of a block in a turn.
+    """
+
+    order: Int[Array, "k m"]
+    coupling: Float[Array, "k m m"]
+    size: int = dataclasses.field(metadata={"static": True})
+
+
+def turn_size(m: int, turns: int) -> int:
+    """Rows of a block of m in each of at most so many turns of one size."""
+    return m // max(d for d in range(1, max(1, min(turns, m)) + 1) if m % d == 0)
+
+
+@partial(untuned, static_argnames=("size",))
+def turns_of(
+    G: Float[Array, "k m m"], a: float | Float[Array, ""], size: int, damping: float | Float[Array, ""] = DAMPING
+) -> Turns:
+    """The turns that G, shrunk toward its diagonal by a, asks for."""
+
+    def one(G: Array) -> tuple[Array, Array]:
+        order = order_of(jnp.diagonal(G), "act", 1, 1)
+        c, _ = cholesky(toward_diagonal(G, a)[order][:, order], damping)
+        coupling = feedback(c, size)
+        return order, jnp.where(jnp.all(jnp.isfinite(coupling)), coupling, 0.0)
+
+    return Turns(*jax.vmap(one)(G), size)
+
+
+@partial(untuned, static_argnames=("size",))
+def row_leftover(
+    G: Float[Array, "k m m"], heldout: Float[Array, "k m m"], a: float | Array, size: int, damping: float | Array
+) -> Float[Array, "rows"]:
+    """diag(L^-1 G' L^-T), row by row: what a unit of rounding error in it costs on held-out tokens."""
+    turns = turns_of(G, a, size, damping)
+
+    def one(order: Array, coupling: Array, heldout: Array) -> Array:
+        eye = jnp.eye(len(order), dtype=heldout.dtype)
+        inverse = jax.scipy.linalg.solve_triangular(coupling + eye, eye, lower=True, unit_diagonal=True)
+        there = lax.optimization_barrier(heldout[order][:, order])
+        left = jnp.sum(lax.dot(inverse, there, precision=lax.Precision.HIGHEST) * inverse, axis=1)
+        return jnp.zeros_like(left).at[order].set(left)
+
+    return lax.map(lambda at: one(*at), (turns.order, turns.coupling, heldout)).reshape(-1)
+
+
+def turns_for(
+    e: Float[Array, "rows n"],
+    G: Float[Array, "k m m"],
+    heldout: Float[Array, "k m m"],
+    turns: int,
+    damping: float = DAMPING,
+) -> tuple[float, float, int]:
+    """How rows are to make up for each other, told by tokens that made no G.
+
+    Args:
+      e: errors of rounding to nearest.
+      G, heldout: of the tokens that are used, and of others.
+      turns: at most.
+
+    Returns: a, one of SHARES; the loss that is expected there, in those of rows alone; the rows of a block in a turn.
+    """
+    size = turn_size(G.shape[-1], turns)
+    s2 = jnp.mean(jnp.square(e), axis=1)
+
+    def cost(a: float) -> float:
+        return float(jnp.sum(s2 * row_leftover(G, heldout, a, size, damping)))
+
+    alone = float(jnp.sum(s2 * jnp.diagonal(heldout, axis1=1, axis2=2).reshape(-1)))
+    if size == G.shape[-1] or not alone > 0:
+        return SHARES[-1], 1.0, size
+    a, least = least_share(cost)
+    return a, least / alone, size
+
+
+def in_turns(
+    w: Float[Array, "rows n"], turns: Turns, format: Format, round_rows: Callable[[Array], Rounded]
+) -> Rounded:
+    """A weight, its rows in turns.
+
+    Args:
+      w: what is to be rounded.
+      format: its grid, which must look at each row alone.
+      round_rows: rounds some rows, always as many.
+
+    Returns: codes and scales of all rows; its losses are sums over turns of those of T.
+    """
+    k, m = turns.order.shape
+    size = turns.size
+    target = jnp.take_along_axis(w.reshape(k, m, -1), turns.order[:, :, None], axis=1)
+    e = jnp.zeros_like(target)
+    made: list[Rounded] = []
+    for b in range(m // size - 1, -1, -1):
+        now = _moved(target, e, turns.coupling, b * size, size)
+        made.append(round_rows(now.reshape(k * size, -1)))
+        e = _left(target, e, rounded_of(made[-1], format), b * size)
+    rows = turns.order + m * jnp.arange(k)[:, None]
+    places = jnp.concatenate([rows[:, b * size : (b + 1) * size].reshape(-1) for b in range(m // size - 1, -1, -1)])
+    return concatenated(made, jnp.argsort(places))
+
+
+@partial(jax.jit, static_argnames=("size",))
+def _moved(target: Array, e: Array, coupling: Array, at: Any, size: int) -> Array:
+    """T_b; rows that are still to come have no error yet."""
+    owed = lax.dynamic_slice_in_dim(coupling, at, size, 2)
+    now = lax.dynamic_slice_in_dim(target, at, size, 1)
+    return now + lax.dot_general(owed, e, (((1,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _left(target: Array, e: Array, w_hat: Array, at: Any) -> Array:
+    """Errors, with those of a turn."""
+    w_hat = w_hat.reshape(target.shape[0], -1, target.shape[2])
+    now = lax.dynamic_slice_in_dim(target, at, w_hat.shape[1], 1) - w_hat
+    return lax.dynamic_update_slice_in_dim(e, now, at, 1)
+
+
+def round_two_sided(
+    w: Float[Array, "rows n"],
+    format: Format,
+    roundings: tuple[Rounding, ...],
+    stats: Stats,
+    turns: int = 8,
+    a: float = 0.0,
+    damping: float = DAMPING,
+) -> Rounded:
+    """`round_weight`, rows in turns; jittable. What the pipeline does, without its choice of a.
+
+    Args:
+      stats: H, and G.
+      turns: at most; 1 leaves rows alone.
+      a: how far G is shrunk toward its diagonal.
+    """
+    assert stats.G is not None
+    found = turns_of(stats.G, a, turn_size(stats.G.shape[-1], turns), damping)
+    alone = dataclasses.replace(stats, G=None)
+    return in_turns(w, found, format, lambda rows: round_weight(rows, format, roundings, alone, damping))
