@@ -43,6 +43,13 @@ _DEEPSEEK = {
     "n_shared_experts": 2,
     "moe_intermediate_size": 32,
 }
+_GLM4_MOE = {
+    "model_type": "glm4_moe",
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+}
 
 TINY = {
     "llama": {"model_type": "llama"},
@@ -214,6 +221,8 @@ TINY = {
             "mscale_all_dim": 1.3,
         },
     },
+    "glm4_moe": _GLM4_MOE | {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
+    "glm4_moe-air": _GLM4_MOE | {"n_shared_experts": 2, "first_k_dense_replace": 0, "partial_rotary_factor": 0.25},
     "glm4": {"model_type": "glm4"},
     "glm4-no-bias": {"model_type": "glm4", "attention_bias": False, "partial_rotary_factor": 0.25},
 }

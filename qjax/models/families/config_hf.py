@@ -30,7 +30,6 @@ MISSING = {
     "llama4_text": "attention in chunks and experts whose inputs are scaled by their share are missing",
     "gpt_oss": "attention sinks, experts with biases and their weights in MXFP4 are missing",
     "deepseek_v32": "sparse attention is missing",
-    "glm4_moe": "its layers of experts are missing, whose parts DeepSeek-V3 has",
     "qwen3_next": "gated linear attention is missing",
     "qwen3_5": "gated linear attention is missing",
     "gemma3n": "its embeddings by layer are missing",

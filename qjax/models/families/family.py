@@ -43,6 +43,7 @@ class Family:
       period: llama.cpp takes every n-th layer to be without window unless the file says otherwise; 0: none.
       pairs: llama.cpp rotates neighbouring rows of q and k where Hugging Face rotates halves: rows are permuted.
       hf_names: part of a layer -> its name below `model.layers.0`, where it is not Llama's (or Qwen's, of experts).
+      gguf_names: part of a layer -> its name below `blk.0`, where it is not that of every GGUF file.
       from_hf: (keys of config.json, the common fields) -> the DecoderConfig fields that only this family reads.
       to_hf: (config, contents of a config.json as Llama's) -> as this family's.
       from_gguf: (keys of the metadata, the common fields) -> the DecoderConfig fields that only this family reads.
@@ -59,6 +60,7 @@ class Family:
     period: int = 0
     pairs: bool = False
     hf_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gguf_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     from_hf: Callable[[Keys, Fields], Fields] = _no_fields
     to_hf: Callable[[DecoderConfig, Fields], Fields] = _unchanged
     from_gguf: Callable[[Keys, Fields], Fields] = _no_fields

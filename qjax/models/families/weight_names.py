@@ -15,7 +15,7 @@ from typing import Any
 from qjax.models.config import DecoderConfig
 from qjax.models.families.table import family_of
 
-# Part of a layer -> (its name in Hugging Face's Llama, its name in every GGUF file). Llama calls the norm in front of
+# Part of a layer -> (its name in Hugging Face's Llama, its name in GGUF files). Llama calls the norm in front of
 # its MLP by what lies behind it.
 _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -116,7 +116,7 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
 
     def at(layer: int, part: str) -> tuple[tuple[str, ...], str, str]:
         hf, gguf = _LAYER[part]
-        hf = family.hf_names.get(part, hf)
+        hf, gguf = family.hf_names.get(part, hf), family.gguf_names.get(part, gguf)
         return (f"layers_{layer}", *part.split("/")), f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
 
     def latent(layer: int) -> None:
