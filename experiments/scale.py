@@ -28,6 +28,7 @@ from qjax.models.decoder import Block
 from qjax.models.devices import ROWS, mesh, spread
 from qjax.models.parts import run as forward
 from qjax.models.stages import stages_of
+from qjax.pipeline.output_curvature import rows_of_block
 from qjax.pipeline.passes import _observe_step, block_step, groups_of
 from qjax.pipeline.survey import _head_step
 from qjax.rounding import round_weight
@@ -81,15 +82,16 @@ def llama_programs(config: Config) -> list[dict[str, Any]]:
     weights = _everywhere(params["params"])
     groups = groups_of(block, weights, jax.ShapeDtypeStruct((1, config.context, LLAMA.dim), jnp.float32))
     keys = tuple(tuple(use.key for use in group) for group in groups)
+    heights = tuple((u.key, rows_of_block(u.path, u.shape[-1], LLAMA.head_dim)) for group in groups for u in group)
     head = _everywhere({"final_norm": {"scale": _f32(LLAMA.dim)}, "head": {"kernel": _f32(LLAMA.dim, LLAMA.vocab)}})
     seed = _everywhere(jax.ShapeDtypeStruct((), jnp.int32))
     numbers = jax.ShapeDtypeStruct(tokens[:1], jnp.int32, sharding=NamedSharding(mesh(), ROWS))
     made: list[tuple[str, Any, tuple[Any, ...], tuple[Any, ...]]]
     made = [("a block forwards", spread(forward, (block,)), (weights,), (x,))]
     for what, group in (("H of q, k and v", groups[0]), ("H of down", groups[-1])):
-        static = (block, group[0].source, group[0].batch, ("H",))
+        static = (block, ((group[0].source, group[0].batch),), ("H",))
         made.append((what, spread(_observe_step, static), (weights, None), (x, None, None)))
-    made.append(("a block backwards", spread(block_step, (block, keys)), (weights,), (x, x)))
+    made.append(("a block backwards", spread(block_step, (block, keys, heights)), (weights,), (x, x)))
     made.append(("the head and its gradient", spread(_head_step, (stages,)), (head, seed), (x, numbers)))
     rows = [_held("Llama 3 70B", what, program, whole, rows) for what, program, whole, rows in made]
     recipe = qjax.recipe("gptq:Q4_K")

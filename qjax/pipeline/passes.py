@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,80 +98,99 @@ def embedded(
     return out.done()
 
 
-def observe_input(
+def observe_inputs(
     calibration: Calibration,
     kinds: tuple[str, ...],
     apply: Apply,
     to_all: Apply,
-    use: Use,
+    uses: Sequence[Use],
     params: Any,
     floats: Any,
     streams: Streams,
-    weight: np.ndarray | None,
-    name: str,
-) -> tuple[Stats, Stats | None, Sent | None]:
-    """Means at the input of one use, over the windows that are used, and over those held out; of experts stacked, and
-    filled up where they saw few tokens, by `to_all`, the piece that sends every token to each: then what they saw."""
-    used, held = _means(calibration, kinds, apply, use, params, floats, streams, weight)
-    if not float(jnp.max(jnp.asarray(1 if used.count is None else used.count))):  # tokens pass every block of a decoder
-        raise UserError(f"{name}: its input is zero at every token; the model's weights in front of it are all zeros")
-    n = float(math.prod(use.shape[axis] for axis in use.axes))
-    part = n * calibration.heldout / calibration.used
-    sent = None
-    if are_few(used, n) or (held is not None and are_few(held, part)):
-        sent = np.asarray(used.count), np.asarray(0.0 if held is None else held.count)
-        of_all, held_of_all = _means(calibration, kinds, to_all, use, params, floats, streams, weight)
-        used = filled(used, of_all, n)
-        if held is not None and held_of_all is not None:
-            held = filled(held, held_of_all, part)
-    check_stats(dataclasses.replace(used, count=None), name)
-    return used, held, sent
+    weights: Sequence[np.ndarray | None],
+    names: Sequence[str],
+) -> list[tuple[Stats, Stats | None, Sent | None]]:
+    """Means at the inputs of some uses, in one pass: over the windows that are used, and over those held out.
+
+    Those of experts are stacked, and filled up where they saw few tokens, by `to_all`, the piece that sends every token
+    to each: then what they saw comes too.
+
+    Args:
+      weights: how much the tokens count at each of them.
+      names: of a weight there, for messages.
+    """
+    here = (params, floats, streams)
+    found = _means(calibration, kinds, apply, uses, *here, weights)
+    made: list[tuple[Stats, Stats | None, Sent | None]] = []
+    for use, weight, name, (used, held) in zip(uses, weights, names, found, strict=True):
+        if not float(jnp.max(jnp.asarray(1 if used.count is None else used.count))):  # tokens pass all of a decoder
+            raise UserError(
+                f"{name}: its input is zero at every token; the model's weights in front of it are all zeros"
+            )
+        n = float(math.prod(use.shape[axis] for axis in use.axes))
+        part = n * calibration.heldout / calibration.used
+        sent = None
+        if are_few(used, n) or (held is not None and are_few(held, part)):
+            sent = np.asarray(used.count), np.asarray(0.0 if held is None else held.count)
+            ((of_all, held_of_all),) = _means(calibration, kinds, to_all, (use,), *here, (weight,))
+            used = filled(used, of_all, n)
+            if held is not None and held_of_all is not None:
+                held = filled(held, held_of_all, part)
+        check_stats(dataclasses.replace(used, count=None), name)
+        made.append((used, held, sent))
+    return made
 
 
 def _means(
     calibration: Calibration,
     kinds: tuple[str, ...],
     apply: Apply,
-    use: Use,
+    uses: Sequence[Use],
     params: Any,
     floats: Any,
     streams: Streams,
-    weight: np.ndarray | None,
-) -> tuple[Stats, Stats | None]:
-    totals: list[Stats | None] = [None, None]
+    weights: Sequence[np.ndarray | None],
+) -> list[tuple[Stats, Stats | None]]:
+    totals: list[list[Stats] | None] = [None, None]
     x_float = None if streams.x_float is None else streams.x_float.array
-    whole, rows = (params, None if x_float is None else floats), (streams.x.array, x_float, weight)
-    for at, part in each_step(_observe_step, (apply, use.source, use.batch, kinds), whole, rows, calibration.steps):
+    static = apply, tuple((use.source, use.batch) for use in uses), kinds
+    whole, rows = (params, None if x_float is None else floats), (streams.x.array, x_float, *weights)
+    for at, part in each_step(_observe_step, static, whole, rows, calibration.steps):
         which = int(at.start >= calibration.used)
         before = totals[which]
-        totals[which] = part if before is None else add(before, part)
+        totals[which] = part if before is None else [add(a, b) for a, b in zip(before, part, strict=True)]
     used, held = totals
     assert used is not None
-    return means(used), None if held is None else means(held)
+    return [(means(a), None if held is None else means(held[i])) for i, a in enumerate(used)]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 @full_float32
 def _observe_step(
     apply: Apply,
-    source: int,
-    batch: int,
+    inputs: tuple[tuple[int, int], ...],
     kinds: tuple[str, ...],
     params: Any,
     floats: Any,
     x: Array,
     x_float: Array | None,
-    weight: Array | None,
-) -> Stats:
-    """The sums of one source for one batch; what lies behind it is dead code."""
+    *weights: Array | None,
+) -> list[Stats]:
+    """The sums of some inputs, (source, batch), for one batch; what lies behind the last is dead code."""
+    wanted = {source for source, _ in inputs}
 
-    def inputs(params: Any, x: Array) -> Array:
-        return watch(apply, lambda use, v: v if use.source == source else None)(params, x)[1][source]
+    def at(params: Any, x: Array) -> dict[int, Any]:
+        return watch(apply, lambda use, v: v if use.source in wanted else None)(params, x)[1]
 
-    here = inputs(params, x)
-    if x_float is None:
-        return mapped(lambda x: sums(x, kinds, None, weight), batch)(here)
-    return mapped(lambda x, x_float: sums(x, kinds, x_float, weight), batch)(here, inputs(floats, x_float))
+    here, there = at(params, x), None if x_float is None else at(floats, x_float)
+    found = []
+    for (source, batch), weight in zip(inputs, weights, strict=True):
+        if there is None:
+            found.append(mapped(lambda x, v=weight: sums(x, kinds, None, v), batch)(here[source]))
+        else:
+            both = mapped(lambda x, x_float, v=weight: sums(x, kinds, x_float, v), batch)
+            found.append(both(here[source], there[source]))
+    return found
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

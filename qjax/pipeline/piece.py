@@ -60,7 +60,8 @@ class How:
     Attributes:
       counted: the windows over which tokens weigh 1 on average; those that are used, not held out.
       makes_codes: the windows whose tokens make codes in the end: where a recipe shrinks, all.
-      observe: takes what `observe_input` takes behind the kinds.
+      at_once: a piece is looked at in one pass: nothing is put in place before its end, and statistics are vectors.
+      observe: takes what `observe_inputs` takes behind the kinds.
     """
 
     formats: Formats
@@ -68,7 +69,8 @@ class How:
     counted: int
     makes_codes: int
     sequential: bool
-    observe: Callable[..., tuple[Stats, Stats | None, Sent | None]]
+    at_once: bool
+    observe: Callable[..., list[tuple[Stats, Stats | None, Sent | None]]]
     round_one: Round
 
 
@@ -97,24 +99,47 @@ def rounded_piece(
     apply, to_all = applies
     now = floats
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
-    for g, group in enumerate(groups_of(apply, floats, example)):
-        todo = {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats}
-        seen = Seen()
-        if any(how.formats[name][1].requires for name in todo if name not in how.earlier):
-            power = float(max(how.formats[name][1].sensitive for name in todo))
-            weight = known = None
-            if weights is not None and power:
-                sensitivity, alike, _ = weights
-                weight = tempered(sensitivity[g], power, how.counted, alike)
-                known = effective(weight[: how.makes_codes])
-            found = how.observe(apply, to_all, group[0], now, floats, streams, weight, next(iter(todo)))
-            stats, heldout, sent = found
-            seen = Seen(stats, heldout, known, sent)
+    groups = [
+        (g, {_join(prefix, u.path): u for u in group if _join(prefix, u.path) in how.formats})
+        for g, group in enumerate(groups_of(apply, floats, example))
+    ]
+    wanted = [(g, todo) for g, todo in groups if _asks(todo, how)]
+
+    def look(some: list[tuple[int, dict[str, Use]]]) -> dict[int, Seen]:
+        """What is known of the inputs of some groups behind the weights as they are now."""
+        if not some:
+            return {}
+        counts = [_token_weight(g, todo, weights, how) for g, todo in some]
+        uses, names = [next(iter(todo.values())) for _, todo in some], [next(iter(todo)) for _, todo in some]
+        found = how.observe(apply, to_all, uses, now, floats, streams, counts, names)
+        known = [None if v is None else effective(v[: how.makes_codes]) for v in counts]
+        return {
+            g: Seen(stats, heldout, tokens, sent)
+            for (g, _), tokens, (stats, heldout, sent) in zip(some, known, found, strict=True)
+        }
+
+    ahead = look(wanted) if how.at_once else {}
+    for g, todo in groups:
+        seen = ahead.get(g) or look([(g, todo)] if _asks(todo, how) else []).get(g, Seen())
         for name, use in todo.items():
             own = seen if weights is None else _with_curvature(seen, weights[2].get(use.path))
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), own)
             now = _put(now, use.path, w_hat) if how.sequential else now
     return now
+
+
+def _asks(todo: Mapping[str, Use], how: How) -> bool:
+    """Whether a weight of a group is still to be rounded by a recipe that looks at inputs."""
+    return any(how.formats[name][1].requires for name in todo if name not in how.earlier)
+
+
+def _token_weight(g: int, todo: Mapping[str, Use], weights: Weights | None, how: How) -> np.ndarray | None:
+    """How much each token counts at the input of a group; None: alike."""
+    power = float(max(how.formats[name][1].sensitive for name in todo))
+    if weights is None or not power:
+        return None
+    sensitivity, alike, _ = weights
+    return tempered(sensitivity[g], power, how.counted, alike)
 
 
 def _with_curvature(seen: Seen, G: np.ndarray | None) -> Seen:

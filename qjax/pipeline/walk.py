@@ -21,7 +21,7 @@ from qjax.models.parts import Parts
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Streams
 from qjax.pipeline.few_tokens import NOTE, saw_few
-from qjax.pipeline.passes import Checked, embedded, head_weights, observe_input, run_piece
+from qjax.pipeline.passes import Checked, embedded, head_weights, observe_inputs, run_piece
 from qjax.pipeline.piece import EMBEDDING, Formats, How, Seen, for_embedding, rounded_embedding, rounded_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, plain, round_leaf
@@ -144,9 +144,10 @@ def walk(
         streams = Streams(x, x_float)
         commit(folder, 0, streams)
 
-    observe = partial(observe_input, calibration, kinds)
+    observe = partial(observe_inputs, calibration, kinds)
     makes_codes = len(calibration.tokens) if any(r.shrink for r in recipes) else calibration.used
-    how = How(formats, earlier, calibration.used, makes_codes, sequential, observe, round_one)
+    at_once = not sequential and not {"H", "cross"} & {*kinds}
+    how = How(formats, earlier, calibration.used, makes_codes, sequential, at_once, observe, round_one)
     for i in range(start, len(stages.blocks)):
         apply, block = stages.blocks[i], parts.part(stages.names[i])
         weights = None if seen is None else (seen.sensitivity[i], seen.alike[i], seen.outputs.of(i))

@@ -67,6 +67,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
         tied=True,
         vocab=vocab,
         dim=dim,
+        head_dim=dim,
     )
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     params = {"embed": {"embedding": f32(vocab, dim)}}
