@@ -144,7 +144,8 @@ class Contest:
         calibration = calibration_text(self.model, given, context=self.context, limit=windows, seed=seed)
         seen, importance = None, None
         if any(n != THEIRS and self.chosen[n].sensitive for _, n in left):
-            seen = survey_model(self.model, calibration)
+            two_sided = any(n != THEIRS and self.chosen[n].two_sided for _, n in left)
+            seen = survey_model(self.model, calibration, two_sided)
         for mix, name in left:
             kept = self.config.keep and seed == self.config.seeds[0]
             file = (self.out if kept else self.scratch) / f"{mix}.{windows}.{[*names].index(name)}.gguf"

@@ -96,7 +96,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     for seed in dict.fromkeys(seed for seed, _ in left):
         own = [e for s, e in left if s == seed]
         calibration = calibration_of(config, model, seed)
-        seen = survey_model(model, calibration) if any(e.sensitive for e in own) else None
+        two_sided = any(e.recipe is not None and e.recipe.two_sided for e in own)
+        seen = survey_model(model, calibration, two_sided) if any(e.sensitive for e in own) else None
         for e in own:
             assert baseline is not None
             row = {"method": e.name, "recipe": str(e.recipe or FLOAT), "seed": seed}

@@ -124,7 +124,9 @@ def judged(config: Config, model: Model, chosen: Mapping[str, tuple[Recipe, Plan
         text = stdlib_text.calibration_text(1_200_000, seed)
         limit = config.calibration_windows
         calibration = calibration_text(model, text, limit=limit, seed=seed, context=config.context)
-        seen = survey_model(model, calibration) if any(chosen[name][0].sensitive for name in left) else None
+        asked = [chosen[name][0] for name in left]
+        two_sided = any(r.two_sided for r in asked)
+        seen = survey_model(model, calibration, two_sided) if any(r.sensitive for r in asked) else None
         for name in left:
             recipe, plan = chosen[name]
             clock = time.perf_counter()

@@ -28,7 +28,7 @@ from qjax.models.decoder import Block
 from qjax.models.devices import ROWS, mesh, spread
 from qjax.models.parts import run as forward
 from qjax.models.stages import stages_of
-from qjax.pipeline.output_curvature import rows_of_block
+from qjax.pipeline.output_curvature import heights_of
 from qjax.pipeline.passes import _observe_step, block_step, groups_of
 from qjax.pipeline.survey import _head_step
 from qjax.rounding import round_weight
@@ -82,7 +82,7 @@ def llama_programs(config: Config) -> list[dict[str, Any]]:
     weights = _everywhere(params["params"])
     groups = groups_of(block, weights, jax.ShapeDtypeStruct((1, config.context, LLAMA.dim), jnp.float32))
     keys = tuple(tuple(use.key for use in group) for group in groups)
-    heights = tuple((u.key, rows_of_block(u.path, u.shape[-1], LLAMA.head_dim)) for group in groups for u in group)
+    heights = heights_of((use for group in groups for use in group), LLAMA.head_dim)
     head = _everywhere({"final_norm": {"scale": _f32(LLAMA.dim)}, "head": {"kernel": _f32(LLAMA.dim, LLAMA.vocab)}})
     seed = _everywhere(jax.ShapeDtypeStruct((), jnp.int32))
     numbers = jax.ShapeDtypeStruct(tokens[:1], jnp.int32, sharding=NamedSharding(mesh(), ROWS))

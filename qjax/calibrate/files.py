@@ -33,7 +33,7 @@ def save_stats(path: str | Path, stats: Mapping[str, Stats]) -> None:
     for name, s in stats.items():
         shared[name] = first.setdefault(id(s), name)
         if shared[name] == name:
-            for kind in (*KINDS, "count"):
+            for kind in (*KINDS, "count", "G"):
                 if getattr(s, kind) is not None:
                     arrays[f"{name}|{kind}"] = np.asarray(getattr(s, kind))
     axes = {name: [s.axis, list(s.also)] for name, s in stats.items() if shared[name] == name and s.axis is not None}
@@ -54,7 +54,7 @@ def load_stats(path: str | Path) -> dict[str, Stats]:
         fields: dict[str, dict[str, jnp.ndarray]] = {name: {} for name in set(shared.values())}
         for key, array in arrays.items():
             name, kind = key.rsplit("|", 1)
-            if kind not in (*KINDS, "count") or array.dtype.kind not in "fiu":
+            if kind not in (*KINDS, "count", "G") or array.dtype.kind not in "fiu":
                 raise ValueError(f"{key} of {array.dtype}")
             fields[name][kind] = jnp.asarray(array)
         made = {name: Stats(**f, **_axes(*axes.get(name, (None, ())))) for name, f in fields.items()}

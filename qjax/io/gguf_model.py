@@ -76,10 +76,16 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
         found, expected = file.entry(w.gguf).shape, w.file_shape
         if found != expected and (1, *found) != expected:  # what is one row may be a vector
             raise UserError(f"{path}: tensor {w.gguf!r} has shape {list(found)}; its metadata ask for {list(expected)}")
-    extra = file.tensors.keys() - {w.gguf for w in names} - rope.keys()
+    extra = file.tensors.keys() - {w.gguf for w in names} - rope.keys() - further(config, file)
     if extra:
         raise UserError(f"{path}: tensor {min(extra)!r} belongs to nothing that qjax knows in this architecture")
     return config, file
+
+
+def further(config: DecoderConfig, file: GGUFFile) -> frozenset[str]:
+    """The tensors of blocks behind the last, which guess further tokens and have no part in the next one's scores."""
+    blocks = range(config.layers, int(file.metadata[f"{file.metadata['general.architecture']}.block_count"]))
+    return frozenset(name for i in blocks for name in file.tensors if name.startswith(f"blk.{i}."))
 
 
 def load_gguf(path: str | Path, dtype: Any = jnp.float32, pre: str | None = None) -> Model:

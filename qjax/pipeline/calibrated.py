@@ -96,9 +96,10 @@ def quantize_model(
     return dataclasses.replace(model, params=params), Report(tuple(report), notes)
 
 
-def survey_model(model: Model, calibration: Calibration) -> Survey:
-    """The float model's pass forwards and backwards that recipes with curvature begin with."""
-    return survey(stages_of(model.config), model, calibration)
+def survey_model(model: Model, calibration: Calibration, two_sided: bool = True) -> Survey:
+    """The float model's pass forwards and backwards that recipes with curvature begin with; with G of all outputs, in
+    memory, where one of them is two-sided."""
+    return survey(stages_of(model.config), model, calibration, two_sided=two_sided)
 
 
 def _file_shape(q: QTensor) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.compiled import untuned
+from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.pipeline.parts import Fit, by_parts, in_parts
 from qjax.recipes import Recipe
@@ -28,12 +29,13 @@ from qjax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class Shrinkage:
-    """How far the statistics were believed: see `CalibrationReport`."""
+    """How far the statistics were believed, see `CalibrationReport`: H, the cross term and G; NaN where they were not
+    shrunk, and where rows stood alone."""
 
     a: Array
     t: Array
     guarded: Array
-    output: Array  # of G; NaN where rows stood alone
+    output: Array
 
 
 jax.tree_util.register_dataclass(Shrinkage)
@@ -96,7 +98,7 @@ def output_curvatures(
     heldout: Stats | None,
 ) -> OutputCurvatures | None:  # fmt: skip
     """None where the recipe does not look at it, nobody knows it, or the grid holds rows together."""
-    if not recipe.two_sided or used.G is None or format.rows != 1 or format.tile[0] != 1:
+    if not recipe.two_sided or used.G is None or not rows_are_free(format):
         return None
     here = behind_outputs(applied, used.G, *shape)
     if heldout is None or heldout.G is None:
@@ -107,17 +109,25 @@ def output_curvatures(
     return OutputCurvatures(here, there, share * here + (1.0 - share) * there)
 
 
+def rows_are_free(format: Format) -> bool:
+    """Whether a row's codes and scales are its own."""
+    return format.rows == 1 and format.tile[0] == 1
+
+
 def rounded_rows(
     w: Array, format: Format, recipe: Recipe, stats: Stats, turns: Turns | None, fit: Fit | None = None
 ) -> Rounded:
     """`in_parts`; with turns, of the rows of each, half of them at a time."""
     if turns is None:
         return in_parts(w, format, recipe, stats, None, fit)
-    half = -(-len(w) * turns.size // (2 * turns.order.shape[1] * 8)) * 8
+    if not bool(jnp.all(jnp.isfinite(turns.coupling))):
+        raise UserError("G = E[g g^T] of the output is not positive semi-definite, whatever is added to its diagonal")
+    rows = len(w) * turns.size // turns.order.shape[1]
+    half = -(-rows // 16) * 8  # for two cores, in whole vectors
     return in_turns(w, turns, format, by_parts(w.shape[1], format, recipe, stats, height=half))
 
 
-def in_metric(made: Rounded, w: Array, e: Array, first: Array, H: Any, G: Array | None) -> Rounded:
-    """With the losses of errors e, and of those of the first stage, in H and G."""
-    energy, error, first_error = (two_sided_loss(v, H, G) for v in (w, e, first))
-    return dataclasses.replace(made, energy=energy, error=error, first_error=first_error)
+def in_metric(made: Rounded, w: Array, e: Array, first: Array | None, H: Any, G: Array | None) -> Rounded:
+    """With the losses of errors e, and of those of the first stage where they are known, in H and G."""
+    losses = [jnp.float32(jnp.nan) if v is None else two_sided_loss(v, H, G) for v in (w, e, first)]
+    return dataclasses.replace(made, **dict(zip(("energy", "error", "first_error"), losses, strict=True)))

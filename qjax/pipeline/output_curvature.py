@@ -8,7 +8,7 @@ whose errors meet in one sum of products, and elsewhere as many as divide the he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from jax import lax
 
 from qjax.io.atomic import atomic_file
 from qjax.io.npz import read_arrays
+from qjax.lifting import Use
 from qjax.typing import Array, Float
 
 MOST = 576
-"""Rows of a block. Neurons of an MLP have little to say to each other, and m^2 numbers are kept."""
-_HEADS = ("attn/q/", "attn/k/", "attn/v/")
+"""Rows of a block, at most, for m^2 numbers are kept: SmolLM2's width."""
+_HEADS = tuple(f"attn/{part}/" for part in ("q", "k", "v", "qkv", "q_b"))
 
 
 class OutputCurvature:
@@ -56,6 +57,11 @@ class OutputCurvature:
     def _file(self, block: int) -> Path:
         assert self._folder is not None
         return self._folder / f"output_curvature_{block}.npz"
+
+
+def heights_of(uses: Iterable[Use], head: int) -> tuple[tuple[str, int], ...]:
+    """(key, rows of a block) of each use, for `block_step`; of an attention head are `head`."""
+    return tuple((u.key, rows_of_block(u.path, u.shape[-1 if u.axes[0] == -2 else -2], head)) for u in uses)
 
 
 def rows_of_block(path: str, out: int, head: int) -> int:

@@ -107,8 +107,6 @@ def rounded_piece(
 
     def look(some: list[tuple[int, dict[str, Use]]]) -> dict[int, Seen]:
         """What is known of the inputs of some groups behind the weights as they are now."""
-        if not some:
-            return {}
         counts = [_token_weight(g, todo, weights, how) for g, todo in some]
         uses, names = [next(iter(todo.values())) for _, todo in some], [next(iter(todo)) for _, todo in some]
         found = how.observe(apply, to_all, uses, now, floats, streams, counts, names)
@@ -118,9 +116,10 @@ def rounded_piece(
             for (g, _), tokens, (stats, heldout, sent) in zip(some, known, found, strict=True)
         }
 
-    ahead = look(wanted) if how.at_once else {}
+    ahead = look(wanted) if how.at_once and wanted else {}
     for g, todo in groups:
-        seen = ahead.get(g) or look([(g, todo)] if _asks(todo, how) else []).get(g, Seen())
+        found = ahead if how.at_once or (g, todo) not in wanted else look([(g, todo)])
+        seen = found.get(g, Seen())
         for name, use in todo.items():
             own = seen if weights is None else _with_curvature(seen, weights[2].get(use.path))
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), own)
@@ -153,9 +152,9 @@ def _with_curvature(seen: Seen, G: np.ndarray | None) -> Seen:
 
 def for_embedding(recipe: Recipe) -> Recipe:
     """Without a cross term, for it has no input that could have changed; not shrunk, for no tokens are held out of its
-    curvature; as it is, for it is looked up."""
+    curvature; rows alone, for they are tokens; as it is, for it is looked up."""
     roundings = tuple(dataclasses.replace(r, cross=0.0) if isinstance(r, LDLQ) else r for r in recipe.roundings)
-    return of_embedding(dataclasses.replace(recipe, roundings=roundings, shrink=False))
+    return of_embedding(dataclasses.replace(recipe, roundings=roundings, shrink=False, two_sided=0))
 
 
 def _axis(use: Use) -> int:

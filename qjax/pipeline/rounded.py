@@ -17,14 +17,24 @@ from qjax.formats import Format
 from qjax.pipeline.believed import believed
 from qjax.pipeline.encode import broken, broken_weights
 from qjax.pipeline.few_tokens import saw_few
-from qjax.pipeline.one_matrix import Made, aimed, changed, in_metric, output_curvatures, parted, rounded_rows
+from qjax.pipeline.one_matrix import (
+    Made,
+    Shrinkage,
+    aimed,
+    changed,
+    in_metric,
+    output_curvatures,
+    parted,
+    rounded_rows,
+    rows_are_free,
+)
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
 from qjax.recipes import Recipe
 from qjax.reparam import Applied, restore, settle
 from qjax.reparam.split import Sparse
 from qjax.rounding import check_chain, nearest
-from qjax.rounding.curvature import proxy
+from qjax.rounding.curvature import proxy, two_sided_loss
 from qjax.rounding.protocol import rounded_of
 from qjax.rounding.shrinkage import Split
 from qjax.rounding.two_sided import turn_size, turns_of
@@ -80,7 +90,10 @@ def round_leaf(
     needed |= {} if stats.H is None else {"H": stats.H}  # to report the loss in
     needed |= {"G": _curvature(name, stats.G, rows)} if recipe.two_sided and stats.G is not None else {}
     stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats)))
-    made, applied, shrinkage = _stacked(rows, format, recipe, stats, heldout, {} if shared is None else shared)
+    try:
+        made, applied, told = _stacked(rows, format, recipe, stats, heldout, {} if shared is None else shared)
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
     damping = float(np.max(np.asarray(made.damping)))
     if not np.isfinite(np.asarray(made.damping)).all():
         raise UserError(
@@ -91,20 +104,36 @@ def round_leaf(
     if not np.isfinite(relative_rmse(dataclasses.replace(q, axis=-1), rows)):
         raise UserError(f"{name}: its values are too large for {format.name}")
     counts = np.asarray(stats.count)
-    if shrinkage is not None and heldout is not None:  # all tokens made it
+    shrinkage = _told(told)
+    if "shrinkage" in shrinkage and heldout is not None:  # all tokens made it
         counts = np.asarray(counts + np.asarray(_count(heldout)))
     count = int(np.min(counts))
     notes = [few] if recipe.requires and (few := saw_few(counts, n)) else []
-    notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and shrinkage is None)
+    notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and "shrinkage" not in shrinkage)
+    notes += [f"rows stand alone: {why}"] if recipe.two_sided and (why := _alone(format, stats)) else []
     note = "; ".join(notes)
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
-    told: dict[str, Any] = {}
-    if shrinkage is not None:
-        a, t, guarded, output = (np.asarray(v) for v in dataclasses.astuple(shrinkage))
-        told = {"shrinkage": float(a.mean()), "cross_share": float(t.mean()), "guarded": bool(guarded.any())}
-        told["output_shrinkage"] = None if np.isnan(output).all() else float(np.nanmean(output))
-    told["by_matrix"] = tuple(counts.reshape(-1).astype(int).tolist()) if counts.ndim else ()
-    return q, CalibrationReport(*losses, damping, count, time.perf_counter() - clock, note, **told)
+    by_matrix = tuple(counts.reshape(-1).astype(int).tolist()) if counts.ndim else ()
+    seconds = time.perf_counter() - clock
+    return q, CalibrationReport(*losses, damping, count, seconds, note, by_matrix=by_matrix, **shrinkage)
+
+
+def _told(found: Shrinkage | None) -> dict[str, Any]:
+    """Means over a stack, for the report; what is NaN was not done."""
+    if found is None:
+        return {}
+    a, t, guarded, output = (np.asarray(v) for v in dataclasses.astuple(found))
+    told: dict[str, Any] = {} if np.isnan(output).all() else {"output_shrinkage": float(np.nanmean(output))}
+    if not np.isnan(a).all():
+        told |= {"shrinkage": float(a.mean()), "cross_share": float(t.mean()), "guarded": bool(guarded.any())}
+    return told
+
+
+def _alone(format: Format, stats: Stats) -> str:
+    """Why a two-sided recipe cannot round a weight's rows for each other, or nothing."""
+    if stats.G is None:
+        return "G of the weight's output is not known"
+    return "" if rows_are_free(format) else f"{format.name} holds rows together"
 
 
 def _count(stats: Stats) -> Any:
@@ -183,7 +212,7 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
         return believed(w, format, recipe, stats, seen, shared)
     heldout = None if seen is None else seen.H
     if recipe.two_sided and stats.G is not None and stats.H is not None:
-        return _in_turns(w, format, recipe, stats)
+        return _in_turns(w, format, recipe, stats, seen)
     if not recipe.reparams:
         return *parted(in_parts(w, format, recipe, stats, heldout), format, ()), None
     site, applied, found = changed(w, format, recipe, stats)
@@ -202,19 +231,24 @@ def _one(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | N
     return *parted(dataclasses.replace(made, **sums), format, applied), None
 
 
-def _in_turns(w: Array, format: Format, recipe: Recipe, stats: Stats) -> Made:
-    """One matrix whose rows make up for each other, H and G believed whole; losses are those behind the chain."""
+def _in_turns(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stats | None) -> Made:
+    """One matrix whose rows make up for each other, H and G believed whole; losses are those behind the chain, but of
+    held-out tokens those of the weight as it was."""
     site, applied, found = changed(w, format, recipe, dataclasses.replace(stats, G=None))
     G = output_curvatures(recipe, format, applied, w.shape, stats, None)
     if G is None:
-        return _one(w, format, recipe, dataclasses.replace(stats, G=None), None, {})
+        return _one(w, format, recipe, dataclasses.replace(stats, G=None), seen, {})
     m = G.both.shape[-1]
     target, rest = aimed(site.w, format, recipe, site.stats)
     turns = turns_of(G.both, 0.0, turn_size(m, recipe.two_sided), recipe.damping)
     made = rounded_rows(target, format, rest, dataclasses.replace(site.stats, cross=None), turns)
     w_hat = rounded_of(made, format)
-    made = in_metric(made, site.w, target - w_hat, target - w_hat, site.stats.H, G.both)
-    return *parted(made, format, settle(applied, found, w_hat)), None
+    made, nan = in_metric(made, site.w, target - w_hat, None, site.stats.H, G.both), jnp.float32(jnp.nan)
+    applied = settle(applied, found, w_hat)
+    if seen is not None and seen.H is not None and stats.cross is None:
+        ends = (two_sided_loss(v, jnp.asarray(seen.H), seen.G) for v in (w, w - restore(applied, w_hat)))
+        made = dataclasses.replace(made, **dict(zip(("heldout_energy", "heldout_error"), ends, strict=True)))
+    return *parted(made, format, applied), Shrinkage(nan, nan, jnp.asarray(False), jnp.float32(0.0))
 
 
 def _mean(loss: Array) -> float | None:

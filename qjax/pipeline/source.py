@@ -18,7 +18,7 @@ from qjax.errors import UserError
 from qjax.evaluate.sizes import Sizes, counted
 from qjax.io.checkpoint import locate
 from qjax.io.gguf_model import card_of as card_of_gguf
-from qjax.io.gguf_model import metadata_of, open_gguf_model
+from qjax.io.gguf_model import further, metadata_of, open_gguf_model
 from qjax.io.gguf_types import DENSE
 from qjax.io.huggingface import card_of, get_leaf, open_model
 from qjax.io.llama2c import load_llama2c
@@ -206,10 +206,10 @@ def _converted(
 
 def _open_gguf(path: Path, pre: str | None) -> Source:
     config, file = open_gguf_model(path)
-    paths = {w.gguf: "/".join(w.path) for w in weight_names(config)}
+    paths, passed = {w.gguf: "/".join(w.path) for w in weight_names(config)}, further(config, file)
 
     def tensors() -> Iterator[SourceTensor]:
-        for e in file.tensors.values():
+        for e in (file.tensors[name] for name in file.tensors if name not in passed):
             weight = Weight(paths.get(e.name, e.name), e.shape, e.name)
             yield SourceTensor(weight, e.type, path, e.offset, e.nbytes)
 
@@ -220,6 +220,11 @@ def _open_gguf(path: Path, pre: str | None) -> Source:
             raise UserError(f"{path}: {e}") from e
 
     def metadata() -> Mapping[str, Any]:
-        return {key: file.typed(key) for key in file.metadata} | ({} if pre is None else {"tokenizer.ggml.pre": pre})
+        said = {key: file.typed(key) for key in file.metadata} | ({} if pre is None else {"tokenizer.ggml.pre": pre})
+        if passed:
+            arch = file.metadata["general.architecture"]
+            del said[f"{arch}.nextn_predict_layers"]
+            said[f"{arch}.block_count"] = np.uint32(config.layers)
+        return said
 
     return Source(path, config, tuple(tensors()), True, tokenizer, lambda: card_of_gguf(file), metadata)

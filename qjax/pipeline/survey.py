@@ -25,14 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.lifting import Use
 from qjax.models.devices import each_step
 from qjax.models.parts import Parts, batches
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Activations
 from qjax.pipeline.head import head_step
 from qjax.pipeline.massive import Found, Massive, massive_at, summed
-from qjax.pipeline.output_curvature import OutputCurvature, rows_of_block
+from qjax.pipeline.output_curvature import OutputCurvature, heights_of
 from qjax.pipeline.passes import Checked, block_step, embed_step, embedded, groups_of, head_weights, run_piece
 from qjax.pipeline.windows import Calibration
 
@@ -112,7 +111,7 @@ def survey(
         groups = groups_of(apply, params, example)
         keys = tuple(tuple(use.key for use in group) for group in groups)
         uses = [use for group in groups for use in group if two_sided and len(use.axes) == 1]
-        heights = tuple((use.key, rows_of_block(use.path, _height(use), stages.head_dim)) for use in uses)
+        heights = heights_of(uses, stages.head_dim)
         seen = np.empty((len(keys), *tokens.shape), np.float32)
         xg = inputs[i].array, gradient
         sums: tuple[dict[str, Any], ...] = {}, {}
@@ -137,10 +136,6 @@ def survey(
     alike = np.stack([a.tokens | b.tokens for a, b in pairwise(found)])
     means = C / count, head / count, count
     return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found), outputs)
-
-
-def _height(use: Use) -> int:
-    return use.shape[-1 if use.axes[0] == -2 else -2]
 
 
 def _means(key: str, sums: tuple[dict[str, Any], ...], used: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,6 +9,7 @@ from qjax.rounding.nearest import nearest
 from qjax.rounding.protocol import Rounded, Rounding, check_chain, check_grid, round_weight
 from qjax.rounding.refit import refit
 from qjax.rounding.spqr import spqr
+from qjax.rounding.two_sided import round_two_sided
 
 __all__ = [
     "Rounded",
@@ -23,6 +24,7 @@ __all__ = [
     "learned_clipping",
     "nearest",
     "refit",
+    "round_two_sided",
     "round_weight",
     "spqr",
 ]

@@ -108,12 +108,17 @@ def leftover(
 ) -> Float[Array, "n"]:
     """diag(L^-1 H' L^-T) with L the unit lower factor of H_a in act-order; infinite where H_a has none."""
     f = ordered(toward_diagonal(H, a), damping, "act", tile, group)
-    inverse = jax.scipy.linalg.solve_triangular(f.c, jnp.eye(H.shape[0], dtype=H.dtype), lower=True)
-    there = lax.optimization_barrier(heldout[f.order][:, f.order])  # XLA would look each factor of the product up
-    product = lax.dot(inverse, there, precision=lax.Precision.HIGHEST)
-    left = jnp.square(jnp.diagonal(f.c)) * jnp.sum(product * inverse, axis=1)  # L = c / diag(c)
+    left = jnp.square(jnp.diagonal(f.c)) * behind_factor(f.c, heldout[f.order][:, f.order])  # L = c / diag(c)
     left = jnp.where(jnp.all(jnp.isfinite(left)), left, jnp.inf)
     return jnp.zeros_like(left).at[f.order].set(left)
+
+
+def behind_factor(lower: Float[Array, "n n"], H: Float[Array, "n n"]) -> Float[Array, "n"]:
+    """diag(L^-1 H L^-T) of a lower triangular L; infinite where L is not finite."""
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(H.shape[0], dtype=H.dtype), lower=True)
+    H = lax.optimization_barrier(H)  # XLA would look each factor of the product up where H is a look-up
+    left = jnp.sum(lax.dot(inverse, H, precision=lax.Precision.HIGHEST) * inverse, axis=1)
+    return jnp.where(jnp.all(jnp.isfinite(left)), left, jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("tile", "group"))

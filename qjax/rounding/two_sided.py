@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.compiled import untuned
+from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.rounding.curvature import cholesky, feedback, order_of
 from qjax.rounding.protocol import DAMPING, Rounded, Rounding, concatenated, round_weight, rounded_of
-from qjax.rounding.shrinkage import SHARES, least_share, toward_diagonal
+from qjax.rounding.shrinkage import SHARES, behind_factor, least_share, toward_diagonal
 from qjax.stats import Stats
 from qjax.typing import Array, Float, Int
 
@@ -61,13 +62,12 @@ def turn_size(m: int, turns: int) -> int:
 def turns_of(
     G: Float[Array, "k m m"], a: float | Float[Array, ""], size: int, damping: float | Float[Array, ""] = DAMPING
 ) -> Turns:
-    """The turns that G, shrunk toward its diagonal by a, asks for."""
+    """The turns that G, shrunk toward its diagonal by a, asks for; their coupling is NaN where G has no factor."""
 
     def one(G: Array) -> tuple[Array, Array]:
         order = order_of(jnp.diagonal(G), "act", 1, 1)
         c, _ = cholesky(toward_diagonal(G, a)[order][:, order], damping)
-        coupling = feedback(c, size)
-        return order, jnp.where(jnp.all(jnp.isfinite(coupling)), coupling, 0.0)
+        return order, feedback(c, size)
 
     return Turns(*jax.vmap(one)(G), size)
 
@@ -76,14 +76,12 @@ def turns_of(
 def row_leftover(
     G: Float[Array, "k m m"], heldout: Float[Array, "k m m"], a: float | Array, size: int, damping: float | Array
 ) -> Float[Array, "rows"]:
-    """diag(L^-1 G' L^-T), row by row: what a unit of rounding error in it costs on held-out tokens."""
+    """diag(L^-1 G' L^-T), row by row: what a unit of rounding error in it costs on held-out tokens; infinite
+    where G has no factor."""
     turns = turns_of(G, a, size, damping)
 
     def one(order: Array, coupling: Array, heldout: Array) -> Array:
-        eye = jnp.eye(len(order), dtype=heldout.dtype)
-        inverse = jax.scipy.linalg.solve_triangular(coupling + eye, eye, lower=True, unit_diagonal=True)
-        there = lax.optimization_barrier(heldout[order][:, order])
-        left = jnp.sum(lax.dot(inverse, there, precision=lax.Precision.HIGHEST) * inverse, axis=1)
+        left = behind_factor(coupling + jnp.eye(len(order), dtype=coupling.dtype), heldout[order][:, order])
         return jnp.zeros_like(left).at[order].set(left)
 
     return lax.map(lambda at: one(*at), (turns.order, turns.coupling, heldout)).reshape(-1)
@@ -176,7 +174,8 @@ def round_two_sided(
       turns: at most; 1 leaves rows alone.
       a: how far G is shrunk toward its diagonal.
     """
-    assert stats.G is not None
+    if stats.G is None:
+        raise UserError("round_two_sided needs G = E[g g^T] of the weight's output: Stats(H=..., G=...)")
     found = turns_of(stats.G, a, turn_size(stats.G.shape[-1], turns), damping)
     alone = dataclasses.replace(stats, G=None)
     return in_turns(w, found, format, lambda rows: round_weight(rows, format, roundings, alone, damping))

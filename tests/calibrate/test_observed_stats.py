@@ -1,5 +1,7 @@
 """What weights see: exact sums, shared by input, stacked by scan, the same on eight devices, every flaw named."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,9 @@ def test_the_second_batch_compiles_nothing(params, batches):
 
 def test_saved_statistics_come_back(params, batches, tmp_path):
     stats = observe(mlp, params, batches, kinds=("H", "absmax"))
+    alone = dataclasses.replace(stats["q"], G=jnp.eye(4)[None])
+    save_stats(tmp_path / "G.npz", {"q": alone})
+    np.testing.assert_array_equal(load_stats(tmp_path / "G.npz")["q"].G, alone.G)
     save_stats(tmp_path / "stats.npz", stats)
     back = load_stats(tmp_path / "stats.npz")
     assert set(back) == set(stats) and back["q"] is back["k"]

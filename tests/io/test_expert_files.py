@@ -14,7 +14,7 @@ from qjax.errors import UserError
 from qjax.evaluate import llamacpp
 from qjax.io.gguf_read import read_gguf
 from qjax.io.gguf_write import TensorInfo, write_gguf
-from qjax.models.families import weight_names
+from qjax.models.families import config_from_gguf, weight_names
 from qjax.models.model import Model
 from qjax.pipeline import quantize_file, quantize_params
 from qjax.pipeline.source import open_source
@@ -177,3 +177,35 @@ def test_importance_of_experts_is_llama_cpps(mixtral, llama_cpp, tmp_path):
         decoded = {kind: np.asarray(qjax.dequantize(files[kind].qtensor(name))) for kind in ("theirs", "ours", "plain")}
         lost = {kind: (v * (w - q) ** 2).sum(axis=(1, 2)) for kind, q in decoded.items()}  # [experts]
         assert (lost["theirs"] < 0.9 * lost["plain"]).all() and (lost["ours"] < 1.02 * lost["theirs"]).all()
+
+
+def test_blocks_that_guess_further_tokens_are_passed_over(bpe, tmp_path):
+    """Published GLM-4.5 files count them among the blocks; what is made of one has none."""
+    changes = {"family": "glm4_moe", "rope_pairs": False, "query_rank": 0, "kv_rank": 0, "value_dim": 0}
+    config = dataclasses.replace(
+        DEEPSEEK, expert_groups=0, expert_groups_used=0, qk_norm=True, rotary_dim=16, kv_heads=2, **changes
+    )
+    model = Model(config, random_params(config), bpe)
+    qjax.save(model, tmp_path / "m.gguf")
+    file = read_gguf(tmp_path / "m.gguf")
+    infos = [TensorInfo(e.name, e.shape, e.type) for e in file.tensors.values()]
+    arrays = [file.raw(info.name) for info in infos]
+    blocks = config.layers + 1
+    more = {"glm4moe.block_count": blocks, "glm4moe.nextn_predict_layers": 1}
+    with pytest.raises(UserError, match="nextn_predict_layers = 9; expected fewer than the 3 blocks"):
+        config_from_gguf(dict(file.metadata) | more | {"glm4moe.nextn_predict_layers": 9})
+    guess = TensorInfo(f"blk.{config.layers}.nextn.eh_proj.weight", (4, 8), "F32")
+    for said, passes in ((more, True), ({"glm4moe.block_count": config.layers}, False)):
+        raw = np.zeros(4 * 8 * 4, np.uint8)
+        write_gguf(tmp_path / "v.gguf", file.metadata | said, [*infos, guess], [*arrays, raw])
+        if not passes:
+            with pytest.raises(UserError, match=r"nextn\.eh_proj\.weight' belongs to nothing"):
+                qjax.load(tmp_path / "v.gguf")
+            continue
+        back = qjax.load(tmp_path / "v.gguf")
+        assert back.config == config
+        equal(back.params, model.params)
+        qjax.quantize_file(tmp_path / "v.gguf", tmp_path / "q.gguf", "Q8_0")
+        made = read_gguf(tmp_path / "q.gguf").metadata
+        assert made["glm4moe.block_count"] == config.layers and "glm4moe.nextn_predict_layers" not in made
+        assert qjax.load(tmp_path / "q.gguf").config == config

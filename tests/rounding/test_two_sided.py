@@ -192,6 +192,11 @@ def test_without_shrinkage_g_is_believed_whole(w):
     found = [float(two_sided_loss(w - qjax.dequantize(v), stats.H, stats.G)) for v in (q, alone)]
     assert found[0] < 0.6 * found[1]
     assert line.loss == pytest.approx(found[0] / float(two_sided_loss(w, stats.H, stats.G)), rel=1e-4)
+    assert line.first_loss is None and line.output_shrinkage == 0 and line.shrinkage is None
+    held = seen(600, 30, grams(100, 70))
+    _, line = round_leaf("w", w, -1, FORMAT, qjax.recipe("gptq >> options(two_sided=8)"), stats, held)
+    there = [float(two_sided_loss(v, held.H, held.G)) for v in (w - qjax.dequantize(q), w)]
+    assert line.heldout_loss == pytest.approx(there[0] / there[1], rel=1e-4) and line.tokens == 2000
 
 
 def test_a_stack_has_a_g_each_and_tied_rows_none(w):
@@ -204,14 +209,17 @@ def test_a_stack_has_a_g_each_and_tied_rows_none(w):
         alone, _ = round_leaf("w", w, -1, FORMAT, made, Stats(H=one.H, count=one.count, G=G[i]))
         np.testing.assert_array_equal(qjax.dequantize(q)[i], qjax.dequantize(alone))
     tied = qjax.format("FP8_E4M3_tensor")
-    found = [round_leaf("w", w, -1, tied, made, Stats(H=one.H, count=one.count, G=g))[0] for g in (G[0], None)]
-    np.testing.assert_array_equal(*map(qjax.dequantize, found))
+    found = [round_leaf("w", w, -1, tied, made, Stats(H=one.H, count=one.count, G=g)) for g in (G[0], None)]
+    np.testing.assert_array_equal(*(qjax.dequantize(q) for q, _ in found))
+    why = ("FP8_E4M3_tensor holds rows together", "G of the weight's output is not known")
+    assert [line.note.rpartition("rows stand alone: ")[2] for _, line in found] == [*why]
 
 
 @pytest.mark.parametrize(
     ("G", "message"),
     [(jnp.ones((1, M, M)), r"w: G has the shape \(1, 24, 24\), and the weight has 48 outputs"),
-     (jnp.full((K, M, M), jnp.nan), "w: G of its output has values that are NaN")],
+     (jnp.full((K, M, M), jnp.nan), "w: G of its output has values that are NaN"),
+     (jnp.broadcast_to(-jnp.eye(M), (K, M, M)), "w: G = .* is not positive semi-definite")],
 )  # fmt: skip
 def test_a_bad_g_is_named(w, G, message):
     with pytest.raises(UserError, match=message):

@@ -55,7 +55,11 @@ def config_from_gguf(
     if not families:
         raise UserError(f"{at}expert_count = {count!r} is not supported; expected {'some' if not count else 'none'}")
     keys = Keys(meta, families[0].absent_gguf, at, at, "float32")
-    heads, dim, layers = (keys.count(k) for k in ("attention.head_count", "embedding_length", "block_count"))
+    heads, dim, blocks = (keys.count(k) for k in ("attention.head_count", "embedding_length", "block_count"))
+    further = keys.get("nextn_predict_layers", 0)  # the last ones guess further tokens
+    if type(further) is not int or not 0 <= further < blocks:
+        raise UserError(f"{at}nextn_predict_layers = {further!r}; expected fewer than the {blocks} blocks there are")
+    layers = blocks - further
     head_dim = keys.count("attention.key_length", dim // heads)
     rotated = keys.count("rope.dimension_count", head_dim)
     latent = any("latent" in family.options for family in families)

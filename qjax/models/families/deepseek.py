@@ -8,12 +8,18 @@ import dataclasses
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.families.experts import counts_from_gguf, counts_to_gguf
+from qjax.models.families.experts import (
+    SHARED_NAMES,
+    SIGMOID,
+    routed_from_gguf,
+    routed_from_hf,
+    routed_to_gguf,
+    routed_to_hf,
+)
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
 
 _LITE = (26, 27)  # llama.cpp knows models whose queries come directly by their number of layers
-_SIGMOID = 2  # its expert_gating_func
 _EPS = 1e-6  # of the norms inside attention in transformers, whatever rms_norm_eps is; llama.cpp has one for all
 
 
@@ -24,10 +30,9 @@ def _from_hf(keys: Keys, common: Fields) -> Fields:
         raise UserError("config.json: num_key_value_heads differs from num_attention_heads in latent attention")
     if keys.get("moe_layer_freq", 1) != 1:
         raise UserError(f"config.json: moe_layer_freq = {keys.get('moe_layer_freq')!r} is not supported; expected 1")
-    rotated, width = keys.count("qk_rope_head_dim"), keys.count("moe_intermediate_size")
+    rotated = keys.count("qk_rope_head_dim")
     scaling, mscale = common["rope_scaling"], _mscale(keys)
-    groups = keys.get("n_group") or 1
-    return {
+    return routed_from_hf(keys, common["layers"]) | {
         "head_dim": keys.count("qk_nope_head_dim") + rotated,
         "rotary_dim": rotated,
         "value_dim": keys.count("v_head_dim"),
@@ -35,14 +40,6 @@ def _from_hf(keys: Keys, common: Fields) -> Fields:
         "query_rank": keys.count("q_lora_rank") if keys.get("q_lora_rank") else 0,
         "rope_scaling": scaling and dataclasses.replace(scaling, mscale=mscale),
         "rope_pairs": bool(keys.get("rope_interleave", True)),
-        "experts": keys.count("n_routed_experts"),
-        "experts_used": keys.count("num_experts_per_tok"),
-        "expert_hidden": width,
-        "expert_scale": keys.number("routed_scaling_factor"),
-        "expert_groups": groups if groups > 1 else 0,
-        "expert_groups_used": keys.count("topk_group") if groups > 1 else 0,
-        "dense_layers": tuple(range(min(keys.get("first_k_dense_replace", 0), common["layers"]))),
-        "shared_hidden": width * keys.count("n_shared_experts"),
     }
 
 
@@ -71,33 +68,23 @@ def _to_hf(c: DecoderConfig, hf: Fields) -> Fields:
     if c.rope_scaling is not None and c.rope_scaling.mscale:
         hf["rope_scaling"] = hf["rope_scaling"] | {"mscale_all_dim": c.rope_scaling.mscale}
     grouped = {"topk_method": "group_limited_greedy" if c.expert_groups else "greedy"}
-    return hf | (grouped if c.family == "deepseek_v2" else {"rope_interleave": c.rope_pairs}) | {
+    return hf | (grouped if c.family == "deepseek_v2" else {"rope_interleave": c.rope_pairs}) | routed_to_hf(c) | {
         "qk_nope_head_dim": c.head_dim - c.rotated,
         "qk_rope_head_dim": c.rotated,
         "v_head_dim": c.value_size,
         "kv_lora_rank": c.kv_rank,
         "q_lora_rank": c.query_rank or None,
-        "n_routed_experts": c.experts,
-        "num_experts_per_tok": c.experts_used,
-        "moe_intermediate_size": c.expert_hidden,
-        "routed_scaling_factor": c.expert_scale,
-        "norm_topk_prob": c.expert_norm,
-        "n_group": c.expert_groups or 1,
-        "topk_group": c.expert_groups_used or 1,
-        "first_k_dense_replace": len(c.dense_layers),
-        "n_shared_experts": c.shared_hidden // c.expert_hidden,
     }  # fmt: skip
 
 
 def _from_gguf(keys: Keys, common: Fields) -> Fields:
-    width = keys.count("expert_feed_forward_length")
     groups = keys.get("expert_group_count", 1)
-    sigmoid = keys.get("expert_gating_func", 1) == _SIGMOID
+    sigmoid = keys.get("expert_gating_func", 1) == SIGMOID
     if keys.get("attention.key_length_mla") is not None:
         raise UserError(
             f"{keys.where}attention.key_length_mla: attn_kv_b split in two is not supported; convert without --mla"
         )
-    return counts_from_gguf(keys) | {
+    return routed_from_gguf(keys) | {
         "family": "deepseek_v3" if sigmoid else "deepseek_v2",
         "router": "sigmoid" if sigmoid else "softmax",
         "router_bias": sigmoid,
@@ -105,13 +92,8 @@ def _from_gguf(keys: Keys, common: Fields) -> Fields:
         "value_dim": keys.count("attention.value_length"),
         "kv_rank": keys.count("attention.kv_lora_rank"),
         "query_rank": keys.get("attention.q_lora_rank", 0),
-        "expert_hidden": width,
-        "expert_norm": bool(keys.get("expert_weights_norm", False)),
-        "expert_scale": keys.number("expert_weights_scale", 1.0),
         "expert_groups": groups if groups > 1 else 0,
         "expert_groups_used": keys.count("expert_group_used_count") if groups > 1 else 0,
-        "dense_layers": tuple(range(keys.get("leading_dense_block_count", 0))),
-        "shared_hidden": width * keys.count("expert_shared_count"),
     }
 
 
@@ -125,22 +107,15 @@ def _to_gguf(c: DecoderConfig) -> Fields:
         raise UserError(f"llama.cpp's deepseek2 {has} q_lora_rank null where there are {_LITE} layers, and only there")
     if c.rope_scaling is not None:
         raise UserError("llama.cpp's deepseek2 with a rotary scaling is not supported: its factors of scores differ")
-    said: Fields = counts_to_gguf(c) | {
+    said: Fields = routed_to_gguf(c) | {
         "attention.value_length": c.value_size,
         "attention.kv_lora_rank": c.kv_rank,
-        "leading_dense_block_count": len(c.dense_layers),
-        "expert_feed_forward_length": c.expert_hidden,
-        "expert_shared_count": c.shared_hidden // c.expert_hidden,
-        "expert_weights_scale": c.expert_scale,
-        "expert_weights_norm": c.expert_norm,
-        "expert_gating_func": _SIGMOID if c.router == "sigmoid" else 1,
     }
     said |= {"attention.q_lora_rank": c.query_rank} if c.query_rank else {}
     groups = {"expert_group_count": c.expert_groups, "expert_group_used_count": c.expert_groups_used}
     return said | (groups if c.expert_groups else {})
 
 
-_NAMES = {f"mlp/shared/{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
 _OPTIONS = frozenset({"experts", "latent"})
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
@@ -160,7 +135,7 @@ DEEPSEEK_V2 = Family(
         "v_head_dim": 128,
     },
     options=_OPTIONS,
-    hf_names=_NAMES,
+    hf_names=SHARED_NAMES,
     from_hf=_v2_from_hf,
     to_hf=_to_hf,
     from_gguf=_from_gguf,
@@ -190,7 +165,7 @@ DEEPSEEK_V3 = Family(
         "moe_intermediate_size": 2048,
     },
     options=_OPTIONS,
-    hf_names=_NAMES,
+    hf_names=SHARED_NAMES,
     from_hf=_v3_from_hf,
     to_hf=_to_hf,
     from_gguf=_from_gguf,

@@ -56,3 +56,65 @@ def everywhere_to_gguf(c: DecoderConfig) -> dict[str, Any]:
             f"llama.cpp wants experts in every layer of a {c.family}; layer {c.dense_layers[0]} of this model has none"
         )
     return counts_to_gguf(c)
+
+
+SIGMOID = 2
+"""llama.cpp's expert_gating_func."""
+
+
+def routed_from_hf(keys: Keys, layers: int) -> dict[str, Any]:
+    """DeepSeek's experts, of which GLM has the same: groups, one expert for every token, first layers without."""
+    width, groups = keys.count("moe_intermediate_size"), keys.get("n_group") or 1
+    return {
+        "experts": keys.count("n_routed_experts"),
+        "experts_used": keys.count("num_experts_per_tok"),
+        "expert_hidden": width,
+        "expert_scale": keys.number("routed_scaling_factor"),
+        "expert_groups": groups if groups > 1 else 0,
+        "expert_groups_used": keys.count("topk_group") if groups > 1 else 0,
+        "dense_layers": tuple(range(min(keys.get("first_k_dense_replace", 0), layers))),
+        "shared_hidden": width * keys.count("n_shared_experts"),
+    }
+
+
+def routed_to_hf(c: DecoderConfig) -> dict[str, Any]:
+    """The keys that `routed_from_hf` reads, and whether shares are divided by their sum."""
+    return {
+        "n_routed_experts": c.experts,
+        "num_experts_per_tok": c.experts_used,
+        "moe_intermediate_size": c.expert_hidden,
+        "routed_scaling_factor": c.expert_scale,
+        "norm_topk_prob": c.expert_norm,
+        "n_group": c.expert_groups or 1,
+        "topk_group": c.expert_groups_used or 1,
+        "first_k_dense_replace": len(c.dense_layers),
+        "n_shared_experts": c.shared_hidden // c.expert_hidden,
+    }
+
+
+def routed_from_gguf(keys: Keys) -> dict[str, Any]:
+    """The same experts in a GGUF file; groups are deepseek2's alone."""
+    width = keys.count("expert_feed_forward_length")
+    return counts_from_gguf(keys) | {
+        "expert_hidden": width,
+        "expert_norm": bool(keys.get("expert_weights_norm", False)),
+        "expert_scale": keys.number("expert_weights_scale", 1.0),
+        "dense_layers": tuple(range(keys.get("leading_dense_block_count", 0))),
+        "shared_hidden": width * keys.count("expert_shared_count"),
+    }
+
+
+def routed_to_gguf(c: DecoderConfig) -> dict[str, Any]:
+    """The keys that `routed_from_gguf` reads, and how scores become shares."""
+    return counts_to_gguf(c) | {
+        "leading_dense_block_count": len(c.dense_layers),
+        "expert_feed_forward_length": c.expert_hidden,
+        "expert_shared_count": c.shared_hidden // c.expert_hidden,
+        "expert_weights_scale": c.expert_scale,
+        "expert_weights_norm": c.expert_norm,
+        "expert_gating_func": SIGMOID if c.router == "sigmoid" else 1,
+    }
+
+
+SHARED_NAMES = {f"mlp/shared/{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
+"""Of the expert for every token, in their checkpoints."""
