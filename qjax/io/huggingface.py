@@ -17,6 +17,7 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
+from qjax.io.gpt_oss import MXFP4, read_experts, write_experts
 from qjax.io.multimodal import language_settings, language_tensors
 from qjax.io.safetensors import FLOATS, SHARD_BYTES, Checkpoint, open_folder, write_folder
 from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
@@ -24,7 +25,7 @@ from qjax.models.card import Card
 from qjax.models.config import DecoderConfig
 from qjax.models.families import WeightName, config_from_hf, config_to_hf, weight_names
 from qjax.models.model import Model
-from qjax.tensor import QTensor, dequantize
+from qjax.tensor import QTensor, dequantize, from_bytes
 
 # Tensors that carry no weight: buffers that some versions of transformers save. Layers behind the last one, which
 # num_nextn_predict_layers announces (DeepSeek-V3), guess further tokens and have no part in the next one's scores.
@@ -55,6 +56,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
         config = config_from_hf(settings)
     except UserError as e:
         raise UserError(f"{folder}: {e}") from e
+    if config.family == "gpt_oss":
+        checkpoint = read_experts(checkpoint)
     names = weight_names(config)
     for w in names:
         for name in w.hf_names:
@@ -85,11 +88,15 @@ def _layer(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def iterate_weights(config: DecoderConfig, checkpoint: Checkpoint) -> Iterator[tuple[WeightName, np.ndarray]]:
-    """Every weight in the order of a forward pass, in the file's orientation (out, in) and dtype, one at a time."""
-    for w in weight_names(config):
-        parts = [checkpoint.array(name) for name in w.hf_names]
-        yield w, parts[0] if parts[0].shape == w.file_shape else np.stack(parts)
+def read_leaf(w: WeightName, checkpoint: Checkpoint, dtype: Any) -> jax.Array | QTensor:
+    """One weight of a folder as a leaf of the flax tree; MXFP4 stays packed."""
+    stored = checkpoint.tensors[w.hf_names[0]]
+    if stored.dtype == MXFP4 and stored.made is not None:
+        q = from_bytes(MXFP4, stored.made(0, stored.shape[0]).reshape(-1), stored.shape)
+        return QTensor(q.leaves, q.format, -2)
+    parts = [checkpoint.array(name) for name in w.hf_names]
+    whole = parts[0] if parts[0].shape == w.file_shape else np.stack(parts)
+    return own(w.turned(whole), dtype)
 
 
 def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
@@ -97,7 +104,7 @@ def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
 
     Args:
       folder: holds config.json, safetensors and, unless the model has none, a tokenizer.
-      dtype: of the params; None keeps each tensor's own.
+      dtype: of the params; None keeps each tensor's own. Experts in MXFP4 stay packed.
 
     Raises:
       UserError: as `open_model`.
@@ -105,8 +112,8 @@ def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
     folder = Path(folder)
     config, checkpoint = open_model(folder)
     params: dict[str, Any] = {}
-    for w, array in iterate_weights(config, checkpoint):
-        set_leaf(params, w.path, own(w.turned(array), dtype))
+    for w in weight_names(config):
+        set_leaf(params, w.path, read_leaf(w, checkpoint, dtype))
     settings = language_settings(read_json(folder / "config.json"))
     return Model(config, params, read_tokenizer(folder, settings), card_of(folder, settings, config, checkpoint))
 
@@ -150,7 +157,11 @@ def save_folder(model: Model, folder: str | Path, dtype: str | None = None, shar
     special = {key: value for key, value in special.items() if value is not None}
     config = config_to_hf(model.config) | {"torch_dtype": dtype} | special
     files = [(name, stored, w.hf_shape) for w in names for name in w.hf_names]
-    weights = (part for w in names for part in _to_file(model, w).astype(FLOATS[stored]).reshape(-1, *w.hf_shape))
+    weights: Iterator[np.ndarray] = (
+        part for w in names for part in _to_file(model, w).astype(FLOATS[stored]).reshape(-1, *w.hf_shape)
+    )
+    if model.config.family == "gpt_oss":
+        files, weights = write_experts(files, weights)
     with atomic_dir(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "generation_config.json").write_text(

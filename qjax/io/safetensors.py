@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -39,13 +39,18 @@ SHARD_BYTES = 5 * 10**9  # of tensors in one file, as Hugging Face's own tools c
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: its file, dtype (safetensors' name), shape, and the place of its bytes."""
+    """Where one tensor lies: its file, dtype (safetensors' name), shape, and the place of its bytes.
+
+    `made` gives a number of entries of its first axis from the first one wanted on, where the file has it in another
+    form than this: (first, count) -> [count, ...].
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    made: Callable[[int, int], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,6 +80,8 @@ class Checkpoint:
         if t.dtype not in dtypes:
             known = ", ".join(dtypes)
             raise UserError(f"{t.path}: tensor {name!r} has type {t.dtype}; expected one of {known}")
+        if t.made is not None:
+            return t.made(0, t.shape[0])
         if t.nbytes == 0:
             return np.zeros(t.shape, dtypes[t.dtype])
         raw = self._map(t.path)[t.offset : t.offset + t.nbytes]

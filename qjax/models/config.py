@@ -15,9 +15,9 @@ class RopeScaling:
     and blends between (Llama 3.1 model card; `transformers.modeling_rope_utils`); `kind="table"` divides frequency i
     by `divisors[i]`, which is what a GGUF file stores of the second. `kind="yarn"` keeps those that turn more than
     `beta_fast` times within `original_max_position`, divides those that turn less than `beta_slow` times and blends
-    between (arXiv:2309.00071); `kind="longrope"` divides by `divisors` where the text is longer than
-    `original_max_position`, else by `short_divisors` (arXiv:2402.13753). The last two make what is rotated longer by
-    `attention_factor`.
+    between (arXiv:2309.00071), from a whole frequency to a whole one where `truncate`; `kind="longrope"` divides by
+    `divisors` where the text is longer than `original_max_position`, else by `short_divisors` (arXiv:2402.13753). The
+    last two make what is rotated longer by `attention_factor`.
     """
 
     kind: Literal["linear", "llama3", "table", "yarn", "longrope"] = "linear"
@@ -30,6 +30,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    truncate: bool = True  # gpt-oss: not
     mscale: float = 0.0  # DeepSeek: scores times (1 + 0.1 mscale ln factor)^2
 
 
@@ -56,11 +57,13 @@ class DecoderConfig:
     # --- cousins -------------------------------------------------------------------------------
     family: str = "llama"  # the Hugging Face model_type this record was read from
     qkv_bias: bool = False  # Qwen2
+    o_bias: bool = False  # gpt-oss: of attention's output
+    sinks: bool = False  # gpt-oss: a logit a head beside the scores, for what attends to nothing
     qk_norm: bool = False  # Qwen3, Gemma 3: RMSNorm over each head of q and k, before the rotation
     window: int | None = None  # Mistral, Gemma, Qwen: a token sees itself and the window-1 tokens before it
     global_layers: tuple[int, ...] = ()  # Gemma, Qwen: the layers that ignore `window`
     local_rope_theta: float | None = None  # Gemma 3: theta of the windowed layers, which are never rope-scaled
-    activation: Literal["silu", "gelu_tanh"] = "silu"  # Gemma: gelu_tanh
+    activation: Literal["silu", "gelu_tanh", "clamped_swiglu"] = "silu"  # Gemma: gelu_tanh; gpt-oss: the last
     norm_offset: float = 0.0  # Gemma stores its norm gains minus one
     post_norms: bool = False  # Gemma 2/3: a second norm behind attention and MLP
     embed_scale: bool = False  # Gemma: embeddings times sqrt(dim)
@@ -87,6 +90,7 @@ class DecoderConfig:
     shared_gate: bool = False  # Qwen2-MoE: a sigmoid of the token decides how much of it
     router: Literal["softmax", "sigmoid"] = "softmax"  # DeepSeek-V3: sigmoid
     router_bias: bool = False  # DeepSeek-V3: added where experts are chosen, and not to their shares
+    expert_bias: bool = False  # gpt-oss: experts and router have biases
     expert_scale: float = 1.0  # DeepSeek: shares times this
     expert_groups: int = 0  # DeepSeek: experts are chosen among those of the best groups only; 0: among all
     expert_groups_used: int = 0  # how many groups these are

@@ -7,8 +7,9 @@
 
 Weights are flax kernels, (in, out). Their paths: `embed/embedding`, `layers_3/attn/{q,k,v,o}/kernel`,
 `layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`; where a
-family keeps several in one, `attn/qkv` and `mlp/gate_up`. A layer of experts (mlp.py) has `mlp/router/kernel`,
-`mlp/experts/{gate,up,down}/kernel` (experts, in, out) and, where one sees all, `mlp/shared/{gate,up,down}/kernel`.
+family keeps several in one, `attn/qkv` and `mlp/gate_up`; `attn/sinks` (heads,) where it has any. A layer of experts
+(mlp.py) has `mlp/router/kernel`, `mlp/experts/{gate,up,down}/kernel` (experts, in, out) and, where one sees all,
+`mlp/shared/{gate,up,down}/kernel`.
 Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
 format of its own.
 """
@@ -58,8 +59,9 @@ def rope_divisors(dim: int, theta: float, scaling: RopeScaling, length: Any = 0)
         def place(turns: float) -> float:
             return dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-        first = max(math.floor(place(scaling.beta_fast)), 0)
-        last = min(math.ceil(place(scaling.beta_slow)), dim - 1)
+        first, last = place(scaling.beta_fast), place(scaling.beta_slow)
+        first, last = (math.floor(first), math.ceil(last)) if scaling.truncate else (first, last)
+        first, last = max(first, 0), min(last, dim - 1)
         along = (jnp.arange(dim // 2, dtype=jnp.float32) - first) / max(last - first, 0.001)
         blend = 1 - jnp.clip(along, 0.0, 1.0)
     else:
@@ -123,13 +125,17 @@ def embedded(c: DecoderConfig, x: jax.Array) -> jax.Array:
     return x if c.embed_multiplier == 1.0 else x * jnp.asarray(c.embed_multiplier, x.dtype)
 
 
-def attend(q, k, v, mask, scale: float, softcap: float | None):
+def attend(q, k, v, mask, scale: float, softcap: float | None, sinks=None):
     """Grouped-query attention: softmax(scale q k^T) v, each kv head serving heads/kv_heads queries.
+
+    With sinks b the softmax of head h is over [scale q k^T, b_h], and what falls on the last is attended to nowhere
+    (StreamingLLM, arXiv:2309.17453, section 3.3, learned).
 
     Args:
       q: [b, t, heads, d].
       k, v: [b * kv_heads, s, d].
       mask: bool[t, s], True where a query may look.
+      sinks: [heads], or None.
 
     Returns: [b, t, heads * d], d that of v, which may be another than of q and k.
     """
@@ -142,12 +148,15 @@ def attend(q, k, v, mask, scale: float, softcap: float | None):
     scores = jnp.einsum("nrd,nsd->nrs", q, k, preferred_element_type=jnp.float32) * scale
     scores = softcapped(scores, softcap)
     scores = jnp.where(mask[None, None], scores.reshape(n, heads // kv, t, s), -1e30)
-    p = jax.nn.softmax(scores.reshape(n, rows, s), axis=-1).astype(v.dtype)
+    if sinks is not None:
+        beside = jnp.tile(sinks.astype(jnp.float32).reshape(kv, heads // kv), (b, 1))[..., None, None]
+        scores = jnp.concatenate([scores, jnp.broadcast_to(beside, (*scores.shape[:-1], 1))], axis=-1)
+    p = jax.nn.softmax(scores, axis=-1)[..., :s].reshape(n, rows, s).astype(v.dtype)
     o = jnp.einsum("nrs,nsd->nrd", p, v, preferred_element_type=jnp.float32).astype(v.dtype)
     return o.reshape(b, kv, heads // kv, t, -1).transpose(0, 3, 1, 2, 4).reshape(b, t, -1)
 
 
-def attend_causally(q, k, v, window: int | None, scale: float, softcap: float | None):
+def attend_causally(q, k, v, window: int | None, scale: float, softcap: float | None, sinks=None):
     """`attend` among the positions of one sequence, query i seeing keys i-window+1..i.
 
     Queries go in up to four blocks, each with only the keys that its mask leaves: 3/8 less work at equal results.
@@ -158,7 +167,7 @@ def attend_causally(q, k, v, window: int | None, scale: float, softcap: float | 
         last = min(first + size, t)
         oldest = 0 if window is None else max(0, first - window + 1)
         mask = visible(jnp.arange(first, last), jnp.arange(oldest, last), window)
-        blocks.append(attend(q[:, first:last], k[:, oldest:last], v[:, oldest:last], mask, scale, softcap))
+        blocks.append(attend(q[:, first:last], k[:, oldest:last], v[:, oldest:last], mask, scale, softcap, sinks))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
@@ -219,8 +228,9 @@ class Attention(nn.Module):
         k, v = self.stored("k", k), self.stored("v", v)
         scale = c.score_scale
         window = c.layer_window(self.layer)
+        sinks = self.param("sinks", nn.initializers.zeros, (c.heads,), jnp.float32) if c.sinks else None
         if cache is None:
-            o = attend_causally(q, k, v, window, scale, c.attn_softcap)
+            o = attend_causally(q, k, v, window, scale, c.attn_softcap, sinks)
         else:
             start = positions[0]
             k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=1)
@@ -228,8 +238,8 @@ class Attention(nn.Module):
             cache = {"k": k, "v": v}
             # Slots past the filled part lie after every query, so the causal mask hides them too.
             mask = visible(positions, jnp.arange(k.shape[1]), window)
-            o = attend(q, k, v, mask, scale, c.attn_softcap)
-        return dense("o", c.dim)(o), cache
+            o = attend(q, k, v, mask, scale, c.attn_softcap, sinks)
+        return dense("o", c.dim, c.o_bias)(o), cache
 
 
 class Block(nn.Module):

@@ -138,7 +138,7 @@ def rotate_residual(
     folded, config = fold_norms(params, config, untie)
     flat = _flat(folded, config)
     for path in flat:
-        if path == "embed/embedding" or path.endswith(("attn/o/kernel", "/down/kernel")):
+        if path == "embed/embedding" or path.endswith(("/o/kernel", "/o/bias", "/down/kernel", "/down/bias")):
             flat[path] = rotate(flat[path])
     for edge in edges(config):
         if edge.is_residual:

@@ -1,6 +1,6 @@
 """The feed-forward half of a layer: one gated MLP, or experts among which a router chooses for each token.
 
-    MLP(x) = W_down (act(W_gate x) * W_up x)
+    MLP(x) = W_down (act(W_gate x) * W_up x)                  gpt-oss: g sigmoid(1.702 g) (u + 1), g <= 7, |u| <= 7
     y      = sum_e r_e(x) MLP_e(x) + MLP_shared(x)          r = softmax(W_router x), but 0 beyond the k largest
 
 Experts are stacks of matrices, kernels [experts, in, out]. Every expert gets every token, those that are not its own as
@@ -9,7 +9,8 @@ model and its quantized twin, which may choose differently, stay comparable toke
 experts / k times that of the chosen ones.
 
 Sources: Mixtral, arXiv:2401.04088, section 2; DeepSeekMoE, arXiv:2401.06066, section 3, for shared experts; DeepSeek-V2
-and V3, arXiv:2405.04434, section 2.2, and arXiv:2412.19437, section 2.1, for groups, sigmoids and the choice's bias.
+and V3, arXiv:2405.04434, section 2.2, and arXiv:2412.19437, section 2.1, for groups, sigmoids and the choice's bias;
+gpt-oss, arXiv:2508.10925, section 2.2, for clamps and biases.
 """
 
 from __future__ import annotations
@@ -25,11 +26,22 @@ from jax import lax
 from qjax.models.config import DecoderConfig
 from qjax.typing import Array, Bool, Float
 
+LIMIT, STEEPNESS = 7.0, 1.702  # of gpt-oss's activation
+
+
+def gated(c: DecoderConfig, gate: Array, up: Array) -> Array:
+    """What an MLP's last matrix reads."""
+    if c.activation == "clamped_swiglu":
+        gate, up = jnp.minimum(gate, LIMIT), jnp.clip(up, -LIMIT, LIMIT)
+        return gate * nn.sigmoid(STEEPNESS * gate) * (up + 1)
+    return (nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)) * up
+
 
 class Stacked(nn.Module):
-    """y_e = x_e W_e for every expert: [experts, *b, in] -> [experts, *b, out]."""
+    """y_e = x_e W_e (+ b_e) for every expert: [experts, *b, in] -> [experts, *b, out]."""
 
     out: int
+    bias: bool = False
     dtype: Any = jnp.float32
     dot_general: Callable = lax.dot_general
 
@@ -38,9 +50,11 @@ class Stacked(nn.Module):
         init = nn.initializers.lecun_normal(batch_axis=(0,))
         kernel = self.param("kernel", init, (x.shape[0], x.shape[-1], self.out), jnp.float32)
         dimensions = (((x.ndim - 2,), (0,)), ((), ()))
-        return jax.vmap(lambda x, w: self.dot_general(x, w, dimensions))(
-            x.astype(self.dtype), kernel.astype(self.dtype)
-        )
+        y = jax.vmap(lambda x, w: self.dot_general(x, w, dimensions))(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[0], self.out), jnp.float32)
+        return y + bias.astype(y.dtype).reshape(x.shape[0], *(1,) * (x.ndim - 2), self.out)
 
 
 class MLP(nn.Module):
@@ -53,19 +67,22 @@ class MLP(nn.Module):
     dot_general: Callable = lax.dot_general
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, seen=None):
+        c = self.config
+
         def dense(name, out):
             if self.stacked:
-                return Stacked(out, name=name, dtype=self.dtype, dot_general=self.dot_general)
+                return Stacked(out, c.expert_bias, name=name, dtype=self.dtype, dot_general=self.dot_general)
             return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
 
-        c = self.config
         if c.fused_mlp and not self.stacked:
             gate, up = jnp.split(dense("gate_up", 2 * self.hidden)(x), 2, axis=-1)
         else:
             gate, up = dense("gate", self.hidden)(x), dense("up", self.hidden)(x)
-        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        return dense("down", c.dim)(gate * up)
+        inner = gated(c, gate, up)
+        if seen is not None:  # biases make something of a token of zeros
+            inner = jnp.where(seen, inner, jnp.zeros_like(inner))
+        return dense("down", c.dim)(inner)
 
 
 class Mixture(nn.Module):
@@ -79,16 +96,17 @@ class Mixture(nn.Module):
     def __call__(self, x):
         c = self.config
 
-        def dense(name, out):
-            return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
+        def dense(name, out, bias=False):
+            return nn.Dense(out, use_bias=bias, name=name, dtype=self.dtype, dot_general=self.dot_general)
 
         def mlp(name, hidden, stacked=False):
             return MLP(c, hidden, stacked, self.dtype, self.dot_general, name=name)
 
         bias = self.param("router_bias", nn.initializers.zeros, (c.experts,), jnp.float32) if c.router_bias else None
-        chosen, share = routed(c, dense("router", c.experts)(x), bias)
+        chosen, share = routed(c, dense("router", c.experts, c.expert_bias)(x), bias)
         chosen, share = (jnp.moveaxis(a, -1, 0)[..., None] for a in (chosen, share))
-        y = mlp("experts", c.expert_hidden, stacked=True)(jnp.where(chosen, x[None], jnp.zeros_like(x)[None]))
+        sent = jnp.where(chosen, x[None], jnp.zeros_like(x)[None])
+        y = mlp("experts", c.expert_hidden, stacked=True)(sent, chosen if c.expert_bias else None)
         y = jnp.sum(y.astype(jnp.float32) * share, axis=0).astype(x.dtype)
         if c.shared_hidden:
             shared = mlp("shared", c.shared_hidden)(x)

@@ -166,9 +166,9 @@ def _open_folder(path: Path, pre: str | None) -> Source:
 def _of_checkpoint(w: WeightName, name: str, checkpoint: Checkpoint) -> SourceTensor:
     """One tensor of a folder: a weight, or a matrix of a stack."""
     t = checkpoint.tensors[name]
-    if t.dtype not in FLOATS:
+    if t.dtype not in FLOATS and t.made is None:
         raise UserError(f"{t.path}: tensor {name!r} has type {t.dtype}; expected one of {', '.join(FLOATS)}")
-    made = _tensor(w, t.dtype, file=t.path, offset=t.offset, nbytes=t.nbytes)
+    made = _tensor(w, t.dtype, file=t.path, offset=t.offset, nbytes=t.nbytes, made=t.made)
     return dataclasses.replace(made, weight=dataclasses.replace(made.weight, shape=w.hf_shape))
 
 

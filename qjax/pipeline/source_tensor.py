@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ class SourceTensor:
       type: the ggml type it has.
       file, offset, nbytes: where it lies; or
       values: the tensor itself, where no file holds it in this form; or
-      parts: the matrices of a stack, which lie apart.
+      parts: the matrices of a stack, which lie apart; or
+      made: (first, count) -> its rows from the first on, of the file's values in another form.
       rope_heads: heads whose rows are permuted on the way into a GGUF file (see `WeightName`).
       add: what is added to every value on that way.
     """
@@ -44,6 +46,7 @@ class SourceTensor:
     nbytes: int = 0
     values: np.ndarray | None = None
     parts: tuple[SourceTensor, ...] = ()
+    made: Callable[[int, int], np.ndarray] | None = None
     rope_heads: int | None = None
     add: float = 0.0
 
@@ -68,6 +71,8 @@ class SourceTensor:
             return np.concatenate([part.raw(ahead) for part in self.parts])
         if self.values is not None:
             return self.values.reshape(-1).view(np.uint8)
+        if self.made is not None:
+            return np.ascontiguousarray(self.made(0, self.weight.shape[0])).reshape(-1).view(np.uint8)
         with open(self.file, "rb") as f:
             if os.fstat(f.fileno()).st_size < self.offset + self.nbytes:  # touching the rest would kill the process
                 raise UserError(f"{self.file}: tensor {self.name!r} ends beyond the file's end; the file is truncated")
@@ -84,8 +89,9 @@ class SourceTensor:
         span = self.nbytes // self.weight.shape[0]
         weight = dataclasses.replace(self.weight, shape=(count, *self.weight.shape[1:]))
         values = None if self.values is None else self.values[at : at + count]
-        place = self.offset + at * span
-        return dataclasses.replace(self, weight=weight, offset=place, nbytes=count * span, values=values)
+        made, place = self.made, self.offset + at * span
+        later = None if made is None else lambda first, count: made(at + first, count)
+        return dataclasses.replace(self, weight=weight, offset=place, nbytes=count * span, values=values, made=later)
 
     def rows(self, which: np.ndarray) -> np.ndarray:
         """f32[n, in]: some rows of the values in the file; the others are not read."""
@@ -104,7 +110,7 @@ class SourceTensor:
             return np.stack([part.read() for part in self.parts])
         if self.type in DENSE:
             raw, dtype = self.raw(), DENSE[self.type]
-            raw = raw.copy() if self.values is None and self.offset % dtype.itemsize else raw
+            raw = raw.copy() if self.values is None and self.made is None and self.offset % dtype.itemsize else raw
             w = raw.view(dtype).reshape(shape)
         else:
             w = self._unpacked()

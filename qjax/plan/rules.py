@@ -88,8 +88,9 @@ class Weight:
 
     @property
     def is_vector(self) -> bool:
-        """Norms, biases: everything that has one axis, besides axes of length 1 in front (as ggml counts)."""
-        return all(n == 1 for n in self.shape[:-1])
+        """Norms, biases, also of stacks: what has one axis, besides axes of length 1 in front (as ggml counts)."""
+        bias = any(name.endswith(("/bias", ".bias")) for name in self.names)
+        return bias or all(n == 1 for n in self.shape[:-1])
 
     @property
     def is_router(self) -> bool:

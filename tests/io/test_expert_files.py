@@ -28,6 +28,10 @@ DEEPSEEK = dataclasses.replace(
     query_rank=32, rope_pairs=True, router="sigmoid", router_bias=True, expert_scale=2.5, expert_groups=2,
     expert_groups_used=1, expert_group_best=2, dense_layers=(0,), shared_hidden=96,
 )  # fmt: skip
+GPT_OSS = dataclasses.replace(
+    MIXTRAL, family="gpt_oss", qkv_bias=True, o_bias=True, sinks=True, expert_bias=True, activation="clamped_swiglu",
+    hidden=96, window=8, global_layers=(1,),
+)  # fmt: skip
 IDS = np.array([[0, *range(7, 400, 5)]])
 
 
@@ -36,7 +40,7 @@ def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
 
 
-@pytest.fixture(params=[MIXTRAL, QWEN2_MOE, DEEPSEEK], ids=["mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.fixture(params=[MIXTRAL, QWEN2_MOE, DEEPSEEK, GPT_OSS], ids=lambda config: config.family)
 def model(request, bpe):
     return Model(request.param, random_params(request.param), bpe)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_families import LENGTH, TINY, tiny, tiny_tokens
 
+from qjax.io.gpt_oss import write_experts
 from qjax.models.config import DecoderConfig, RopeScaling
 from qjax.models.decoder import Decoder, attend_causally, empty_cache, rope_frequencies, rotate
 from qjax.models.families import config_from_hf, config_to_hf, weight_names
@@ -33,7 +34,11 @@ def transformers_logits(hf, config, params, tokens):
         for part in weight.path:
             value = value[part]
         parts = np.asarray(weight.turned(value)).reshape(-1, *weight.hf_shape)
-        state |= {name: torch.tensor(part) for name, part in zip(weight.hf_names, parts, strict=True)}
+        state |= dict(zip(weight.hf_names, parts, strict=True))
+    if config.family == "gpt_oss":
+        infos, arrays = write_experts([(name, "F32", a.shape) for name, a in state.items()], state.values())
+        state = {name: a for (name, *_), a in zip(infos, arrays, strict=True)}
+    state = {name: torch.tensor(np.ascontiguousarray(a)) for name, a in state.items()}
     model, loaded = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].from_pretrained(
         None, config=settings, state_dict=state, attn_implementation="eager", output_loading_info=True
     )

@@ -43,6 +43,18 @@ _DEEPSEEK = {
     "n_shared_experts": 2,
     "moe_intermediate_size": 32,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": 9,
+    "rope_theta": 5000.0,
+}
 _GLM4_MOE = {
     "model_type": "glm4_moe",
     "n_routed_experts": 6,
@@ -223,6 +235,9 @@ TINY = {
     },
     "glm4_moe": _GLM4_MOE | {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
     "glm4_moe-air": _GLM4_MOE | {"n_shared_experts": 2, "first_k_dense_replace": 0, "partial_rotary_factor": 0.25},
+    "gpt_oss": _GPT_OSS | {"rope_scaling": _YARN | {"truncate": False}},
+    "gpt_oss-windows": _GPT_OSS
+    | {"rope_scaling": {"rope_type": "default"}, "layer_types": ["full_attention", "sliding_attention"]},
     "glm4": {"model_type": "glm4"},
     "glm4-no-bias": {"model_type": "glm4", "attention_bias": False, "partial_rotary_factor": 0.25},
 }
@@ -239,7 +254,7 @@ def tiny(name):
         value = rng.normal(size=weight.shape).astype(np.float32)
         if weight.path[-1] == "scale":
             value = 1 - weight.offset + 0.3 * value
-        elif weight.path[-1].endswith("bias"):
+        elif weight.path[-1].endswith(("bias", "sinks")):
             value = 0.5 * value
         else:  # embeddings of size one; kernels that keep the size
             value = value / (1.0 if weight.path[0] == "embed" else weight.shape[-2] ** 0.5)

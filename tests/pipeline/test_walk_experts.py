@@ -23,6 +23,10 @@ from qjax.stats import Stats
 
 CHANGES = {"layers": 1, "family": "mixtral", "experts": 4, "experts_used": 1, "expert_hidden": 64}
 PLAN = plan_of(("embed/embedding", "keep"), ("head/kernel", "keep"), ("*", "Q4_0"))
+GPT_OSS = {
+    "family": "gpt_oss", "qkv_bias": True, "o_bias": True, "sinks": True, "expert_bias": True,
+    "activation": "clamped_swiglu", "window": 9, "global_layers": (),
+}  # fmt: skip
 PARTS = ("gate", "up", "down")
 
 
@@ -32,6 +36,10 @@ def starved_model(**changes):
     for layer in range(model.config.layers):
         router = model.params[f"layers_{layer}"]["mlp"]["router"]
         router["kernel"] = router["kernel"].at[:, 2].set((router["kernel"][:, 0] + router["kernel"][:, 1]) / 2)
+    if model.config.expert_bias:  # which make something of a token that is not the expert's own
+        for i, part in enumerate(("gate", "up")):
+            leaf = model.params["layers_0"]["mlp"]["experts"][part]
+            leaf["bias"] = jax.random.normal(jax.random.key(i), leaf["bias"].shape)
     return model
 
 
@@ -48,8 +56,9 @@ def moments(block, params, x, weights=None):
     return made
 
 
-def test_each_expert_is_rounded_to_its_own_tokens_and_one_with_few_to_all():
-    model, calibration = starved_model(), tiny_calibration(windows=20, heldout=4)
+@pytest.mark.parametrize("changes", [{}, pytest.param(GPT_OSS, marks=pytest.mark.slow)], ids=["mixtral", "gpt_oss"])
+def test_each_expert_is_rounded_to_its_own_tokens_and_one_with_few_to_all(changes):
+    model, calibration = starved_model(**changes), tiny_calibration(windows=20, heldout=4)
     recipe = qjax.recipe("nearest('h') >> ldlq() >> options(sequential=False)")
     out, table = quantize_model(model, PLAN, recipe, calibration)
     stages, params = stages_of(model.config), model.params["layers_0"]

@@ -18,17 +18,16 @@ from qjax.models.families.scaling import scaling_from_hf, scaling_to_hf
 from qjax.models.families.table import FAMILIES
 
 _ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+    "silu": ("silu", "clamped_swiglu"),
+    "swish": ("silu", "clamped_swiglu"),
+    "gelu_pytorch_tanh": ("gelu_tanh",),
+    "gelu_new": ("gelu_tanh",),
 }
 # What a model_type that many ask for would take.
 MISSING = {
     "gemma3": 'there is no text_config; its language model alone is "gemma3_text"',
     "llama4": "attention in chunks and experts whose inputs are scaled by their share are missing",
     "llama4_text": "attention in chunks and experts whose inputs are scaled by their share are missing",
-    "gpt_oss": "attention sinks, experts with biases and their weights in MXFP4 are missing",
     "deepseek_v32": "sparse attention is missing",
     "qwen3_next": "gated linear attention is missing",
     "qwen3_5": "gated linear attention is missing",
@@ -113,7 +112,7 @@ def _check_activation(hf: Mapping[str, Any], config: DecoderConfig) -> None:
     # Gemma's first files say hidden_act = "gelu" where hidden_activation holds what is meant.
     key = "hidden_activation" if hf.get("hidden_activation") is not None else "hidden_act"
     value = hf.get(key)
-    if value is not None and _ACTIVATIONS.get(str(value)) != config.activation:
+    if value is not None and config.activation not in _ACTIVATIONS.get(str(value), ()):
         raise UserError(f"config.json: {key} = {value!r} is not supported for model_type {config.family!r}")
 
 
@@ -133,7 +132,8 @@ def _rope(keys: Keys, family: Family) -> tuple[float, RopeScaling | None, float 
         if not isinstance(hf.get(key), Mapping | None):
             raise UserError(f"config.json: {key} = {hf[key]!r}; expected an object or null")
     if new is None:
-        return keys.number("rope_theta", 10000.0), scaling(hf.get("rope_scaling"), "rope_scaling"), local_theta
+        old = hf.get("rope_scaling") or family.absent.get("rope_scaling")
+        return keys.number("rope_theta", 10000.0), scaling(old, "rope_scaling"), local_theta
     if "full_attention" in new or "sliding_attention" in new:
         full, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
         if scaling(local, "rope_parameters.sliding_attention") is not None:
@@ -170,7 +170,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "rope_theta": c.rope_theta,
         "rope_scaling": scaling_to_hf(c.rope_scaling),
         "tie_word_embeddings": c.tied,
-        "hidden_act": "silu" if c.activation == "silu" else "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh" if c.activation == "gelu_tanh" else "silu",
     }
     hf = family.to_hf(c, hf)
     check_equal(c, config_from_hf(hf), f"a config.json of model_type {c.family!r}")

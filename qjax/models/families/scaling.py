@@ -65,14 +65,15 @@ def scaling_from_hf(rope: Mapping[str, Any] | None, key: str, keys: Keys, longro
             kind, factor, original_max_position=original, divisors=long, short_divisors=short,
             attention_factor=number("attention_factor", grown),
         )  # fmt: skip
-    if rope.get("truncate", True) is not True:
-        raise UserError(f"config.json: {key}.truncate = {rope['truncate']!r} is not supported; expected true")
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise UserError(f"config.json: {key}.truncate = {truncate!r}; expected true or false")
     grown = yarn_growth(factor)
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         grown = yarn_growth(factor, number("mscale")) / yarn_growth(factor, number("mscale_all_dim"))
     return RopeScaling(
         kind, factor, original_max_position=original, beta_fast=number("beta_fast", 32.0),
-        beta_slow=number("beta_slow", 1.0), attention_factor=number("attention_factor", grown),
+        beta_slow=number("beta_slow", 1.0), attention_factor=number("attention_factor", grown), truncate=truncate,
     )  # fmt: skip
 
 
@@ -88,6 +89,8 @@ def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
         said |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
     if s.kind == "yarn" and (s.beta_fast, s.beta_slow) != (32.0, 1.0):
         said |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
+    if s.kind == "yarn" and not s.truncate:
+        said["truncate"] = False
     if s.kind == "longrope":
         said |= {"long_factor": list(s.divisors), "short_factor": list(s.short_divisors)}
     if s.kind == "longrope" or (s.kind == "yarn" and s.attention_factor != yarn_growth(s.factor)):

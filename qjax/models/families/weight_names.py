@@ -32,6 +32,7 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "attn/kv_b": ("self_attn.kv_b_proj", "attn_kv_b"),
         "attn/q_norm": ("self_attn.q_norm", "attn_q_norm"),
         "attn/k_norm": ("self_attn.k_norm", "attn_k_norm"),
+        "attn/sinks": ("self_attn.sinks", "attn_sinks"),
         "attn/o": ("self_attn.o_proj", "attn_output"),
         "attn_post_norm": ("post_attention_layernorm", "post_attention_norm"),
         "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
@@ -81,8 +82,8 @@ class WeightName:
 
     @property
     def stays_float(self) -> bool:
-        """Whether GGUF files hold it in F32 whatever the others' type: vectors, and routers of experts."""
-        return all(n == 1 for n in self.file_shape[:-1]) or self.gguf.endswith("ffn_gate_inp.weight")
+        """Whether GGUF files hold it in F32 whatever the others' type: vectors, routers of experts, their biases."""
+        return all(n == 1 for n in self.file_shape[:-1]) or self.gguf.endswith(("ffn_gate_inp.weight", ".bias"))
 
     def turned(self, array: Any) -> Any:
         """The same between flax's order of axes and the files', either way."""
@@ -112,7 +113,8 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         heads = heads if family.pairs else None
         names.append(WeightName((*path, "kernel"), f"{hf}.weight", f"{gguf}.weight", shape, True, heads))
         if bias:
-            names.append(WeightName((*path, "bias"), f"{hf}.bias", f"{gguf}.bias", shape[1:], False, heads))
+            at = (*shape[:-2], shape[-1])
+            names.append(WeightName((*path, "bias"), f"{hf}.bias", f"{gguf}.bias", at, False, heads))
 
     def at(layer: int, part: str) -> tuple[tuple[str, ...], str, str]:
         hf, gguf = _LAYER[part]
@@ -131,9 +133,10 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         dense(*at(layer, "attn/kv_b"), (c.kv_rank, c.heads * (c.head_dim - c.rotated + c.value_size)))
 
     def mlp(layer: int, part: str, hidden: int, stack: tuple[int, ...] = ()) -> None:
-        dense(*at(layer, f"{part}/gate"), (*stack, c.dim, hidden))
-        dense(*at(layer, f"{part}/up"), (*stack, c.dim, hidden))
-        dense(*at(layer, f"{part}/down"), (*stack, hidden, c.dim))
+        bias = bool(stack) and c.expert_bias
+        dense(*at(layer, f"{part}/gate"), (*stack, c.dim, hidden), bias=bias)
+        dense(*at(layer, f"{part}/up"), (*stack, c.dim, hidden), bias=bias)
+        dense(*at(layer, f"{part}/down"), (*stack, hidden, c.dim), bias=bias)
 
     for i in range(c.layers):
         if c.pre_norms:
@@ -149,13 +152,16 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         if c.qk_norm:
             norm(*at(i, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
             norm(*at(i, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
-        dense(*at(i, "attn/o"), (c.heads * c.value_size, c.dim))
+        if c.sinks:
+            path, hf, gguf = at(i, "attn/sinks")
+            names.append(WeightName(path, hf, f"{gguf}.weight", (c.heads,)))
+        dense(*at(i, "attn/o"), (c.heads * c.value_size, c.dim), bias=c.o_bias)
         if c.post_norms:
             norm(*at(i, "attn_post_norm"), c.dim)
         if c.pre_norms:
             norm(*at(i, "mlp_norm"), c.dim)
         if c.has_experts(i):
-            dense(*at(i, "mlp/router"), (c.dim, c.experts))
+            dense(*at(i, "mlp/router"), (c.dim, c.experts), bias=c.expert_bias)
             if c.router_bias:
                 hf = f"model.layers.{i}.mlp.gate.e_score_correction_bias"
                 path = (f"layers_{i}", "mlp", "router_bias")

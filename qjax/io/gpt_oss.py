@@ -1,0 +1,143 @@
+"""gpt-oss's experts in a Hugging Face folder, which has them in forms of its own, and as all others have them.
+
+    experts.gate_up_proj [e, in, 2 out], its bias [e, 2 out]       even columns are gate's, odd ones up's
+    experts.gate_up_proj_{blocks [e, 2 out, in / 32, 16], scales [e, 2 out, in / 32]}    as published: MXFP4
+    experts.down_proj [e, in, out], or blocks and scales (out, in)
+
+    <->  experts.{gate,up,down}_proj.weight [e, out, in], .bias [e, out]
+
+A byte of the published blocks has weights 2 i and 2 i + 1; one of ggml's, which follow their scale, i and i + 16. What
+is read is ggml's MXFP4 of the same scales and codes, as llama.cpp's converter writes it. Sources: the model card,
+arXiv:2508.10925, section 2.1; OCP Microscaling formats 1.0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.io.safetensors import FLOATS, Checkpoint, Stored
+
+MXFP4 = "MXFP4"
+_BLOCK, _BYTES = 32, 17  # weights of a block, and its bytes
+_EXPERTS = re.compile(r"(.*\.mlp\.experts\.)(gate_up|down)_proj(_bias|_blocks|_scales)?$")
+_OURS = re.compile(r"(.*\.mlp\.experts\.)(gate|up|down)_proj\.(weight|bias)$")
+_PARTS = {"gate_up": (("gate", slice(0, None, 2)), ("up", slice(1, None, 2))), "down": (("down", slice(None)),)}
+_AXES = {"bias": 2, "weight": 3, "blocks": 4, "scales": 3}
+
+Info = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
+
+
+def gguf_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Published MXFP4 as ggml's: u8[*b, n, 16] and u8[*b, n] -> u8[*b, n, 17], the same scales and codes."""
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], _BLOCK)
+    packed = codes[..., :16] | codes[..., 16:] << 4
+    return np.concatenate([scales[..., None], packed], axis=-1)
+
+
+def read_experts(checkpoint: Checkpoint) -> Checkpoint:
+    """A folder's tensors with its experts under the names and in the form of `weight_names`; no weight is read.
+
+    Raises:
+      UserError: blocks without scales or scales without blocks, or of other shapes or types than fit.
+    """
+    found: dict[str, Stored] = {}
+    for name, stored in checkpoint.tensors.items():
+        match = _EXPERTS.match(name)
+        if match is None:
+            found[name] = stored
+            continue
+        at, which, form = match[1], match[2], (match[3] or "_weight")[1:]
+        parts = _PARTS[which]
+        if len(stored.shape) != _AXES[form] or stored.shape[1 if form in ("blocks", "scales") else -1] % len(parts):
+            raise UserError(f"{stored.path}: tensor {name!r} has shape {list(stored.shape)}, which no expert has")
+        half = {"blocks": "scales", "scales": "blocks"}.get(form)
+        other = name if half is None else name.removesuffix(form) + half
+        if other not in checkpoint.tensors:
+            raise UserError(f"{stored.path}: tensor {other!r} is missing; {name!r} is the other half of its MXFP4")
+        for part, rows in parts if form != "scales" else ():
+            made = _packed(name, stored, checkpoint.tensors[other], rows) if form == "blocks" else _plain(stored, rows)
+            found[f"{at}{part}_proj.{'bias' if form == 'bias' else 'weight'}"] = made
+    return dataclasses.replace(checkpoint, tensors=found)
+
+
+def _mapped(stored: Stored, dtype: Any, first: int, count: int) -> np.ndarray:
+    """Some experts of a stored tensor, mapped for as long as the array lives."""
+    span = stored.nbytes // stored.shape[0]
+    raw = np.memmap(stored.path, np.uint8, "r", stored.offset + first * span, (count * span,))
+    return raw.view(dtype).reshape(count, *stored.shape[1:])
+
+
+def _plain(stored: Stored, rows: slice) -> Stored:
+    """A part of a tensor of floats, which has outputs along its last axis."""
+    if stored.dtype not in FLOATS:
+        return stored  # told by whoever reads it
+
+    def made(first: int, count: int) -> np.ndarray:
+        array = _mapped(stored, FLOATS[stored.dtype], first, count)[..., rows]
+        return array if array.ndim == 2 else array.swapaxes(-1, -2)
+
+    shape = (*stored.shape[:-1], len(range(*rows.indices(stored.shape[-1]))))
+    shape = shape if len(shape) == 2 else (shape[0], shape[2], shape[1])
+    return _made(stored, stored.dtype, shape, made, math.prod(shape) * FLOATS[stored.dtype].itemsize)
+
+
+def _packed(name: str, blocks: Stored, scales: Stored, rows: slice) -> Stored:
+    """A part of blocks and scales, which have outputs along their second axis."""
+    if {blocks.dtype, scales.dtype} != {"U8"} or blocks.shape != (*scales.shape, _BLOCK // 2):
+        what = f"{blocks.dtype}{list(blocks.shape)} and {scales.dtype}{list(scales.shape)}"
+        raise UserError(f"{blocks.path}: {name!r} and its scales are {what}, no blocks of MXFP4")
+
+    def made(first: int, count: int) -> np.ndarray:
+        parts = (_mapped(s, np.uint8, first, count)[:, rows] for s in (blocks, scales))
+        return gguf_blocks(*parts).reshape(count, shape[1], -1)
+
+    outputs = len(range(*rows.indices(scales.shape[1])))
+    shape = (scales.shape[0], outputs, scales.shape[2] * _BLOCK)
+    return _made(blocks, MXFP4, shape, made, math.prod(shape) // _BLOCK * _BYTES)
+
+
+def _made(
+    stored: Stored, dtype: str, shape: tuple[int, ...], made: Callable[[int, int], np.ndarray], nbytes: int
+) -> Stored:
+    return Stored(stored.path, dtype, shape, stored.offset, nbytes, made)
+
+
+def write_experts(infos: Iterable[Info], arrays: Iterable[np.ndarray]) -> tuple[list[Info], Iterator[np.ndarray]]:
+    """What `read_experts` reads of floats: tensors as `weight_names` has them -> as a folder of gpt-oss has them.
+
+    Args:
+      infos: of all tensors, the experts' in the order of `weight_names`.
+      arrays: the tensors, asked for one at a time.
+    """
+    infos = list(infos)
+
+    def named(name: str, dtype: str, shape: tuple[int, ...]) -> Info | None:
+        if (match := _OURS.match(name)) is None:
+            return name, dtype, shape
+        if match[2] == "gate":
+            return None  # comes with up's
+        twice, end = (2, "gate_up_proj") if match[2] == "up" else (1, "down_proj")
+        if match[3] == "bias":
+            return f"{match[1]}{end}_bias", dtype, (shape[0], twice * shape[1])
+        return match[1] + end, dtype, (shape[0], shape[2], twice * shape[1])
+
+    def joined() -> Iterator[np.ndarray]:
+        gates: dict[str, np.ndarray] = {}
+        for (name, *_), array in zip(infos, arrays, strict=True):
+            match = _OURS.match(name)
+            if match is not None and match[2] == "gate":
+                gates[match[3]] = array
+                continue
+            if match is not None and match[2] == "up":
+                array = np.stack([gates.pop(match[3]), array], axis=2).reshape(len(array), -1, *array.shape[2:])
+            yield array if match is None or match[3] == "bias" else array.swapaxes(-1, -2)
+
+    return [info for info in (named(*info) for info in infos) if info is not None], joined()
