@@ -279,7 +279,7 @@ def test_gemma_27b_scores_are_llama_cpps():
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type = 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "rope_scaling.truncate = False"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "rope_scaling.truncate = 1"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
         (
             {"model_type": "phi3", "rope_scaling": {"type": "longrope"}},
