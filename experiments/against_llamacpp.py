@@ -7,7 +7,8 @@ llama.cpp gets an importance matrix of that text (mean squared activations of th
 its file by llama_model_quantize; each recipe makes one of the same mix from the same text, of which it holds a part
 out. All files are unpacked to F32 and run by llama.cpp; KL divergence is that to the float model's file, token by
 token. `ratio` is a recipe's mean KL over llama.cpp's of the same seed and mix; with several amounts of text, over
-llama.cpp's of the largest.
+llama.cpp's of the largest. `seconds` of a recipe that looks at the float model's gradients hold that look, which
+recipes share; llama.cpp's are without its importance matrix.
 
 A killed run goes on with the same command and its --out.
 """
@@ -142,10 +143,12 @@ class Contest:
             return
         given = texts_at(self.config.calibration) if self.config.calibration else texts(self.config.text, seed)[1]
         calibration = calibration_text(self.model, given, context=self.context, limit=windows, seed=seed)
-        seen, importance = None, None
+        seen, importance, surveyed = None, None, 0.0
         if any(n != THEIRS and self.chosen[n].sensitive for _, n in left):
             two_sided = any(n != THEIRS and self.chosen[n].two_sided for _, n in left)
+            clock = time.perf_counter()
             seen = survey_model(self.model, calibration, two_sided)
+            surveyed = time.perf_counter() - clock
         for mix, name in left:
             kept = self.config.keep and seed == self.config.seeds[0]
             file = (self.out if kept else self.scratch) / f"{mix}.{windows}.{[*names].index(name)}.gguf"
@@ -163,6 +166,7 @@ class Contest:
             facts = {"seed": seed, "calibration_windows": windows, "mix": mix, "recipe": name,
                      "calibration_tokens": calibration.tokens.size}  # fmt: skip
             seconds, memory = time.perf_counter() - clock, peak()
+            seconds += surveyed if name != THEIRS and self.chosen[name].sensitive else 0.0
             row = {**facts, "seconds": round(seconds, 1), "peak_mb": memory, **row_of(self.judge, file), **losses}
             if self.config.generated and seed == self.config.seeds[0]:
                 row["text"] = written(file, self.config.prompt, self.config.generated)
