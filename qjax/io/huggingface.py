@@ -17,13 +17,13 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
-from qjax.io.gpt_oss import MXFP4, read_experts, write_experts
+from qjax.io.expert_stacks import MXFP4, read_experts, write_experts
 from qjax.io.multimodal import language_settings, language_tensors
 from qjax.io.safetensors import FLOATS, SHARD_BYTES, Checkpoint, open_folder, write_folder
 from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
 from qjax.models.card import Card
 from qjax.models.config import DecoderConfig
-from qjax.models.families import WeightName, config_from_hf, config_to_hf, weight_names
+from qjax.models.families import WeightName, config_from_hf, config_to_hf, family_of, weight_names
 from qjax.models.model import Model
 from qjax.tensor import QTensor, dequantize, from_bytes
 
@@ -56,8 +56,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
         config = config_from_hf(settings)
     except UserError as e:
         raise UserError(f"{folder}: {e}") from e
-    if config.family == "gpt_oss":
-        checkpoint = read_experts(checkpoint)
+    if columns := family_of(config).expert_columns:
+        checkpoint = read_experts(checkpoint, columns)
     names = weight_names(config)
     for w in names:
         for name in w.hf_names:
@@ -160,8 +160,8 @@ def save_folder(model: Model, folder: str | Path, dtype: str | None = None, shar
     weights: Iterator[np.ndarray] = (
         part for w in names for part in _to_file(model, w).astype(FLOATS[stored]).reshape(-1, *w.hf_shape)
     )
-    if model.config.family == "gpt_oss":
-        files, weights = write_experts(files, weights)
+    if columns := family_of(model.config).expert_columns:
+        files, weights = write_experts(files, weights, columns)
     with atomic_dir(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "generation_config.json").write_text(

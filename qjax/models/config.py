@@ -72,7 +72,11 @@ class DecoderConfig:
     logit_softcap: float | None = None  # Gemma 2
     pre_norms: bool = True  # OLMo 2/3 have none, only those behind attention and MLP
     qk_norm_whole: bool = False  # OLMo 2/3: the norm of q and k is one over all heads
-    nope_layers: tuple[int, ...] = ()  # SmolLM3: layers that rotate nothing
+    nope_layers: tuple[int, ...] = ()  # SmolLM3, Llama 4: layers that rotate nothing
+    chunk: int | None = None  # Llama 4: in layers that rotate a token sees those before it in its chunk of so many
+    qk_unit: bool = False  # Llama 4: in layers that rotate q and k are divided by their rms, behind the rotation
+    growth: float = 0.0  # Llama 4: in layers that do not q grows by 1 + growth ln(1 + floor(i / growth_every)),
+    growth_every: int = 8192  # i the number of tokens up to q's own
     rotary_dim: int | None = None  # Phi-4, GLM-4: only the first so many numbers of a head are rotated; None: all
     rope_pairs: bool = False  # GLM-4: neighbours are rotated with each other, not the halves of a head
     fused_qkv: bool = False  # Phi-3: q, k and v are one weight
@@ -91,6 +95,7 @@ class DecoderConfig:
     router: Literal["softmax", "sigmoid"] = "softmax"  # DeepSeek-V3: sigmoid
     router_bias: bool = False  # DeepSeek-V3: added where experts are chosen, and not to their shares
     expert_bias: bool = False  # gpt-oss: experts and router have biases
+    expert_inputs: bool = False  # Llama 4: shares multiply what experts read, not what they make of it
     expert_scale: float = 1.0  # DeepSeek: shares times this
     expert_groups: int = 0  # DeepSeek: experts are chosen among those of the best groups only; 0: among all
     expert_groups_used: int = 0  # how many groups these are
@@ -106,6 +111,10 @@ class DecoderConfig:
     def layer_window(self, layer: int) -> int | None:
         """The attention window of one layer, or None where it sees everything."""
         return None if layer in self.global_layers else self.window
+
+    def layer_chunk(self, layer: int) -> int | None:
+        """The chunk of one layer, or None where it sees everything."""
+        return None if layer in self.nope_layers else self.chunk
 
     def layer_theta(self, layer: int) -> tuple[float, RopeScaling | None] | None:
         """The rotary base of one layer and its scaling, or None where nothing is rotated."""

@@ -2,6 +2,7 @@
 
     MLP(x) = W_down (act(W_gate x) * W_up x)                  gpt-oss: g sigmoid(1.702 g) (u + 1), g <= 7, |u| <= 7
     y      = sum_e r_e(x) MLP_e(x) + MLP_shared(x)          r = softmax(W_router x), but 0 beyond the k largest
+             Llama 4: MLP_e(r_e(x) x)
 
 Experts are stacks of matrices, kernels [experts, in, out]. Every expert gets every token, those that are not its own as
 zeros: a token keeps its place whatever the routing, so what an expert saw is plain to see in one batched product, and a
@@ -105,9 +106,11 @@ class Mixture(nn.Module):
         bias = self.param("router_bias", nn.initializers.zeros, (c.experts,), jnp.float32) if c.router_bias else None
         chosen, share = routed(c, dense("router", c.experts, c.expert_bias)(x), bias)
         chosen, share = (jnp.moveaxis(a, -1, 0)[..., None] for a in (chosen, share))
-        sent = jnp.where(chosen, x[None], jnp.zeros_like(x)[None])
+        read = x[None] * share.astype(x.dtype) if c.expert_inputs else x[None]
+        sent = jnp.where(chosen, read, jnp.zeros_like(x)[None])
         y = mlp("experts", c.expert_hidden, stacked=True)(sent, chosen if c.expert_bias else None)
-        y = jnp.sum(y.astype(jnp.float32) * share, axis=0).astype(x.dtype)
+        y = y.astype(jnp.float32)
+        y = jnp.sum(y if c.expert_inputs else y * share, axis=0).astype(x.dtype)
         if c.shared_hidden:
             shared = mlp("shared", c.shared_hidden)(x)
             y = y + (nn.sigmoid(dense("shared_gate", 1)(x)) * shared if c.shared_gate else shared)

@@ -32,6 +32,10 @@ GPT_OSS = dataclasses.replace(
     MIXTRAL, family="gpt_oss", qkv_bias=True, o_bias=True, sinks=True, expert_bias=True, activation="clamped_swiglu",
     hidden=96, window=8, global_layers=(1,),
 )  # fmt: skip
+LLAMA4 = dataclasses.replace(
+    MIXTRAL, family="llama4_text", router="sigmoid", expert_norm=False, expert_inputs=True, rope_pairs=True, layers=4,
+    shared_hidden=96, dense_layers=(0, 2), nope_layers=(3,), chunk=8192, qk_unit=True, growth=0.1,
+)  # fmt: skip
 IDS = np.array([[0, *range(7, 400, 5)]])
 
 
@@ -40,7 +44,7 @@ def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
 
 
-@pytest.fixture(params=[MIXTRAL, QWEN2_MOE, DEEPSEEK, GPT_OSS], ids=lambda config: config.family)
+@pytest.fixture(params=[MIXTRAL, QWEN2_MOE, DEEPSEEK, GPT_OSS, LLAMA4], ids=lambda config: config.family)
 def model(request, bpe):
     return Model(request.param, random_params(request.param), bpe)
 

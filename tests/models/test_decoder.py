@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_families import LENGTH, TINY, tiny, tiny_tokens
 
-from qjax.io.gpt_oss import write_experts
+from qjax.io.expert_stacks import write_experts
 from qjax.models.config import DecoderConfig, RopeScaling
 from qjax.models.decoder import Decoder, attend_causally, empty_cache, rope_frequencies, rotate
-from qjax.models.families import config_from_hf, config_to_hf, weight_names
+from qjax.models.families import config_from_hf, config_to_hf, family_of, weight_names
 from qjax.models.model import forward
 
 # Six layers are slow to compile; longrope turns otherwise from some length on, so that what is cached no longer fits.
@@ -35,8 +35,8 @@ def transformers_logits(hf, config, params, tokens):
             value = value[part]
         parts = np.asarray(weight.turned(value)).reshape(-1, *weight.hf_shape)
         state |= dict(zip(weight.hf_names, parts, strict=True))
-    if config.family == "gpt_oss":
-        infos, arrays = write_experts([(name, "F32", a.shape) for name, a in state.items()], state.values())
+    if columns := family_of(config).expert_columns:
+        infos, arrays = write_experts([(name, "F32", a.shape) for name, a in state.items()], state.values(), columns)
         state = {name: a for (name, *_), a in zip(infos, arrays, strict=True)}
     state = {name: torch.tensor(np.ascontiguousarray(a)) for name, a in state.items()}
     model, loaded = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].from_pretrained(

@@ -117,6 +117,7 @@ UNSAYABLE = {
     "qwen2_moe-mixed": "experts in every layer of a qwen2_moe; layer 0 of this model has none",
     "deepseek_v2-lite": "groups of experts by their two best",
     "deepseek_v3-yarn": "deepseek2 with a rotary scaling",
+    "llama4": r"nope_layers = \(1,\)",
     "gpt_oss-windows": "a window in every second layer",
 }
 

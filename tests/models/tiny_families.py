@@ -55,6 +55,13 @@ _GPT_OSS = {
     "sliding_window": 9,
     "rope_theta": 5000.0,
 }
+_LLAMA4 = {
+    "model_type": "llama4_text",
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 80,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 1,
+}
 _GLM4_MOE = {
     "model_type": "glm4_moe",
     "n_routed_experts": 6,
@@ -238,6 +245,10 @@ TINY = {
     "gpt_oss": _GPT_OSS | {"rope_scaling": _YARN | {"truncate": False}},
     "gpt_oss-windows": _GPT_OSS
     | {"rope_scaling": {"rope_type": "default"}, "layer_types": ["full_attention", "sliding_attention"]},
+    "llama4": _LLAMA4
+    | {"attention_chunk_size": 7, "floor_scale": 8, "attn_scale": 0.3, "no_rope_layers": [1, 0]}
+    | {"rope_scaling": _LLAMA3},
+    "llama4-published": _LLAMA4 | {"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2},
     "glm4": {"model_type": "glm4"},
     "glm4-no-bias": {"model_type": "glm4", "attention_bias": False, "partial_rotary_factor": 0.25},
 }

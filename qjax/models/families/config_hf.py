@@ -26,8 +26,7 @@ _ACTIVATIONS = {
 # What a model_type that many ask for would take.
 MISSING = {
     "gemma3": 'there is no text_config; its language model alone is "gemma3_text"',
-    "llama4": "attention in chunks and experts whose inputs are scaled by their share are missing",
-    "llama4_text": "attention in chunks and experts whose inputs are scaled by their share are missing",
+    "llama4": 'there is no text_config; its language model alone is "llama4_text"',
     "deepseek_v32": "sparse attention is missing",
     "qwen3_next": "gated linear attention is missing",
     "qwen3_5": "gated linear attention is missing",

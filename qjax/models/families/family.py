@@ -42,6 +42,8 @@ class Family:
         and "latent" attention.
       period: llama.cpp takes every n-th layer to be without window unless the file says otherwise; 0: none.
       pairs: llama.cpp rotates neighbouring rows of q and k where Hugging Face rotates halves: rows are permuted.
+      expert_columns: where a folder has gate and up of all experts in one tensor: gate's columns are its even ones
+        ("even"), or its first ones ("first"); "": a tensor for each expert and part.
       hf_names: part of a layer -> its name below `model.layers.0`, where it is not Llama's (or Qwen's, of experts).
       gguf_names: part of a layer -> its name below `blk.0`, where it is not that of every GGUF file.
       from_hf: (keys of config.json, the common fields) -> the DecoderConfig fields that only this family reads.
@@ -59,6 +61,7 @@ class Family:
     options: frozenset[str] = frozenset()
     period: int = 0
     pairs: bool = False
+    expert_columns: str = ""
     hf_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     from_hf: Callable[[Keys, Fields], Fields] = _no_fields

@@ -1,6 +1,6 @@
 """gpt-oss: experts with biases and a clamped activation, attention sinks, windows in every second layer, YaRN.
 
-Source: gpt-oss-120b and gpt-oss-20b model card, arXiv:2508.10925, section 2. Its weights in MXFP4 are io/gpt_oss.py's.
+Source: the model card, arXiv:2508.10925, section 2. Its weights in MXFP4 are io/expert_stacks.py's.
 """
 
 import dataclasses
@@ -76,6 +76,7 @@ GPT_OSS = Family(
     },
     options=OPTIONS | {"attention_bias"},
     period=2,
+    expert_columns="even",
     hf_names={
         "mlp/router": "mlp.router",
         "mlp/experts/gate": "mlp.experts.gate_proj",

@@ -14,6 +14,7 @@ from qjax.models.families.glm4_moe import GLM4_MOE
 from qjax.models.families.gpt_oss import GPT_OSS
 from qjax.models.families.granite import GRANITE
 from qjax.models.families.llama import LLAMA
+from qjax.models.families.llama4 import LLAMA4
 from qjax.models.families.mistral import MISTRAL
 from qjax.models.families.mixtral import MIXTRAL
 from qjax.models.families.olmo import OLMO2, OLMO3
@@ -24,7 +25,7 @@ from qjax.models.families.smollm3 import SMOLLM3
 
 _ALL = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, PHI3, GLM4),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, LLAMA4),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ALL})
 

@@ -1,8 +1,9 @@
-"""gpt-oss's experts in a Hugging Face folder, which has them in forms of its own, and as all others have them.
+"""Experts that a Hugging Face folder has in one tensor, for gate and up together, and as all other folders have them.
 
-    experts.gate_up_proj [e, in, 2 out], its bias [e, 2 out]       even columns are gate's, odd ones up's
-    experts.gate_up_proj_{blocks [e, 2 out, in / 32, 16], scales [e, 2 out, in / 32]}    as published: MXFP4
-    experts.down_proj [e, in, out], or blocks and scales (out, in)
+    experts.gate_up_proj [e, in, 2 out]           gpt-oss: even columns are gate's, odd ones up's
+                                                  Llama 4: the first half is gate's, the second up's
+    experts.down_proj [e, in, out]                biases [e, 2 out], [e, out]
+    gpt-oss as published: blocks [e, 2 out, in / 32, 16] and scales [e, 2 out, in / 32] of MXFP4
 
     <->  experts.{gate,up,down}_proj.weight [e, out, in], .bias [e, out]
 
@@ -26,9 +27,8 @@ from qjax.io.safetensors import FLOATS, Checkpoint, Stored
 
 MXFP4 = "MXFP4"
 _BLOCK, _BYTES = 32, 17  # weights of a block, and its bytes
-_EXPERTS = re.compile(r"(.*\.mlp\.experts\.)(gate_up|down)_proj(_bias|_blocks|_scales)?$")
-_OURS = re.compile(r"(.*\.mlp\.experts\.)(gate|up|down)_proj\.(weight|bias)$")
-_PARTS = {"gate_up": (("gate", slice(0, None, 2)), ("up", slice(1, None, 2))), "down": (("down", slice(None)),)}
+_EXPERTS = re.compile(r"(.*\.(?:mlp|feed_forward)\.experts\.)(gate_up|down)_proj(_bias|_blocks|_scales)?$")
+_OURS = re.compile(r"(.*\.(?:mlp|feed_forward)\.experts\.)(gate|up|down)_proj\.(weight|bias)$")
 _AXES = {"bias": 2, "weight": 3, "blocks": 4, "scales": 3}
 
 Info = tuple[str, str, tuple[int, ...]]
@@ -42,8 +42,21 @@ def gguf_blocks(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.concatenate([scales[..., None], packed], axis=-1)
 
 
-def read_experts(checkpoint: Checkpoint) -> Checkpoint:
+def _parts(which: str, columns: str, outputs: int) -> tuple[tuple[str, slice], ...]:
+    """The parts of a tensor and their outputs in it."""
+    if which == "down":
+        return (("down", slice(None)),)
+    if columns == "even":
+        return ("gate", slice(0, None, 2)), ("up", slice(1, None, 2))
+    return ("gate", slice(0, outputs // 2)), ("up", slice(outputs // 2, None))
+
+
+def read_experts(checkpoint: Checkpoint, columns: str) -> Checkpoint:
     """A folder's tensors with its experts under the names and in the form of `weight_names`; no weight is read.
+
+    Args:
+      checkpoint: of the folder.
+      columns: which are gate's, `Family.expert_columns`.
 
     Raises:
       UserError: blocks without scales or scales without blocks, or of other shapes or types than fit.
@@ -55,8 +68,9 @@ def read_experts(checkpoint: Checkpoint) -> Checkpoint:
             found[name] = stored
             continue
         at, which, form = match[1], match[2], (match[3] or "_weight")[1:]
-        parts = _PARTS[which]
-        if len(stored.shape) != _AXES[form] or stored.shape[1 if form in ("blocks", "scales") else -1] % len(parts):
+        outputs = stored.shape[1 if form in ("blocks", "scales") else -1] if stored.shape[1:] else 0
+        parts = _parts(which, columns, outputs)
+        if len(stored.shape) != _AXES[form] or outputs % len(parts):
             raise UserError(f"{stored.path}: tensor {name!r} has shape {list(stored.shape)}, which no expert has")
         half = {"blocks": "scales", "scales": "blocks"}.get(form)
         other = name if half is None else name.removesuffix(form) + half
@@ -110,12 +124,15 @@ def _made(
     return Stored(stored.path, dtype, shape, stored.offset, nbytes, made)
 
 
-def write_experts(infos: Iterable[Info], arrays: Iterable[np.ndarray]) -> tuple[list[Info], Iterator[np.ndarray]]:
-    """What `read_experts` reads of floats: tensors as `weight_names` has them -> as a folder of gpt-oss has them.
+def write_experts(
+    infos: Iterable[Info], arrays: Iterable[np.ndarray], columns: str
+) -> tuple[list[Info], Iterator[np.ndarray]]:
+    """What `read_experts` reads of floats: tensors as `weight_names` has them -> as such a folder has them.
 
     Args:
       infos: of all tensors, the experts' in the order of `weight_names`.
       arrays: the tensors, asked for one at a time.
+      columns: which are gate's.
     """
     infos = list(infos)
 
@@ -137,7 +154,8 @@ def write_experts(infos: Iterable[Info], arrays: Iterable[np.ndarray]) -> tuple[
                 gates[match[3]] = array
                 continue
             if match is not None and match[2] == "up":
-                array = np.stack([gates.pop(match[3]), array], axis=2).reshape(len(array), -1, *array.shape[2:])
+                both, axis = [gates.pop(match[3]), array], 2 if columns == "even" else 1
+                array = np.stack(both, axis).reshape(len(array), -1, *array.shape[2:])
             yield array if match is None or match[3] == "bias" else array.swapaxes(-1, -2)
 
     return [info for info in (named(*info) for info in infos) if info is not None], joined()
