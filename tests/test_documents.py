@@ -46,10 +46,11 @@ def test_heads_of_configs_point_at_results(path):
         assert (ROOT / page).is_file(), f"{path}: {page}"
 
 
-def test_the_picture_is_what_the_result_file_draws(tmp_path):
-    made = tmp_path / "kl.svg"
-    assert main(["report", str(ROOT / "experiments/results/quickstart.json"), "--figure", "kl", "-o", str(made)]) == 0
-    assert made.read_text() == (ROOT / "docs/img/kl.svg").read_text(), "run: make results"
+@pytest.mark.parametrize(("result", "figure"), [("quickstart", "kl"), ("smollm2_text", "amount")])
+def test_a_picture_is_what_the_result_file_draws(result, figure, tmp_path):
+    made = tmp_path / f"{figure}.svg"
+    assert main(["report", str(ROOT / f"experiments/results/{result}.json"), "--figure", figure, "-o", str(made)]) == 0
+    assert made.read_text() == (ROOT / f"docs/img/{figure}.svg").read_text(), "run: make results"
 
 
 def test_what_cannot_be_traced_to_a_commit_is_said():
