@@ -35,8 +35,8 @@ def in_parts(
 ) -> Rounded:
     """`round_weight` on parts of its rows: one compiled program for all heights, and every core at work.
 
-    The parts' height depends on n alone, so the same weight gives the same bytes on every number of cores. Accelerators
-    take all rows at once.
+    The parts' height depends on the weight alone, so that it gives the same bytes on every number of cores.
+    Accelerators take all rows at once.
     """
     return by_parts(w.shape[1], format, recipe, stats, heldout)(w, fit)
 
@@ -49,12 +49,12 @@ def by_parts(
     Args:
       height: rows of a part; 0: as n asks for.
     """
-    height = height or (_SHORT if n < _WIDE else _TALL)
+    wanted = height or (_SHORT if n < _WIDE else _TALL)
 
     def whole(w: Array, fit: Fit | None = None) -> Rounded:
         return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout, fit=fit)
 
-    tied = format.rows == 0 or height % format.rows
+    tied = format.rows == 0 or wanted % format.rows or _SHORT % format.rows
     if jax.default_backend() != "cpu" or tied or any(r.whole for r in recipe.roundings):
         return whole
     grid: Any = format  # hashable, which its protocol cannot say
@@ -66,6 +66,8 @@ def by_parts(
         rows = len(w)
         if rows % format.rows:
             return whole(w, fit)
+        count = max(-(-rows // wanted), 2 if rows > _TALL // 2 else 1)  # two cores for what is no taller than a part
+        height = min(wanted, -(-rows // count // _SHORT) * _SHORT)
         program = _program(
             height, n, grid, recipe.roundings, recipe.damping, stats.kinds, unseen is not None, fit is not None
         )
@@ -75,7 +77,8 @@ def by_parts(
                 some = a[at : at + height]
                 return jnp.pad(some, ((0, height - len(some)), *((0, 0),) * (a.ndim - 1)))
 
-            return program(part(w), seen, unseen, factor, jax.tree.map(part, fit))
+            made = program(part(w), seen, unseen, factor, jax.tree.map(part, fit))
+            return jax.block_until_ready(made)  # or all parts would hold their temporaries at once
 
         with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
             made = list(pool.map(rounded, range(0, rows, height)))

@@ -174,18 +174,22 @@ def _tiles(order: Array, tile: int) -> Array:
 
 
 def proxy(e: Float[Array, "*rows n"], H: Float[Array, "n n"]) -> Float[Array, "*rows"]:
-    """e H e^T of each row, H symmetric: its blocks below the diagonal count twice, those above are not multiplied."""
+    """e H e^T of each row, H symmetric: its blocks below the diagonal count twice, those above are not multiplied.
+
+    Block after block, for side by side their copies would take as much as H.
+    """
     n = H.shape[0]
-    size = max(_BLOCK, -(-n // 8))
-    total = jnp.zeros(e.shape[:-1], jnp.float32)
-    for at in range(0, n, size):
-        end = min(at + size, n)
-        here = e[..., at:end]
-        product = _dot(here, H[at:end, at:end])
-        if end < n:
-            product += 2.0 * _dot(e[..., end:], H[end:, at:end])
-        total += jnp.sum(product * here, axis=-1)
-    return total
+    count = max((k for k in range(1, 9) if n % k == 0 and n // k >= _BLOCK), default=1)
+    size = n // count
+
+    def add(total: Array, at: Array) -> tuple[Array, None]:
+        row, column = size * at
+        left, right = (lax.dynamic_slice_in_dim(e, start, size, axis=-1) for start in (row, column))
+        some = jnp.sum(_dot(left, lax.dynamic_slice(H, (row, column), (size, size))) * right, axis=-1)
+        return total + jnp.where(row == column, some, 2.0 * some), None
+
+    pairs = [(i, j) for i in range(count) for j in range(i + 1)]
+    return lax.scan(add, jnp.zeros(e.shape[:-1], jnp.float32), jnp.array(pairs, jnp.int32))[0]
 
 
 def weighed(e: Float[Array, "rows n"], G: Float[Array, "k m m"] | None) -> Float[Array, "rows n"]:
