@@ -21,6 +21,7 @@ from qjax.models.parts import Parts
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Streams
 from qjax.pipeline.few_tokens import NOTE, saw_few
+from qjax.pipeline.heap import hand_back
 from qjax.pipeline.passes import Checked, embedded, head_weights, observe_inputs, run_piece
 from qjax.pipeline.piece import EMBEDDING, Formats, How, Seen, for_embedding, rounded_embedding, rounded_piece
 from qjax.pipeline.report import CalibrationReport
@@ -126,6 +127,7 @@ def walk(
         line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
+        hand_back()
         return dequantize(q)
 
     if seen is None:
