@@ -155,7 +155,7 @@ class Plan:
                 hits = [exact[rule.pattern]]
             else:
                 hits = [w for w in matrices if rule.takes(w)]
-            if not hits:
+            if not hits and not (rule.format_name == KEEP and any(rule.matches(w.path) for w in weights)):
                 near = f"the weights are named like {str(matrices[0])!r}" if matrices else "there is no weight"
                 raise UserError(f"plan rule {rule.pattern!r} -> {rule.format_name} matches no weight; {near}")
             for w in hits:
