@@ -89,8 +89,13 @@ class Weight:
     @property
     def is_vector(self) -> bool:
         """Norms, biases, also of stacks: what has one axis, besides axes of length 1 in front (as ggml counts)."""
+        return self.is_stacked_bias or all(n == 1 for n in self.shape[:-1])
+
+    @property
+    def is_stacked_bias(self) -> bool:
+        """Biases of experts, of gates, of heads: several axes, and no matrix."""
         bias = any(name.endswith(("/bias", ".bias")) for name in self.names)
-        return bias or all(n == 1 for n in self.shape[:-1])
+        return bias and any(n != 1 for n in self.shape[:-1])
 
     @property
     def is_router(self) -> bool:
@@ -154,8 +159,9 @@ class Plan:
             if rule.pattern in exact:  # a mix has hundreds of rules that name one tensor each
                 hits = [exact[rule.pattern]]
             else:
-                hits = [w for w in matrices if rule.takes(w)]
-            if not hits and not (rule.format_name == KEEP and any(rule.matches(w.path) for w in weights)):
+                stays = rule.format_name == KEEP
+                hits = [w for w in weights if rule.takes(w) and (not w.is_vector or (stays and w.is_stacked_bias))]
+            if not hits:
                 near = f"the weights are named like {str(matrices[0])!r}" if matrices else "there is no weight"
                 raise UserError(f"plan rule {rule.pattern!r} -> {rule.format_name} matches no weight; {near}")
             for w in hits:
@@ -169,7 +175,7 @@ class Plan:
     def _assignment(
         self, w: Weight, rule: Rule | None, known: Mapping[str, tuple[Format | None, Recipe | None]]
     ) -> Assignment:
-        if w.is_vector:
+        if w.is_vector and rule is None:
             return Assignment(w, None, "a vector")
         if rule is None and w.is_router:
             return Assignment(w, None, "a router")
