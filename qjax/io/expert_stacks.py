@@ -85,7 +85,10 @@ def read_experts(checkpoint: Checkpoint, columns: str) -> Checkpoint:
 def _mapped(stored: Stored, dtype: Any, first: int, count: int) -> np.ndarray:
     """Some experts of a stored tensor, mapped for as long as the array lives."""
     span = stored.nbytes // stored.shape[0]
-    raw = np.memmap(stored.path, np.uint8, "r", stored.offset + first * span, (count * span,))
+    try:
+        raw = np.memmap(stored.path, np.uint8, "r", stored.offset + first * span, (count * span,))
+    except (OSError, ValueError) as e:  # gone or cut off since it was opened
+        raise UserError(f"cannot read {stored.path}: {e}") from e
     return raw.view(dtype).reshape(count, *stored.shape[1:])
 
 

@@ -1,6 +1,6 @@
 """Memory that is free and that malloc keeps, handed back between weights.
 
-Every thread that compiles or multiplies leaves an arena behind, a hundred MB in all where a model is walked.
+Every thread that compiles or multiplies leaves an arena behind, which counts as resident until it is trimmed.
 """
 
 from __future__ import annotations

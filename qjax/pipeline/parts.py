@@ -47,7 +47,7 @@ def by_parts(
     """(w, fit) -> `in_parts` of rows of n, with what is the same for all rows made once.
 
     Args:
-      height: rows of a part; 0: as n asks for.
+      height: rows of a part at most; 0: as n asks for.
     """
     wanted = height or (_SHORT if n < _WIDE else _TALL)
 

@@ -41,7 +41,7 @@ def _from_hf(keys: Keys, common: Fields) -> Fields:
     still = every(keys.count("no_rope_layer_interval"), layers)
     still = still if rotated is None else tuple(i for i in range(layers) if not rotated[i])
     kinds = ["full_attention" if i in still else "chunked_attention" for i in range(layers)]
-    if (said := keys.get("layer_types")) is not None and list(said) != kinds:
+    if (said := keys.get("layer_types")) is not None and said not in (kinds, tuple(kinds)):
         raise UserError(f"config.json: layer_types = {str(said)[:60]} is not supported; expected {str(kinds)[:60]}")
     listed = _listed(keys, "moe_layers", layers, layers)
     sparse = _sparse(keys.count(_STEP), layers) if listed is None else tuple(listed)
