@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,8 @@ def _plain(stored: Stored, rows: slice) -> Stored:
 
     shape = (*stored.shape[:-1], len(range(*rows.indices(stored.shape[-1]))))
     shape = shape if len(shape) == 2 else (shape[0], shape[2], shape[1])
-    return _made(stored, stored.dtype, shape, made, math.prod(shape) * FLOATS[stored.dtype].itemsize)
+    nbytes = math.prod(shape) * FLOATS[stored.dtype].itemsize
+    return dataclasses.replace(stored, shape=shape, nbytes=nbytes, made=made)
 
 
 def _packed(name: str, blocks: Stored, scales: Stored, rows: slice) -> Stored:
@@ -118,13 +119,8 @@ def _packed(name: str, blocks: Stored, scales: Stored, rows: slice) -> Stored:
 
     outputs = len(range(*rows.indices(scales.shape[1])))
     shape = (scales.shape[0], outputs, scales.shape[2] * _BLOCK)
-    return _made(blocks, MXFP4, shape, made, math.prod(shape) // _BLOCK * _BYTES)
-
-
-def _made(
-    stored: Stored, dtype: str, shape: tuple[int, ...], made: Callable[[int, int], np.ndarray], nbytes: int
-) -> Stored:
-    return Stored(stored.path, dtype, shape, stored.offset, nbytes, made)
+    nbytes = math.prod(shape) // _BLOCK * _BYTES
+    return dataclasses.replace(blocks, dtype=MXFP4, shape=shape, nbytes=nbytes, made=made)
 
 
 def write_experts(
