@@ -2,7 +2,7 @@
 
 import sys
 
-from qjax.cli import main
+from qjax.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

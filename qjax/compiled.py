@@ -9,12 +9,16 @@ bfloat16 passes 8. What is measured, a statistic or a loss, is measured in full.
 
 On a CPU XLA calls LAPACK, whose OpenBLAS has threads of its own; they spin while they wait for each other, beside
 XLA's, which want the same cores: on busy ones a Cholesky factor waits far longer than it computes.
+
+XLA's own threads cut long sums among them, so that the last digits of a result depend on how many there are, not on how
+many cores they run on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -64,6 +68,26 @@ def lapack_on_one_thread() -> Iterator[None]:
 
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+def workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+THREADS = 8
+"""At least so many in a process of the command line: on as many cores and on fewer the bytes are the same."""
+
+
+def threads() -> int:
+    """XLA's threads on the CPU: $PJRT_NPROC, or one a core; and one a device at least."""
+    said = os.environ.get("PJRT_NPROC", "")
+    return max(int(said) if said.isdecimal() else workers(), jax.local_device_count())
+
+
+def threads_whatever_the_cores() -> None:
+    """Have XLA start as many threads on a small machine as on one of eight cores; before anything is computed."""
+    os.environ.setdefault("PJRT_NPROC", str(max(THREADS, workers())))
 
 
 def _in_a_trace(*values: Any) -> bool:

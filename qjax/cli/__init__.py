@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from qjax import __version__
 from qjax.cli.process import drop_output, give_memory_back, signals, streams
+from qjax.compiled import threads_whatever_the_cores
 from qjax.errors import UserError, exit_status
 from qjax.terminal import say
 
@@ -49,6 +50,12 @@ Start with:
     qjax eval small.gguf --text book.txt --baseline reference  # what it lost
     qjax generate small.gguf --prompt "def main("
 """
+
+
+def command() -> int:
+    """`qjax` in a process of its own."""
+    threads_whatever_the_cores()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@ whatever the model. A thread a core calls the compiled function; JAX lets go of 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -79,11 +78,6 @@ def check_finite(params: Any, prefix: str = "") -> None:
             bad = broken(leaf)
             if bad:
                 raise broken_weights(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), bad)
-
-
-def workers() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_tensor(

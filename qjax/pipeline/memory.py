@@ -24,7 +24,7 @@ from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import BlockFormat, Format
 from qjax.lifting import report, roles
-from qjax.pipeline.encode import check_finite, compile_ahead, encode_tensor, workers
+from qjax.pipeline.encode import check_finite, compile_ahead, encode_tensor
 from qjax.pipeline.report import Report, TensorReport
 from qjax.pipeline.rounded import LOOKED_UP, of_embedding, round_leaf
 from qjax.plan import Assignment, Plan, Weight

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibrate.moments import SAMPLES
-from qjax.compiled import UNTUNED, untuned
+from qjax.compiled import UNTUNED, untuned, workers
 from qjax.formats import Format
 from qjax.formats.protocol import Scales
-from qjax.pipeline.encode import workers
 from qjax.recipes import Recipe
 from qjax.rounding import Rounded, Rounding, round_weight
 from qjax.rounding.curvature import Factor

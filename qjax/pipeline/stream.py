@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.chain import Chain
+from qjax.compiled import workers
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import BlockFormat, Format
@@ -31,7 +32,7 @@ from qjax.io.gguf_write import Layout, layout
 from qjax.io.rope_rows import to_halves
 from qjax.models.families import WeightName, weight_names
 from qjax.models.stages import stages_of
-from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, compile_ahead, encode_tensor, workers
+from qjax.pipeline.encode import CHUNK, Encoding, broken_weights, compile_ahead, encode_tensor
 from qjax.pipeline.jobs import (
     Job,
     importance_by_name,

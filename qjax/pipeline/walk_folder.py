@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from qjax.compiled import threads
 from qjax.errors import UserError
 from qjax.io.atomic import write_errors, write_text
-from qjax.pipeline.encode import workers
 from qjax.pipeline.windows import Calibration
 from qjax.recipes import Recipe
 
@@ -28,15 +28,15 @@ from qjax.recipes import Recipe
 def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration | None) -> str:
     """Identifies what calibration and recipes make of a model.
 
-    The number of cores is a part: XLA cuts sums over tokens into as many pieces, which shows in the last digits of
-    every statistic, and those in the codes.
+    XLA's threads are a part: it cuts sums over tokens into as many pieces, which shows in the last digits of every
+    statistic, and those in the codes.
     """
     h = hashlib.sha256()
     for path in sorted(formats):
         h.update(f"{path} {formats[path][0].name} {formats[path][1]}\n".encode())
     if calibration is not None:
         c = calibration
-        where = f"{jax.default_backend()} {platform.machine()} {workers()} cores"
+        where = f"{jax.default_backend()} {platform.machine()} {threads()} threads"
         h.update(f"{c.tokens.shape} {c.heldout} {c.batch} {c.seed} {where}".encode())
         h.update(np.ascontiguousarray(c.tokens, np.int32).tobytes())
     return h.hexdigest()

@@ -218,12 +218,40 @@ def test_a_folder_that_no_walk_made_is_left(tmp_path):
     assert os.listdir(tmp_path / "elsewhere") == ["thesis.tex"]
 
 
-def test_the_number_of_cores_is_a_part_of_the_key(monkeypatch):
+def test_the_number_of_threads_is_a_part_of_the_key(monkeypatch):
     """It shows in the bytes of what is calibrated: sums over tokens are cut into as many parts. Nowhere else."""
     formats = {"w": (qjax.format("Q4_0"), qjax.recipe("best_gguf"))}
     plain, calibrated = key_of(formats, None), key_of(formats, CALIBRATION)
-    monkeypatch.setattr("qjax.pipeline.walk_folder.workers", lambda: 97)
+    monkeypatch.setenv("PJRT_NPROC", "97")
     assert key_of(formats, CALIBRATION) != calibrated and key_of(formats, None) == plain
+
+
+ON_CORES = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+from qjax.compiled import lapack_on_one_thread, threads, threads_whatever_the_cores
+threads_whatever_the_cores()
+import hashlib, jax, numpy as np
+from qjax.calibrate.moments import means, sums
+from qjax.rounding.curvature import cholesky
+x = np.random.default_rng(0).standard_normal((4096, 640)).astype(np.float32)
+found = means(jax.jit(lambda x: sums(x, ("H", "h", "absmean", "cross"), x * x))(x))
+with lapack_on_one_thread():
+    factor, _ = jax.jit(lambda H: cholesky(H, 0.05))(found.H)
+made = b"".join(np.asarray(a).tobytes() for a in (*jax.tree.leaves(found), factor))
+print(threads(), hashlib.sha256(made).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_one_core_and_all_give_the_same_statistics_and_factors():
+    """By a command; the statistics of a program that does not ask for it differ between one core and two."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC")}
+    one, all_cores = (
+        subprocess.run([sys.executable, "-c", ON_CORES, n], capture_output=True, text=True, env=env, check=True).stdout
+        for n in ("1", "64")
+    )
+    assert one == all_cores and int(one.split()[0]) >= 8
 
 
 def test_a_full_disk_is_an_error_and_no_dead_process(tmp_path, monkeypatch):
