@@ -71,6 +71,7 @@ class Config:
     windows: int = 64  # judged, at most
     threads: int = 1  # of llama.cpp; its threads spin, so more than the idle cores are slower than one
     keep: bool = False  # leave the GGUF files of the first seed in the run directory
+    massive: bool = True  # tokens with a massive activation are told apart; False: their gradients count as they are
     generated: int = 0  # tokens that each file of the first seed writes behind `prompt`, greedily
     prompt: str = "The history of"
 
@@ -148,6 +149,8 @@ class Contest:
             two_sided = any(n != THEIRS and self.chosen[n].two_sided for _, n in left)
             clock = time.perf_counter()
             seen = survey_model(self.model, calibration, two_sided)
+            if not self.config.massive:
+                seen = dataclasses.replace(seen, alike=np.zeros_like(seen.alike))
             surveyed = time.perf_counter() - clock
         for mix, name in left:
             kept = self.config.keep and seed == self.config.seeds[0]
