@@ -47,13 +47,15 @@ from qjax.models import stdlib_text
 from qjax.models.families import weight_names
 from qjax.models.generate import generate
 from qjax.models.model import Model, forward
+from qjax.models.own_text import own_tokens
 from qjax.pipeline.calibrated import quantize_model, survey_model
 from qjax.pipeline.report import Report
-from qjax.pipeline.windows import calibration_text
+from qjax.pipeline.windows import Calibration, calibration_of, calibration_text
 from qjax.plan.mixes import mix as plan_of_mix
 from qjax.recipes import Recipe
 
 THEIRS = "llama.cpp + imatrix"
+OWN = "self"  # a calibration text that the model writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Config:
     recipes: tuple[str, ...] = ("best_gguf",)
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws another calibration text
     text: Path | None = None  # a UTF-8 text, or a JSON list of texts; none: the standard library's modules
-    calibration: tuple[Path, ...] = ()  # files and folders; none: the parts of `text` that are not judged on
+    calibration: tuple[Path, ...] = ()  # files and folders, or self; none: the parts of `text` that are not judged on
     calibration_windows: tuple[int, ...] = (64,)  # at most; each amount is a row
     context: int | None = None  # tokens a window, in calibration and judging; none: 512 or the model's
     windows: int = 64  # judged, at most
@@ -136,14 +138,21 @@ class Contest:
         first = self._windows.first
         return llamacpp.judge_of(self.source, self.judged, first, self.scratch, self.config.threads)
 
+    def calibration(self, seed: int, windows: int) -> Calibration:
+        """Of the given texts, of the model's own, or of the parts of the judged one that are not judged."""
+        if self.config.calibration == (Path(OWN),):
+            tokens = own_tokens(self.model, windows, self.context, seed)
+            return calibration_of(self.context, tokens, context=self.context, seed=seed)
+        given = texts_at(self.config.calibration) if self.config.calibration else texts(self.config.text, seed)[1]
+        return calibration_text(self.model, given, context=self.context, limit=windows, seed=seed)
+
     def hold(self, seed: int, windows: int) -> None:
         """The rows of one calibration text that are not done."""
         names = (THEIRS, *self.chosen)
         left = [(mix, n) for mix in self.config.mixes for n in names if (seed, windows, mix, n) not in self.done]
         if not left:
             return
-        given = texts_at(self.config.calibration) if self.config.calibration else texts(self.config.text, seed)[1]
-        calibration = calibration_text(self.model, given, context=self.context, limit=windows, seed=seed)
+        calibration = self.calibration(seed, windows)
         seen, importance, surveyed = None, None, 0.0
         if any(n != THEIRS and self.chosen[n].sensitive for _, n in left):
             two_sided = any(n != THEIRS and self.chosen[n].two_sided for _, n in left)
