@@ -28,8 +28,9 @@ from qjax.models.decoder import Block
 from qjax.models.devices import ROWS, mesh, spread
 from qjax.models.parts import run as forward
 from qjax.models.stages import stages_of
+from qjax.pipeline.inputs import observe_step
 from qjax.pipeline.output_curvature import heights_of
-from qjax.pipeline.passes import _observe_step, block_step, groups_of
+from qjax.pipeline.passes import block_step, groups_of
 from qjax.pipeline.survey import _head_step
 from qjax.rounding import round_weight
 from qjax.stats import Stats
@@ -89,8 +90,8 @@ def llama_programs(config: Config) -> list[dict[str, Any]]:
     made: list[tuple[str, Any, tuple[Any, ...], tuple[Any, ...]]]
     made = [("a block forwards", spread(forward, (block,)), (weights,), (x,))]
     for what, group in (("H of q, k and v", groups[0]), ("H of down", groups[-1])):
-        static = (block, ((group[0].source, group[0].batch),), ("H",))
-        made.append((what, spread(_observe_step, static), (weights, None), (x, None, None)))
+        static = (block, ((group[0].source, group[0].batch),), ("H",), 1)
+        made.append((what, spread(observe_step, static), (weights, None), (x, None, None)))
     made.append(("a block backwards", spread(block_step, (block, keys, heights)), (weights,), (x, x)))
     made.append(("the head and its gradient", spread(_head_step, (stages,)), (head, seed), (x, numbers)))
     rows = [_held("Llama 3 70B", what, program, whole, rows) for what, program, whole, rows in made]

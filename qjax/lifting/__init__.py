@@ -8,6 +8,7 @@
     replace_inputs(apply, transform)   fake quantization of activations
     adapt(apply)                       low-rank adapters
     tap(apply)                         gradients by the outputs of weights
+    cut(fn, params, x)                 a function in pieces, between the uses of its weights
 
 A function is traced on the shapes of dense weights and its jaxpr evaluated again, with weights followed by name:
 `jax_names` (what is semi-public in JAX), `weight` (a weight on its way), `layout` and `packed` (rearrangements),
@@ -17,12 +18,13 @@ A function is traced on the shapes of dense weights and its jaxpr evaluated agai
 
 from qjax.lifting.apply import lift
 from qjax.lifting.change import adapt, replace_inputs, substitute, tap, tap_shapes
+from qjax.lifting.cut import Piece, cut
 from qjax.lifting.observe import report, watch
 from qjax.lifting.roles import Role, Roles, roles
 from qjax.lifting.scope import Stats
 from qjax.lifting.weight import Use
 
 __all__ = [
-    "Role", "Roles", "Stats", "Use", "adapt", "lift", "replace_inputs", "report", "roles", "substitute", "tap",
-    "tap_shapes", "watch",
+    "Piece", "Role", "Roles", "Stats", "Use", "adapt", "cut", "lift", "replace_inputs", "report", "roles", "substitute",
+    "tap", "tap_shapes", "watch",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from jax import Array
 
 from qjax.calibrate import check_stats
 from qjax.chain import Chain
+from qjax.compiled import workers
 from qjax.errors import UserError
 from qjax.evaluate.sizes import relative_rmse
 from qjax.formats import BlockFormat, Format

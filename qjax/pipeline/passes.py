@@ -6,8 +6,7 @@ Each is one program a shape, whatever the layer; weights come in, a piece at a t
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.calibrate import add, check_stats, means, sums
-from qjax.calibrate.observe import mapped
 from qjax.compiled import full_float32
-from qjax.errors import UserError
-from qjax.lifting import Use, report, tap, tap_shapes, watch
+from qjax.io.space import scratch
+from qjax.lifting import Piece, Use, report, tap, tap_shapes
 from qjax.models.devices import each_step
-from qjax.models.parts import Parts, Table, embed, run_windows
+from qjax.models.model import Running
+from qjax.models.parts import Parts, Table, embed
 from qjax.models.stages import Apply, Stages
-from qjax.pipeline.activations import Activations, Streams, Writer
+from qjax.pipeline.activations import Activations, Writer
 from qjax.pipeline.encode import check_finite
-from qjax.pipeline.few_tokens import are_few, filled
 from qjax.pipeline.output_curvature import summed_curvature
-from qjax.pipeline.windows import Calibration
-from qjax.stats import Stats
 from qjax.typing import Array
-
-Sent = tuple[np.ndarray, np.ndarray]  # tokens of each expert among those used, and among those held out
 
 
 class Checked:
@@ -64,10 +57,10 @@ class Checked:
         return rows
 
 
-def groups_of(apply: Apply, params: Any, x: Any) -> tuple[tuple[Use, ...], ...]:
+def groups_of(apply: Callable[..., Any], params: Any, *x: Any) -> tuple[tuple[Use, ...], ...]:
     """The contractions of a piece in the order of execution, those with the same input together."""
     found: dict[int, list[Use]] = {}
-    for use in report(apply, params, x):
+    for use in report(apply, params, *x):
         if use.kind == "dot":
             found.setdefault(use.source, []).append(use)
     return tuple(tuple(uses) for uses in found.values())
@@ -79,13 +72,52 @@ def head_weights(stages: Stages, parts: Checked) -> dict[str, Any]:
     return {"final_norm": parts.part("final_norm"), name: parts.part(name)}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Here:
+    """A place inside of a piece.
+
+    Attributes:
+      apply: what is still to run: (params, *x) -> what the piece gives.
+      x: what of all windows goes into it, [windows, ...] each, behind the rounded weights.
+      x_float: the same in the float model; None where nobody asks.
+    """
+
+    apply: Callable[..., Any]
+    x: tuple[np.ndarray, ...]
+    x_float: tuple[np.ndarray, ...] | None = None
+
+
 def run_piece(
-    apply: Apply, params: Any, x: np.ndarray, shape: tuple[int, ...], steps: list[slice], folder: Path | None, name: str
-) -> Activations:
-    """apply(params, x) of all windows, stored."""
+    apply: Callable[..., Any], params: Any, x: tuple[np.ndarray, ...], shape: tuple[int, ...], steps: list[slice],
+    folder: Path | None, name: str,
+) -> Activations:  # fmt: skip
+    """apply(params, *x) of all windows, stored."""
     out = Writer(folder, name, shape)
-    run_windows(apply, params, x, out.array, steps)
+    for at, y in each_step(_run, (apply,), (params,), x, steps):
+        out.array[at] = np.asarray(y)
     return out.done()
+
+
+def advanced(
+    steps: list[slice], folder: Path | None, piece: Piece, following: Piece, params: Any, floats: Any, here: Here
+) -> Here:
+    """The place behind a cut: both streams run up to it, each with its own weights."""
+
+    def run(params: Any, x: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        shapes = [((len(x[0]), *a.shape[1:]), a.dtype) for a in following.live]
+        outs = tuple(np.empty(s, d) if folder is None else scratch(d, s, folder) for s, d in shapes)
+        for at, ys in each_step(_run, (piece.step,), (params,), x, steps):
+            for out, y in zip(outs, ys, strict=True):
+                out[at] = np.asarray(y)
+        return outs
+
+    return Here(following.rest, run(params, here.x), None if here.x_float is None else run(floats, here.x_float))
+
+
+@partial(jax.jit, static_argnums=0)
+@full_float32
+def _run(apply: Callable[..., Any], params: Any, *x: Array) -> Any:
+    return Running(apply)(params, *x)
 
 
 def embedded(
@@ -96,101 +128,6 @@ def embedded(
     for at in steps:
         out.array[at] = np.asarray(embed(stages, table, tokens[at]))
     return out.done()
-
-
-def observe_inputs(
-    calibration: Calibration,
-    kinds: tuple[str, ...],
-    apply: Apply,
-    to_all: Apply,
-    uses: Sequence[Use],
-    params: Any,
-    floats: Any,
-    streams: Streams,
-    weights: Sequence[np.ndarray | None],
-    names: Sequence[str],
-) -> list[tuple[Stats, Stats | None, Sent | None]]:
-    """Means at the inputs of some uses, in one pass: over the windows that are used, and over those held out.
-
-    Those of experts are stacked, and filled up where they saw few tokens, by `to_all`, the piece that sends every token
-    to each: then what they saw comes too.
-
-    Args:
-      weights: how much the tokens count at each of them.
-      names: of a weight there, for messages.
-    """
-    here = (params, floats, streams)
-    found = _means(calibration, kinds, apply, uses, *here, weights)
-    made: list[tuple[Stats, Stats | None, Sent | None]] = []
-    for use, weight, name, (used, held) in zip(uses, weights, names, found, strict=True):
-        if not float(jnp.max(jnp.asarray(1 if used.count is None else used.count))):  # tokens pass all of a decoder
-            raise UserError(
-                f"{name}: its input is zero at every token; the model's weights in front of it are all zeros"
-            )
-        n = float(math.prod(use.shape[axis] for axis in use.axes))
-        part = n * calibration.heldout / calibration.used
-        sent = None
-        if are_few(used, n) or (held is not None and are_few(held, part)):
-            sent = np.asarray(used.count), np.asarray(0.0 if held is None else held.count)
-            ((of_all, held_of_all),) = _means(calibration, kinds, to_all, (use,), *here, (weight,))
-            used = filled(used, of_all, n)
-            if held is not None and held_of_all is not None:
-                held = filled(held, held_of_all, part)
-        check_stats(dataclasses.replace(used, count=None), name)
-        made.append((used, held, sent))
-    return made
-
-
-def _means(
-    calibration: Calibration,
-    kinds: tuple[str, ...],
-    apply: Apply,
-    uses: Sequence[Use],
-    params: Any,
-    floats: Any,
-    streams: Streams,
-    weights: Sequence[np.ndarray | None],
-) -> list[tuple[Stats, Stats | None]]:
-    totals: list[list[Stats] | None] = [None, None]
-    x_float = None if streams.x_float is None else streams.x_float.array
-    static = apply, tuple((use.source, use.batch) for use in uses), kinds
-    whole, rows = (params, None if x_float is None else floats), (streams.x.array, x_float, *weights)
-    for at, part in each_step(_observe_step, static, whole, rows, calibration.steps):
-        which = int(at.start >= calibration.used)
-        before = totals[which]
-        totals[which] = part if before is None else [add(a, b) for a, b in zip(before, part, strict=True)]
-    used, held = totals
-    assert used is not None
-    return [(means(a), None if held is None else means(held[i])) for i, a in enumerate(used)]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-@full_float32
-def _observe_step(
-    apply: Apply,
-    inputs: tuple[tuple[int, int], ...],
-    kinds: tuple[str, ...],
-    params: Any,
-    floats: Any,
-    x: Array,
-    x_float: Array | None,
-    *weights: Array | None,
-) -> list[Stats]:
-    """The sums of some inputs, (source, batch), for one batch; what lies behind the last is dead code."""
-    wanted = {source for source, _ in inputs}
-
-    def at(params: Any, x: Array) -> dict[int, Any]:
-        return watch(apply, lambda use, v: v if use.source in wanted else None)(params, x)[1]
-
-    here, there = at(params, x), None if x_float is None else at(floats, x_float)
-    found = []
-    for (source, batch), weight in zip(inputs, weights, strict=True):
-        if there is None:
-            found.append(mapped(lambda x, v=weight: sums(x, kinds, None, v), batch)(here[source]))
-        else:
-            both = mapped(lambda x, x_float, v=weight: sums(x, kinds, x_float, v), batch)
-            found.append(both(here[source], there[source]))
-    return found
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

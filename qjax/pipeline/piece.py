@@ -12,10 +12,11 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.formats import Format
-from qjax.lifting import Use
+from qjax.lifting import Piece, Use, cut
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Streams
-from qjax.pipeline.passes import Checked, Sent, groups_of
+from qjax.pipeline.inputs import Sent
+from qjax.pipeline.passes import Checked, Here, groups_of
 from qjax.pipeline.rounded import of_embedding
 from qjax.pipeline.survey import Survey
 from qjax.pipeline.token_weights import effective, tempered
@@ -62,6 +63,7 @@ class How:
       makes_codes: the windows whose tokens make codes in the end: where a recipe shrinks, all.
       at_once: a piece is looked at in one pass: nothing is put in place before its end, and statistics are vectors.
       observe: takes what `observe_inputs` takes behind the kinds.
+      advance: takes what `advanced` takes behind the folder.
     """
 
     formats: Formats
@@ -71,6 +73,7 @@ class How:
     sequential: bool
     at_once: bool
     observe: Callable[..., list[tuple[Stats, Stats | None, Sent | None]]]
+    advance: Callable[..., Here]
     round_one: Round
 
 
@@ -94,8 +97,13 @@ def rounded_piece(
     streams: Streams,
     weights: Weights | None,
     how: How,
-) -> Any:
-    """Round a piece's weights in the order they run; returns those to go on with, dense: sequential, the rounded."""
+) -> tuple[Any, Here]:
+    """Round a piece's weights in the order they run.
+
+    Between two inputs that are looked at both streams advance to the second, so that each equation runs once a stream.
+
+    Returns: the weights to go on with, dense: sequential, the rounded; and the place of the last input looked at.
+    """
     apply, to_all = applies
     now = floats
     example = jax.ShapeDtypeStruct((1, *streams.x.array.shape[1:]), jnp.float32)
@@ -104,12 +112,20 @@ def rounded_piece(
         for g, group in enumerate(groups_of(apply, floats, example))
     ]
     wanted = [(g, todo) for g, todo in groups if _asks(todo, how)]
+    x, x_float = (streams.x.array,), None if streams.x_float is None else (streams.x_float.array,)
+    here, whole = Here(apply, x, x_float), Here(to_all, x, x_float)
+    pieces = cut(apply, floats, example) if len(wanted) > 1 and not how.at_once else ()
+    at = 0
 
     def look(some: list[tuple[int, dict[str, Use]]]) -> dict[int, Seen]:
         """What is known of the inputs of some groups behind the weights as they are now."""
+        nonlocal here, at
+        while pieces and some[0][0] not in pieces[at].groups:
+            here, at = how.advance(pieces[at], pieces[at + 1], now, floats, here), at + 1
         counts = [_token_weight(g, todo, weights, how) for g, todo in some]
         uses, names = [next(iter(todo.values())) for _, todo in some], [next(iter(todo)) for _, todo in some]
-        found = how.observe(apply, to_all, uses, now, floats, streams, counts, names)
+        seen = [_use_there(pieces[at], floats, g, use) for (g, _), use in zip(some, uses, strict=True)] if at else uses
+        found = how.observe(here, seen, whole, uses, now, floats, counts, names)
         known = [None if v is None else effective(v[: how.makes_codes]) for v in counts]
         return {
             g: Seen(stats, heldout, tokens, sent)
@@ -124,7 +140,13 @@ def rounded_piece(
             own = seen if weights is None else _with_curvature(seen, weights[2].get(use.path))
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), own)
             now = _put(now, use.path, w_hat) if how.sequential else now
-    return now
+    return now, here
+
+
+def _use_there(piece: Piece, floats: Any, g: int, use: Use) -> Use:
+    """A use of the group g as the function behind a cut has it."""
+    group = groups_of(piece.rest, floats, *piece.live)[piece.groups.index(g)]
+    return next(u for u in group if u.path == use.path)
 
 
 def _asks(todo: Mapping[str, Use], how: How) -> bool:

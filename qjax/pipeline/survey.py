@@ -159,6 +159,6 @@ def _forward(
     for i, (name, apply) in enumerate(zip(stages.names, stages.blocks, strict=True)):
         notify(f"float model: {name}, float")
         x = inputs[-1].array
-        inputs.append(run_piece(apply, parts.part(name), x, x.shape, steps, folder, f"float_{i + 1}"))
+        inputs.append(run_piece(apply, parts.part(name), (x,), x.shape, steps, folder, f"float_{i + 1}"))
         found.append(massive_at(inputs[-1].array))
     return inputs, found

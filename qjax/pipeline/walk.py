@@ -22,7 +22,8 @@ from qjax.models.stages import Stages
 from qjax.pipeline.activations import Streams
 from qjax.pipeline.few_tokens import NOTE, saw_few
 from qjax.pipeline.heap import hand_back
-from qjax.pipeline.passes import Checked, embedded, head_weights, observe_inputs, run_piece
+from qjax.pipeline.inputs import observe_inputs
+from qjax.pipeline.passes import Checked, advanced, embedded, head_weights, run_piece
 from qjax.pipeline.piece import EMBEDDING, Formats, How, Seen, for_embedding, rounded_embedding, rounded_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, plain, round_leaf
@@ -149,19 +150,20 @@ def walk(
     observe = partial(observe_inputs, calibration, kinds)
     makes_codes = len(calibration.tokens) if any(r.shrink for r in recipes) else calibration.used
     at_once = not sequential and not {"H", "cross"} & {*kinds}
-    how = How(formats, earlier, calibration.used, makes_codes, sequential, at_once, observe, round_one)
+    advance = partial(advanced, calibration.steps, folder)
+    how = How(formats, earlier, calibration.used, makes_codes, sequential, at_once, observe, advance, round_one)
     for i in range(start, len(stages.blocks)):
         apply, block = stages.blocks[i], parts.part(stages.names[i])
         weights = None if seen is None else (seen.sensitivity[i], seen.alike[i], seen.outputs.of(i))
-        now = rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
+        now, end = rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
         before, steps = streams, calibration.steps
-        x = run_piece(apply, now, before.x.array, shape, steps, folder, f"x_{i + 1}")
+        x = run_piece(end.apply, now, end.x, shape, steps, folder, f"x_{i + 1}")
         x_float = None
-        if before.x_float is not None:
-            x_float = run_piece(apply, block, before.x_float.array, shape, steps, folder, f"float_x_{i + 1}")
+        if end.x_float is not None:
+            x_float = run_piece(end.apply, block, end.x_float, shape, steps, folder, f"float_x_{i + 1}")
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
-        del block, now  # before the next one is read
+        del block, now, end  # before the next one is read
     if not stages.tied:
         weights = None if seen is None else (seen.head_sensitivity[None], None, {})
         rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)

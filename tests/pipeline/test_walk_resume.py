@@ -237,7 +237,7 @@ from qjax.rounding.curvature import cholesky
 x = np.random.default_rng(0).standard_normal((4096, 640)).astype(np.float32)
 found = means(jax.jit(lambda x: sums(x, ("H", "h", "absmean", "cross"), x * x))(x))
 with lapack_on_one_thread():
-    factor, _ = jax.jit(lambda H: cholesky(H, 0.05))(found.H)
+    factor, _ = jax.block_until_ready(jax.jit(lambda H: cholesky(H, 0.05))(found.H))
 made = b"".join(np.asarray(a).tobytes() for a in (*jax.tree.leaves(found), factor))
 print(threads(), hashlib.sha256(made).hexdigest())
 """

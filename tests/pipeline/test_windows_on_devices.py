@@ -59,5 +59,5 @@ def test_windows_use_all_devices_and_the_bytes_are_those_of_one(tmp_path):
     one, alone = quantized(tmp_path / "one", 1)
     eight, used = quantized(tmp_path / "eight", 8)
     assert alone == {}
-    assert used == {name: [8] for name in ("run", "_head_step", "block_step", "_observe_step")}
+    assert used == {name: [8] for name in ("_run", "_head_step", "block_step", "observe_step")}
     assert eight == one
