@@ -18,6 +18,7 @@ KNOWN: dict[str, tuple[str, str, int]] = {
     "loss": ("loss", "nats", 4),
     "relative_loss": ("relative loss", "", 6),
     "difference": ("difference", "nats", 4),
+    "over_control": ("over the control", "nats", 4),
     "gain_over_ptq": ("gain over PTQ", "nats", 4),
     "closed_percent": ("gap closed", "%", 0),
     "closed_of_tuned_percent": ("gap of tuned closed", "%", 0),
@@ -62,6 +63,7 @@ KNOWN: dict[str, tuple[str, str, int]] = {
 }
 INTERVALS = {
     "kl": "kl_half_interval", "difference": "half_interval", "gain_over_ptq": "gain_half_interval",
+    "over_control": "over_control_half_interval",
     "closed_percent": "closed_half_interval", "closed_of_tuned_percent": "closed_of_tuned_half_interval",
     "ratio": "ratio_half_width",
 }  # fmt: skip
