@@ -16,8 +16,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.models.attention import softcapped
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, RMSNorm, embedded, softcapped
+from qjax.models.decoder import Block, embedded
+from qjax.models.norm import RMSNorm
 from qjax.typing import Array, Float, Int
 
 Apply = Callable[[Any, Array], Array]

@@ -10,10 +10,12 @@ import pytest
 from tiny_families import LENGTH, TINY, tiny, tiny_tokens
 
 from qjax.io.expert_stacks import write_experts
+from qjax.models.attention import attend_causally
 from qjax.models.config import DecoderConfig, RopeScaling
-from qjax.models.decoder import Decoder, attend_causally, empty_cache, rope_frequencies, rotate
+from qjax.models.decoder import Decoder, empty_cache
 from qjax.models.families import config_from_hf, config_to_hf, family_of, weight_names
 from qjax.models.model import forward
+from qjax.models.rotary import rope_frequencies, rotate
 
 # Six layers are slow to compile; longrope turns otherwise from some length on, so that what is cached no longer fits.
 SMALL = [name for name in TINY if name not in ("gemma3-pattern", "phi3-longrope")]

@@ -18,8 +18,8 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig, RopeScaling
-from qjax.models.decoder import rope_divisors
 from qjax.models.families.keys import Keys, shortest
+from qjax.models.rotary import rope_divisors
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _ORIGINAL = "original_max_position_embeddings"
