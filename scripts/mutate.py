@@ -240,6 +240,12 @@ MUTANTS = (
            "pipeline/test_walk_experts.py::test_filling_up_goes_over_into_an_experts_own_statistics"),
     Mutant("router-rounded", "plan/rules.py", "spared = w.is_router and", "spared = False and",
            "io/test_expert_files.py::test_packed_stacks_keep_their_bytes"),
+    Mutant("values-not-normed", "models/attention.py", "v = unit(v, c.norm_eps) if c.v_norm else v", "v = v",
+           "models/test_decoder.py::test_logits_equal_transformers[gemma4]"),
+    Mutant("all-of-a-head-turns", "models/rotary.py", "scaling.factor, STILL)", "scaling.factor, scaling.factor)",
+           "models/test_families.py::test_layers_of_gemma4_have_sizes_of_their_own"),
+    Mutant("layers-of-one-size", "models/config.py", "self.global_kv_heads or self.kv_heads", "self.kv_heads",
+           "models/test_families.py::test_layers_of_gemma4_have_sizes_of_their_own"),
     Mutant("router-in-half", "models/families/weight_names.py", '("ffn_gate_inp.weight", ".bias")', '(".bias",)',
            "io/test_expert_files.py::test_a_gguf_file_has_stacks_and_float_routers[mixtral]"),
 )

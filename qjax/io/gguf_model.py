@@ -64,11 +64,14 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
     tied = "output.weight" not in file.tensors
     rope = {name: np.array(file.array(name)) for name in (ROPE_FREQS, LONG, SHORT) if name in file.tensors}
     biased, normed = (f"blk.0.attn_q{part}" in file.tensors for part in (".bias", "_norm.weight"))
+    k_eq_v = any(
+        name.endswith("attn_k.weight") and name.replace("attn_k", "attn_v") not in file.tensors for name in file.tensors
+    )
     layers = file.metadata.get(f"{file.metadata.get('general.architecture')}.block_count")
     if isinstance(layers, int) and layers > len(file.tensors):  # before anything counts to it
         raise UserError(f"{path}: block_count = {layers}, more layers than the {len(file.tensors)} tensors there are")
     try:
-        config = config_from_gguf(file.metadata, tied=tied, biased=biased, normed=normed, rope=rope)
+        config = config_from_gguf(file.metadata, tied=tied, biased=biased, normed=normed, k_eq_v=k_eq_v, rope=rope)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     names = weight_names(config)

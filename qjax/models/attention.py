@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, positions, cache=None):
-        c = self.config
+        c = self.config.of_layer(self.layer)
 
         def dense(name, out, bias=False):
             return nn.Dense(out, use_bias=bias, name=name, dtype=self.dtype, dot_general=self.dot_general)
@@ -114,7 +114,8 @@ class Attention(nn.Module):
             qkv = dense("qkv", q_dim + 2 * kv_dim, c.qkv_bias)(x)
             q, k, v = jnp.split(qkv, (q_dim, q_dim + kv_dim), axis=-1)
         else:
-            q, k, v = (dense(name, n, c.qkv_bias)(x) for name, n in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)))
+            q, k = dense("q", q_dim, c.qkv_bias)(x), dense("k", kv_dim, c.qkv_bias)(x)
+            v = k if c.k_eq_v else dense("v", kv_dim, c.qkv_bias)(x)
 
         def by_head(y, name, heads):
             norm = RMSNorm(c.norm_eps, c.norm_offset, name=name) if c.qk_norm else lambda y: y
@@ -130,6 +131,7 @@ class Attention(nn.Module):
                 grown = 1 + c.growth * jnp.log1p(jnp.floor((positions + 1).astype(jnp.float32) / c.growth_every))
                 q = (q.astype(jnp.float32) * grown[None, :, None, None]).astype(q.dtype)
             v = v.reshape(b, t, c.kv_heads, c.head_dim)
+            v = unit(v, c.norm_eps) if c.v_norm else v
         k, v = (y.transpose(0, 2, 1, 3).reshape(b * c.kv_heads, t, y.shape[-1]) for y in (k, v))
         k, v = self.stored("k", k), self.stored("v", v)
         scale = c.score_scale

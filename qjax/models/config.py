@@ -16,11 +16,12 @@ class RopeScaling:
     by `divisors[i]`, which is what a GGUF file stores of the second. `kind="yarn"` keeps those that turn more than
     `beta_fast` times within `original_max_position`, divides those that turn less than `beta_slow` times and blends
     between (arXiv:2309.00071), from a whole frequency to a whole one where `truncate`; `kind="longrope"` divides by
-    `divisors` where the text is longer than `original_max_position`, else by `short_divisors` (arXiv:2402.13753). The
-    last two make what is rotated longer by `attention_factor`.
+    `divisors` where the text is longer than `original_max_position`, else by `short_divisors` (arXiv:2402.13753). These
+    two make what is rotated longer by `attention_factor`. `kind="proportional"` divides the first `part` of them and
+    does without the rest (Gemma 4): the halves of a head stay whole, a part of either does not turn.
     """
 
-    kind: Literal["linear", "llama3", "table", "yarn", "longrope"] = "linear"
+    kind: Literal["linear", "llama3", "table", "yarn", "longrope", "proportional"] = "linear"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -32,6 +33,7 @@ class RopeScaling:
     attention_factor: float = 1.0
     truncate: bool = True  # gpt-oss: not
     mscale: float = 0.0  # DeepSeek: scores times (1 + 0.1 mscale ln factor)^2
+    part: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,20 @@ class DecoderConfig:
     kv_rank: int = 0  # DeepSeek: keys and values come out of so many numbers a token; 0: of the token itself
     query_rank: int = 0  # DeepSeek: and queries; 0: of the token itself
     value_dim: int = 0  # DeepSeek: numbers of a head's values; 0: head_dim
+    global_head_dim: int = 0  # Gemma 4: head_dim of the layers without window; 0: as of all
+    global_kv_heads: int = 0  # Gemma 4: kv_heads of the layers without window; 0: as of all
+    k_eq_v: bool = False  # Gemma 4: values of the layers without window are their keys, in front of norm and rotation
+    v_norm: bool = False  # Gemma 4: each head's values are divided by their rms
+    out_scale: bool = False  # Gemma 4: what leaves a layer is multiplied with one learned number
+
+    def of_layer(self, layer: int) -> DecoderConfig:
+        """The decoder as one layer has it: `head_dim`, `kv_heads` and `k_eq_v` are that layer's."""
+        if self.layer_window(layer) is not None:
+            return dataclasses.replace(self, k_eq_v=False) if self.k_eq_v else self
+        head_dim, kv_heads = self.global_head_dim or self.head_dim, self.global_kv_heads or self.kv_heads
+        if (head_dim, kv_heads) == (self.head_dim, self.kv_heads):
+            return self
+        return dataclasses.replace(self, head_dim=head_dim, kv_heads=kv_heads)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""

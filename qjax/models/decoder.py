@@ -7,7 +7,8 @@
 
 Weights are flax kernels, (in, out). Their paths: `embed/embedding`, `layers_3/attn/{q,k,v,o}/kernel`,
 `layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`; where a
-family keeps several in one, `attn/qkv` and `mlp/gate_up`; `attn/sinks` (heads,) where it has any. A layer of experts
+family keeps several in one, `attn/qkv` and `mlp/gate_up`; `attn/sinks` (heads,) where it has any; `out_scale` (1,)
+where what leaves a layer is multiplied with it. A layer of experts
 (mlp.py) has `mlp/router/kernel`, `mlp/experts/{gate,up,down}/kernel` (experts, in, out) and, where one sees all,
 `mlp/shared/{gate,up,down}/kernel`.
 Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
@@ -65,7 +66,10 @@ class Block(nn.Module):
         else:
             mlp = MLP(c, c.hidden, False, self.dtype, self.dot_general, name="mlp")
         y = mlp(norm("mlp_norm", x, c.pre_norms))
-        return added(x, norm("mlp_post_norm", y, c.post_norms)), cache
+        x = added(x, norm("mlp_post_norm", y, c.post_norms))
+        if c.out_scale:
+            x = x * self.param("out_scale", nn.initializers.ones, (1,), jnp.float32).astype(x.dtype)[None, None]
+        return x, cache
 
 
 class Decoder(nn.Module):
@@ -116,8 +120,8 @@ class Decoder(nn.Module):
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """A key/value cache for `capacity` positions."""
 
-    def zeros(size: int) -> jax.Array:
-        return jnp.zeros((batch * config.kv_heads, capacity, size), dtype)
+    def layer(c: DecoderConfig) -> dict[str, jax.Array]:
+        sizes = {"k": c.head_dim, "v": c.value_size}
+        return {name: jnp.zeros((batch * c.kv_heads, capacity, size), dtype) for name, size in sizes.items()}
 
-    layers = {f"layers_{i}": {"k": zeros(config.head_dim), "v": zeros(config.value_size)} for i in range(config.layers)}
-    return {"length": jnp.int32(0)} | layers
+    return {"length": jnp.int32(0)} | {f"layers_{i}": layer(config.of_layer(i)) for i in range(config.layers)}

@@ -63,12 +63,14 @@ def _ranked_queries(c: DecoderConfig, _: int) -> bool:
 
 
 def _heads_of_their_own(c: DecoderConfig, _: int) -> bool:
-    """Where query heads share a key/value head (GQA), one channel of v feeds several of o."""
-    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank
+    """Where query heads share a key/value head (GQA), one channel of v feeds several of o; a norm of values mixes."""
+    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank and not c.v_norm
 
 
 def _is_there(c: DecoderConfig, sink: str) -> bool:
-    """Whether a sink that not every family of experts has is one of this config."""
+    """Whether a sink that not every family has is one of this config."""
+    if sink == "attn/v/kernel":
+        return not c.k_eq_v
     if sink.startswith("mlp/shared/"):
         return bool(c.shared_hidden)
     if c.kv_rank and sink in ("attn/q/kernel", "attn/q_a/kernel"):
@@ -163,12 +165,13 @@ _LAYER = (
 _MODEL = (_Rule("final_norm -> head", "final_norm/scale", ("head/kernel",), lambda c: c.dim, _untied),)
 
 
-def _placed(config: DecoderConfig) -> list[tuple[_Rule, str]]:
-    """The rules that stand with the prefix of their paths, in the order of a forward pass."""
-    layers = [(rule, f"layers_{i}/") for i in range(config.layers) for rule in _LAYER if rule.stands(config, i)]
-    return layers + [(rule, "") for rule in _MODEL if rule.stands(config, -1)]
+def _placed(config: DecoderConfig) -> list[tuple[_Rule, DecoderConfig, str]]:
+    """The rules that stand, with their layer's config and the prefix of their paths, in the order of a forward pass."""
+    layers = [(i, config.of_layer(i)) for i in range(config.layers)]
+    found = [(rule, c, f"layers_{i}/") for i, c in layers for rule in _LAYER if rule.stands(c, i)]
+    return found + [(rule, config, "") for rule in _MODEL if rule.stands(config, -1)]
 
 
 def edges(config: DecoderConfig) -> tuple[Edge, ...]:
     """Every edge of a decoder, in the order of a forward pass."""
-    return tuple(rule.edge(config, at) for rule, at in _placed(config))
+    return tuple(rule.edge(c, at) for rule, c, at in _placed(config))

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 
 from qjax.models.config import RopeScaling
 
+STILL = 1e30
+"""Divides a frequency to what is none at any position."""
+
 
 def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None, length: Any = 0) -> jax.Array:
     """Rotary angles per position, f_i = theta^(-2i/dim), rescaled for long contexts. Returns f32[dim/2]."""
@@ -28,7 +31,7 @@ def rope_divisors(dim: int, theta: float, scaling: RopeScaling, length: Any = 0)
     For Llama 3 with wavelengths l_i = 2 pi / f_i, b_i = clip((original / l_i - low) / (high - low), 0, 1):
     1 / divisor_i = (1 - b_i) / factor + b_i. GGUF files store this as the tensor `rope_freqs.weight`. YaRN's b falls
     along i, from where a wave turns beta_fast times to where it turns beta_slow times. LongRoPE asks for the `length`
-    of the text so far.
+    of the text so far. A proportional one has `STILL` where nothing turns, as llama.cpp's files have.
     """
     if scaling.kind == "linear":
         return jnp.full(dim // 2, scaling.factor, jnp.float32)
@@ -37,6 +40,8 @@ def rope_divisors(dim: int, theta: float, scaling: RopeScaling, length: Any = 0)
     if scaling.kind == "longrope":
         long, short = (jnp.array(d, jnp.float32) for d in (scaling.divisors, scaling.short_divisors))
         return jnp.where(jnp.asarray(length) > scaling.original_max_position, long, short)
+    if scaling.kind == "proportional":
+        return jnp.where(jnp.arange(dim // 2) < int(scaling.part * dim // 2), scaling.factor, STILL)
     if scaling.kind == "yarn":
 
         def place(turns: float) -> float:

@@ -98,14 +98,17 @@ def test_options_change_the_logits(name):
         "expert_scale": 1.0,
         "expert_groups": 0,
         "expert_group_best": 1 if config.expert_groups else config.expert_group_best,
+        "v_norm": False,
+        "out_scale": False,
     }
     logits = forward(config, params, tokens)
     for field, value in plain.items():
         tables = (
             config.rope_scaling is not None and config.rope_scaling.kind == "longrope"
         )  # as long as rotary_dim says
-        shaped = tables or config.kv_rank > 0
-        if getattr(config, field) != value and not (shaped and field == "rotary_dim"):
+        shaped = {"rotary_dim"} if tables or config.kv_rank else set()
+        shaped |= {"window", "global_layers"} if config.global_head_dim else set()
+        if getattr(config, field) != value and field not in shaped:
             other = dataclasses.replace(config, **{field: value})
             moved = jnp.abs(forward(other, params, tokens) - logits).max()
             assert moved > 1e-3, field

@@ -135,7 +135,12 @@ def test_gguf_round_trip(name):
         return
     meta = config_to_gguf(config)
     back = config_from_gguf(
-        as_stored(meta), tied=config.tied, biased=config.qkv_bias, normed=config.qk_norm, rope=rope_tensors(config)
+        as_stored(meta),
+        tied=config.tied,
+        biased=config.qkv_bias,
+        normed=config.qk_norm,
+        k_eq_v=config.k_eq_v,
+        rope=rope_tensors(config),
     )
     if name == "mistral-full":
         back = dataclasses.replace(back, family="mistral")
@@ -277,6 +282,19 @@ def test_gemma_27b_scores_are_llama_cpps():
         (TINY["deepseek_v3"] | {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 is not supported"),
         (TINY["deepseek_v3"] | {"num_key_value_heads": 2}, "num_key_value_heads differs"),
         (TINY["deepseek_v3"] | {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        (
+            TINY["gemma4"] | {"hidden_size_per_layer_input": 8},
+            "= 8 is not supported .* embeddings by layer",
+        ),
+        (TINY["gemma4"] | {"num_kv_shared_layers": 1}, "keys and values of other layers are missing"),
+        (TINY["gemma4"] | {"enable_moe_block": True}, "experts beside an MLP are missing"),
+        (TINY["gemma4"] | {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+        (TINY["gemma4"] | {"layer_types": ["full_attention", "sliding_attention"]}, "ends with sliding_attention"),
+        (TINY["gemma4"] | {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is not supported but"),
+        (TINY["gemma4"] | {"per_layer_config": {"1": {"head_dim": 0}}}, "per_layer_config.head_dim = 0"),
+        (TINY["gemma4"] | {"per_layer_config": {"1": {"hidden_size": 8}}}, "and only head_dim, num_key_value_heads"),
+        (TINY["gemma4"] | {"global_head_dim": 15}, "head size 15 is odd"),
+        (TINY["gemma4"] | {"num_global_key_value_heads": 3}, "4 attention heads are no multiple of 3"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type = 'dynamic'"),
@@ -356,6 +374,37 @@ def test_gguf_mistakes(change, message):
         config_from_gguf({k: v for k, v in meta.items() if v is not None})
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"embedding_length_per_layer_input": 8}, "embedding_length_per_layer_input = 8 is not supported"),
+        ({"attention.shared_kv_layers": 1}, "shared_kv_layers = 1 is not supported"),
+        ({"attention.head_count_kv": [2, 1, 1]}, "head_count_kv has 3 entries for 2 layers"),
+        ({"expert_count": 4}, "expert_count = 4 is not supported; expected none"),
+    ],
+)
+def test_gguf_mistakes_of_gemma4(change, message):
+    config = config_from_hf(TINY["gemma4"])
+    meta = config_to_gguf(config) | {f"gemma4.{key}": value for key, value in change.items()}
+    with pytest.raises(UserError, match=message):
+        config_from_gguf(meta, tied=True, k_eq_v=True, rope=rope_tensors(config))
+
+
+def test_layers_of_gemma4_have_sizes_of_their_own():
+    config = config_from_hf(TINY["gemma4"])
+    assert [(c.head_dim, c.kv_heads, c.k_eq_v) for c in map(config.of_layer, (0, 1))] == [(16, 2, False), (24, 1, True)]
+    assert config.of_layer(1).of_layer(1) == config.of_layer(1)
+    shapes = {"/".join(w.path): w.shape for w in weight_names(config)}
+    assert shapes["layers_0/attn/v/kernel"] == (48, 32) and "layers_1/attn/v/kernel" not in shapes
+    assert shapes["layers_1/attn/k/kernel"] == (48, 24) and shapes["layers_1/attn/o/kernel"] == (96, 48)
+    still = rope_tensors(config)["rope_freqs.weight"]
+    np.testing.assert_array_equal(still, np.repeat(np.float32([1, 1e30]), 6))  # half of a larger head's 12
+    with pytest.raises(UserError, match="a proportional part"):
+        config_to_gguf(dataclasses.replace(config, rope_scaling=None))
+    with pytest.raises(UserError, match="has windows"):
+        config_to_gguf(dataclasses.replace(config, window=None, global_layers=(), local_rope_theta=None))
+
+
 @pytest.mark.parametrize("bad", [np.ones(7), np.zeros(8), np.full(8, np.nan)])
 def test_bad_rope_freqs(bad):
     meta = config_to_gguf(config_from_hf(TINY["llama"]))
@@ -365,7 +414,8 @@ def test_bad_rope_freqs(bad):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_family_cannot_say_is_an_error(family):
-    other = TINY["llama"] | {"model_type": family, "query_pre_attn_scalar": 12, "head_dim": 12}
+    sizes = {"query_pre_attn_scalar": 12, "head_dim": 12, "hidden_size_per_layer_input": 0}
+    other = TINY["llama"] | sizes | {"model_type": family}
     plain = config_from_hf(TINY[family] if family.startswith("deepseek") else other)
     wrong = {"norm_offset": 0.5} if family.startswith("gemma") else {"post_norms": not plain.post_norms}
     for write in (config_to_hf, config_to_gguf):

@@ -70,6 +70,14 @@ _GLM4_MOE = {
     "routed_scaling_factor": 1.5,
 }
 
+_GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 7,
+    "global_head_dim": 24,
+    "tie_word_embeddings": True,
+}
+
 TINY = {
     "llama": {"model_type": "llama"},
     "llama-mha": {"model_type": "llama", "num_key_value_heads": 4, "head_dim": None, "rope_theta": 500.0},
@@ -128,6 +136,15 @@ TINY = {
         "query_pre_attn_scalar": 24,
         "tie_word_embeddings": True,
     },
+    "gemma4": _GEMMA4
+    | {"layer_types": _MIXED, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 3.0}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "gemma4-values": _GEMMA4 | {"num_hidden_layers": 3, "layer_types": [*_MIXED, "full_attention"]},
     "llama-yarn": {
         "model_type": "llama",
         "rope_scaling": {
@@ -263,7 +280,7 @@ def tiny(name):
     params = {}
     for weight in weight_names(config):
         value = rng.normal(size=weight.shape).astype(np.float32)
-        if weight.path[-1] == "scale":
+        if weight.path[-1].endswith("scale"):
             value = 1 - weight.offset + 0.3 * value
         elif weight.path[-1].endswith(("bias", "sinks")):
             value = 0.5 * value

@@ -9,6 +9,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from qjax.models.families.family import Family
 from qjax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from qjax.models.families.gemma4 import GEMMA4
 from qjax.models.families.glm4 import GLM4
 from qjax.models.families.glm4_moe import GLM4_MOE
 from qjax.models.families.gpt_oss import GPT_OSS
@@ -24,7 +25,7 @@ from qjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from qjax.models.families.smollm3 import SMOLLM3
 
 _ALL = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, PHI3, GLM4),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, GEMMA4, OLMO2, OLMO3, SMOLLM3, GRANITE, PHI3, GLM4),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, GPT_OSS, LLAMA4),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ALL})

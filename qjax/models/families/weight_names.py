@@ -49,6 +49,7 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mlp/shared/up": ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
         "mlp/shared/down": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
         "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+        "out_scale": ("layer_scalar", "layer_output_scale"),
     }
 )
 
@@ -103,7 +104,6 @@ class WeightName:
 def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
     """Every weight of a decoder, in the order of a forward pass; a tied head is not listed."""
     c, family = config, family_of(config)
-    q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
     names = [WeightName(("embed", "embedding"), "model.embed_tokens.weight", "token_embd.weight", (c.vocab, c.dim))]
 
     def norm(path: tuple[str, ...], hf: str, gguf: str, size: int) -> None:
@@ -121,13 +121,17 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         hf, gguf = family.hf_names.get(part, hf), family.gguf_names.get(part, gguf)
         return (f"layers_{layer}", *part.split("/")), f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
 
+    def bare(layer: int, part: str, size: int) -> None:
+        path, hf, gguf = at(layer, part)
+        names.append(WeightName(path, hf, f"{gguf}.weight", (size,)))
+
     def latent(layer: int) -> None:
         if c.query_rank:
             dense(*at(layer, "attn/q_a"), (c.dim, c.query_rank))
             norm(*at(layer, "attn/q_a_norm"), c.query_rank)
-            dense(*at(layer, "attn/q_b"), (c.query_rank, q_dim))
+            dense(*at(layer, "attn/q_b"), (c.query_rank, c.heads * c.head_dim))
         else:
-            dense(*at(layer, "attn/q"), (c.dim, q_dim))
+            dense(*at(layer, "attn/q"), (c.dim, c.heads * c.head_dim))
         dense(*at(layer, "attn/kv_a"), (c.dim, c.kv_rank + c.rotated))
         norm(*at(layer, "attn/kv_a_norm"), c.kv_rank)
         dense(*at(layer, "attn/kv_b"), (c.kv_rank, c.heads * (c.head_dim - c.rotated + c.value_size)))
@@ -138,7 +142,9 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         dense(*at(layer, f"{part}/up"), (*stack, c.dim, hidden), bias=bias)
         dense(*at(layer, f"{part}/down"), (*stack, hidden, c.dim), bias=bias)
 
-    for i in range(c.layers):
+    for i in range(config.layers):
+        c = config.of_layer(i)
+        q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
         if c.pre_norms:
             norm(*at(i, "attn_norm"), c.dim)
         if c.kv_rank:
@@ -148,13 +154,13 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         else:
             dense(*at(i, "attn/q"), (c.dim, q_dim), c.heads, c.qkv_bias)
             dense(*at(i, "attn/k"), (c.dim, kv_dim), c.kv_heads, c.qkv_bias)
-            dense(*at(i, "attn/v"), (c.dim, kv_dim), None, c.qkv_bias)
+            if not c.k_eq_v:
+                dense(*at(i, "attn/v"), (c.dim, kv_dim), None, c.qkv_bias)
         if c.qk_norm:
             norm(*at(i, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
             norm(*at(i, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
         if c.sinks:
-            path, hf, gguf = at(i, "attn/sinks")
-            names.append(WeightName(path, hf, f"{gguf}.weight", (c.heads,)))
+            bare(i, "attn/sinks", c.heads)
         dense(*at(i, "attn/o"), (c.heads * c.value_size, c.dim), bias=c.o_bias)
         if c.post_norms:
             norm(*at(i, "attn_post_norm"), c.dim)
@@ -178,6 +184,8 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
             mlp(i, "mlp", c.hidden)
         if c.post_norms:
             norm(*at(i, "mlp_post_norm"), c.dim)
+        if c.out_scale:
+            bare(i, "out_scale", 1)
     norm(("final_norm",), "model.norm", "output_norm", c.dim)
     if not c.tied:
         dense(("head",), "lm_head", "output", (c.dim, c.vocab))
