@@ -18,12 +18,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.io.safetensors import FLOATS, Checkpoint, Stored
+from qjax.io.safetensors import FLOATS, Checkpoint, Stored, mapped
 
 MXFP4 = "MXFP4"
 _BLOCK, _BYTES = 32, 17  # weights of a block, and its bytes
@@ -82,23 +81,13 @@ def read_experts(checkpoint: Checkpoint, columns: str) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors=found)
 
 
-def _mapped(stored: Stored, dtype: Any, first: int, count: int) -> np.ndarray:
-    """Some experts of a stored tensor, mapped for as long as the array lives."""
-    span = stored.nbytes // stored.shape[0]
-    try:
-        raw = np.memmap(stored.path, np.uint8, "r", stored.offset + first * span, (count * span,))
-    except (OSError, ValueError) as e:  # gone or cut off since it was opened
-        raise UserError(f"cannot read {stored.path}: {e}") from e
-    return raw.view(dtype).reshape(count, *stored.shape[1:])
-
-
 def _plain(stored: Stored, rows: slice) -> Stored:
     """A part of a tensor of floats, which has outputs along its last axis."""
     if stored.dtype not in FLOATS:
         return stored  # told by whoever reads it
 
     def made(first: int, count: int) -> np.ndarray:
-        array = _mapped(stored, FLOATS[stored.dtype], first, count)[..., rows]
+        array = mapped(stored, FLOATS[stored.dtype], first, count)[..., rows]
         return array if array.ndim == 2 else array.swapaxes(-1, -2)
 
     shape = (*stored.shape[:-1], len(range(*rows.indices(stored.shape[-1]))))
@@ -114,7 +103,7 @@ def _packed(name: str, blocks: Stored, scales: Stored, rows: slice) -> Stored:
         raise UserError(f"{blocks.path}: {name!r} and its scales are {what}, no blocks of MXFP4")
 
     def made(first: int, count: int) -> np.ndarray:
-        parts = (_mapped(s, np.uint8, first, count)[:, rows] for s in (blocks, scales))
+        parts = (mapped(s, np.uint8, first, count)[:, rows] for s in (blocks, scales))
         return gguf_blocks(*parts).reshape(count, shape[1], -1)
 
     outputs = len(range(*rows.indices(scales.shape[1])))

@@ -128,6 +128,7 @@ def read_weight(file: GGUFFile, w: WeightName, dtype: Any = jnp.float32) -> Any:
         rows = np.asarray(file.array(w.gguf))
         rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
         rows = rows - np.asarray(w.offset, rows.dtype) if w.offset else rows
+        rows = np.log(-rows) if w.decay else rows
         return own(w.turned(rows.reshape(w.file_shape)), dtype)
     q = file.qtensor(w.gguf)
     if w.offset or q.ndim < 2:
@@ -232,4 +233,5 @@ def to_rows(w: WeightName, leaf: Any, type_name: str) -> np.ndarray:
     rows = w.turned(np.asarray(leaf))
     rows = rows if w.rope_heads is None else to_pairs(rows, w.rope_heads)
     rows = rows.astype(np.float32) + np.float32(w.offset) if w.offset else rows
+    rows = -np.exp(rows.astype(np.float32)) if w.decay else rows
     return rows.astype(DENSE[type_name])

@@ -104,7 +104,7 @@ class Attention(nn.Module):
             if (turning := c.layer_theta(self.layer)) is None:
                 return y
             theta, scaling = turning
-            frequencies = rope_frequencies(c.rotated, theta, scaling, positions[-1] + 1)
+            frequencies = rope_frequencies(c.rotated, theta, scaling, jnp.max(positions) + 1)
             factor = 1.0 if scaling is None else scaling.attention_factor
             return rotate(y, positions, frequencies, factor, c.rope_pairs)
 
@@ -114,8 +114,12 @@ class Attention(nn.Module):
             qkv = dense("qkv", q_dim + 2 * kv_dim, c.qkv_bias)(x)
             q, k, v = jnp.split(qkv, (q_dim, q_dim + kv_dim), axis=-1)
         else:
-            q, k = dense("q", q_dim, c.qkv_bias)(x), dense("k", kv_dim, c.qkv_bias)(x)
+            q = dense("q", 2 * q_dim if c.attn_gate else q_dim, c.qkv_bias)(x)
+            k = dense("k", kv_dim, c.qkv_bias)(x)
             v = k if c.k_eq_v else dense("v", kv_dim, c.qkv_bias)(x)
+
+        if c.attn_gate:
+            q, gate = jnp.split(q.reshape(b, t, c.heads, 2 * c.head_dim), 2, axis=-1)
 
         def by_head(y, name, heads):
             norm = RMSNorm(c.norm_eps, c.norm_offset, name=name) if c.qk_norm else lambda y: y
@@ -147,4 +151,5 @@ class Attention(nn.Module):
             # Slots past the filled part lie after every query, so the causal mask hides them too.
             mask = visible(positions, jnp.arange(k.shape[1]), window, chunk)
             o = attend(q, k, v, mask, scale, c.attn_softcap, sinks)
+        o = o * nn.sigmoid(gate.reshape(o.shape)) if c.attn_gate else o
         return dense("o", c.dim, c.o_bias)(o), cache

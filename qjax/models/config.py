@@ -37,6 +37,38 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearAttention:
+    """The gated delta rule (linear_attention.py) that some layers have in place of softmax attention.
+
+    Attributes:
+      layers: those that have it.
+      key_heads, key_dim: of queries and keys, and the size of each.
+      value_heads, value_dim: of values; a multiple of key_heads.
+      width: tokens that the convolution sees.
+      tiled: value head j has key head j mod key_heads (Qwen3.5 in llama.cpp's order), else those of a group are
+        neighbours (Qwen3-Next).
+    """
+
+    layers: tuple[int, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    width: int = 4
+    tiled: bool = False
+
+    @property
+    def keys(self) -> int:
+        """Numbers of all keys of a token."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def channels(self) -> int:
+        """Numbers that the convolution goes over: queries, keys and values."""
+        return 2 * self.keys + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer: RMSNorm, rotary attention with grouped queries, gated MLP.
 
@@ -110,6 +142,9 @@ class DecoderConfig:
     k_eq_v: bool = False  # Gemma 4: values of the layers without window are their keys, in front of norm and rotation
     v_norm: bool = False  # Gemma 4: each head's values are divided by their rms
     out_scale: bool = False  # Gemma 4: what leaves a layer is multiplied with one learned number
+    linear: LinearAttention | None = None  # Qwen3.5: the layers whose attention is linear, and what it is
+    attn_gate: bool = False  # Qwen3.5: a second half of each of q's heads decides how much of attention is let through
+    rope_sections: tuple[int, ...] = ()  # Qwen3.5: of an image's positions; a text has no use for them
 
     def of_layer(self, layer: int) -> DecoderConfig:
         """The decoder as one layer has it: `head_dim`, `kv_heads` and `k_eq_v` are that layer's."""
@@ -119,6 +154,10 @@ class DecoderConfig:
         if (head_dim, kv_heads) == (self.head_dim, self.kv_heads):
             return self
         return dataclasses.replace(self, head_dim=head_dim, kv_heads=kv_heads)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer's attention is linear."""
+        return self.linear is not None and layer in self.linear.layers
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""

@@ -8,7 +8,8 @@
 Weights are flax kernels, (in, out). Their paths: `embed/embedding`, `layers_3/attn/{q,k,v,o}/kernel`,
 `layers_3/mlp/{gate,up,down}/kernel`, `layers_3/{attn_norm,mlp_norm}/scale`, `final_norm/scale`, `head/kernel`; where a
 family keeps several in one, `attn/qkv` and `mlp/gate_up`; `attn/sinks` (heads,) where it has any; `out_scale` (1,)
-where what leaves a layer is multiplied with it. A layer of experts
+where what leaves a layer is multiplied with it. A layer of linear attention (linear_attention.py) has
+`linear_attn/{qkv,gate,alpha,beta,o}/kernel` and what they go with in place of `attn`. A layer of experts
 (mlp.py) has `mlp/router/kernel`, `mlp/experts/{gate,up,down}/kernel` (experts, in, out) and, where one sees all,
 `mlp/shared/{gate,up,down}/kernel`.
 Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
@@ -27,10 +28,12 @@ from jax import lax
 
 from qjax.models.attention import Attention, as_it_is, softcapped
 from qjax.models.config import DecoderConfig
+from qjax.models.linear_attention import GatedDeltaNet, empty_memory
 from qjax.models.mlp import MLP, Mixture
 from qjax.models.norm import RMSNorm
 
-# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]}.
+# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]};
+# of a layer of linear attention {"conv", "state"}.
 Cache = dict[str, Any]
 
 
@@ -57,9 +60,11 @@ class Block(nn.Module):
         def added(x, y):
             return x + y if c.residual_multiplier == 1.0 else x + y * jnp.asarray(c.residual_multiplier, y.dtype)
 
-        y, cache = Attention(c, self.layer, self.dtype, self.dot_general, self.stored, name="attn")(
-            norm("attn_norm", x, c.pre_norms), positions, cache
-        )
+        if c.is_linear(self.layer):
+            mix = GatedDeltaNet(c, c.linear, self.dtype, self.dot_general, name="linear_attn")
+        else:
+            mix = Attention(c, self.layer, self.dtype, self.dot_general, self.stored, name="attn")
+        y, cache = mix(norm("attn_norm", x, c.pre_norms), positions, cache)
         x = added(x, norm("attn_post_norm", y, c.post_norms))
         if c.has_experts(self.layer):
             mlp = Mixture(c, self.dtype, self.dot_general, name="mlp")
@@ -120,8 +125,11 @@ class Decoder(nn.Module):
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """A key/value cache for `capacity` positions."""
 
-    def layer(c: DecoderConfig) -> dict[str, jax.Array]:
+    def layer(i: int) -> dict[str, jax.Array]:
+        if config.linear is not None and config.is_linear(i):
+            return empty_memory(config.linear, batch, dtype)
+        c = config.of_layer(i)
         sizes = {"k": c.head_dim, "v": c.value_size}
         return {name: jnp.zeros((batch * c.kv_heads, capacity, size), dtype) for name, size in sizes.items()}
 
-    return {"length": jnp.int32(0)} | {f"layers_{i}": layer(config.of_layer(i)) for i in range(config.layers)}
+    return {"length": jnp.int32(0)} | {f"layers_{i}": layer(i) for i in range(config.layers)}

@@ -159,7 +159,8 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
 
     Raises:
       UserError: a map that is not orthogonal or not of length head_dim, weights of other shapes than the config's, a
-        packed weight, values in one weight with q and k (fused_qkv), heads of two sizes, values that are keys (k_eq_v).
+        packed weight, values in one weight with q and k (fused_qkv), heads of two sizes, values that are keys (k_eq_v),
+        gates.
     """
     if config.fused_qkv:
         raise UserError(f"the values of {config.family} cannot be rotated alone: q, k and v are one weight (fused_qkv)")
@@ -169,6 +170,8 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
         raise UserError(
             f"the values of {config.family} cannot be rotated alone: heads have two sizes, or values are keys as well"
         )
+    if config.attn_gate or config.linear:
+        raise UserError(f"the values of {config.family} cannot be rotated: gates multiply them number by number")
     _check_orthogonal(rotate, config.head_dim, "head_dim")
     flat = _flat(params, config)
     for i in range(config.layers):

@@ -58,13 +58,17 @@ def _ranked(c: DecoderConfig, _: int) -> bool:
     return c.kv_rank > 0
 
 
+def _softmax(c: DecoderConfig, layer: int) -> bool:
+    return not c.is_linear(layer)
+
+
 def _ranked_queries(c: DecoderConfig, _: int) -> bool:
     return c.kv_rank > 0 and c.query_rank > 0
 
 
-def _heads_of_their_own(c: DecoderConfig, _: int) -> bool:
+def _heads_of_their_own(c: DecoderConfig, layer: int) -> bool:
     """Where query heads share a key/value head (GQA), one channel of v feeds several of o; a norm of values mixes."""
-    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank and not c.v_norm
+    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank and not c.v_norm and _softmax(c, layer)
 
 
 def _is_there(c: DecoderConfig, sink: str) -> bool:
@@ -101,7 +105,14 @@ _LAYER = (
         "attn_norm/scale",
         ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
         lambda c: c.dim,
-        lambda c, _: c.pre_norms and not c.fused_qkv and not c.kv_rank,
+        lambda c, layer: c.pre_norms and not c.fused_qkv and not c.kv_rank and _softmax(c, layer),
+    ),
+    _Rule(
+        "attn_norm -> qkv, gate, alpha, beta",
+        "attn_norm/scale",
+        tuple(f"linear_attn/{name}/kernel" for name in ("qkv", "gate", "alpha", "beta")),
+        lambda c: c.dim,
+        lambda c, layer: c.pre_norms and c.is_linear(layer),
     ),
     _Rule(
         "attn_norm -> qkv",

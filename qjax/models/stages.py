@@ -74,7 +74,7 @@ def stages_of(config: DecoderConfig) -> Stages:
 
     def alike_of(c: DecoderConfig, layer: int) -> Apply:
         used = c.experts_used if c.has_experts(layer) else 0
-        kind = (c.layer_window(layer), c.layer_theta(layer), used)
+        kind = (c.layer_window(layer), c.layer_theta(layer), used, c.is_linear(layer))
         return alike.setdefault(kind, block_of(c, layer))
 
     blocks = tuple(alike_of(c, i) for i in range(c.layers))

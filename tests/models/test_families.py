@@ -161,8 +161,9 @@ def test_gguf_keys_and_names_are_ggufs_own():
     """Every key and tensor name is one that gguf's tables list for the architecture."""
     gguf = pytest.importorskip("gguf")
     templates = set()
-    for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.General):
+    for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM, gguf.Keys.General):
         templates |= {v for k, v in vars(group).items() if isinstance(v, str) and not k.startswith("_")}
+    templates.add("{arch}.attention.recurrent_layers")  # llama.cpp's, not in this package's tables yet
     arch_by_name = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     for name, hf in TINY.items():
         if name in UNSAYABLE:
@@ -173,7 +174,7 @@ def test_gguf_keys_and_names_are_ggufs_own():
         assert {key.replace(f"{arch}.", "{arch}.", 1) for key in meta} <= templates | {"general.architecture"}
         known = {gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[arch_by_name[arch]]}
         for weight in weight_names(config):
-            parts = weight.gguf.rsplit(".", 1)[0].split(".")
+            parts = weight.gguf.removesuffix(".weight").removesuffix(".bias").split(".")
             if parts[0] == "blk":
                 parts[1] = "{bid}"
             assert ".".join(parts) in known, weight.gguf
@@ -271,7 +272,18 @@ def test_gemma_27b_scores_are_llama_cpps():
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
         ({"model_type": "gemma3"}, 'no text_config; its language model alone is "gemma3_text"'),
-        ({"model_type": "qwen3_next"}, "'qwen3_next' is not supported: gated linear attention is missing"),
+        ({"model_type": "kimi_linear"}, "'kimi_linear' is not supported: linear attention with a gate for each"),
+        (TINY["qwen3_5"] | {"linear_num_value_heads": 3}, "3 value heads are no multiple of 2 key heads"),
+        (TINY["qwen3_5"] | {"linear_conv_kernel_dim": 1}, "width 1 sees no token before"),
+        (
+            TINY["qwen3_5"] | {"layer_types": ["sliding_attention"] * 2},
+            "expected one of full_attention, linear_attention",
+        ),
+        (TINY["qwen3_5"] | {"layer_types": None, "full_attention_interval": 0}, "full_attention_interval = 0"),
+        (
+            TINY["qwen3_5"] | {"rope_parameters": {"mrope_section": [1]}},
+            r"mrope_section = \[1\]; expected three numbers",
+        ),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts a token are more than the 8 there are"),
         (
             {"model_type": "qwen3_moe", "mlp_only_layers": [2]},
@@ -390,6 +402,35 @@ def test_gguf_mistakes_of_gemma4(change, message):
         config_from_gguf(meta, tied=True, k_eq_v=True, rope=rope_tensors(config))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attention.recurrent_layers": [True]}, r"recurrent_layers = \[True\]; expected one boolean a layer"),
+        ({"ssm.inner_size": 33}, "ssm.inner_size = 33 is no multiple of 4 heads"),
+        ({"ssm.state_size": 0}, "ssm.state_size = 0"),
+        ({"rope.dimension_sections": [1]}, r"dimension_sections = \[1\]; expected three numbers"),
+    ],
+)
+def test_gguf_mistakes_of_linear_attention(change, message):
+    meta = config_to_gguf(config_from_hf(TINY["qwen3_5"])) | {f"qwen35.{key}": value for key, value in change.items()}
+    with pytest.raises(UserError, match=message):
+        config_from_gguf(meta)
+
+
+def test_linear_attention_that_llama_cpp_cannot_run():
+    config = config_from_hf(TINY["qwen3_5"])
+    for change, message in (
+        ({"linear": dataclasses.replace(config.linear, value_dim=16)}, "one size for keys and values .*, not 8 and 16"),
+        ({"norm_eps": 1e-5}, "one eps for all norms"),
+        ({"linear": None}, "has layers of linear attention"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config_to_gguf(dataclasses.replace(config, **change))
+    assert config_to_gguf(config)["qwen35.full_attention_interval"] == 2
+    irregular = config_to_gguf(config_from_hf(TINY["qwen3_5-irregular"]))
+    assert irregular["qwen35.attention.recurrent_layers"] == [False, True, True]
+
+
 def test_layers_of_gemma4_have_sizes_of_their_own():
     config = config_from_hf(TINY["gemma4"])
     assert [(c.head_dim, c.kv_heads, c.k_eq_v) for c in map(config.of_layer, (0, 1))] == [(16, 2, False), (24, 1, True)]
@@ -416,7 +457,8 @@ def test_bad_rope_freqs(bad):
 def test_what_a_family_cannot_say_is_an_error(family):
     sizes = {"query_pre_attn_scalar": 12, "head_dim": 12, "hidden_size_per_layer_input": 0}
     other = TINY["llama"] | sizes | {"model_type": family}
-    plain = config_from_hf(TINY[family] if family.startswith("deepseek") else other)
+    own = next(hf for hf in TINY.values() if hf["model_type"] == family)
+    plain = config_from_hf(own if family.startswith(("deepseek", "qwen3_")) and family != "qwen3_moe" else other)
     wrong = {"norm_offset": 0.5} if family.startswith("gemma") else {"post_norms": not plain.post_norms}
     for write in (config_to_hf, config_to_gguf):
         with pytest.raises(UserError, match=next(iter(wrong))):

@@ -77,6 +77,20 @@ _GEMMA4 = {
     "global_head_dim": 24,
     "tie_word_embeddings": True,
 }
+_QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "rms_norm_eps": 1e-6,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
 
 TINY = {
     "llama": {"model_type": "llama"},
@@ -145,6 +159,10 @@ TINY = {
         },
     },
     "gemma4-values": _GEMMA4 | {"num_hidden_layers": 3, "layer_types": [*_MIXED, "full_attention"]},
+    "qwen3_5": _QWEN3_5 | {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5-irregular": _QWEN3_5
+    | {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True}
+    | {"num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
     "llama-yarn": {
         "model_type": "llama",
         "rope_scaling": {
@@ -282,7 +300,9 @@ def tiny(name):
         value = rng.normal(size=weight.shape).astype(np.float32)
         if weight.path[-1].endswith("scale"):
             value = 1 - weight.offset + 0.3 * value
-        elif weight.path[-1].endswith(("bias", "sinks")):
+        elif weight.path[-1] == "conv":
+            value = value / weight.shape[-1] ** 0.5
+        elif weight.path[-1].endswith(("bias", "sinks", "A_log")):
             value = 0.5 * value
         else:  # embeddings of size one; kernels that keep the size
             value = value / (1.0 if weight.path[0] == "embed" else weight.shape[-2] ** 0.5)

@@ -9,7 +9,7 @@ from tiny_walks import tiny_calibration, tiny_model
 
 import qjax
 from qjax.io.tokenizer_bpe import bpe_tokenizer
-from qjax.models.config import RopeScaling
+from qjax.models.config import LinearAttention, RopeScaling
 from qjax.models.families import rope_tensors, weight_names
 from qjax.models.model import Model
 from qjax.pipeline import quantize_file
@@ -20,6 +20,13 @@ GEMMA4 = {
     "global_layers": (1,), "local_rope_theta": 100.0, "rope_scaling": RopeScaling("proportional", part=0.5),
     "k_eq_v": True, "v_norm": True, "out_scale": True, "qk_norm": True, "post_norms": True, "embed_scale": True,
     "activation": "gelu_tanh", "attn_multiplier": 1.0, "tied": True,
+}  # fmt: skip
+
+
+QWEN3_5 = {
+    "family": "qwen3_5_text", "kv_heads": 2, "norm_eps": 1e-6, "norm_offset": 1.0, "qk_norm": True, "attn_gate": True,
+    "rotary_dim": 8, "rope_sections": (2, 1, 1),
+    "linear": LinearAttention((0,), key_heads=2, value_heads=4, key_dim=16, value_dim=16, tiled=True),
 }  # fmt: skip
 
 
@@ -36,7 +43,7 @@ def divergence(exact, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [GEMMA4], ids=["gemma4"])
+@pytest.mark.parametrize("changes", [GEMMA4, QWEN3_5], ids=["gemma4", "qwen3_5"])
 def test_a_folder_becomes_a_calibrated_file_that_llama_cpp_runs(tmp_path, changes):
     model, calibration = with_tokenizer(tiny_model(**changes)), tiny_calibration()
     qjax.save(model, tmp_path / "folder")
@@ -51,6 +58,10 @@ def test_a_folder_becomes_a_calibrated_file_that_llama_cpp_runs(tmp_path, change
     assert {names[name].path[-1] for name in done} == {"kernel", "embedding"}
     assert not any(names[name].path[-1] == "kernel" for name in kept & names.keys())
     assert {t.name for t in report.tensors if t.calibration is not None} == done
+    if model.config.linear:
+        assert found["kept"]["a convolution"] == ["blk.0.ssm_conv1d.weight"]
+        assert {"blk.0.ssm_a", "blk.0.ssm_dt.bias", "blk.0.ssm_norm.weight"} <= set(found["kept"]["a vector"])
+        assert {"blk.0.attn_qkv.weight", "blk.0.ssm_alpha.weight", "blk.0.ssm_out.weight"} <= done
 
     tokens = np.asarray(calibration.tokens[:4])
     exact, good, plain = (
