@@ -252,6 +252,8 @@ MUTANTS = (
            "models/test_linear_attention.py::test_padding_leaves_no_trace_in_memory"),
     Mutant("value-heads-as-they-come", "io/linear_heads.py", "or rule.value_heads == rule.key_heads:", "or True:",
            "models/test_decoder.py::test_logits_equal_transformers[qwen3_5]"),
+    Mutant("qkvz-as-it-lies", "io/linear_heads.py", "np.concatenate(qkv), z", "np.sort(np.concatenate(qkv)), z",
+           "io/test_linear_files.py::test_what_a_folder_holds"),
     Mutant("convolution-rounded", "plan/rules.py", '"a convolution": (("linear_attn/conv",',
            '"a convolution": (("linear_attn/none",',
            "test_plan.py::test_convolutions_are_spared_but_by_rules_that_name_them"),

@@ -2,6 +2,7 @@
 
     experts.gate_up_proj [e, in, 2 out]           gpt-oss: even columns are gate's, odd ones up's
                                                   Llama 4: the first half is gate's, the second up's
+                             [e, 2 out, in]       Qwen3.5 ("rows"): so are its rows
     experts.down_proj [e, in, out]                biases [e, 2 out], [e, out]
     gpt-oss as published: blocks [e, 2 out, in / 32, 16] and scales [e, 2 out, in / 32] of MXFP4
 
@@ -67,7 +68,8 @@ def read_experts(checkpoint: Checkpoint, columns: str) -> Checkpoint:
             found[name] = stored
             continue
         at, which, form = match[1], match[2], (match[3] or "_weight")[1:]
-        outputs = stored.shape[1 if form in ("blocks", "scales") else -1] if stored.shape[1:] else 0
+        axis = 1 if form in ("blocks", "scales") or columns == "rows" else -1
+        outputs = stored.shape[axis] if stored.shape[1:] else 0
         parts = _parts(which, columns, outputs)
         if len(stored.shape) != _AXES[form] or outputs % len(parts):
             raise UserError(f"{stored.path}: tensor {name!r} has shape {list(stored.shape)}, which no expert has")
@@ -76,22 +78,32 @@ def read_experts(checkpoint: Checkpoint, columns: str) -> Checkpoint:
         if other not in checkpoint.tensors:
             raise UserError(f"{stored.path}: tensor {other!r} is missing; {name!r} is the other half of its MXFP4")
         for part, rows in parts if form != "scales" else ():
-            made = _packed(name, stored, checkpoint.tensors[other], rows) if form == "blocks" else _plain(stored, rows)
+            if form == "blocks":
+                made = _packed(name, stored, checkpoint.tensors[other], rows)
+            else:
+                made = _plain(stored, rows, columns == "rows")
             found[f"{at}{part}_proj.{'bias' if form == 'bias' else 'weight'}"] = made
     return dataclasses.replace(checkpoint, tensors=found)
 
 
-def _plain(stored: Stored, rows: slice) -> Stored:
-    """A part of a tensor of floats, which has outputs along its last axis."""
+def _plain(stored: Stored, rows: slice, turned: bool) -> Stored:
+    """A part of a tensor of floats, which has outputs along its last axis, or `turned` along its second."""
     if stored.dtype not in FLOATS:
         return stored  # told by whoever reads it
 
     def made(first: int, count: int) -> np.ndarray:
-        array = mapped(stored, FLOATS[stored.dtype], first, count)[..., rows]
+        array = mapped(stored, FLOATS[stored.dtype], first, count)
+        if turned:
+            return array[:, rows]
+        array = array[..., rows]
         return array if array.ndim == 2 else array.swapaxes(-1, -2)
 
-    shape = (*stored.shape[:-1], len(range(*rows.indices(stored.shape[-1]))))
-    shape = shape if len(shape) == 2 else (shape[0], shape[2], shape[1])
+    outputs = len(range(*rows.indices(stored.shape[1 if turned else -1])))
+    shape = (
+        (stored.shape[0], outputs)
+        if len(stored.shape) == 2
+        else ((stored.shape[0], outputs, stored.shape[2 if turned else 1]))
+    )
     nbytes = math.prod(shape) * FLOATS[stored.dtype].itemsize
     return dataclasses.replace(stored, shape=shape, nbytes=nbytes, made=made)
 
@@ -132,7 +144,8 @@ def write_experts(
         twice, end = (2, "gate_up_proj") if match[2] == "up" else (1, "down_proj")
         if match[3] == "bias":
             return f"{match[1]}{end}_bias", dtype, (shape[0], twice * shape[1])
-        return match[1] + end, dtype, (shape[0], shape[2], twice * shape[1])
+        turned = (twice * shape[1], shape[2]) if columns == "rows" else (shape[2], twice * shape[1])
+        return match[1] + end, dtype, (shape[0], *turned)
 
     def joined() -> Iterator[np.ndarray]:
         gates: dict[str, np.ndarray] = {}
@@ -144,6 +157,7 @@ def write_experts(
             if match is not None and match[2] == "up":
                 both, axis = [gates.pop(match[3]), array], 2 if columns == "even" else 1
                 array = np.stack(both, axis).reshape(len(array), -1, *array.shape[2:])
-            yield array if match is None or match[3] == "bias" else array.swapaxes(-1, -2)
+            as_it_is = match is None or match[3] == "bias" or columns == "rows"
+            yield array if as_it_is else array.swapaxes(-1, -2)
 
     return [info for info in (named(*info) for info in infos) if info is not None], joined()

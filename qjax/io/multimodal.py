@@ -20,6 +20,7 @@ TEXT_MODELS = {
     "gemma4": "gemma4_text",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "llama4": "llama4_text",
 }
 _NAMES = (

@@ -45,8 +45,8 @@ class LinearAttention:
       key_heads, key_dim: of queries and keys, and the size of each.
       value_heads, value_dim: of values; a multiple of key_heads.
       width: tokens that the convolution sees.
-      tiled: value head j has key head j mod key_heads (Qwen3.5 in llama.cpp's order), else those of a group are
-        neighbours (Qwen3-Next).
+      tiled: value head j has key head j mod key_heads (Qwen3.5 in llama.cpp's order), else the value heads of a key
+        head are neighbours, and alpha and beta one matrix, key head by key head (Qwen3-Next).
     """
 
     layers: tuple[int, ...]

@@ -75,6 +75,8 @@ def _is_there(c: DecoderConfig, sink: str) -> bool:
     """Whether a sink that not every family has is one of this config."""
     if sink == "attn/v/kernel":
         return not c.k_eq_v
+    if c.linear and sink.startswith(("linear_attn/alpha", "linear_attn/beta", "linear_attn/ba/")):
+        return c.linear.tiled != sink.startswith("linear_attn/ba/")
     if sink.startswith("mlp/shared/"):
         return bool(c.shared_hidden)
     if c.kv_rank and sink in ("attn/q/kernel", "attn/q_a/kernel"):
@@ -110,7 +112,7 @@ _LAYER = (
     _Rule(
         "attn_norm -> qkv, gate, alpha, beta",
         "attn_norm/scale",
-        tuple(f"linear_attn/{name}/kernel" for name in ("qkv", "gate", "alpha", "beta")),
+        tuple(f"linear_attn/{name}/kernel" for name in ("qkv", "gate", "alpha", "beta", "ba")),
         lambda c: c.dim,
         lambda c, layer: c.pre_norms and c.is_linear(layer),
     ),

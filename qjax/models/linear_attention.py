@@ -29,7 +29,7 @@ EPS = 1e-6
 
 
 class GatedDeltaNet(nn.Module):
-    """A layer of it: matrices `qkv`, `gate`, `alpha`, `beta` and `o`; `conv` [channels, width], `A_log`, `dt_bias`."""
+    """A layer of it: matrices `qkv`, `gate`, `alpha`, `beta` (or both as `ba`), `o`; `conv`, `A_log`, `dt_bias`."""
 
     config: DecoderConfig
     rule: LinearAttention
@@ -56,7 +56,12 @@ class GatedDeltaNet(nn.Module):
         q, k = (normalized(y.reshape(b, t, r.key_heads, r.key_dim)) for y in (q, k))
         q, k = (shared(y, r) for y in (q * r.key_dim**-0.5, k))
         v = v.reshape(b, t, r.value_heads, r.value_dim).astype(jnp.float32)
-        alpha, beta = (dense(name, r.value_heads)(x).astype(jnp.float32) for name in ("alpha", "beta"))
+        if r.tiled:
+            beta, alpha = (dense(name, r.value_heads)(x) for name in ("beta", "alpha"))
+        else:
+            both = jnp.split(dense("ba", 2 * r.value_heads)(x).reshape(b, t, r.key_heads, -1), 2, axis=-1)
+            beta, alpha = (y.reshape(b, t, r.value_heads) for y in both)
+        alpha, beta = alpha.astype(jnp.float32), beta.astype(jnp.float32)
         step = nn.softplus(alpha + vector("dt_bias", nn.initializers.ones))
         log_a, write = -jnp.exp(vector("A_log", nn.initializers.zeros)) * step, nn.sigmoid(beta)
         log_a, write = jnp.where(real, log_a, 0.0), jnp.where(real, write, 0.0)

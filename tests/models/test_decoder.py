@@ -98,7 +98,6 @@ def test_options_change_the_logits(name):
         "expert_groups": 0,
         "expert_group_best": 1 if config.expert_groups else config.expert_group_best,
         "v_norm": False,
-        "linear": config.linear and dataclasses.replace(config.linear, tiled=False),
         "out_scale": False,
     }
     logits = forward(config, params, tokens)
@@ -107,7 +106,6 @@ def test_options_change_the_logits(name):
             config.rope_scaling is not None and config.rope_scaling.kind == "longrope"
         )  # as long as rotary_dim says
         shaped = {"rotary_dim"} if tables or config.kv_rank else set()
-        shaped |= {"linear"} if config.linear and config.linear.key_heads == config.linear.value_heads else set()
         shaped |= {"window", "global_layers"} if config.global_head_dim else set()
         if getattr(config, field) != value and field not in shaped:
             other = dataclasses.replace(config, **{field: value})

@@ -163,6 +163,24 @@ TINY = {
     "qwen3_5-irregular": _QWEN3_5
     | {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True}
     | {"num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+    "qwen3_5_moe": _QWEN3_5
+    | {"model_type": "qwen3_5_moe_text", "linear_num_value_heads": 4}
+    | {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 40},
+    "qwen3_next": {
+        "model_type": "qwen3_next",
+        "rms_norm_eps": 1e-6,
+        "partial_rotary_factor": 0.5,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
     "llama-yarn": {
         "model_type": "llama",
         "rope_scaling": {

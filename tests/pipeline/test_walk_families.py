@@ -1,5 +1,6 @@
 """Families whose layers differ among themselves, from a folder to a calibrated file: every leaf is in the ledger."""
 
+import dataclasses
 import os
 
 import jax
@@ -28,6 +29,10 @@ QWEN3_5 = {
     "rotary_dim": 8, "rope_sections": (2, 1, 1),
     "linear": LinearAttention((0,), key_heads=2, value_heads=4, key_dim=16, value_dim=16, tiled=True),
 }  # fmt: skip
+QWEN3_NEXT = {k: v for k, v in QWEN3_5.items() if k != "rope_sections"} | {
+    "family": "qwen3_next", "experts": 4, "experts_used": 2, "expert_hidden": 64, "shared_hidden": 64,
+    "shared_gate": True, "linear": dataclasses.replace(QWEN3_5["linear"], tiled=False),
+}  # fmt: skip
 
 
 def with_tokenizer(model):
@@ -43,7 +48,7 @@ def divergence(exact, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [GEMMA4, QWEN3_5], ids=["gemma4", "qwen3_5"])
+@pytest.mark.parametrize("changes", [GEMMA4, QWEN3_5, QWEN3_NEXT], ids=["gemma4", "qwen3_5", "qwen3_next"])
 def test_a_folder_becomes_a_calibrated_file_that_llama_cpp_runs(tmp_path, changes):
     model, calibration = with_tokenizer(tiny_model(**changes)), tiny_calibration()
     qjax.save(model, tmp_path / "folder")
@@ -56,12 +61,14 @@ def test_a_folder_becomes_a_calibrated_file_that_llama_cpp_runs(tmp_path, change
     done = {t.name for t in report.tensors if t.kept is None}
     assert kept | done == names.keys() | rope_tensors(model.config).keys() and not kept & done
     assert {names[name].path[-1] for name in done} == {"kernel", "embedding"}
-    assert not any(names[name].path[-1] == "kernel" for name in kept & names.keys())
+    spared = {name for name in kept & names.keys() if names[name].path[-1] == "kernel"}
+    assert {names[name].path[-2] for name in spared} <= {"router", "shared_gate"}
     assert {t.name for t in report.tensors if t.calibration is not None} == done
     if model.config.linear:
         assert found["kept"]["a convolution"] == ["blk.0.ssm_conv1d.weight"]
         assert {"blk.0.ssm_a", "blk.0.ssm_dt.bias", "blk.0.ssm_norm.weight"} <= set(found["kept"]["a vector"])
-        assert {"blk.0.attn_qkv.weight", "blk.0.ssm_alpha.weight", "blk.0.ssm_out.weight"} <= done
+        small = "alpha" if model.config.linear.tiled else "ba"
+        assert {"blk.0.attn_qkv.weight", f"blk.0.ssm_{small}.weight", "blk.0.ssm_out.weight"} <= done
 
     tokens = np.asarray(calibration.tokens[:4])
     exact, good, plain = (

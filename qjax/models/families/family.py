@@ -44,7 +44,7 @@ class Family:
       period: llama.cpp takes every n-th layer to be without window unless the file says otherwise; 0: none.
       pairs: llama.cpp rotates neighbouring rows of q and k where Hugging Face rotates halves: rows are permuted.
       expert_columns: where a folder has gate and up of all experts in one tensor: gate's columns are its even ones
-        ("even"), or its first ones ("first"); "": a tensor for each expert and part.
+        ("even"), or its first ones ("first"), or its first rows ("rows"); "": a tensor for each expert and part.
       hf_names: part of a layer -> its name below `model.layers.0`, where it is not Llama's (or Qwen's, of experts).
       gguf_names: part of a layer -> its name below `blk.0`, where it is not that of every GGUF file.
       from_hf: (keys of config.json, the common fields) -> the DecoderConfig fields that only this family reads.

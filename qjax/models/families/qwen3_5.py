@@ -1,4 +1,4 @@
-"""Qwen3.5: three layers of four have linear attention; what the others attend to passes a gate.
+"""Qwen3.5, dense and with experts: three layers of four have linear attention; a gate stands behind the others'.
 
 Its texts are those of a model of images, whose positions have three parts: of a text they are the same, and
 `mrope_section` says only what belongs to which.
@@ -9,89 +9,12 @@ from typing import Any
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.models.config import DecoderConfig, LinearAttention
+from qjax.models.config import DecoderConfig
+from qjax.models.families.experts import OPTIONS, STACKED_NAMES, counts_from_hf, widths_from_gguf, widths_to_gguf
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
+from qjax.models.families.linear import LINEAR_ABSENT, linear_from_gguf, linear_from_hf, linear_to_gguf, linear_to_hf
 from qjax.models.families.scaling import rotary_dim_from_hf
-from qjax.models.families.windows import every
-from qjax.models.linear_attention import EPS
-
-_PERIOD, _KINDS = 4, ("full_attention", "linear_attention")
-_ROWS = {
-    "linear_key_head_dim": "key_dim",
-    "linear_value_head_dim": "value_dim",
-    "linear_num_key_heads": "key_heads",
-    "linear_num_value_heads": "value_heads",
-    "linear_conv_kernel_dim": "width",
-}
-
-
-def linear_from_hf(keys: Keys, layers: int) -> LinearAttention:
-    """The rule and its layers, from linear_* and from layer_types or full_attention_interval."""
-    types = keys.get("layer_types")
-    if types is None:
-        full = every(keys.count("full_attention_interval", _PERIOD), layers)
-        linear = tuple(i for i in range(layers) if i not in full)
-    elif not isinstance(types, list | tuple) or len(types) != layers or any(t not in _KINDS for t in types):
-        raise UserError(f"config.json: layer_types = {str(types)[:60]}; expected one of {', '.join(_KINDS)} a layer")
-    else:
-        linear = tuple(i for i, t in enumerate(types) if t == _KINDS[1])
-    sizes = {field: keys.count(key) for key, field in _ROWS.items()}
-    return checked(LinearAttention(layers=linear, tiled=True, **sizes), "config.json")
-
-
-def checked(rule: LinearAttention, where: str) -> LinearAttention:
-    """The rule itself, or a UserError where its numbers cannot make one."""
-    if rule.value_heads % rule.key_heads:
-        raise UserError(f"{where}: {rule.value_heads} value heads are no multiple of {rule.key_heads} key heads")
-    if rule.width < 2:
-        raise UserError(f"{where}: a convolution of width {rule.width} sees no token before; expected 2 or more")
-    return rule
-
-
-def linear_to_hf(c: DecoderConfig, rule: LinearAttention) -> Fields:
-    """The keys that `linear_from_hf` reads."""
-    sizes = {key: getattr(rule, field) for key, field in _ROWS.items()}
-    return sizes | {"layer_types": [_KINDS[c.is_linear(i)] for i in range(c.layers)]}
-
-
-def linear_from_gguf(keys: Keys, layers: int) -> LinearAttention:
-    """The same from a GGUF file's ssm.* keys."""
-    said: Any = keys.get("attention.recurrent_layers")
-    if said is None:
-        full = every(keys.count("full_attention_interval", _PERIOD), layers)
-        said = [i not in full for i in range(layers)]
-    if not isinstance(said, list | tuple | np.ndarray) or len(said) < layers:
-        raise UserError(f"{keys.where}attention.recurrent_layers = {str(said)[:40]}; expected one boolean a layer")
-    heads, inner = keys.count("ssm.time_step_rank"), keys.count("ssm.inner_size")
-    if inner % heads:
-        raise UserError(f"{keys.where}ssm.inner_size = {inner} is no multiple of {heads} heads")
-    rule = LinearAttention(
-        layers=tuple(i for i in range(layers) if said[i]), key_heads=keys.count("ssm.group_count"), value_heads=heads,
-        key_dim=keys.count("ssm.state_size"), value_dim=inner // heads, width=keys.count("ssm.conv_kernel"), tiled=True,
-    )  # fmt: skip
-    return checked(rule, "GGUF metadata")
-
-
-def linear_to_gguf(c: DecoderConfig, rule: LinearAttention) -> Fields:
-    """The keys that `linear_from_gguf` reads."""
-    if rule.key_dim != rule.value_dim:
-        raise UserError(
-            f"llama.cpp has one size for keys and values of linear attention, not {rule.key_dim} and {rule.value_dim}"
-        )
-    if c.norm_eps != EPS:
-        raise UserError(f"llama.cpp has one eps for all norms and for q and k of linear attention, which have {EPS}")
-    full = tuple(i for i in range(c.layers) if not c.is_linear(i))
-    period = full[0] + 1 if full else c.layers + 1
-    regular = full == every(period, c.layers)
-    recurrent = [c.is_linear(i) for i in range(c.layers)]
-    return {
-        "ssm.conv_kernel": rule.width,
-        "ssm.state_size": rule.key_dim,
-        "ssm.group_count": rule.key_heads,
-        "ssm.time_step_rank": rule.value_heads,
-        "ssm.inner_size": rule.value_heads * rule.value_dim,
-    } | ({"full_attention_interval": period} if regular else {"attention.recurrent_layers": recurrent})
 
 
 def _sections(said: Any, key: str) -> tuple[int, ...]:
@@ -132,32 +55,74 @@ def _to_gguf(c: DecoderConfig) -> Fields:
     return linear_to_gguf(c, c.linear) | {"rope.dimension_sections": [*c.rope_sections, 0]}
 
 
+def _moe_from_hf(keys: Keys, common: Fields) -> Fields:
+    shared = {"shared_hidden": keys.count("shared_expert_intermediate_size")}
+    return _from_hf(keys, common) | counts_from_hf(keys, "moe_intermediate_size") | shared
+
+
+def _moe_to_hf(c: DecoderConfig, hf: Fields) -> Fields:
+    return _to_hf(c, hf) | {
+        "num_experts": c.experts,
+        "num_experts_per_tok": c.experts_used,
+        "moe_intermediate_size": c.expert_hidden,
+        "shared_expert_intermediate_size": c.shared_hidden,
+    }
+
+
+def _moe_from_gguf(keys: Keys, common: Fields) -> Fields:
+    return _from_gguf(keys, common) | widths_from_gguf(keys)
+
+
+def _moe_to_gguf(c: DecoderConfig) -> Fields:
+    return _to_gguf(c) | widths_to_gguf(c)
+
+
+_ABSENT = {
+    "vocab_size": 248320,
+    "num_attention_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": (11, 11, 10),
+} | LINEAR_ABSENT
+_TRAITS = {"norm_offset": 1.0, "qk_norm": True, "attn_gate": True}
 QWEN3_5 = Family(
     name="qwen3_5_text",
     architecture="Qwen3_5ForCausalLM",
     arch="qwen35",
-    traits={"norm_offset": 1.0, "qk_norm": True, "attn_gate": True},
-    absent={
-        "vocab_size": 248320,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 32768,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": (11, 11, 10),
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-    },
+    traits=_TRAITS,
+    absent=_ABSENT
+    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_key_value_heads": 4},
     options=frozenset({"partial_rotary_factor", "mtp"}),
     gguf_names={"mlp_norm": "post_attention_norm"},
     from_hf=_from_hf,
     to_hf=_to_hf,
     from_gguf=_from_gguf,
     to_gguf=_to_gguf,
+)
+QWEN3_5_MOE = Family(
+    name="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    arch="qwen35moe",
+    traits=_TRAITS | {"shared_gate": True},
+    absent=_ABSENT
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": "moe_intermediate_size",
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    absent_gguf={"feed_forward_length": "expert_feed_forward_length"},
+    options=OPTIONS | {"partial_rotary_factor", "mtp"},
+    expert_columns="rows",
+    hf_names=STACKED_NAMES,
+    gguf_names={"mlp_norm": "post_attention_norm"},
+    from_hf=_moe_from_hf,
+    to_hf=_moe_to_hf,
+    from_gguf=_moe_from_gguf,
+    to_gguf=_moe_to_gguf,
 )

@@ -39,6 +39,7 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "linear_attn/gate": ("linear_attn.in_proj_z", "attn_gate"),
         "linear_attn/alpha": ("linear_attn.in_proj_a", "ssm_alpha"),
         "linear_attn/beta": ("linear_attn.in_proj_b", "ssm_beta"),
+        "linear_attn/ba": ("linear_attn.in_proj_ba", "ssm_ba"),
         "linear_attn/conv": ("linear_attn.conv1d.weight", "ssm_conv1d.weight"),
         "linear_attn/A_log": ("linear_attn.A_log", "ssm_a"),
         "linear_attn/dt_bias": ("linear_attn.dt_bias", "ssm_dt.bias"),
@@ -144,8 +145,11 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         values = rule.value_heads * rule.value_dim
         dense(*at(layer, "linear_attn/qkv"), (c.dim, rule.channels))
         dense(*at(layer, "linear_attn/gate"), (c.dim, values))
-        dense(*at(layer, "linear_attn/alpha"), (c.dim, rule.value_heads))
-        dense(*at(layer, "linear_attn/beta"), (c.dim, rule.value_heads))
+        if rule.tiled:
+            dense(*at(layer, "linear_attn/alpha"), (c.dim, rule.value_heads))
+            dense(*at(layer, "linear_attn/beta"), (c.dim, rule.value_heads))
+        else:
+            dense(*at(layer, "linear_attn/ba"), (c.dim, 2 * rule.value_heads))
         bare(layer, "linear_attn/conv", rule.channels, rule.width)
         bare(layer, "linear_attn/A_log", rule.value_heads, decay=True)
         bare(layer, "linear_attn/dt_bias", rule.value_heads)
