@@ -7,9 +7,10 @@ import re
 
 import numpy as np
 import pytest
+from test_pipeline import write_model
 
 from qjax.errors import UserError
-from qjax.models.config import DecoderConfig
+from qjax.models.config import DecoderConfig, LinearAttention, RopeScaling
 from qjax.models.families import family_of
 from qjax.plan import FILE_TYPES, Plan, Rule, Weight, decoder_weights, file_type_number, mix, tensor_types
 
@@ -105,6 +106,15 @@ def test_rules_in_front_of_a_mix_are_written_and_read(tmp_path):
     assert twice.to_dict()["rules"] == {"a/*": "Q8_0"} and twice.to_toml().count('"a/*"') == 1
 
 
+def test_convolutions_are_spared_but_by_rules_that_name_them():
+    conv, matrix = Weight("layers_0/linear_attn/conv", (64, 4)), Weight("layers_0/linear_attn/o/kernel", (64, 64))
+    named = Weight("layers_1/linear_attn/conv", (64, 4), "blk.1.ssm_conv1d.weight")
+    kept = Plan((Rule("*", "Q4_0"),)).assign((conv, matrix, named))
+    assert [a.reason for a in kept] == ["a convolution", "", "a convolution"] and kept[1].format.name == "Q4_0"
+    rounded = Plan((Rule("*/conv", "int4_g4"), Rule("*", "Q4_0"))).assign((conv, matrix))
+    assert rounded[0].format is not None and rounded[0].format.name == "int4_g4"
+
+
 # --- mixes against llama.cpp ----------------------------------------------------------------------
 
 
@@ -144,6 +154,34 @@ CONFIGS = {
     "latent attention": moe(
         "deepseek_v3", 16, config(9), kv_rank=256, query_rank=256, rotary_dim=16, shared_hidden=256, dense_layers=(0,)
     ),
+    "keys that are values": dataclasses.replace(
+        config(8, kv_heads=4, tied=True),
+        family="gemma4_text",
+        global_head_dim=64,
+        window=8,
+        global_layers=(3, 7),
+        local_rope_theta=100.0,
+        rope_scaling=RopeScaling("proportional", part=0.5),
+        k_eq_v=True,
+        v_norm=True,
+        out_scale=True,
+        qk_norm=True,
+        post_norms=True,
+        embed_scale=True,
+        activation="gelu_tanh",
+        attn_multiplier=1.0,
+    ),
+    "linear attention": dataclasses.replace(
+        config(8, kv_heads=2),
+        family="qwen3_5_text",
+        norm_eps=1e-6,
+        norm_offset=1.0,
+        qk_norm=True,
+        attn_gate=True,
+        rotary_dim=8,
+        rope_sections=(2, 1, 1),
+        linear=LinearAttention((0, 1, 2, 4, 5, 6), key_heads=4, value_heads=8, key_dim=32, value_dim=32, tiled=True),
+    ),
     "rows of 40": config(4, dim=40, hidden=48, heads=2, kv_heads=2),
 }
 
@@ -152,6 +190,8 @@ def write_gguf(path, c):
     """A model of zeros with the least metadata llama.cpp accepts."""
     import gguf
 
+    if c.linear or c.global_head_dim:
+        return write_model(path, c, "F16")
     w = gguf.GGUFWriter(path, family_of(c).arch)
     w.add_context_length(64)
     w.add_embedding_length(c.dim)

@@ -2,6 +2,7 @@
 
     experts.gate_up_proj [e, in, 2 out]           gpt-oss: even columns are gate's, odd ones up's
                                                   Llama 4: the first half is gate's, the second up's
+                             [e, 2 out, in]       Qwen3.5 ("rows"): so are its rows
     experts.down_proj [e, in, out]                biases [e, 2 out], [e, out]
     gpt-oss as published: blocks [e, 2 out, in / 32, 16] and scales [e, 2 out, in / 32] of MXFP4
 
@@ -18,12 +19,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.io.safetensors import FLOATS, Checkpoint, Stored
+from qjax.io.safetensors import FLOATS, Checkpoint, Stored, mapped
 
 MXFP4 = "MXFP4"
 _BLOCK, _BYTES = 32, 17  # weights of a block, and its bytes
@@ -68,7 +68,8 @@ def read_experts(checkpoint: Checkpoint, columns: str) -> Checkpoint:
             found[name] = stored
             continue
         at, which, form = match[1], match[2], (match[3] or "_weight")[1:]
-        outputs = stored.shape[1 if form in ("blocks", "scales") else -1] if stored.shape[1:] else 0
+        axis = 1 if form in ("blocks", "scales") or columns == "rows" else -1
+        outputs = stored.shape[axis] if stored.shape[1:] else 0
         parts = _parts(which, columns, outputs)
         if len(stored.shape) != _AXES[form] or outputs % len(parts):
             raise UserError(f"{stored.path}: tensor {name!r} has shape {list(stored.shape)}, which no expert has")
@@ -77,32 +78,32 @@ def read_experts(checkpoint: Checkpoint, columns: str) -> Checkpoint:
         if other not in checkpoint.tensors:
             raise UserError(f"{stored.path}: tensor {other!r} is missing; {name!r} is the other half of its MXFP4")
         for part, rows in parts if form != "scales" else ():
-            made = _packed(name, stored, checkpoint.tensors[other], rows) if form == "blocks" else _plain(stored, rows)
+            if form == "blocks":
+                made = _packed(name, stored, checkpoint.tensors[other], rows)
+            else:
+                made = _plain(stored, rows, columns == "rows")
             found[f"{at}{part}_proj.{'bias' if form == 'bias' else 'weight'}"] = made
     return dataclasses.replace(checkpoint, tensors=found)
 
 
-def _mapped(stored: Stored, dtype: Any, first: int, count: int) -> np.ndarray:
-    """Some experts of a stored tensor, mapped for as long as the array lives."""
-    span = stored.nbytes // stored.shape[0]
-    try:
-        raw = np.memmap(stored.path, np.uint8, "r", stored.offset + first * span, (count * span,))
-    except (OSError, ValueError) as e:  # gone or cut off since it was opened
-        raise UserError(f"cannot read {stored.path}: {e}") from e
-    return raw.view(dtype).reshape(count, *stored.shape[1:])
-
-
-def _plain(stored: Stored, rows: slice) -> Stored:
-    """A part of a tensor of floats, which has outputs along its last axis."""
+def _plain(stored: Stored, rows: slice, turned: bool) -> Stored:
+    """A part of a tensor of floats, which has outputs along its last axis, or `turned` along its second."""
     if stored.dtype not in FLOATS:
         return stored  # told by whoever reads it
 
     def made(first: int, count: int) -> np.ndarray:
-        array = _mapped(stored, FLOATS[stored.dtype], first, count)[..., rows]
+        array = mapped(stored, FLOATS[stored.dtype], first, count)
+        if turned:
+            return array[:, rows]
+        array = array[..., rows]
         return array if array.ndim == 2 else array.swapaxes(-1, -2)
 
-    shape = (*stored.shape[:-1], len(range(*rows.indices(stored.shape[-1]))))
-    shape = shape if len(shape) == 2 else (shape[0], shape[2], shape[1])
+    outputs = len(range(*rows.indices(stored.shape[1 if turned else -1])))
+    shape = (
+        (stored.shape[0], outputs)
+        if len(stored.shape) == 2
+        else ((stored.shape[0], outputs, stored.shape[2 if turned else 1]))
+    )
     nbytes = math.prod(shape) * FLOATS[stored.dtype].itemsize
     return dataclasses.replace(stored, shape=shape, nbytes=nbytes, made=made)
 
@@ -114,7 +115,7 @@ def _packed(name: str, blocks: Stored, scales: Stored, rows: slice) -> Stored:
         raise UserError(f"{blocks.path}: {name!r} and its scales are {what}, no blocks of MXFP4")
 
     def made(first: int, count: int) -> np.ndarray:
-        parts = (_mapped(s, np.uint8, first, count)[:, rows] for s in (blocks, scales))
+        parts = (mapped(s, np.uint8, first, count)[:, rows] for s in (blocks, scales))
         return gguf_blocks(*parts).reshape(count, shape[1], -1)
 
     outputs = len(range(*rows.indices(scales.shape[1])))
@@ -143,7 +144,8 @@ def write_experts(
         twice, end = (2, "gate_up_proj") if match[2] == "up" else (1, "down_proj")
         if match[3] == "bias":
             return f"{match[1]}{end}_bias", dtype, (shape[0], twice * shape[1])
-        return match[1] + end, dtype, (shape[0], shape[2], twice * shape[1])
+        turned = (twice * shape[1], shape[2]) if columns == "rows" else (shape[2], twice * shape[1])
+        return match[1] + end, dtype, (shape[0], *turned)
 
     def joined() -> Iterator[np.ndarray]:
         gates: dict[str, np.ndarray] = {}
@@ -155,6 +157,7 @@ def write_experts(
             if match is not None and match[2] == "up":
                 both, axis = [gates.pop(match[3]), array], 2 if columns == "even" else 1
                 array = np.stack(both, axis).reshape(len(array), -1, *array.shape[2:])
-            yield array if match is None or match[3] == "bias" else array.swapaxes(-1, -2)
+            as_it_is = match is None or match[3] == "bias" or columns == "rows"
+            yield array if as_it_is else array.swapaxes(-1, -2)
 
     return [info for info in (named(*info) for info in infos) if info is not None], joined()

@@ -64,11 +64,14 @@ def open_gguf_model(path: str | Path) -> tuple[DecoderConfig, GGUFFile]:
     tied = "output.weight" not in file.tensors
     rope = {name: np.array(file.array(name)) for name in (ROPE_FREQS, LONG, SHORT) if name in file.tensors}
     biased, normed = (f"blk.0.attn_q{part}" in file.tensors for part in (".bias", "_norm.weight"))
+    k_eq_v = any(
+        name.endswith("attn_k.weight") and name.replace("attn_k", "attn_v") not in file.tensors for name in file.tensors
+    )
     layers = file.metadata.get(f"{file.metadata.get('general.architecture')}.block_count")
     if isinstance(layers, int) and layers > len(file.tensors):  # before anything counts to it
         raise UserError(f"{path}: block_count = {layers}, more layers than the {len(file.tensors)} tensors there are")
     try:
-        config = config_from_gguf(file.metadata, tied=tied, biased=biased, normed=normed, rope=rope)
+        config = config_from_gguf(file.metadata, tied=tied, biased=biased, normed=normed, k_eq_v=k_eq_v, rope=rope)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     names = weight_names(config)
@@ -125,6 +128,7 @@ def read_weight(file: GGUFFile, w: WeightName, dtype: Any = jnp.float32) -> Any:
         rows = np.asarray(file.array(w.gguf))
         rows = rows if w.rope_heads is None else to_halves(rows, w.rope_heads)
         rows = rows - np.asarray(w.offset, rows.dtype) if w.offset else rows
+        rows = np.log(-rows) if w.decay else rows
         return own(w.turned(rows.reshape(w.file_shape)), dtype)
     q = file.qtensor(w.gguf)
     if w.offset or q.ndim < 2:
@@ -229,4 +233,5 @@ def to_rows(w: WeightName, leaf: Any, type_name: str) -> np.ndarray:
     rows = w.turned(np.asarray(leaf))
     rows = rows if w.rope_heads is None else to_pairs(rows, w.rope_heads)
     rows = rows.astype(np.float32) + np.float32(w.offset) if w.offset else rows
+    rows = -np.exp(rows.astype(np.float32)) if w.decay else rows
     return rows.astype(DENSE[type_name])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
-from qjax.io.expert_stacks import MXFP4, read_experts, write_experts
+from qjax.io.expert_stacks import MXFP4, Info, read_experts, write_experts
+from qjax.io.linear_heads import read_linear, write_linear
 from qjax.io.multimodal import language_settings, language_tensors
 from qjax.io.safetensors import FLOATS, SHARD_BYTES, Checkpoint, open_folder, write_folder
 from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
@@ -28,7 +29,8 @@ from qjax.models.model import Model
 from qjax.tensor import QTensor, dequantize, from_bytes
 
 # Tensors that carry no weight: buffers that some versions of transformers save. Layers behind the last one, which
-# num_nextn_predict_layers announces (DeepSeek-V3), guess further tokens and have no part in the next one's scores.
+# num_nextn_predict_layers announces (DeepSeek-V3), or that are called mtp (Qwen3.5), guess further tokens and have no
+# part in the next one's scores.
 _BUFFERS = ("rotary_emb.inv_freq",)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -58,6 +60,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
         raise UserError(f"{folder}: {e}") from e
     if columns := family_of(config).expert_columns:
         checkpoint = read_experts(checkpoint, columns)
+    if config.linear is not None:
+        checkpoint = read_linear(checkpoint, config.linear)
     names = weight_names(config)
     for w in names:
         for name in w.hf_names:
@@ -73,6 +77,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     extra = {name for name in extra if not name.endswith(_BUFFERS)}
     if settings.get("num_nextn_predict_layers"):
         extra = {name for name in extra if _layer(name) < config.layers}
+    if "mtp" in family_of(config).options:
+        extra = {name for name in extra if not name.startswith("mtp.")}
     if fp8 := sorted(name for name in extra if name.endswith("weight_scale_inv")):
         raise UserError(
             f"{folder}: {fp8[0]!r} belongs to weights in blocks of FP8, which are not read; take the model in bfloat16"
@@ -160,8 +166,7 @@ def save_folder(model: Model, folder: str | Path, dtype: str | None = None, shar
     weights: Iterator[np.ndarray] = (
         part for w in names for part in _to_file(model, w).astype(FLOATS[stored]).reshape(-1, *w.hf_shape)
     )
-    if columns := family_of(model.config).expert_columns:
-        files, weights = write_experts(files, weights, columns)
+    files, weights = in_folder(model.config, files, weights)
     with atomic_dir(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "generation_config.json").write_text(
@@ -170,6 +175,18 @@ def save_folder(model: Model, folder: str | Path, dtype: str | None = None, shar
         write_folder(out, files, weights, shard_bytes)
         if model.tokenizer is not None:
             write_tokenizer(out, model.tokenizer)
+
+
+def in_folder(
+    config: DecoderConfig, infos: Iterable[Info], arrays: Iterable[np.ndarray]
+) -> tuple[list[Info], Iterator[np.ndarray]]:
+    """Tensors in the order of `weight_names`, as the family's folders have them: the inverse of what `open_model` makes
+    of a folder's."""
+    if columns := family_of(config).expert_columns:
+        infos, arrays = write_experts(infos, arrays, columns)
+    if config.linear is not None:
+        infos, arrays = write_linear(infos, arrays, config.linear)
+    return list(infos), iter(arrays)
 
 
 def _same_dtype(model: Model) -> str:

@@ -15,13 +15,23 @@ from typing import Any
 from qjax.io.safetensors import Checkpoint
 
 # model_type of the whole -> of its language model
-TEXT_MODELS = {"gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text"}
+TEXT_MODELS = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "llama4": "llama4_text",
+}
 _NAMES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 )
-_OTHERS = ("vision_tower.", "vision_model.", "multi_modal_projector.")
+_OTHERS = (
+    *("vision_tower.", "vision_model.", "multi_modal_projector."),
+    *("audio_tower.", "embed_vision.", "embed_audio.", "visual."),
+)
 
 
 def language_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:

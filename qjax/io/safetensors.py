@@ -53,6 +53,16 @@ class Stored:
     made: Callable[[int, int], np.ndarray] | None = None
 
 
+def mapped(stored: Stored, dtype: Any, first: int, count: int) -> np.ndarray:
+    """Some entries of a stored tensor along its first axis, mapped for as long as the array lives."""
+    span = stored.nbytes // stored.shape[0]
+    try:
+        raw = np.memmap(stored.path, np.uint8, "r", stored.offset + first * span, (count * span,))
+    except (OSError, ValueError) as e:  # gone or cut off since it was opened
+        raise UserError(f"cannot read {stored.path}: {e}") from e
+    return raw.view(dtype).reshape(count, *stored.shape[1:])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The tensors of a file or of a folder's shards.

@@ -34,6 +34,7 @@ _SHORT_SPELLED = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _REST
 _QWEN2 = _SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _REST
+_QWEN35 = _SHORT + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
 _REST_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,6 +55,7 @@ PRE: Mapping[str, Pre] = MappingProxyType(
         "llama-bpe": Pre((_LLAMA3,), True),
         "smaug-bpe": Pre((_LLAMA3,)),
         "qwen2": Pre((_QWEN2,)),
+        "qwen35": Pre((_QWEN35,)),
         "tekken": Pre((f"{_CASED[0]}|{_CASED[1]}|" + r"\p{N}|" + _REST_SLASH,), True),
         "gpt-4o": Pre((f"{_CASED[0]}{_SHORT}?|{_CASED[1]}{_SHORT}?|" + r"\p{N}{1,3}|" + _REST_SLASH,)),
     }

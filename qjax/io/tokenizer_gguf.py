@@ -7,7 +7,7 @@ from typing import Any
 
 from qjax.errors import UserError
 from qjax.io.tokenizer_bpe import bpe_tokenizer
-from qjax.io.tokenizer_spm import spm_tokenizer
+from qjax.io.tokenizer_spm import scores_of, spm_tokenizer
 from qjax.tokenizer import NORMAL, Tokenizer
 
 
@@ -45,8 +45,13 @@ def tokenizer_from_gguf(meta: Mapping[str, Any], pre: str | None = None) -> Toke
         common |= {k: v for k, v in defaults.items() if common[k] is None and v < len(tokens)}
         prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
         made = spm_tokenizer(tokens, types, scores, prefix, add_bos=add_bos is None or bool(add_bos), **common)
+    elif model == "gemma4":  # SentencePiece by its merges, as in a tokenizer.json; the scores mean nothing
+        pairs = [merge.split(" ") for merge in _column(meta, "merges", str)]
+        if wrong := next((pair for pair in pairs if len(pair) != 2), None):
+            raise UserError(f"tokenizer.ggml.merges: {' '.join(wrong)[:40]!r} is no pair")
+        made = spm_tokenizer(tokens, types, scores_of(tokens, pairs), False, add_bos=True, merges=pairs, **common)
     else:
-        raise UserError(f"tokenizer.ggml.model = {str(model)[:40]!r} is not supported; supported: gpt2, llama")
+        raise UserError(f"tokenizer.ggml.model = {str(model)[:40]!r} is not supported; supported: gpt2, llama, gemma4")
     return made
 
 

@@ -45,6 +45,7 @@ def spm_tokenizer(
     bos: int | None = None,
     unk: int | None = None,
     add_bos: bool = True,
+    merges: Sequence[Sequence[str]] | None = None,
     **special: Any,
 ) -> Tokenizer:
     """A SentencePiece tokenizer from its pieces.
@@ -52,6 +53,7 @@ def spm_tokenizer(
     Args:
       tokens, types, scores: spelling, llama.cpp's type and score of each piece.
       add_space_prefix: a text gets a space in front.
+      merges: where a file lists them; None: those that the scores make.
       special: the other special fields of Tokenizer (eos, pad, chat_template).
 
     Raises:
@@ -60,9 +62,8 @@ def spm_tokenizer(
     ids = check_tokens_unique(tokens)
     unk_token = None if unk is None else tokens[unk]
     with library_errors("tokenizer"):
-        model = models.BPE(
-            vocab=ids, merges=merges_of(tokens, types, scores), unk_token=unk_token, fuse_unk=True, byte_fallback=True
-        )
+        pairs = merges_of(tokens, types, scores) if merges is None else [(left, right) for left, right in merges]
+        model = models.BPE(vocab=ids, merges=pairs, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
     backend = Backend(model)
     replace = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if add_space_prefix else replace

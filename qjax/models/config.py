@@ -16,11 +16,12 @@ class RopeScaling:
     by `divisors[i]`, which is what a GGUF file stores of the second. `kind="yarn"` keeps those that turn more than
     `beta_fast` times within `original_max_position`, divides those that turn less than `beta_slow` times and blends
     between (arXiv:2309.00071), from a whole frequency to a whole one where `truncate`; `kind="longrope"` divides by
-    `divisors` where the text is longer than `original_max_position`, else by `short_divisors` (arXiv:2402.13753). The
-    last two make what is rotated longer by `attention_factor`.
+    `divisors` where the text is longer than `original_max_position`, else by `short_divisors` (arXiv:2402.13753). These
+    two make what is rotated longer by `attention_factor`. `kind="proportional"` divides the first `part` of them and
+    does without the rest (Gemma 4): the halves of a head stay whole, a part of either does not turn.
     """
 
-    kind: Literal["linear", "llama3", "table", "yarn", "longrope"] = "linear"
+    kind: Literal["linear", "llama3", "table", "yarn", "longrope", "proportional"] = "linear"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -32,6 +33,39 @@ class RopeScaling:
     attention_factor: float = 1.0
     truncate: bool = True  # gpt-oss: not
     mscale: float = 0.0  # DeepSeek: scores times (1 + 0.1 mscale ln factor)^2
+    part: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttention:
+    """The gated delta rule (linear_attention.py) that some layers have in place of softmax attention.
+
+    Attributes:
+      layers: those that have it.
+      key_heads, key_dim: of queries and keys, and the size of each.
+      value_heads, value_dim: of values; a multiple of key_heads.
+      width: tokens that the convolution sees.
+      tiled: value head j has key head j mod key_heads (Qwen3.5 in llama.cpp's order), else the value heads of a key
+        head are neighbours, and alpha and beta one matrix, key head by key head (Qwen3-Next).
+    """
+
+    layers: tuple[int, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    width: int = 4
+    tiled: bool = False
+
+    @property
+    def keys(self) -> int:
+        """Numbers of all keys of a token."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def channels(self) -> int:
+        """Numbers that the convolution goes over: queries, keys and values."""
+        return 2 * self.keys + self.value_heads * self.value_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +137,27 @@ class DecoderConfig:
     kv_rank: int = 0  # DeepSeek: keys and values come out of so many numbers a token; 0: of the token itself
     query_rank: int = 0  # DeepSeek: and queries; 0: of the token itself
     value_dim: int = 0  # DeepSeek: numbers of a head's values; 0: head_dim
+    global_head_dim: int = 0  # Gemma 4: head_dim of the layers without window; 0: as of all
+    global_kv_heads: int = 0  # Gemma 4: kv_heads of the layers without window; 0: as of all
+    k_eq_v: bool = False  # Gemma 4: values of the layers without window are their keys, in front of norm and rotation
+    v_norm: bool = False  # Gemma 4: each head's values are divided by their rms
+    out_scale: bool = False  # Gemma 4: what leaves a layer is multiplied with one learned number
+    linear: LinearAttention | None = None  # Qwen3.5: the layers whose attention is linear, and what it is
+    attn_gate: bool = False  # Qwen3.5: a second half of each of q's heads decides how much of attention is let through
+    rope_sections: tuple[int, ...] = ()  # Qwen3.5: of an image's positions; a text has no use for them
+
+    def of_layer(self, layer: int) -> DecoderConfig:
+        """The decoder as one layer has it: `head_dim`, `kv_heads` and `k_eq_v` are that layer's."""
+        if self.layer_window(layer) is not None:
+            return dataclasses.replace(self, k_eq_v=False) if self.k_eq_v else self
+        head_dim, kv_heads = self.global_head_dim or self.head_dim, self.global_kv_heads or self.kv_heads
+        if (head_dim, kv_heads) == (self.head_dim, self.kv_heads):
+            return self
+        return dataclasses.replace(self, head_dim=head_dim, kv_heads=kv_heads)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer's attention is linear."""
+        return self.linear is not None and layer in self.linear.layers
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""

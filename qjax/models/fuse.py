@@ -159,12 +159,19 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
 
     Raises:
       UserError: a map that is not orthogonal or not of length head_dim, weights of other shapes than the config's, a
-        packed weight, values in one weight with q and k (fused_qkv).
+        packed weight, values in one weight with q and k (fused_qkv), heads of two sizes, values that are keys (k_eq_v),
+        gates.
     """
     if config.fused_qkv:
         raise UserError(f"the values of {config.family} cannot be rotated alone: q, k and v are one weight (fused_qkv)")
     if config.kv_rank:
         raise UserError(f"the values of {config.family} cannot be rotated alone: they share attn/kv_b with keys")
+    if config.k_eq_v or config.global_head_dim:
+        raise UserError(
+            f"the values of {config.family} cannot be rotated alone: heads have two sizes, or values are keys as well"
+        )
+    if config.attn_gate or config.linear:
+        raise UserError(f"the values of {config.family} cannot be rotated: gates multiply them number by number")
     _check_orthogonal(rotate, config.head_dim, "head_dim")
     flat = _flat(params, config)
     for i in range(config.layers):

@@ -7,7 +7,8 @@ weights are decoded to float32 when it runs; of a model that fits into `HELD_BYT
 a larger one the last blocks are decoded, or read from their file, at each step.
 
 Prompts are padded to a multiple of 64 tokens and cache sizes likewise, so that few lengths are ever compiled; the
-padding lies behind the last real token, where the causal mask hides it until it is overwritten.
+padding lies behind the last real token, where the causal mask hides it until it is overwritten; its positions are -1,
+by which linear attention passes it by.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _extender(model: Parts, held_bytes: int) -> Callable[[np.ndarray, Cache, int
     def extend(tokens: np.ndarray, cache: Cache, start: int, at: int) -> Array:
         x = embed(stages, table, tokens)
         for name, kind in zip(stages.names, kinds, strict=True):
-            x, cache[name] = _block(model.config, kind, part(name), x, cache[name], start)
+            x, cache[name] = _block(model.config, kind, part(name), x, cache[name], start, at + 1)
         n = run(stages.norm, {"final_norm": part("final_norm")}, x[:, at : at + 1])[:, 0]
         chunks = [(first, min(step, stages.vocab - first)) for first in range(0, stages.vocab, step)]
         return jnp.concatenate([_scores(model.config, count, weights(s, count), n) for s, count in chunks], axis=-1)
@@ -138,11 +139,14 @@ def _extender(model: Parts, held_bytes: int) -> Callable[[np.ndarray, Cache, int
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
-def _block(config: DecoderConfig, layer: int, params: Params, x: Array, cache: Any, start: Any) -> tuple[Array, Any]:
-    """A layer on the positions from `start` on, and its longer cache."""
+def _block(
+    config: DecoderConfig, layer: int, params: Params, x: Array, cache: Any, start: Any, count: Any
+) -> tuple[Array, Any]:
+    """A layer on `count` positions from `start` on, and its longer cache."""
 
     def apply(params: Params, x: Array, cache: Any) -> Any:
-        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
+        places = jnp.arange(x.shape[1], dtype=jnp.int32)
+        positions = jnp.where(places < count, start + places, -1)
         return Block(config, layer).apply({"params": params}, x, positions, cache)
 
     return Running(apply)(params, x, cache)

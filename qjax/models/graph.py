@@ -58,17 +58,25 @@ def _ranked(c: DecoderConfig, _: int) -> bool:
     return c.kv_rank > 0
 
 
+def _softmax(c: DecoderConfig, layer: int) -> bool:
+    return not c.is_linear(layer)
+
+
 def _ranked_queries(c: DecoderConfig, _: int) -> bool:
     return c.kv_rank > 0 and c.query_rank > 0
 
 
-def _heads_of_their_own(c: DecoderConfig, _: int) -> bool:
-    """Where query heads share a key/value head (GQA), one channel of v feeds several of o."""
-    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank
+def _heads_of_their_own(c: DecoderConfig, layer: int) -> bool:
+    """Where query heads share a key/value head (GQA), one channel of v feeds several of o; a norm of values mixes."""
+    return c.kv_heads == c.heads and not c.fused_qkv and not c.kv_rank and not c.v_norm and _softmax(c, layer)
 
 
 def _is_there(c: DecoderConfig, sink: str) -> bool:
-    """Whether a sink that not every family of experts has is one of this config."""
+    """Whether a sink that not every family has is one of this config."""
+    if sink == "attn/v/kernel":
+        return not c.k_eq_v
+    if c.linear and sink.startswith(("linear_attn/alpha", "linear_attn/beta", "linear_attn/ba/")):
+        return c.linear.tiled != sink.startswith("linear_attn/ba/")
     if sink.startswith("mlp/shared/"):
         return bool(c.shared_hidden)
     if c.kv_rank and sink in ("attn/q/kernel", "attn/q_a/kernel"):
@@ -99,7 +107,14 @@ _LAYER = (
         "attn_norm/scale",
         ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
         lambda c: c.dim,
-        lambda c, _: c.pre_norms and not c.fused_qkv and not c.kv_rank,
+        lambda c, layer: c.pre_norms and not c.fused_qkv and not c.kv_rank and _softmax(c, layer),
+    ),
+    _Rule(
+        "attn_norm -> qkv, gate, alpha, beta",
+        "attn_norm/scale",
+        tuple(f"linear_attn/{name}/kernel" for name in ("qkv", "gate", "alpha", "beta", "ba")),
+        lambda c: c.dim,
+        lambda c, layer: c.pre_norms and c.is_linear(layer),
     ),
     _Rule(
         "attn_norm -> qkv",
@@ -163,12 +178,13 @@ _LAYER = (
 _MODEL = (_Rule("final_norm -> head", "final_norm/scale", ("head/kernel",), lambda c: c.dim, _untied),)
 
 
-def _placed(config: DecoderConfig) -> list[tuple[_Rule, str]]:
-    """The rules that stand with the prefix of their paths, in the order of a forward pass."""
-    layers = [(rule, f"layers_{i}/") for i in range(config.layers) for rule in _LAYER if rule.stands(config, i)]
-    return layers + [(rule, "") for rule in _MODEL if rule.stands(config, -1)]
+def _placed(config: DecoderConfig) -> list[tuple[_Rule, DecoderConfig, str]]:
+    """The rules that stand, with their layer's config and the prefix of their paths, in the order of a forward pass."""
+    layers = [(i, config.of_layer(i)) for i in range(config.layers)]
+    found = [(rule, c, f"layers_{i}/") for i, c in layers for rule in _LAYER if rule.stands(c, i)]
+    return found + [(rule, config, "") for rule in _MODEL if rule.stands(config, -1)]
 
 
 def edges(config: DecoderConfig) -> tuple[Edge, ...]:
     """Every edge of a decoder, in the order of a forward pass."""
-    return tuple(rule.edge(config, at) for rule, at in _placed(config))
+    return tuple(rule.edge(c, at) for rule, c, at in _placed(config))

@@ -16,8 +16,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.models.attention import softcapped
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, RMSNorm, embedded, softcapped
+from qjax.models.decoder import Block, embedded
+from qjax.models.norm import RMSNorm
 from qjax.typing import Array, Float, Int
 
 Apply = Callable[[Any, Array], Array]
@@ -72,7 +74,7 @@ def stages_of(config: DecoderConfig) -> Stages:
 
     def alike_of(c: DecoderConfig, layer: int) -> Apply:
         used = c.experts_used if c.has_experts(layer) else 0
-        kind = (c.layer_window(layer), c.layer_theta(layer), used)
+        kind = (c.layer_window(layer), c.layer_theta(layer), used, c.is_linear(layer))
         return alike.setdefault(kind, block_of(c, layer))
 
     blocks = tuple(alike_of(c, i) for i in range(c.layers))

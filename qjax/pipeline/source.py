@@ -114,7 +114,7 @@ class Source:
         h = hashlib.sha256()
         every = sorted(self.tensors, key=lambda t: t.name)
         for t in (one for whole in every for one in whole.pieces):
-            place: list[Any] = [t.name, t.type, t.rope_heads, t.add]
+            place: list[Any] = [t.name, t.type, t.rope_heads, t.add, t.decay]
             if t.values is None:
                 stat = t.file.stat()
                 place += [t.file.name, t.offset, t.nbytes, stat.st_size, stat.st_mtime_ns]
@@ -178,7 +178,7 @@ def _tensor(w: WeightName, kind: str, **where: Any) -> SourceTensor:
     if "parts" in where:
         where["nbytes"] = sum(part.nbytes for part in where["parts"])
     weight = Weight("/".join(w.path), w.file_shape, w.gguf)
-    return SourceTensor(weight, kind, rope_heads=w.rope_heads, add=w.offset, **where)
+    return SourceTensor(weight, kind, rope_heads=w.rope_heads, add=w.offset, decay=w.decay, **where)
 
 
 def _converted(

@@ -37,6 +37,7 @@ class SourceTensor:
       made: (first, count) -> its rows from the first on, of the file's values in another form.
       rope_heads: heads whose rows are permuted on the way into a GGUF file (see `WeightName`).
       add: what is added to every value on that way.
+      decay: every value becomes -exp of it on that way.
     """
 
     weight: Weight
@@ -49,6 +50,7 @@ class SourceTensor:
     made: Callable[[int, int], np.ndarray] | None = None
     rope_heads: int | None = None
     add: float = 0.0
+    decay: bool = False
 
     @property
     def name(self) -> str:
@@ -57,7 +59,7 @@ class SourceTensor:
     @property
     def is_changed(self) -> bool:
         """Whether its bytes in a GGUF file differ from those here."""
-        return self.rope_heads is not None or self.add != 0.0
+        return self.rope_heads is not None or self.add != 0.0 or self.decay
 
     @property
     def pieces(self) -> tuple[SourceTensor, ...]:
@@ -116,7 +118,8 @@ class SourceTensor:
             w = self._unpacked()
         if self.rope_heads is not None:
             w = to_pairs(w, self.rope_heads)
-        return (w.astype(np.float32) + np.float32(self.add)) if self.add else w
+        w = (w.astype(np.float32) + np.float32(self.add)) if self.add else w
+        return -np.exp(w.astype(np.float32)) if self.decay else w
 
     def _unpacked(self) -> np.ndarray:
         shape = self.weight.shape
@@ -130,7 +133,7 @@ class SourceTensor:
         return out
 
     def flax_leaf(self, w: WeightName, is_gguf: bool) -> np.ndarray:
-        """Its values as the decoder holds them: f32, kernels (in, out), rotary rows in halves, no offset.
+        """Its values as the decoder holds them: f32, kernels (in, out), rotary rows in halves, as nothing was added.
 
         Args:
           w: the weight.
@@ -138,7 +141,7 @@ class SourceTensor:
         """
         out = aligned(w.shape)
         flat = w.turned(out)  # in the file's order of axes
-        plain = self if is_gguf else dataclasses.replace(self, rope_heads=None, add=0.0)
+        plain = self if is_gguf else dataclasses.replace(self, rope_heads=None, add=0.0, decay=False)
         whole = bool(self.parts) or flat.shape != tuple(self.weight.shape) or (w.rope_heads is not None and is_gguf)
         if whole:
             rows = plain.read()
@@ -150,4 +153,6 @@ class SourceTensor:
                 flat[at : at + step] = plain.cut(at, min(step, count - at)).read()
         if w.offset and is_gguf:
             flat -= np.float32(w.offset)
+        if w.decay and is_gguf:
+            np.log(-flat, out=flat)
         return out

@@ -213,7 +213,7 @@ def _run(
 
 def _kind(job: Job, importance: Mapping[str, np.ndarray]) -> tuple[Format, np.dtype, bool]:
     assert job.format is not None
-    is_plain = job.tensor.type in DENSE and not job.tensor.add
+    is_plain = job.tensor.type in DENSE and not job.tensor.add and not job.tensor.decay
     dtype = DENSE[job.tensor.type] if is_plain else np.dtype(np.float32)
     return job.format, dtype, job.info.name in importance
 

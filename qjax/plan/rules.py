@@ -5,10 +5,11 @@
 A pattern is a shell glob over the whole name (`layers_[0-3]/attn/v/kernel`, `blk.*.attn_v.weight`, `*`), or, after
 `re:`, a regular expression over the whole name (`re:layers_(0|1|1[45])/mlp/.*`). Both the path in the params tree and
 the GGUF name are tried. Vectors (norms, biases) are no weights in this sense: they are always kept, and routers of
-experts, which decide what the others see, by every rule that does not say `router` or `ffn_gate_inp`. What is left must
-be covered, by a format or by the word `keep`; nothing stays dense silently. `recipe:format` ("gptq:int4_g128") or a
-recipe's line ("Q4_K >> nearest() >> descend(2)") says how this weight is rounded as well; where a rule names a format
-alone, whoever runs the plan decides.
+experts, which decide what the others see, by every rule that does not say `router` or `ffn_gate_inp`, and so are the
+short convolutions of linear attention, by every rule that does not say `conv`. What is left must be covered, by a
+format or by the word `keep`; nothing stays dense silently. `recipe:format` ("gptq:int4_g128") or a recipe's line ("Q4_K
+>> nearest() >> descend(2)") says how this weight is rounded as well; where a rule names a format alone, whoever runs
+the plan decides.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from qjax.recipes import recipe as get_recipe
 from qjax.tables import html_table
 
 KEEP = "keep"
-_ROUTERS = ("router", "ffn_gate_inp")  # what a rule says that means them too
+# What is spared, by the ends of its names, and what a rule says that means it too.
+_SPARED = {
+    "a router": (("router/kernel", "ffn_gate_inp.weight"), ("router", "ffn_gate_inp")),
+    "a convolution": (("linear_attn/conv", "ssm_conv1d.weight"), ("conv",)),
+}
 
 
 def fits(pattern: str, name: str, what: str = "the pattern") -> bool:
@@ -56,7 +61,7 @@ class Rule:
 
     def takes(self, w: Weight) -> bool:
         """Whether it says what a weight becomes."""
-        spared = w.is_router and not any(word in self.pattern for word in _ROUTERS)
+        spared = w.is_spared and not any(word in self.pattern for word in _SPARED[w.is_spared][1])
         return not spared and any(self.matches(name) for name in w.names)
 
     @property
@@ -98,9 +103,9 @@ class Weight:
         return bias and any(n != 1 for n in self.shape[:-1])
 
     @property
-    def is_router(self) -> bool:
-        """The weight that chooses among experts."""
-        return any(name.endswith(("router/kernel", "ffn_gate_inp.weight")) for name in self.names)
+    def is_spared(self) -> str:
+        """What it is, where rules pass it by unless they name it: "a router" of experts, "a convolution"; else ""."""
+        return next((kind for kind, (ends, _) in _SPARED.items() if any(n.endswith(ends) for n in self.names)), "")
 
     def __str__(self) -> str:
         return self.path if self.gguf is None or self.gguf == self.path else f"{self.path} ({self.gguf})"
@@ -177,8 +182,8 @@ class Plan:
     ) -> Assignment:
         if w.is_vector and rule is None:
             return Assignment(w, None, "a vector")
-        if rule is None and w.is_router:
-            return Assignment(w, None, "a router")
+        if rule is None and w.is_spared:
+            return Assignment(w, None, w.is_spared)
         if rule is None:
             raise UserError(
                 f"no rule of plan {self.name!r} covers {w}; add a rule for it (-> {KEEP} leaves it as it is)"

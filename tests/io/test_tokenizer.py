@@ -159,6 +159,33 @@ def test_sentencepiece_scores_survive_tokenizer_json(sentencepiece_file, tmp_pat
     assert order[0] == order[1]
 
 
+def test_gemma4s_gguf_files_hold_merges_and_no_scores():
+    """Against the tokenizers library, given the same merges; the scores that stand beside them mean nothing."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    merges = ["b c", "a b", "ab c", SPACE + " a", SPACE + "a bc", "\n \n"]
+    letters = [*"abc\n", SPACE]
+    control = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = [*control, *(f"<0x{i:02X}>" for i in range(256)), *letters, *(m.replace(" ", "") for m in merges)]
+    types = [3] * 4 + [6] * 256 + [1] * (len(letters) + len(merges))
+    columns = {"model": "gemma4", "tokens": tokens, "token_type": types, "merges": merges, "bos_token_id": 2}
+    meta = columns | {"scores": [-1000.0] * len(tokens), "eos_token_id": 1, "unknown_token_id": 3}
+    ours = tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in meta.items()})
+    pairs = [tuple(m.split(" ")) for m in merges]
+    model = models.BPE(
+        {t: i for i, t in enumerate(tokens)}, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    theirs = Backend(model)
+    theirs.normalizer = normalizers.Replace(" ", SPACE)
+    theirs.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    for text in ["abc", " abc ab\n\n\nc", "aé bc", ""]:
+        assert ours.encode(text) == theirs.encode(text).ids and ours.decode(ours.encode(text)) == text
+    assert ours.encode("abc", bos=True)[0] == 2 and len(ours.encode("abc")) == 2
+    with pytest.raises(UserError, match="merges: 'abc' is no pair"):
+        tokenizer_from_gguf({f"tokenizer.ggml.{k}": v for k, v in (columns | {"merges": ["abc"]}).items()})
+
+
 def test_sentencepiece_ids_equal_llama_cpps(sentencepiece_file, llama_model, llama_cpp, tmp_path, varied_text):
     import dataclasses
 

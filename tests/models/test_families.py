@@ -135,7 +135,12 @@ def test_gguf_round_trip(name):
         return
     meta = config_to_gguf(config)
     back = config_from_gguf(
-        as_stored(meta), tied=config.tied, biased=config.qkv_bias, normed=config.qk_norm, rope=rope_tensors(config)
+        as_stored(meta),
+        tied=config.tied,
+        biased=config.qkv_bias,
+        normed=config.qk_norm,
+        k_eq_v=config.k_eq_v,
+        rope=rope_tensors(config),
     )
     if name == "mistral-full":
         back = dataclasses.replace(back, family="mistral")
@@ -156,8 +161,9 @@ def test_gguf_keys_and_names_are_ggufs_own():
     """Every key and tensor name is one that gguf's tables list for the architecture."""
     gguf = pytest.importorskip("gguf")
     templates = set()
-    for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.General):
+    for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM, gguf.Keys.General):
         templates |= {v for k, v in vars(group).items() if isinstance(v, str) and not k.startswith("_")}
+    templates.add("{arch}.attention.recurrent_layers")  # llama.cpp's, not in this package's tables yet
     arch_by_name = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     for name, hf in TINY.items():
         if name in UNSAYABLE:
@@ -168,7 +174,7 @@ def test_gguf_keys_and_names_are_ggufs_own():
         assert {key.replace(f"{arch}.", "{arch}.", 1) for key in meta} <= templates | {"general.architecture"}
         known = {gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[arch_by_name[arch]]}
         for weight in weight_names(config):
-            parts = weight.gguf.rsplit(".", 1)[0].split(".")
+            parts = weight.gguf.removesuffix(".weight").removesuffix(".bias").split(".")
             if parts[0] == "blk":
                 parts[1] = "{bid}"
             assert ".".join(parts) in known, weight.gguf
@@ -266,7 +272,18 @@ def test_gemma_27b_scores_are_llama_cpps():
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
         ({"model_type": "gemma3"}, 'no text_config; its language model alone is "gemma3_text"'),
-        ({"model_type": "qwen3_next"}, "'qwen3_next' is not supported: gated linear attention is missing"),
+        ({"model_type": "kimi_linear"}, "'kimi_linear' is not supported: linear attention with a gate for each"),
+        (TINY["qwen3_5"] | {"linear_num_value_heads": 3}, "3 value heads are no multiple of 2 key heads"),
+        (TINY["qwen3_5"] | {"linear_conv_kernel_dim": 1}, "width 1 sees no token before"),
+        (
+            TINY["qwen3_5"] | {"layer_types": ["sliding_attention"] * 2},
+            "expected one of full_attention, linear_attention",
+        ),
+        (TINY["qwen3_5"] | {"layer_types": None, "full_attention_interval": 0}, "full_attention_interval = 0"),
+        (
+            TINY["qwen3_5"] | {"rope_parameters": {"mrope_section": [1]}},
+            r"mrope_section = \[1\]; expected three numbers",
+        ),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts a token are more than the 8 there are"),
         (
             {"model_type": "qwen3_moe", "mlp_only_layers": [2]},
@@ -277,6 +294,19 @@ def test_gemma_27b_scores_are_llama_cpps():
         (TINY["deepseek_v3"] | {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 is not supported"),
         (TINY["deepseek_v3"] | {"num_key_value_heads": 2}, "num_key_value_heads differs"),
         (TINY["deepseek_v3"] | {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        (
+            TINY["gemma4"] | {"hidden_size_per_layer_input": 8},
+            "= 8 is not supported .* embeddings by layer",
+        ),
+        (TINY["gemma4"] | {"num_kv_shared_layers": 1}, "keys and values of other layers are missing"),
+        (TINY["gemma4"] | {"enable_moe_block": True}, "experts beside an MLP are missing"),
+        (TINY["gemma4"] | {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+        (TINY["gemma4"] | {"layer_types": ["full_attention", "sliding_attention"]}, "ends with sliding_attention"),
+        (TINY["gemma4"] | {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is not supported but"),
+        (TINY["gemma4"] | {"per_layer_config": {"1": {"head_dim": 0}}}, "per_layer_config.head_dim = 0"),
+        (TINY["gemma4"] | {"per_layer_config": {"1": {"hidden_size": 8}}}, "and only head_dim, num_key_value_heads"),
+        (TINY["gemma4"] | {"global_head_dim": 15}, "head size 15 is odd"),
+        (TINY["gemma4"] | {"num_global_key_value_heads": 3}, "4 attention heads are no multiple of 3"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": []}, r"model_type \[\]"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type = 'dynamic'"),
@@ -356,6 +386,66 @@ def test_gguf_mistakes(change, message):
         config_from_gguf({k: v for k, v in meta.items() if v is not None})
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"embedding_length_per_layer_input": 8}, "embedding_length_per_layer_input = 8 is not supported"),
+        ({"attention.shared_kv_layers": 1}, "shared_kv_layers = 1 is not supported"),
+        ({"attention.head_count_kv": [2, 1, 1]}, "head_count_kv has 3 entries for 2 layers"),
+        ({"expert_count": 4}, "expert_count = 4 is not supported; expected none"),
+    ],
+)
+def test_gguf_mistakes_of_gemma4(change, message):
+    config = config_from_hf(TINY["gemma4"])
+    meta = config_to_gguf(config) | {f"gemma4.{key}": value for key, value in change.items()}
+    with pytest.raises(UserError, match=message):
+        config_from_gguf(meta, tied=True, k_eq_v=True, rope=rope_tensors(config))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attention.recurrent_layers": [True]}, r"recurrent_layers = \[True\]; expected one boolean a layer"),
+        ({"ssm.inner_size": 33}, "ssm.inner_size = 33 is no multiple of 4 heads"),
+        ({"ssm.state_size": 0}, "ssm.state_size = 0"),
+        ({"rope.dimension_sections": [1]}, r"dimension_sections = \[1\]; expected three numbers"),
+    ],
+)
+def test_gguf_mistakes_of_linear_attention(change, message):
+    meta = config_to_gguf(config_from_hf(TINY["qwen3_5"])) | {f"qwen35.{key}": value for key, value in change.items()}
+    with pytest.raises(UserError, match=message):
+        config_from_gguf(meta)
+
+
+def test_linear_attention_that_llama_cpp_cannot_run():
+    config = config_from_hf(TINY["qwen3_5"])
+    for change, message in (
+        ({"linear": dataclasses.replace(config.linear, value_dim=16)}, "one size for keys and values .*, not 8 and 16"),
+        ({"norm_eps": 1e-5}, "one eps for all norms"),
+        ({"linear": None}, "has layers of linear attention"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config_to_gguf(dataclasses.replace(config, **change))
+    assert config_to_gguf(config)["qwen35.full_attention_interval"] == 2
+    irregular = config_to_gguf(config_from_hf(TINY["qwen3_5-irregular"]))
+    assert irregular["qwen35.attention.recurrent_layers"] == [False, True, True]
+
+
+def test_layers_of_gemma4_have_sizes_of_their_own():
+    config = config_from_hf(TINY["gemma4"])
+    assert [(c.head_dim, c.kv_heads, c.k_eq_v) for c in map(config.of_layer, (0, 1))] == [(16, 2, False), (24, 1, True)]
+    assert config.of_layer(1).of_layer(1) == config.of_layer(1)
+    shapes = {"/".join(w.path): w.shape for w in weight_names(config)}
+    assert shapes["layers_0/attn/v/kernel"] == (48, 32) and "layers_1/attn/v/kernel" not in shapes
+    assert shapes["layers_1/attn/k/kernel"] == (48, 24) and shapes["layers_1/attn/o/kernel"] == (96, 48)
+    still = rope_tensors(config)["rope_freqs.weight"]
+    np.testing.assert_array_equal(still, np.repeat(np.float32([1, 1e30]), 6))  # half of a larger head's 12
+    with pytest.raises(UserError, match="a proportional part"):
+        config_to_gguf(dataclasses.replace(config, rope_scaling=None))
+    with pytest.raises(UserError, match="has windows"):
+        config_to_gguf(dataclasses.replace(config, window=None, global_layers=(), local_rope_theta=None))
+
+
 @pytest.mark.parametrize("bad", [np.ones(7), np.zeros(8), np.full(8, np.nan)])
 def test_bad_rope_freqs(bad):
     meta = config_to_gguf(config_from_hf(TINY["llama"]))
@@ -365,8 +455,10 @@ def test_bad_rope_freqs(bad):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_family_cannot_say_is_an_error(family):
-    other = TINY["llama"] | {"model_type": family, "query_pre_attn_scalar": 12, "head_dim": 12}
-    plain = config_from_hf(TINY[family] if family.startswith("deepseek") else other)
+    sizes = {"query_pre_attn_scalar": 12, "head_dim": 12, "hidden_size_per_layer_input": 0}
+    other = TINY["llama"] | sizes | {"model_type": family}
+    own = next(hf for hf in TINY.values() if hf["model_type"] == family)
+    plain = config_from_hf(own if family.startswith(("deepseek", "qwen3_")) and family != "qwen3_moe" else other)
     wrong = {"norm_offset": 0.5} if family.startswith("gemma") else {"post_norms": not plain.post_norms}
     for write in (config_to_hf, config_to_gguf):
         with pytest.raises(UserError, match=next(iter(wrong))):

@@ -58,4 +58,7 @@ def test_logits_equal_llama_cpp(name, tmp_path):
         np.testing.assert_allclose(inside, theirs[: config.window], atol=1e-3, rtol=1e-3)
 
     back = qjax.load(path)
-    np.testing.assert_array_equal(forward(back.config, back.params, ids), forward(config, params, ids))
+    inexact = 1e-5 if config.linear else 0  # the file has exp(A_log)
+    np.testing.assert_allclose(
+        forward(back.config, back.params, ids), forward(config, params, ids), rtol=0, atol=10 * inexact
+    )

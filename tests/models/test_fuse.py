@@ -21,7 +21,8 @@ from qjax.models.stages import stages_of
 ROTATABLE = ["llama", "llama-mha", "llama-tied-llama3", "qwen2", "qwen2-window", "qwen3", "qwen3-window", "gemma1"]
 ROTATABLE += ["qwen2_moe"]
 LATENT = ["deepseek_v2"]  # values and keys are one weight
-SCALABLE = [*ROTATABLE, *LATENT, "mistral", "gemma2", "gemma3"]
+GATED = ["qwen3_5"]  # number by number, behind values and behind linear attention
+SCALABLE = [*ROTATABLE, *LATENT, *GATED, "mistral", "gemma2", "gemma3", "gemma4"]
 
 
 def model(name):
@@ -133,7 +134,7 @@ def test_folding_norms(name):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("name", [*ROTATABLE, *LATENT])
+@pytest.mark.parametrize("name", [*ROTATABLE, *LATENT, *GATED])
 def test_rotating_the_residual(name):
     config, params = model(name)
     rotate = orthogonal(config.dim)
@@ -141,7 +142,8 @@ def test_rotating_the_residual(name):
     assert not new_config.tied
     check_same(config, params, new_config, turned)
     still = (3 if config.qkv_bias else 0) + (2 if config.qk_norm else 0)  # biases of q, k, v, norms of q and k
-    assert len(moved(params, turned)) == len(leaves(params)) - still * config.layers
+    linear = 4 - still if config.linear else 0  # A_log, dt_bias, convolution and norm of its one layer in their place
+    assert len(moved(params, turned)) == len(leaves(params)) - still * config.layers - linear
 
     # the stream itself is the old one, rotated
     tokens = tiny_tokens(config)
@@ -236,6 +238,13 @@ def test_post_norms_are_refused(name):
     config, params = model(name)
     with pytest.raises(UserError, match=r"gemma.* cannot be rotated: norms .* between o or down.*post_norms"):
         rotate_residual(params, config, orthogonal(config.dim), untie=True)
+
+
+@pytest.mark.parametrize("name, why", [("gemma4", "values are keys as well"), ("qwen3_5", "gates multiply them")])
+def test_values_that_cannot_be_rotated(name, why):
+    config, params = model(name)
+    with pytest.raises(UserError, match=why):
+        rotate_values(params, config, orthogonal(config.head_dim))
 
 
 def test_packed_missing_and_misshapen_weights():

@@ -41,6 +41,7 @@ def test_every_kernel_has_one_edge_but_o_of_grouped_queries(name):
     alone |= {"mlp/down"} if config.fused_mlp else set()
     alone |= {"attn/o"} if config.kv_rank else set()
     alone |= {"mlp/experts/down"}  # each expert has channels of its own
+    alone |= {"linear_attn/o"}  # one norm's gain is that of all heads
     alone |= set() if config.pre_norms else {"attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up"}
     lonely = {f"layers_{i}/{part}/kernel" for i in range(config.layers) for part in alone}
     assert kernels - set(sinks) == lonely & kernels
@@ -60,7 +61,10 @@ def test_the_list_of_a_config():
     assert edges(dataclasses.replace(MHA, tied=True)) == edges(MHA)[:-1]
 
 
-@pytest.mark.parametrize("name", ["llama-mha", "qwen2", "gemma2", "qwen3", "phi3", "qwen2_moe", "deepseek_v3"])
+ALONE = ["llama-mha", "qwen2", "gemma2", "qwen3", "phi3", "qwen2_moe", "deepseek_v3", "gemma4", "qwen3_5"]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_only_the_sinks_read_the_source(name):
     """With its sinks at zero, what a source holds no longer reaches the logits: no consumer is missing in an edge."""
     config, params = tiny(name)

@@ -70,6 +70,28 @@ _GLM4_MOE = {
     "routed_scaling_factor": 1.5,
 }
 
+_GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 7,
+    "global_head_dim": 24,
+    "tie_word_embeddings": True,
+}
+_QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "rms_norm_eps": 1e-6,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+
 TINY = {
     "llama": {"model_type": "llama"},
     "llama-mha": {"model_type": "llama", "num_key_value_heads": 4, "head_dim": None, "rope_theta": 500.0},
@@ -127,6 +149,37 @@ TINY = {
         "num_hidden_layers": 6,
         "query_pre_attn_scalar": 24,
         "tie_word_embeddings": True,
+    },
+    "gemma4": _GEMMA4
+    | {"layer_types": _MIXED, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 3.0}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "gemma4-values": _GEMMA4 | {"num_hidden_layers": 3, "layer_types": [*_MIXED, "full_attention"]},
+    "qwen3_5": _QWEN3_5 | {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5-irregular": _QWEN3_5
+    | {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True}
+    | {"num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+    "qwen3_5_moe": _QWEN3_5
+    | {"model_type": "qwen3_5_moe_text", "linear_num_value_heads": 4}
+    | {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 40},
+    "qwen3_next": {
+        "model_type": "qwen3_next",
+        "rms_norm_eps": 1e-6,
+        "partial_rotary_factor": 0.5,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
     },
     "llama-yarn": {
         "model_type": "llama",
@@ -263,9 +316,11 @@ def tiny(name):
     params = {}
     for weight in weight_names(config):
         value = rng.normal(size=weight.shape).astype(np.float32)
-        if weight.path[-1] == "scale":
+        if weight.path[-1].endswith("scale"):
             value = 1 - weight.offset + 0.3 * value
-        elif weight.path[-1].endswith(("bias", "sinks")):
+        elif weight.path[-1] == "conv":
+            value = value / weight.shape[-1] ** 0.5
+        elif weight.path[-1].endswith(("bias", "sinks", "A_log")):
             value = 0.5 * value
         else:  # embeddings of size one; kernels that keep the size
             value = value / (1.0 if weight.path[0] == "embed" else weight.shape[-2] ** 0.5)

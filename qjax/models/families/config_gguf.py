@@ -1,9 +1,10 @@
 """GGUF metadata <-> DecoderConfig, with llama.cpp's own defaults and key names; what one family has is its own file's.
 
 What metadata does not hold: whether the head is tied (the file then has no `output.weight`), whether q, k and v have
-biases or norms, and rotary scaling that is a tensor. All are arguments here. The arch `llama` serves Llama, Mistral and
-Mixtral, `olmo2` both OLMo 2 and 3. llama.cpp reads a window for the Gemmas and OLMo 3 only; for other families the key
-is written all the same, but llama.cpp attends to everything, so texts longer than the window differ there.
+biases or norms, whether keys are values, and rotary scaling that is a tensor. All are arguments here. The arch `llama`
+serves Llama, Mistral and Mixtral, `olmo2` both OLMo 2 and 3. llama.cpp reads a window for the Gemmas and OLMo 3 only;
+for other families the key is written all the same, but llama.cpp attends to everything, so texts longer than the window
+differ there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def config_from_gguf(
     tied: bool = False,
     biased: bool = False,
     normed: bool = False,
+    k_eq_v: bool = False,
     rope_freqs: Any | None = None,
     rope: Mapping[str, Any] | None = None,
 ) -> DecoderConfig:
@@ -39,6 +41,7 @@ def config_from_gguf(
       tied: the file has no tensor `output.weight`.
       biased: the file has biases of q, k and v; asked for by families that may have them.
       normed: the same of norms of q and k.
+      k_eq_v: the same of layers without a tensor for values.
       rope_freqs: the tensor `rope_freqs.weight`, f32[head_dim / 2], where the file has one.
       rope: all tensors of that kind by name, where there are others (`rope_tensors`).
 
@@ -81,7 +84,7 @@ def config_from_gguf(
         "hidden": keys.count("feed_forward_length"),
         "layers": layers,
         "heads": heads,
-        "kv_heads": keys.count("attention.head_count_kv", heads),
+        "kv_heads": heads if "head_count_kv" in family.options else keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "context": keys.count("context_length"),
         "norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
@@ -89,6 +92,7 @@ def config_from_gguf(
         "rope_scaling": scaling_from_gguf(keys, rotated, theta, tensors),
         "rotary_dim": None if rotated == head_dim else rotated,
         "qkv_bias": biased and "attention_bias" in family.options,
+        "k_eq_v": k_eq_v and "k_eq_v" in family.options,
         "qk_norm": normed and "use_qk_norm" in family.options,
         "tied": tied,
         "family": family.name,
@@ -127,7 +131,8 @@ def config_to_gguf(config: DecoderConfig) -> dict[str, Any]:
     keys |= scaling_to_gguf(c.rope_scaling)
     keys |= windows_to_gguf(c, family.period, family.absent_gguf) | own
     meta = {"general.architecture": family.arch} | {f"{family.arch}.{key}": value for key, value in keys.items()}
-    back = config_from_gguf(meta, tied=c.tied, biased=c.qkv_bias, normed=c.qk_norm, rope=rope_tensors(c))
+    said = {"tied": c.tied, "biased": c.qkv_bias, "normed": c.qk_norm, "k_eq_v": c.k_eq_v}
+    back = config_from_gguf(meta, **said, rope=rope_tensors(c))
     # The scaling formula and the family's name are not in the file; what they compute is.
     back = dataclasses.replace(back, rope_scaling=c.rope_scaling, family=c.family)
     check_equal(_as_float32(c), back, f"a GGUF file of architecture {family.arch!r}")

@@ -28,15 +28,12 @@ MISSING = {
     "gemma3": 'there is no text_config; its language model alone is "gemma3_text"',
     "llama4": 'there is no text_config; its language model alone is "llama4_text"',
     "deepseek_v32": "sparse attention is missing",
-    "qwen3_next": "gated linear attention is missing",
-    "qwen3_5": "gated linear attention is missing",
-    "qwen3_5_text": "gated linear attention is missing",
-    "qwen3_5_moe": "gated linear attention is missing",
-    "kimi_linear": "gated linear attention is missing",
+    "qwen3_5": 'there is no text_config; its language model alone is "qwen3_5_text"',
+    "qwen3_5_moe": 'there is no text_config; its language model alone is "qwen3_5_moe_text"',
+    "kimi_linear": "linear attention with a gate for each number is missing",
     "deepseek_v4": "compressed sparse attention is missing",
     "glm5_next": "sparse and linear attention are missing",
-    "gemma4": "heads of another size in every sixth layer, and keys that are values, are missing",
-    "gemma4_text": "heads of another size in every sixth layer, and keys that are values, are missing",
+    "gemma4": 'there is no text_config; its language model alone is "gemma4_text"',
     "gemma3n": "its embeddings by layer are missing",
     "cohere": "LayerNorm and attention beside the MLP are missing",
     "phi": "LayerNorm and attention beside the MLP are missing",
@@ -105,12 +102,14 @@ def check_dimensions(config: DecoderConfig, where: str) -> DecoderConfig:
     for name, value in vars(config).items():
         if type(value) is int and value >= 1 << 31:
             raise UserError(f"{where}: {_NAMES.get(name, name)} = {value} is more than any model has")
-    if config.heads % config.kv_heads:
-        raise UserError(f"{where}: {config.heads} attention heads are no multiple of {config.kv_heads} key-value heads")
+    for kv_heads in (config.kv_heads, config.global_kv_heads or config.kv_heads):
+        if config.heads % kv_heads:
+            raise UserError(f"{where}: {config.heads} attention heads are no multiple of {kv_heads} key-value heads")
     if config.experts_used > config.experts:
         raise UserError(f"{where}: {config.experts_used} experts a token are more than the {config.experts} there are")
-    if config.head_dim % 2:
-        raise UserError(f"{where}: head size {config.head_dim} is odd; rotary embeddings need an even one")
+    for head_dim in (config.head_dim, config.global_head_dim):
+        if head_dim % 2:
+            raise UserError(f"{where}: head size {head_dim} is odd; rotary embeddings need an even one")
     return config
 
 
@@ -125,14 +124,14 @@ def _check_activation(hf: Mapping[str, Any], config: DecoderConfig) -> None:
 def _rope(keys: Keys, family: Family) -> tuple[float, RopeScaling | None, float | None]:
     """(theta, scaling, theta of the windowed layers) from either spelling."""
     hf = keys.values
-    new = hf.get("rope_parameters")
+    new = hf.get("rope_parameters", family.absent.get("rope_parameters"))
     local_theta = keys.optional("rope_local_base_freq")
 
     def scaling(rope: Mapping[str, Any] | None, key: str) -> RopeScaling | None:
-        part = (rope or {}).get("partial_rotary_factor", 1.0)
-        if part != 1.0 and "partial_rotary_factor" not in family.options:
+        part, kind = (rope or {}).get("partial_rotary_factor", 1.0), (rope or {}).get("rope_type")
+        if part != 1.0 and "partial_rotary_factor" not in family.options and kind != "proportional":
             raise UserError(f"config.json: {key}.partial_rotary_factor = {part!r} is not supported")
-        return scaling_from_hf(rope, key, keys, "longrope" in family.options)
+        return scaling_from_hf(rope, key, keys, family.options)
 
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(hf.get(key), Mapping | None):

@@ -118,3 +118,22 @@ def routed_to_gguf(c: DecoderConfig) -> dict[str, Any]:
 
 SHARED_NAMES = {f"mlp/shared/{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
 """Of the expert for every token, in their checkpoints."""
+
+STACKED_NAMES = {f"mlp/experts/{part}": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")}
+"""Of experts in a folder that has all of a layer's in one tensor."""
+
+
+def widths_from_gguf(keys: Keys) -> dict[str, Any]:
+    """The counts, the width of experts and of the one that sees every token: Qwens with linear attention."""
+    return counts_from_gguf(keys) | {
+        "expert_hidden": keys.count("expert_feed_forward_length"),
+        "shared_hidden": keys.count("expert_shared_feed_forward_length"),
+    }
+
+
+def widths_to_gguf(c: DecoderConfig) -> dict[str, Any]:
+    """The keys that `widths_from_gguf` reads, of a family that llama.cpp knows with experts in every layer alone."""
+    return everywhere_to_gguf(c) | {
+        "expert_feed_forward_length": c.expert_hidden,
+        "expert_shared_feed_forward_length": c.shared_hidden,
+    }

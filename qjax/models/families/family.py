@@ -38,12 +38,13 @@ class Family:
       traits: the DecoderConfig fields that all its members share.
       absent: what a key missing from config.json means (transformers' own defaults); a string: the value of that key.
       absent_gguf: what a key missing from GGUF metadata means to llama.cpp.
-      options: what other families refuse and this one reads: keys of config.json, "longrope", "experts",
-        and "latent" attention.
+      options: what other families refuse and this one reads: keys of config.json, "longrope", "proportional",
+        "experts", "latent" attention, "mtp" tensors, which are passed over; of a GGUF file "head_count_kv" by layer,
+        and "k_eq_v".
       period: llama.cpp takes every n-th layer to be without window unless the file says otherwise; 0: none.
       pairs: llama.cpp rotates neighbouring rows of q and k where Hugging Face rotates halves: rows are permuted.
       expert_columns: where a folder has gate and up of all experts in one tensor: gate's columns are its even ones
-        ("even"), or its first ones ("first"); "": a tensor for each expert and part.
+        ("even"), or its first ones ("first"), or its first rows ("rows"); "": a tensor for each expert and part.
       hf_names: part of a layer -> its name below `model.layers.0`, where it is not Llama's (or Qwen's, of experts).
       gguf_names: part of a layer -> its name below `blk.0`, where it is not that of every GGUF file.
       from_hf: (keys of config.json, the common fields) -> the DecoderConfig fields that only this family reads.

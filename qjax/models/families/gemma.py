@@ -8,7 +8,7 @@ from qjax.models.families.windows import every, windows_from_hf, windows_to_hf
 _GEMMA1 = {"activation": "gelu_tanh", "norm_offset": 1.0, "embed_scale": True}
 _TRAITS = _GEMMA1 | {"post_norms": True}
 _WIDE_LAYERS = {"gemma2": 46, "gemma3": 62}  # llama.cpp knows the 27B models, whose query_dim is dim / heads, by these
-_NAMES = {
+NAMES = {
     "attn_post_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
@@ -101,7 +101,7 @@ GEMMA2 = Family(
     },
     absent_gguf={"attention.sliding_window": 4096},
     period=2,
-    hf_names=_NAMES,
+    hf_names=NAMES,
     from_hf=_from_hf,
     to_hf=_to_hf,
     from_gguf=_gemma2_from_gguf,
@@ -129,7 +129,7 @@ GEMMA3 = Family(
         "tie_word_embeddings": True,
     },
     period=6,
-    hf_names=_NAMES,
+    hf_names=NAMES,
     from_hf=_from_hf,
     to_hf=_to_hf,
     from_gguf=_gemma3_from_gguf,

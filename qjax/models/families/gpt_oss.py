@@ -7,7 +7,7 @@ import dataclasses
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
-from qjax.models.families.experts import OPTIONS, counts_from_gguf, counts_from_hf, counts_to_gguf
+from qjax.models.families.experts import OPTIONS, STACKED_NAMES, counts_from_gguf, counts_from_hf, counts_to_gguf
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.keys import Keys
 from qjax.models.families.windows import windows_from_hf, windows_to_hf
@@ -79,10 +79,8 @@ GPT_OSS = Family(
     expert_columns="even",
     hf_names={
         "mlp/router": "mlp.router",
-        "mlp/experts/gate": "mlp.experts.gate_proj",
-        "mlp/experts/up": "mlp.experts.up_proj",
-        "mlp/experts/down": "mlp.experts.down_proj",
-    },
+    }
+    | STACKED_NAMES,
     gguf_names={"mlp_norm": "post_attention_norm"},
     from_hf=_from_hf,
     to_hf=_to_hf,

@@ -1,7 +1,7 @@
 """How config.json and GGUF files say that rotary frequencies are rescaled, or that a part of a head only is rotated.
 
     config.json   rope_scaling = {"rope_type": "yarn", "factor": 4, ...}
-    GGUF          rope.scaling.* keys; llama3 and tables as the tensor rope_freqs.weight, longrope as two tensors
+    GGUF          rope.scaling.* keys; llama3, proportional and tables as the tensor rope_freqs.weight, longrope as two
 
 llama.cpp makes what YaRN rotates longer by 1 + 0.1 ln factor on its own; its key `attn_factor` is what comes on top. It
 takes longrope's long divisors where its context is opened longer than the original one, transformers (and qjax) where
@@ -11,37 +11,39 @@ the text is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig, RopeScaling
-from qjax.models.decoder import rope_divisors
 from qjax.models.families.keys import Keys, shortest
+from qjax.models.rotary import STILL, rope_divisors
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def scaling_from_hf(rope: Mapping[str, Any] | None, key: str, keys: Keys, longrope: bool) -> RopeScaling | None:
+def scaling_from_hf(
+    rope: Mapping[str, Any] | None, key: str, keys: Keys, options: Collection[str]
+) -> RopeScaling | None:
     """The scaling that an object of config.json asks for.
 
     Args:
       rope: the object.
       key: its name, for errors.
       keys: of the whole config.json.
-      longrope: whether the family has that kind.
+      options: of the family; the kinds among them that not all families have.
     """
     if not rope:
         return None
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if longrope and kind in ("su", "yarn"):  # what Phi-3's first files call it
+    if "longrope" in options and kind in ("su", "yarn"):  # what Phi-3's first files call it
         kind = "longrope"
     if kind == "default":
         return None
-    known = ("linear", "llama3", "yarn") + (("longrope",) if longrope else ())
+    known = ("linear", "llama3", "yarn", *(kind for kind in ("longrope", "proportional") if kind in options))
     if kind not in known:
         raise UserError(
             f"config.json: {key}.rope_type = {kind!r} is not supported; supported: default, {', '.join(known)}"
@@ -53,6 +55,8 @@ def scaling_from_hf(rope: Mapping[str, Any] | None, key: str, keys: Keys, longro
 
     if kind == "linear":
         return RopeScaling("linear", number("factor"))
+    if kind == "proportional":
+        return RopeScaling(kind, number("factor", 1.0), part=number("partial_rotary_factor", 1.0))
     context = keys.get("max_position_embeddings") if kind != "llama3" else None
     original = int(number(_ORIGINAL, keys.get(_ORIGINAL, context)))
     if kind == "llama3":
@@ -85,6 +89,8 @@ def scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if s.kind == "table":
         raise UserError("config.json cannot hold a table of rotary divisors (rope_freqs.weight of a GGUF file)")
     said: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind == "proportional":
+        return said | {"partial_rotary_factor": s.part}
     if s.kind == "llama3":
         said |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
     if s.kind == "yarn" and (s.beta_fast, s.beta_slow) != (32.0, 1.0):
@@ -135,6 +141,9 @@ def scaling_from_gguf(keys: Keys, dim: int, theta: float, tensors: Mapping[str, 
         )
     if FREQS not in found:
         return None if factor == 1.0 else RopeScaling("linear", factor)
+    still = sum(d >= STILL for d in found[FREQS])
+    if still and found[FREQS] == (found[FREQS][0],) * (dim // 2 - still) + found[FREQS][-1:] * still:
+        return RopeScaling("proportional", found[FREQS][0], part=1 - still / (dim // 2))
     # All published Llama 3 checkpoints share the other three numbers, so the formula can be recovered and exported.
     llama3 = RopeScaling("llama3", shortest(max(found[FREQS])))
     if np.allclose(rope_divisors(dim, theta, llama3), np.array(found[FREQS], np.float32), rtol=1e-5):
@@ -145,7 +154,7 @@ def scaling_from_gguf(keys: Keys, dim: int, theta: float, tensors: Mapping[str, 
 def scaling_to_gguf(scaling: RopeScaling | None) -> dict[str, Any]:
     """The keys that `scaling_from_gguf` reads; see also `rope_tensors`."""
     s = scaling
-    if s is None or s.kind in ("llama3", "table"):
+    if s is None or s.kind in ("llama3", "table", "proportional"):
         return {}
     if s.kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": s.factor}
@@ -172,7 +181,8 @@ def rope_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
         return {}
     if s.kind == "longrope":
         return {LONG: np.array(s.divisors, np.float32), SHORT: np.array(s.short_divisors, np.float32)}
-    return {FREQS: np.asarray(rope_divisors(config.rotated, config.rope_theta, s), np.float32)}
+    scaled = config.of_layer(config.global_layers[0] if config.global_layers else 0)
+    return {FREQS: np.asarray(rope_divisors(scaled.rotated, config.rope_theta, s), np.float32)}
 
 
 def yarn_growth(factor: float, weight: float = 1.0) -> float:

@@ -1,6 +1,6 @@
 """One weight, three names: its path in the flax tree, its Hugging Face tensor, its GGUF tensor.
 
-flax kernel (in, out)  =  file (out, in)^T          GGUF value  =  Hugging Face value + offset
+flax kernel (in, out)  =  file (out, in)^T          GGUF value  =  Hugging Face value + offset, or -exp of it
 
 Kernels of experts are stacks (experts, in, out), in a GGUF file too; a Hugging Face checkpoint has a tensor for each.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from qjax.models.config import DecoderConfig
+from qjax.models.config import DecoderConfig, LinearAttention
 from qjax.models.families.table import family_of
 
 # Part of a layer -> (its name in Hugging Face's Llama, its name in GGUF files). Llama calls the norm in front of
@@ -32,9 +32,19 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "attn/kv_b": ("self_attn.kv_b_proj", "attn_kv_b"),
         "attn/q_norm": ("self_attn.q_norm", "attn_q_norm"),
         "attn/k_norm": ("self_attn.k_norm", "attn_k_norm"),
-        "attn/sinks": ("self_attn.sinks", "attn_sinks"),
+        "attn/sinks": ("self_attn.sinks", "attn_sinks.weight"),
         "attn/o": ("self_attn.o_proj", "attn_output"),
         "attn_post_norm": ("post_attention_layernorm", "post_attention_norm"),
+        "linear_attn/qkv": ("linear_attn.in_proj_qkv", "attn_qkv"),
+        "linear_attn/gate": ("linear_attn.in_proj_z", "attn_gate"),
+        "linear_attn/alpha": ("linear_attn.in_proj_a", "ssm_alpha"),
+        "linear_attn/beta": ("linear_attn.in_proj_b", "ssm_beta"),
+        "linear_attn/ba": ("linear_attn.in_proj_ba", "ssm_ba"),
+        "linear_attn/conv": ("linear_attn.conv1d.weight", "ssm_conv1d.weight"),
+        "linear_attn/A_log": ("linear_attn.A_log", "ssm_a"),
+        "linear_attn/dt_bias": ("linear_attn.dt_bias", "ssm_dt.bias"),
+        "linear_attn/norm": ("linear_attn.norm", "ssm_norm"),
+        "linear_attn/o": ("linear_attn.out_proj", "ssm_out"),
         "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
         "mlp/gate": ("mlp.gate_proj", "ffn_gate"),
         "mlp/up": ("mlp.up_proj", "ffn_up"),
@@ -49,8 +59,12 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mlp/shared/up": ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
         "mlp/shared/down": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
         "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+        "out_scale": ("layer_scalar", "layer_output_scale.weight"),
     }
 )
+
+
+_FLOATS = ("ffn_gate_inp.weight", "ssm_conv1d.weight", ".bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +79,7 @@ class WeightName:
       transposed: both files hold (out, in) where flax holds (in, out); of a stack, each of its matrices.
       rope_heads: the number of heads whose rows are permuted between Hugging Face and GGUF, or None (`Family.pairs`).
       offset: what GGUF stores minus what Hugging Face and flax store (Gemma's norm gains: 1).
+      decay: GGUF stores -exp of it (A_log of linear attention).
     """
 
     path: tuple[str, ...]
@@ -74,6 +89,7 @@ class WeightName:
     transposed: bool = False
     rope_heads: int | None = None
     offset: float = 0.0
+    decay: bool = False
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -82,8 +98,9 @@ class WeightName:
 
     @property
     def stays_float(self) -> bool:
-        """Whether GGUF files hold it in F32 whatever the others' type: vectors, routers of experts, their biases."""
-        return all(n == 1 for n in self.file_shape[:-1]) or self.gguf.endswith(("ffn_gate_inp.weight", ".bias"))
+        """Whether GGUF files hold it in F32 whatever the others' type: vectors, routers of experts, their biases,
+        convolutions."""
+        return all(n == 1 for n in self.file_shape[:-1]) or self.gguf.endswith(_FLOATS)
 
     def turned(self, array: Any) -> Any:
         """The same between flax's order of axes and the files', either way."""
@@ -103,7 +120,6 @@ class WeightName:
 def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
     """Every weight of a decoder, in the order of a forward pass; a tied head is not listed."""
     c, family = config, family_of(config)
-    q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
     names = [WeightName(("embed", "embedding"), "model.embed_tokens.weight", "token_embd.weight", (c.vocab, c.dim))]
 
     def norm(path: tuple[str, ...], hf: str, gguf: str, size: int) -> None:
@@ -121,13 +137,51 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         hf, gguf = family.hf_names.get(part, hf), family.gguf_names.get(part, gguf)
         return (f"layers_{layer}", *part.split("/")), f"model.layers.{layer}.{hf}", f"blk.{layer}.{gguf}"
 
+    def bare(layer: int, part: str, *shape: int, decay: bool = False) -> None:
+        path, hf, gguf = at(layer, part)
+        names.append(WeightName(path, hf, gguf, shape, decay=decay))
+
+    def linear(layer: int, rule: LinearAttention) -> None:
+        values = rule.value_heads * rule.value_dim
+        dense(*at(layer, "linear_attn/qkv"), (c.dim, rule.channels))
+        dense(*at(layer, "linear_attn/gate"), (c.dim, values))
+        if rule.tiled:
+            dense(*at(layer, "linear_attn/alpha"), (c.dim, rule.value_heads))
+            dense(*at(layer, "linear_attn/beta"), (c.dim, rule.value_heads))
+        else:
+            dense(*at(layer, "linear_attn/ba"), (c.dim, 2 * rule.value_heads))
+        bare(layer, "linear_attn/conv", rule.channels, rule.width)
+        bare(layer, "linear_attn/A_log", rule.value_heads, decay=True)
+        bare(layer, "linear_attn/dt_bias", rule.value_heads)
+        path, hf, gguf = at(layer, "linear_attn/norm")
+        names.append(WeightName((*path, "scale"), f"{hf}.weight", f"{gguf}.weight", (rule.value_dim,)))
+        dense(*at(layer, "linear_attn/o"), (values, c.dim))
+
+    def softmax(layer: int, c: DecoderConfig) -> None:
+        q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        if c.kv_rank:
+            latent(layer)
+        elif c.fused_qkv:
+            dense(*at(layer, "attn/qkv"), (c.dim, q_dim + 2 * kv_dim), None, c.qkv_bias)
+        else:
+            dense(*at(layer, "attn/q"), (c.dim, 2 * q_dim if c.attn_gate else q_dim), c.heads, c.qkv_bias)
+            dense(*at(layer, "attn/k"), (c.dim, kv_dim), c.kv_heads, c.qkv_bias)
+            if not c.k_eq_v:
+                dense(*at(layer, "attn/v"), (c.dim, kv_dim), None, c.qkv_bias)
+        if c.qk_norm:
+            norm(*at(layer, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
+            norm(*at(layer, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
+        if c.sinks:
+            bare(layer, "attn/sinks", c.heads)
+        dense(*at(layer, "attn/o"), (c.heads * c.value_size, c.dim), bias=c.o_bias)
+
     def latent(layer: int) -> None:
         if c.query_rank:
             dense(*at(layer, "attn/q_a"), (c.dim, c.query_rank))
             norm(*at(layer, "attn/q_a_norm"), c.query_rank)
-            dense(*at(layer, "attn/q_b"), (c.query_rank, q_dim))
+            dense(*at(layer, "attn/q_b"), (c.query_rank, c.heads * c.head_dim))
         else:
-            dense(*at(layer, "attn/q"), (c.dim, q_dim))
+            dense(*at(layer, "attn/q"), (c.dim, c.heads * c.head_dim))
         dense(*at(layer, "attn/kv_a"), (c.dim, c.kv_rank + c.rotated))
         norm(*at(layer, "attn/kv_a_norm"), c.kv_rank)
         dense(*at(layer, "attn/kv_b"), (c.kv_rank, c.heads * (c.head_dim - c.rotated + c.value_size)))
@@ -138,24 +192,14 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
         dense(*at(layer, f"{part}/up"), (*stack, c.dim, hidden), bias=bias)
         dense(*at(layer, f"{part}/down"), (*stack, hidden, c.dim), bias=bias)
 
-    for i in range(c.layers):
+    for i in range(config.layers):
+        c = config.of_layer(i)
         if c.pre_norms:
             norm(*at(i, "attn_norm"), c.dim)
-        if c.kv_rank:
-            latent(i)
-        elif c.fused_qkv:
-            dense(*at(i, "attn/qkv"), (c.dim, q_dim + 2 * kv_dim), None, c.qkv_bias)
+        if c.linear is not None and c.is_linear(i):
+            linear(i, c.linear)
         else:
-            dense(*at(i, "attn/q"), (c.dim, q_dim), c.heads, c.qkv_bias)
-            dense(*at(i, "attn/k"), (c.dim, kv_dim), c.kv_heads, c.qkv_bias)
-            dense(*at(i, "attn/v"), (c.dim, kv_dim), None, c.qkv_bias)
-        if c.qk_norm:
-            norm(*at(i, "attn/q_norm"), q_dim if c.qk_norm_whole else c.head_dim)
-            norm(*at(i, "attn/k_norm"), kv_dim if c.qk_norm_whole else c.head_dim)
-        if c.sinks:
-            path, hf, gguf = at(i, "attn/sinks")
-            names.append(WeightName(path, hf, f"{gguf}.weight", (c.heads,)))
-        dense(*at(i, "attn/o"), (c.heads * c.value_size, c.dim), bias=c.o_bias)
+            softmax(i, c)
         if c.post_norms:
             norm(*at(i, "attn_post_norm"), c.dim)
         if c.pre_norms:
@@ -178,6 +222,8 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
             mlp(i, "mlp", c.hidden)
         if c.post_norms:
             norm(*at(i, "mlp_post_norm"), c.dim)
+        if c.out_scale:
+            bare(i, "out_scale", 1)
     norm(("final_norm",), "model.norm", "output_norm", c.dim)
     if not c.tied:
         dense(("head",), "lm_head", "output", (c.dim, c.vocab))

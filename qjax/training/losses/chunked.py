@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.models.decoder import softcapped
+from qjax.models.attention import softcapped
 from qjax.training.losses.distill import FLOOR, Divergence, check_alike, token_mean
 from qjax.typing import Array, Float, Int, Shaped
 
