@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -55,6 +56,15 @@ def scratch(dtype: Any, shape: tuple[int, ...], folder: str | Path | None = None
         raise UserError(
             f"cannot keep {size:,} bytes in {folder}: {reason_of(e)}; make room, or name another folder with TMPDIR"
         ) from e
+
+
+def let_go(*arrays: Any) -> None:
+    """Have the pages of mapped arrays leave this process, not their files: what a pass has looked at need not be resident
+    until its end. Other arrays stay as they are."""
+    for array in arrays:
+        pages = getattr(array, "_mmap", None)
+        if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:

@@ -16,6 +16,7 @@ from qjax.calibrate import add, check_stats, means, sums
 from qjax.calibrate.observe import mapped
 from qjax.compiled import full_float32
 from qjax.errors import UserError
+from qjax.io.space import let_go
 from qjax.lifting import Use, watch
 from qjax.models.devices import each_step
 from qjax.pipeline.few_tokens import are_few, filled
@@ -89,6 +90,7 @@ def _means(
         which = int(at.start >= calibration.used)
         before = totals[which]
         totals[which] = part if before is None else [add(a, b) for a, b in zip(before, part, strict=True)]
+        let_go(*rows)
     used, held = totals
     assert used is not None
     return [(means(a), None if held is None else means(held[i])) for i, a in enumerate(used)]

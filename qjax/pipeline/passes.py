@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from qjax.compiled import full_float32
-from qjax.io.space import scratch
+from qjax.io.space import let_go, scratch
 from qjax.lifting import Piece, Use, report, tap, tap_shapes
 from qjax.models.devices import each_step
 from qjax.models.model import Running
@@ -95,6 +95,7 @@ def run_piece(
     out = Writer(folder, name, shape)
     for at, y in each_step(_run, (apply,), (params,), x, steps):
         out.array[at] = np.asarray(y)
+        let_go(out.array, *x)
     return out.done()
 
 
@@ -109,6 +110,7 @@ def advanced(
         for at, ys in each_step(_run, (piece.step,), (params,), x, steps):
             for out, y in zip(outs, ys, strict=True):
                 out[at] = np.asarray(y)
+            let_go(*outs, *x)
         return outs
 
     return Here(following.rest, run(params, here.x), None if here.x_float is None else run(floats, here.x_float))

@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from qjax.errors import UserError
 from qjax.evaluate.divergence import make_baseline
 from qjax.evaluate.perplexity import Windows
-from qjax.io.space import mapped, scratch
+from qjax.io.space import let_go, mapped, scratch
 
 
 @pytest.fixture
@@ -49,3 +50,16 @@ def test_a_full_folder_for_temporary_files_is_one_line(tmp_path, full, monkeypat
     with pytest.raises(UserError, match=rf"cannot keep 480 bytes in {tmp_path}: the disk is full; .* TMPDIR"):
         make_baseline(logits, np.zeros((8, 8), np.float32), Windows(np.zeros((3, 6), np.int32), 0, "llama.cpp"))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
+def test_pages_that_are_let_go_are_resident_no_more_and_keep_what_they_hold(tmp_path):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    array = scratch(np.float32, (32, 1 << 20), tmp_path)
+    array[:] = np.arange(32, dtype=np.float32)[:, None]
+    held = resident()
+    let_go(array, np.ones(3), None)
+    assert held - resident() > 0.9 * array.nbytes
+    np.testing.assert_array_equal(array[:, -1], np.arange(32))
