@@ -59,8 +59,8 @@ def scratch(dtype: Any, shape: tuple[int, ...], folder: str | Path | None = None
 
 
 def let_go(*arrays: Any) -> None:
-    """Have the pages of mapped arrays leave this process, not their files: what a pass has looked at need not be resident
-    until its end. Other arrays stay as they are."""
+    """Have the pages of mapped arrays leave this process, not their files: what a pass has looked at need not stay
+    resident until its end. Other arrays stay as they are."""
     for array in arrays:
         pages = getattr(array, "_mmap", None)
         if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
