@@ -274,6 +274,8 @@ def test_gemma_27b_scores_are_llama_cpps():
         ({"model_type": "gemma3"}, 'no text_config; its language model alone is "gemma3_text"'),
         ({"model_type": "kimi_linear"}, "'kimi_linear' is not supported: linear attention with a gate for each"),
         (TINY["qwen3_5"] | {"linear_num_value_heads": 3}, "3 value heads are no multiple of 2 key heads"),
+        (TINY["qwen3_5"] | {"linear_key_head_dim": 1 << 30}, "more than any model has"),
+        (TINY["qwen3_5"] | {"attn_output_gate": False}, "attn_output_gate = False is not supported"),
         (TINY["qwen3_5"] | {"linear_conv_kernel_dim": 1}, "width 1 sees no token before"),
         (
             TINY["qwen3_5"] | {"layer_types": ["sliding_attention"] * 2},
