@@ -246,6 +246,8 @@ MUTANTS = (
            "models/test_families.py::test_layers_of_gemma4_have_sizes_of_their_own"),
     Mutant("layers-of-one-size", "models/config.py", "self.global_kv_heads or self.kv_heads", "self.kv_heads",
            "models/test_families.py::test_layers_of_gemma4_have_sizes_of_their_own"),
+    Mutant("experts-all-alike", "models/beside.py", "share = share * scale[", "share = share * 0 + scale[",
+           "models/test_decoder.py::test_logits_equal_transformers[gemma4-experts]"),
     Mutant("delta-rule-only-adds", "models/linear_attention.py", "(v - grown * (k @ S))", "v",
            "models/test_linear_attention.py::test_chunks_are_the_recurrence[5]"),
     Mutant("padding-is-remembered", "models/linear_attention.py", "real = (positions >= 0)", "real = (positions >= -1)",
