@@ -238,7 +238,7 @@ MUTANTS = (
            "models/test_routing.py::test_choice_and_shares[deepseek_v3]"),
     Mutant("few-not-filled", "pipeline/few_tokens.py", "t * a + (1 - t) * b", "a + 0 * b",
            "pipeline/test_walk_experts.py::test_filling_up_goes_over_into_an_experts_own_statistics"),
-    Mutant("router-rounded", "plan/rules.py", "spared = w.is_router and", "spared = False and",
+    Mutant("router-rounded", "plan/rules.py", "passed_by = w.spared and", "passed_by = False and",
            "io/test_expert_files.py::test_packed_stacks_keep_their_bytes"),
     Mutant("values-not-normed", "models/attention.py", "v = unit(v, c.norm_eps) if c.v_norm else v", "v = v",
            "models/test_decoder.py::test_logits_equal_transformers[gemma4]"),
@@ -246,6 +246,8 @@ MUTANTS = (
            "models/test_families.py::test_layers_of_gemma4_have_sizes_of_their_own"),
     Mutant("layers-of-one-size", "models/config.py", "self.global_kv_heads or self.kv_heads", "self.kv_heads",
            "models/test_families.py::test_layers_of_gemma4_have_sizes_of_their_own"),
+    Mutant("experts-all-alike", "models/beside.py", "share = share * scale[", "share = share * 0 + scale[",
+           "models/test_decoder.py::test_logits_equal_transformers[gemma4-experts]"),
     Mutant("delta-rule-only-adds", "models/linear_attention.py", "(v - grown * (k @ S))", "v",
            "models/test_linear_attention.py::test_chunks_are_the_recurrence[5]"),
     Mutant("padding-is-remembered", "models/linear_attention.py", "real = (positions >= 0)", "real = (positions >= -1)",
@@ -257,7 +259,7 @@ MUTANTS = (
     Mutant("convolution-rounded", "plan/rules.py", '"a convolution": (("linear_attn/conv",',
            '"a convolution": (("linear_attn/none",',
            "test_plan.py::test_convolutions_are_spared_but_by_rules_that_name_them"),
-    Mutant("router-in-half", "models/families/weight_names.py", '("ffn_gate_inp.weight", ".bias")', '(".bias",)',
+    Mutant("router-in-half", "models/families/weight_names.py", '("ffn_gate_inp.weight", "ssm', '("ssm',
            "io/test_expert_files.py::test_a_gguf_file_has_stacks_and_float_routers[mixtral]"),
 )
 # fmt: on

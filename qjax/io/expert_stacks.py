@@ -2,7 +2,7 @@
 
     experts.gate_up_proj [e, in, 2 out]           gpt-oss: even columns are gate's, odd ones up's
                                                   Llama 4: the first half is gate's, the second up's
-                             [e, 2 out, in]       Qwen3.5 ("rows"): so are its rows
+                             [e, 2 out, in]       Qwen3.5, Gemma 4 ("rows"): so are its rows
     experts.down_proj [e, in, out]                biases [e, 2 out], [e, out]
     gpt-oss as published: blocks [e, 2 out, in / 32, 16] and scales [e, 2 out, in / 32] of MXFP4
 
@@ -27,8 +27,9 @@ from qjax.io.safetensors import FLOATS, Checkpoint, Stored, mapped
 
 MXFP4 = "MXFP4"
 _BLOCK, _BYTES = 32, 17  # weights of a block, and its bytes
-_EXPERTS = re.compile(r"(.*\.(?:mlp|feed_forward)\.experts\.)(gate_up|down)_proj(_bias|_blocks|_scales)?$")
-_OURS = re.compile(r"(.*\.(?:mlp|feed_forward)\.experts\.)(gate|up|down)_proj\.(weight|bias)$")
+_AT = r"(.*\.(?:mlp|feed_forward|layers\.\d+)\.experts\.)"
+_EXPERTS = re.compile(_AT + r"(gate_up|down)_proj(_bias|_blocks|_scales)?$")
+_OURS = re.compile(_AT + r"(gate|up|down)_proj\.(weight|bias)$")
 _AXES = {"bias": 2, "weight": 3, "blocks": 4, "scales": 3}
 
 Info = tuple[str, str, tuple[int, ...]]

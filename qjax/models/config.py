@@ -121,6 +121,7 @@ class DecoderConfig:
     logit_divisor: float = 1.0  # Granite
     experts: int = 0  # Mixtral, Qwen-MoE: experts a layer; 0: an MLP
     experts_used: int = 0  # of them, those that a token goes to
+    experts_beside: bool = False  # Gemma 4: beside the one that sees every token, each behind a norm of its own
     expert_hidden: int = 0  # width of each
     expert_norm: bool = True  # their shares are divided by their sum
     dense_layers: tuple[int, ...] = ()  # the layers that have an MLP all the same

@@ -11,7 +11,7 @@ family keeps several in one, `attn/qkv` and `mlp/gate_up`; `attn/sinks` (heads,)
 where what leaves a layer is multiplied with it. A layer of linear attention (linear_attention.py) has
 `linear_attn/{qkv,gate,alpha,beta,o}/kernel` and what they go with in place of `attn`. A layer of experts
 (mlp.py) has `mlp/router/kernel`, `mlp/experts/{gate,up,down}/kernel` (experts, in, out) and, where one sees all,
-`mlp/shared/{gate,up,down}/kernel`.
+`mlp/shared/{gate,up,down}/kernel`; where both are beside each other (beside.py), norms of theirs as well.
 Layers are separate entries of the tree, not one stacked array, because after quantization every layer may have a
 format of its own.
 """
@@ -27,6 +27,7 @@ from flax import linen as nn
 from jax import lax
 
 from qjax.models.attention import Attention, as_it_is, softcapped
+from qjax.models.beside import Beside
 from qjax.models.config import DecoderConfig
 from qjax.models.linear_attention import GatedDeltaNet, empty_memory
 from qjax.models.mlp import MLP, Mixture
@@ -66,11 +67,13 @@ class Block(nn.Module):
             mix = Attention(c, self.layer, self.dtype, self.dot_general, self.stored, name="attn")
         y, cache = mix(norm("attn_norm", x, c.pre_norms), positions, cache)
         x = added(x, norm("attn_post_norm", y, c.post_norms))
-        if c.has_experts(self.layer):
-            mlp = Mixture(c, self.dtype, self.dot_general, name="mlp")
+        if c.has_experts(self.layer) and c.experts_beside:
+            y = Beside(c, self.dtype, self.dot_general, name="mlp")(x)
+        elif c.has_experts(self.layer):
+            y = Mixture(c, self.dtype, self.dot_general, name="mlp")(norm("mlp_norm", x, c.pre_norms))
         else:
             mlp = MLP(c, c.hidden, False, self.dtype, self.dot_general, name="mlp")
-        y = mlp(norm("mlp_norm", x, c.pre_norms))
+            y = mlp(norm("mlp_norm", x, c.pre_norms))
         x = added(x, norm("mlp_post_norm", y, c.post_norms))
         if c.out_scale:
             x = x * self.param("out_scale", nn.initializers.ones, (1,), jnp.float32).astype(x.dtype)[None, None]

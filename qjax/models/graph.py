@@ -58,6 +58,10 @@ def _ranked(c: DecoderConfig, _: int) -> bool:
     return c.kv_rank > 0
 
 
+def _beside(c: DecoderConfig, layer: int) -> bool:
+    return c.experts_beside and c.has_experts(layer)
+
+
 def _softmax(c: DecoderConfig, layer: int) -> bool:
     return not c.is_linear(layer)
 
@@ -156,7 +160,22 @@ _LAYER = (
             *("mlp/shared_gate/kernel", "mlp/shared/gate/kernel", "mlp/shared/up/kernel"),
         ),
         lambda c: c.dim,
-        lambda c, layer: c.pre_norms and c.has_experts(layer),
+        lambda c, layer: c.pre_norms and c.has_experts(layer) and not c.experts_beside,
+    ),
+    _Rule("router_norm -> router", "mlp/router_norm/scale", ("mlp/router/kernel",), lambda c: c.dim, _beside),
+    _Rule(
+        "experts_norm -> experts",
+        "mlp/experts_norm/scale",
+        ("mlp/experts/gate/kernel", "mlp/experts/up/kernel"),
+        lambda c: c.dim,
+        _beside,
+    ),
+    _Rule(
+        "shared_norm -> shared gate, up",
+        "mlp/shared_norm/scale",
+        ("mlp/shared/gate/kernel", "mlp/shared/up/kernel"),
+        lambda c: c.dim,
+        _beside,
     ),
     # The other factor of down's input, act(gate), is no linear function of gate. A part of a fused weight is no source,
     # and a stack of experts none of one row of channels.

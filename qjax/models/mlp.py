@@ -105,16 +105,20 @@ class Mixture(nn.Module):
 
         bias = self.param("router_bias", nn.initializers.zeros, (c.experts,), jnp.float32) if c.router_bias else None
         chosen, share = routed(c, dense("router", c.experts, c.expert_bias)(x), bias)
-        chosen, share = (jnp.moveaxis(a, -1, 0)[..., None] for a in (chosen, share))
-        read = x[None] * share.astype(x.dtype) if c.expert_inputs else x[None]
-        sent = jnp.where(chosen, read, jnp.zeros_like(x)[None])
-        y = mlp("experts", c.expert_hidden, stacked=True)(sent, chosen if c.expert_bias else None)
-        y = y.astype(jnp.float32)
-        y = jnp.sum(y if c.expert_inputs else y * share, axis=0).astype(x.dtype)
+        y = added(c, mlp("experts", c.expert_hidden, stacked=True), x, chosen, share)
         if c.shared_hidden:
             shared = mlp("shared", c.shared_hidden)(x)
             y = y + (nn.sigmoid(dense("shared_gate", 1)(x)) * shared if c.shared_gate else shared)
         return y
+
+
+def added(c: DecoderConfig, experts: MLP, x: Array, chosen: Bool[Array, "*b e"], share: Float[Array, "*b e"]) -> Array:
+    """The sum of what a token's experts make of it, [*b, dim]."""
+    chosen, share = (jnp.moveaxis(a, -1, 0)[..., None] for a in (chosen, share))
+    read = x[None] * share.astype(x.dtype) if c.expert_inputs else x[None]
+    sent = jnp.where(chosen, read, jnp.zeros_like(x)[None])
+    y = experts(sent, chosen if c.expert_bias else None).astype(jnp.float32)
+    return jnp.sum(y if c.expert_inputs else y * share, axis=0).astype(x.dtype)
 
 
 def routed(

@@ -73,7 +73,7 @@ def jobs_of(source: Source, plan: Plan, recipe: Recipe, requantize: bool) -> tup
 
 
 def _job(source: Source, t: SourceTensor, fmt: Format | None, reason: str, recipe: Recipe, requantize: bool) -> Job:
-    if fmt is None and (t.weight.is_vector or t.weight.is_spared) and not source.is_gguf:
+    if fmt is None and (t.weight.is_vector or t.weight.spared) and not source.is_gguf:
         fmt = get_format("F32")
     elif fmt is not None and fmt.name == t.type:
         fmt, reason = None, f"is {t.type} already"

@@ -61,8 +61,8 @@ class Rule:
 
     def takes(self, w: Weight) -> bool:
         """Whether it says what a weight becomes."""
-        spared = w.is_spared and not any(word in self.pattern for word in _SPARED[w.is_spared][1])
-        return not spared and any(self.matches(name) for name in w.names)
+        passed_by = w.spared and not any(word in self.pattern for word in _SPARED[w.spared][1])
+        return not passed_by and any(self.matches(name) for name in w.names)
 
     @property
     def format_name(self) -> str:
@@ -103,7 +103,7 @@ class Weight:
         return bias and any(n != 1 for n in self.shape[:-1])
 
     @property
-    def is_spared(self) -> str:
+    def spared(self) -> str:
         """What it is, where rules pass it by unless they name it: "a router" of experts, "a convolution"; else ""."""
         return next((kind for kind, (ends, _) in _SPARED.items() if any(n.endswith(ends) for n in self.names)), "")
 
@@ -182,8 +182,8 @@ class Plan:
     ) -> Assignment:
         if w.is_vector and rule is None:
             return Assignment(w, None, "a vector")
-        if rule is None and w.is_spared:
-            return Assignment(w, None, w.is_spared)
+        if rule is None and w.spared:
+            return Assignment(w, None, w.spared)
         if rule is None:
             raise UserError(
                 f"no rule of plan {self.name!r} covers {w}; add a rule for it (-> {KEEP} leaves it as it is)"

@@ -1,4 +1,4 @@
-"""Linear attention in files: what a folder has in other orders and shapes comes back as it was, whole or in parts."""
+"""Linear attention and experts in files: what a folder has in other orders comes back, read whole or in parts."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from small_models import LLAMA, random_params
 import qjax
 from qjax.errors import UserError
 from qjax.io.linear_heads import order_of, qkvz_rows
-from qjax.models.config import LinearAttention
+from qjax.models.config import LinearAttention, RopeScaling
 from qjax.models.model import Model
 from qjax.pipeline.source import open_source
 
@@ -26,7 +26,13 @@ MOE = dataclasses.replace(QWEN3_5, family="qwen3_5_moe_text", **EXPERTS)
 NEXT = dataclasses.replace(
     MOE, family="qwen3_next", rope_sections=(), linear=dataclasses.replace(RULE, tiled=False), layers=2
 )
-CONFIGS = [QWEN3_5, MOE, NEXT]
+GEMMA4 = dataclasses.replace(
+    LLAMA, family="gemma4_text", global_head_dim=32, window=8, global_layers=(1,), local_rope_theta=100.0,
+    rope_scaling=RopeScaling("proportional", part=0.5), k_eq_v=True, v_norm=True, out_scale=True, qk_norm=True,
+    post_norms=True, embed_scale=True, activation="gelu_tanh", attn_multiplier=1.0, tied=True, experts=4,
+    experts_used=2, expert_hidden=32, shared_hidden=LLAMA.hidden, experts_beside=True,
+)  # fmt: skip
+CONFIGS = [QWEN3_5, MOE, NEXT, GEMMA4]
 
 
 def near(a, b):

@@ -106,6 +106,7 @@ def test_options_change_the_logits(name):
             config.rope_scaling is not None and config.rope_scaling.kind == "longrope"
         )  # as long as rotary_dim says
         shaped = {"rotary_dim"} if tables or config.kv_rank else set()
+        shaped |= {"expert_norm"} if config.experts_beside else set()  # a norm behind takes nearly all of it
         shaped |= {"window", "global_layers"} if config.global_head_dim else set()
         if getattr(config, field) != value and field not in shaped:
             other = dataclasses.replace(config, **{field: value})

@@ -158,6 +158,9 @@ TINY = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    "gemma4-experts": _GEMMA4
+    | {"layer_types": _MIXED, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+    | {"moe_intermediate_size": 32, "attention_k_eq_v": True},
     "gemma4-values": _GEMMA4 | {"num_hidden_layers": 3, "layer_types": [*_MIXED, "full_attention"]},
     "qwen3_5": _QWEN3_5 | {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5-irregular": _QWEN3_5

@@ -20,7 +20,7 @@ GEMMA4 = {
     "family": "gemma4_text", "kv_heads": 2, "global_head_dim": 32, "global_kv_heads": 1, "window": 9,
     "global_layers": (1,), "local_rope_theta": 100.0, "rope_scaling": RopeScaling("proportional", part=0.5),
     "k_eq_v": True, "v_norm": True, "out_scale": True, "qk_norm": True, "post_norms": True, "embed_scale": True,
-    "activation": "gelu_tanh", "attn_multiplier": 1.0, "tied": True,
+    "activation": "gelu_tanh", "attn_multiplier": 1.0,
 }  # fmt: skip
 
 
@@ -33,6 +33,10 @@ QWEN3_NEXT = {k: v for k, v in QWEN3_5.items() if k != "rope_sections"} | {
     "family": "qwen3_next", "experts": 4, "experts_used": 2, "expert_hidden": 64, "shared_hidden": 64,
     "shared_gate": True, "linear": dataclasses.replace(QWEN3_5["linear"], tiled=False),
 }  # fmt: skip
+GEMMA4_EXPERTS = GEMMA4 | {
+    "experts": 4, "experts_used": 2, "expert_hidden": 64, "shared_hidden": 64, "experts_beside": True,
+}  # fmt: skip
+CASES = {"gemma4": GEMMA4, "gemma4_experts": GEMMA4_EXPERTS, "qwen3_5": QWEN3_5, "qwen3_next": QWEN3_NEXT}
 
 
 def with_tokenizer(model):
@@ -48,7 +52,7 @@ def divergence(exact, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [GEMMA4, QWEN3_5, QWEN3_NEXT], ids=["gemma4", "qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_a_folder_becomes_a_calibrated_file_that_llama_cpp_runs(tmp_path, changes):
     model, calibration = with_tokenizer(tiny_model(**changes)), tiny_calibration()
     qjax.save(model, tmp_path / "folder")
@@ -74,7 +78,7 @@ def test_a_folder_becomes_a_calibrated_file_that_llama_cpp_runs(tmp_path, change
     exact, good, plain = (
         np.asarray(qjax.load(tmp_path / name).logits(tokens)) for name in ("folder", "m.gguf", "rtn.gguf")
     )
-    assert divergence(exact, good) < 0.8 * divergence(exact, plain)
+    assert 1e-4 < divergence(exact, good) < 0.8 * divergence(exact, plain)
 
     if not os.environ.get("LLAMA_CPP_LIB_PATH"):
         pytest.skip("LLAMA_CPP_LIB_PATH is unset: no llama.cpp to compare with")

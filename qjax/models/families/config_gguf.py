@@ -18,6 +18,7 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.families.config_hf import check_dimensions, check_equal, known_family
+from qjax.models.families.family import Family
 from qjax.models.families.keys import Keys, shortest
 from qjax.models.families.scaling import FREQS, rope_tensors, scaling_from_gguf, scaling_to_gguf
 from qjax.models.families.table import FAMILIES
@@ -54,7 +55,7 @@ def config_from_gguf(
         raise UserError(f"general.architecture = {arch!r} is not supported; supported: {', '.join(archs)}")
     at = f"{arch}."
     count = meta.get(f"{at}expert_count", 0)
-    families = [f for f in FAMILIES.values() if f.arch == arch and bool(count) == ("experts" in f.options)]
+    families = [f for f in FAMILIES.values() if f.arch == arch and bool(count) in _experts(f)]
     if not families:
         raise UserError(f"{at}expert_count = {count!r} is not supported; expected {'some' if not count else 'none'}")
     keys = Keys(meta, families[0].absent_gguf, at, at, "float32")
@@ -100,6 +101,11 @@ def config_from_gguf(
     }
     config = DecoderConfig(**common | dict(family.traits) | family.from_gguf(keys, common))
     return check_dimensions(config, f"{arch} metadata")
+
+
+def _experts(family: Family) -> tuple[bool, ...]:
+    """Whether its members have experts, do not, or either."""
+    return (False, True) if "either" in family.options else ("experts" in family.options,)
 
 
 def config_to_gguf(config: DecoderConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ MISSING = {
     "deepseek_v4": "compressed sparse attention is missing",
     "glm5_next": "sparse and linear attention are missing",
     "gemma4": 'there is no text_config; its language model alone is "gemma4_text"',
+    "gemma4_unified": "what its text_config leaves out is missing; gemma4 stands",
     "gemma3n": "its embeddings by layer are missing",
     "cohere": "LayerNorm and attention beside the MLP are missing",
     "phi": "LayerNorm and attention beside the MLP are missing",

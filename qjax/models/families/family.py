@@ -39,8 +39,8 @@ class Family:
       absent: what a key missing from config.json means (transformers' own defaults); a string: the value of that key.
       absent_gguf: what a key missing from GGUF metadata means to llama.cpp.
       options: what other families refuse and this one reads: keys of config.json, "longrope", "proportional",
-        "experts", "latent" attention, "mtp" tensors, which are passed over; of a GGUF file "head_count_kv" by layer,
-        and "k_eq_v".
+        "experts", or "either" with and without, "latent" attention, "mtp" tensors, which are passed over; of a GGUF
+        file "head_count_kv" by layer, and "k_eq_v".
       period: llama.cpp takes every n-th layer to be without window unless the file says otherwise; 0: none.
       pairs: llama.cpp rotates neighbouring rows of q and k where Hugging Face rotates halves: rows are permuted.
       expert_columns: where a folder has gate and up of all experts in one tensor: gate's columns are its even ones

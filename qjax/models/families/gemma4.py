@@ -1,8 +1,8 @@
-"""Gemma 4's dense language models: layers that see everything have larger heads of their own, fewer of them for keys.
+"""Gemma 4's language models: layers that see everything have larger heads of their own, fewer of them for keys.
 
 Values are divided by their rms, and in those layers may be the keys themselves; a part of each head is rotated there;
 every layer's output is multiplied with one learned number. Gains are plain, scores are not divided. The smaller models,
-which have an embedding for each layer and layers that share keys, and the one with experts beside its MLP are refused.
+which have an embedding for each layer and layers that share keys, are refused.
 """
 
 from collections.abc import Mapping
@@ -10,19 +10,20 @@ from typing import Any
 
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
+from qjax.models.families.experts import OPTIONS, counts_from_gguf, everywhere_to_gguf
 from qjax.models.families.family import Family, Fields
 from qjax.models.families.gemma import NAMES
 from qjax.models.families.keys import Keys, same_in_all_layers
 from qjax.models.families.windows import every, windows_from_hf, windows_to_hf
 
-_PERIOD = 6
+_PERIOD, _WIDTH = 6, "expert_feed_forward_length"
 _CAP = "final_logit_softcapping"  # 0: none; llama.cpp has 30 where the key is missing
+_PARTS = ("gate", "up", "down")
 _SIZES = ("head_dim", "num_key_value_heads")
 # What these ask for where they are neither 0 nor false.
 _MISSING = {
     "hidden_size_per_layer_input": "embeddings by layer are missing",
     "num_kv_shared_layers": "keys and values of other layers are missing",
-    "enable_moe_block": "experts beside an MLP are missing",
 }
 
 
@@ -45,6 +46,17 @@ def _from_hf(keys: Keys, common: Fields) -> Fields:
         "global_kv_heads": _other(kv_heads, common["kv_heads"]),
         "k_eq_v": k_eq_v,
         "logit_softcap": keys.optional(_CAP),
+        **(_experts_from_hf(keys, common) if keys.get("enable_moe_block") else {}),
+    }
+
+
+def _experts_from_hf(keys: Keys, common: Fields) -> Fields:
+    return {
+        "experts": keys.count("num_experts"),
+        "experts_used": keys.count("top_k_experts"),
+        "expert_hidden": keys.count("moe_intermediate_size"),
+        "shared_hidden": common["hidden"],
+        "experts_beside": True,
     }
 
 
@@ -81,6 +93,12 @@ def _to_hf(c: DecoderConfig, hf: Fields) -> Fields:
         "attention_k_eq_v": c.k_eq_v,
         "final_logit_softcapping": c.logit_softcap,
         "hidden_size_per_layer_input": 0,
+        "enable_moe_block": c.experts > 0,
+        **(
+            {"num_experts": c.experts, "top_k_experts": c.experts_used, "moe_intermediate_size": c.expert_hidden}
+            if c.experts
+            else {}
+        ),
     }
 
 
@@ -105,7 +123,13 @@ def _from_gguf(keys: Keys, common: Fields) -> Fields:
         "global_kv_heads": _other(wide, narrow),
         "local_rope_theta": keys.number("rope.freq_base_swa", 10000.0) if windowed else None,
         "logit_softcap": None if keys.get(_CAP) == 0 else keys.number(_CAP, 30.0),
+        **(_experts_from_gguf(keys, common) if keys.get("expert_count", 0) else {}),
     }
+
+
+def _experts_from_gguf(keys: Keys, common: Fields) -> Fields:
+    beside = {"shared_hidden": common["hidden"], "experts_beside": True}
+    return counts_from_gguf(keys) | beside | {"expert_hidden": keys.count(_WIDTH)}
 
 
 def _to_gguf(c: DecoderConfig) -> Fields:
@@ -127,7 +151,7 @@ def _to_gguf(c: DecoderConfig) -> Fields:
         "rope.dimension_count_swa": c.head_dim,
         "rope.freq_base_swa": c.local_rope_theta,
         _CAP: c.logit_softcap or 0.0,
-    }
+    } | ({_WIDTH: c.expert_hidden} | everywhere_to_gguf(c) if c.experts else {})
 
 
 GEMMA4 = Family(
@@ -165,8 +189,13 @@ GEMMA4 = Family(
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
         },
     },
-    options=frozenset({"proportional", "head_count_kv", "k_eq_v", "use_bidirectional_attention"}),
-    hf_names=NAMES,
+    options=OPTIONS | {"proportional", "head_count_kv", "k_eq_v", "use_bidirectional_attention", "either"},
+    expert_columns="rows",
+    hf_names=NAMES
+    | {f"mlp/experts/{part}": f"experts.{part}_proj" for part in _PARTS}
+    | {f"mlp/shared/{part}": f"mlp.{part}_proj" for part in _PARTS}
+    | {"mlp/router": "router.proj"},
+    gguf_names={f"mlp/shared/{part}": f"ffn_{part}" for part in _PARTS},
     from_hf=_from_hf,
     to_hf=_to_hf,
     from_gguf=_from_gguf,

@@ -32,6 +32,8 @@ LINEAR_ABSENT = {
 
 def linear_from_hf(keys: Keys, layers: int, tiled: bool = True) -> LinearAttention:
     """The rule and its layers, from linear_* and from layer_types or full_attention_interval."""
+    if keys.get("attn_output_gate", True) is not True:
+        raise UserError("config.json: attn_output_gate = False is not supported beside linear attention")
     types = keys.get("layer_types")
     if types is None:
         full = every(keys.count("full_attention_interval", _PERIOD), layers)
@@ -48,6 +50,8 @@ def checked(rule: LinearAttention, where: str) -> LinearAttention:
     """The rule itself, or a UserError where its numbers cannot make one."""
     if rule.value_heads % rule.key_heads:
         raise UserError(f"{where}: {rule.value_heads} value heads are no multiple of {rule.key_heads} key heads")
+    if (most := max(rule.channels, rule.width)) >= 1 << 22:  # before anything counts to it
+        raise UserError(f"{where}: linear attention over {most} channels or tokens is more than any model has")
     if rule.width < 2:
         raise UserError(f"{where}: a convolution of width {rule.width} sees no token before; expected 2 or more")
     return rule

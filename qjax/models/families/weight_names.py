@@ -50,6 +50,12 @@ _LAYER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mlp/up": ("mlp.up_proj", "ffn_up"),
         "mlp/gate_up": ("mlp.gate_up_proj", "ffn_up"),
         "mlp/down": ("mlp.down_proj", "ffn_down"),
+        "mlp/router_norm": ("router.scale", "ffn_gate_inp.scale"),
+        "mlp/expert_scale": ("router.per_expert_scale", "ffn_down_exps.scale"),
+        "mlp/experts_norm": ("pre_feedforward_layernorm_2", "pre_ffw_norm_2"),
+        "mlp/experts_post_norm": ("post_feedforward_layernorm_2", "post_ffw_norm_2"),
+        "mlp/shared_norm": ("pre_feedforward_layernorm", "ffn_norm"),
+        "mlp/shared_post_norm": ("post_feedforward_layernorm_1", "post_ffw_norm_1"),
         "mlp/router": ("mlp.gate", "ffn_gate_inp"),
         "mlp/experts/gate": ("mlp.experts.*.gate_proj", "ffn_gate_exps"),
         "mlp/experts/up": ("mlp.experts.*.up_proj", "ffn_up_exps"),
@@ -202,7 +208,13 @@ def weight_names(config: DecoderConfig) -> tuple[WeightName, ...]:
             softmax(i, c)
         if c.post_norms:
             norm(*at(i, "attn_post_norm"), c.dim)
-        if c.pre_norms:
+        if c.has_experts(i) and c.experts_beside:
+            path, hf, gguf = at(i, "mlp/router_norm")
+            names.append(WeightName((*path, "scale"), hf, gguf, (c.dim,), offset=c.norm_offset))
+            bare(i, "mlp/expert_scale", c.experts)
+            for part in ("experts_norm", "experts_post_norm", "shared_norm", "shared_post_norm"):
+                norm(*at(i, f"mlp/{part}"), c.dim)
+        elif c.pre_norms:
             norm(*at(i, "mlp_norm"), c.dim)
         if c.has_experts(i):
             dense(*at(i, "mlp/router"), (c.dim, c.experts), bias=c.expert_bias)
