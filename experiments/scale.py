@@ -3,11 +3,10 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 qjax run configs/scale.toml
 
 Of Llama 3 70B on eight devices of one host: the walk's and the survey's own programs, as each device runs them on its
-step of windows or its rows of a weight (`qjax.models.devices`, `qjax.pipeline.parts`), with abstract arrays; the compiler
-says what a device holds. Of a mixture of 671 B weights on
-eight hosts (DeepSeek-V3's shapes, arXiv:2412.19437): its expert layer as it would run, each host with an eighth of the
-experts and of the windows. What is read and how long it takes is arithmetic: bytes over the disk's rate, products over
-the device's.
+step of windows or its rows of a weight (`qjax.models.devices`, `qjax.pipeline.parts`), with abstract arrays; the
+compiler says what a device holds. Of a mixture of 671 B weights on eight hosts (DeepSeek-V3's shapes,
+arXiv:2412.19437): its expert layer as it would run, each host with an eighth of the experts and of the windows. What is
+read and how long it takes is arithmetic: bytes over the disk's rate, products over the device's.
 """
 
 from __future__ import annotations
