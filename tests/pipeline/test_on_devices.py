@@ -140,7 +140,7 @@ def test_two_processes_share_a_walk_that_is_killed_and_write_the_bytes_of_one(on
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "q.gguf"]
 
 
-def test_parts_on_devices_are_the_rows_of_the_weight(rng):
+def test_parts_on_devices_are_the_rows_of_the_weight(rng, monkeypatch):
     """Three parts of 256 rows and their fits, the last short, on three of eight devices: what `round_weight` makes of
     all rows at once."""
     x = rng.standard_normal((512, 32)) @ rng.standard_normal((32, 32))
@@ -148,9 +148,11 @@ def test_parts_on_devices_are_the_rows_of_the_weight(rng):
     w, format = jnp.asarray(rng.standard_normal((700, 32)), jnp.float32), qjax.format("Q4_0")
     recipe = qjax.recipe("nearest('h') >> ldlq('act')")
     fit = format.encode(w, jnp.broadcast_to(stats.importance, w.shape))
+    used, compiled = set(), parts._program
+    monkeypatch.setattr(parts, "_program", lambda device, *kind: used.add(device.id) or compiled(device, *kind))
     made = parts.in_parts(w, format, recipe, stats, None, fit)
     whole = round_weight(w, format, recipe.roundings, stats, recipe.damping)
-    assert made.codes.shape == whole.codes.shape and len(jax.local_devices()) == 8
+    assert made.codes.shape == whole.codes.shape and used == {0, 1, 2} and len(jax.local_devices()) == 8
     assert np.mean(np.asarray(made.codes) == np.asarray(whole.codes)) > 0.999  # ties fall otherwise in other programs
     np.testing.assert_allclose(made.error, whole.error, rtol=1e-3)
     np.testing.assert_allclose(made.energy, whole.energy, rtol=1e-5)
