@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from several_processes import ends_of, free_port, run_together
+from test_cli_models import folder, text  # noqa: F401  (fixtures)
 
 import qjax
 from qjax import processes
@@ -107,6 +108,27 @@ def test_two_processes_know_what_the_others_have_and_end_together():
     (first, said), (second, other) = ends_of(commands, env, timeout=90)  # below JAX's patience with a silent process
     assert "all told" in said and "all told" in other, said + other
     assert first == 2 and second != 0 and "the disk is full" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["q.gguf", "q"])
+def test_two_processes_quantize_what_one_does(folder, text, tmp_path, out):  # noqa: F811
+    """The walk of a file and that of a model in memory; the first process writes, and says what."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    where, recipe = f"127.0.0.1:{free_port()}/2", "nearest('h') >> ldlq('act')"
+
+    def quantize(to, *more):
+        options = ["--type", "Q8_0", "--recipe", recipe, "--calib", str(text), "--calib-ctx", "16"]
+        return [sys.executable, "-m", "qjax", "quantize", str(folder), "-o", str(to / out), *options, *more]
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    run_together([quantize(tmp_path / "one")], env, timeout=300)
+    first, second = run_together([quantize(tmp_path / "two", "--join", f"{where}/{p}") for p in range(2)], env, 300)
+    assert "bits per weight" in first and "bits per weight" not in second
+    one, two = ({p.relative_to(to): p.read_bytes() for p in to.rglob("*") if p.is_file()}
+                for to in (tmp_path / "one", tmp_path / "two"))  # fmt: skip
+    assert one == two and (out in map(str, one)) == (out == "q.gguf")
 
 
 def test_one_process_needs_none_of_it(tmp_path):
