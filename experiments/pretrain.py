@@ -16,6 +16,7 @@ import jax
 
 from qjax.io.checkpoint import save
 from qjax.io.tokenizer_hf import read_tokenizer
+from qjax.processes import by_chief, chief_first
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.finetune import finetune
 from qjax.training.decoder.fresh import fresh_model
@@ -26,7 +27,6 @@ from qjax.training.run.curve import curve
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
 from qjax.training.run.loop import Run, tensorboard
-from qjax.training.run.processes import by_chief, chief_first
 
 SEVERAL_PROCESSES = True  # `qjax run --join`
 

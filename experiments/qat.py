@@ -26,6 +26,7 @@ from qjax.models.model import Model
 from qjax.pipeline.calibrated import quantize_model
 from qjax.pipeline.windows import calibration_of
 from qjax.plan import decoder_weights
+from qjax.processes import by_chief, chief_first
 from qjax.tensor import is_qtensor
 from qjax.training.decoder.arm import Arm
 from qjax.training.decoder.export import read_back
@@ -41,7 +42,6 @@ from qjax.training.run.curve import thinned
 from qjax.training.run.data import Batches
 from qjax.training.run.devices import ONE_DEVICE, Devices, data_on
 from qjax.training.run.loop import Run, tensorboard
-from qjax.training.run.processes import by_chief, chief_first
 
 TWO_BITS = Arm("qat", Grid("int2_g64_mid_mse", scales="learned"), Optimizer(3e-4), Losses("0.5*ce + 0.5*fkl"))
 SEVERAL_PROCESSES = True  # `qjax run --join`

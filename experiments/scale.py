@@ -2,11 +2,11 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 qjax run configs/scale.toml
 
-Of Llama 3 70B on eight devices of one host: the walk's and the survey's own programs (`qjax.models.devices`), a step of
-windows on each device, with abstract arrays; the compiler says what a device holds. Of a mixture of 671 B weights on
-eight hosts (DeepSeek-V3's shapes, arXiv:2412.19437): its expert layer as it would run, each host with an eighth of the
-experts and of the windows. What is read and how long it takes is arithmetic: bytes over the disk's rate, products over
-the device's.
+Of Llama 3 70B on eight devices of one host: the walk's and the survey's own programs, as each device runs them on its
+step of windows or its rows of a weight (`qjax.models.devices`, `qjax.pipeline.parts`), with abstract arrays; the
+compiler says what a device holds. Of a mixture of 671 B weights on eight hosts (DeepSeek-V3's shapes,
+arXiv:2412.19437): its expert layer as it would run, each host with an eighth of the experts and of the windows. What is
+read and how long it takes is arithmetic: bytes over the disk's rate, products over the device's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.errors import UserError
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block
-from qjax.models.devices import ROWS, mesh, spread
 from qjax.models.parts import run as forward
 from qjax.models.stages import stages_of
 from qjax.pipeline.inputs import observe_step
@@ -38,6 +37,9 @@ from qjax.stats import Stats
 LLAMA = DecoderConfig(
     vocab=128_256, dim=8192, hidden=28_672, layers=80, heads=64, kv_heads=8, head_dim=128, context=8192
 )
+
+
+ROWS = P("windows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,31 +79,29 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
 def llama_programs(config: Config) -> list[dict[str, Any]]:
     """The programs that a block, and the head, of Llama 3 70B go through."""
-    stages, tokens = stages_of(LLAMA), (config.devices * config.batch, config.context)
-    block, x = stages.blocks[0], _rows(*tokens, LLAMA.dim)
+    stages, tokens = stages_of(LLAMA), (config.batch, config.context)
+    block, x = stages.blocks[0], _f32(*tokens, LLAMA.dim)
     params = jax.eval_shape(Block(LLAMA, 0).init, jax.random.key(0), jnp.zeros((1, 4, LLAMA.dim)), jnp.arange(4))
-    weights = _everywhere(params["params"])
+    weights = params["params"]
     groups = groups_of(block, weights, jax.ShapeDtypeStruct((1, config.context, LLAMA.dim), jnp.float32))
     keys = tuple(tuple(use.key for use in group) for group in groups)
     heights = heights_of((use for group in groups for use in group), LLAMA.head_dim)
-    head = _everywhere({"final_norm": {"scale": _f32(LLAMA.dim)}, "head": {"kernel": _f32(LLAMA.dim, LLAMA.vocab)}})
-    seed = _everywhere(jax.ShapeDtypeStruct((), jnp.int32))
-    numbers = jax.ShapeDtypeStruct(tokens[:1], jnp.int32, sharding=NamedSharding(mesh(), ROWS))
-    made: list[tuple[str, Any, tuple[Any, ...], tuple[Any, ...]]]
-    made = [("a block forwards", spread(forward, (block,)), (weights,), (x,))]
+    head = {"final_norm": {"scale": _f32(LLAMA.dim)}, "head": {"kernel": _f32(LLAMA.dim, LLAMA.vocab)}}
+    seed, numbers = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct(tokens[:1], jnp.int32)
+    made: list[tuple[str, Any, tuple[Any, ...]]] = [("a block forwards", forward, (block, weights, x))]
     for what, group in (("H of q, k and v", groups[0]), ("H of down", groups[-1])):
         static = (block, ((group[0].source, group[0].batch),), ("H",), 1)
-        made.append((what, spread(observe_step, static), (weights, None), (x, None, None)))
-    made.append(("a block backwards", spread(block_step, (block, keys, heights)), (weights,), (x, x)))
-    made.append(("the head and its gradient", spread(_head_step, (stages,)), (head, seed), (x, numbers)))
-    rows = [_held("Llama 3 70B", what, program, whole, rows) for what, program, whole, rows in made]
+        made.append((what, observe_step, (*static, weights, None, x, None, None)))
+    made.append(("a block backwards", block_step, (block, keys, heights, weights, x, x)))
+    made.append(("the head and its gradient", jax.jit(_head_step, static_argnums=0), (stages, head, seed, x, numbers)))
+    rows = [_held("Llama 3 70B", what, program, *args) for what, program, args in made]
     recipe = qjax.recipe("gptq:Q4_K")
     assert recipe.format is not None
 
     def rounded(w: Any, H: Any) -> Any:
         return round_weight(w, recipe.format, recipe.roundings, Stats(H=H), recipe.damping)
 
-    w, H = _f32(LLAMA.dim, LLAMA.hidden), _f32(LLAMA.hidden, LLAMA.hidden)
+    w, H = _f32(LLAMA.dim // config.devices, LLAMA.hidden), _f32(LLAMA.hidden, LLAMA.hidden)
     return [*rows, _held("Llama 3 70B", "down rounded by gptq to Q4_K", jax.jit(rounded), w, H)]
 
 
@@ -215,6 +215,11 @@ def _held(model: str, what: str, program: Any, *args: Any) -> dict[str, Any]:
     held = {"arguments": m.argument_size_in_bytes, "results": m.output_size_in_bytes, "temporary": m.temp_size_in_bytes}
     sizes = {f"{name}_gb": nbytes / 1e9 for name, nbytes in held.items()}
     return {"model": model, "program": what, **sizes, "all_gb": sum(sizes.values())}
+
+
+def mesh() -> Mesh:
+    """The hosts of the mixture in a row."""
+    return Mesh(jax.devices(), ("windows",))
 
 
 def _f32(*shape: int) -> Any:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import itself and the layers before it.
 LAYERS = [
-    {"chain", "compiled", "errors", "html_page", "tables", "terminal", "typing"},
+    {"chain", "compiled", "errors", "html_page", "processes", "tables", "terminal", "typing"},
     {"formats"},
     {"stats"},
     {"reparam"},

@@ -1,5 +1,5 @@
 """What a process owes to who started it: standard streams that stand, signals that end it as cleanly as Ctrl-C, memory
-that goes back when it is free."""
+that goes back when it is free; and how it is told of others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 from qjax.errors import Stopped, UserError
+
+JOIN_HELP = "several processes: HOST:PORT/PROCESSES/PROCESS of this one, or auto under a launcher that JAX knows"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import tyro
 
 from qjax.cli import output
 from qjax.cli.model import MODEL_HELP
+from qjax.cli.process import JOIN_HELP
 from qjax.cli.progress import bytes_bar, count_bar, in_turn, steps_bar
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
 from qjax.errors import UserError
@@ -40,6 +41,10 @@ class Quantize:
     OUT.gguf is streamed tensor by tensor in bounded memory, continues where a killed run stopped, and runs in
     llama.cpp. Any other OUT becomes a Hugging Face directory that holds the quantized values as floats. What is printed
     is a line a type; --verbose prints a line a tensor, and --json has them always.
+
+    Several processes, on one machine or many, share the windows of the text and the rows of each weight: the same
+    command in each, with --join HOST:PORT/PROCESSES/PROCESS, and OUT in a folder that all of them see. Process 0 writes
+    it, to the bytes of one process.
 
     A plan file says which weight gets which format; patterns are globs over params paths or GGUF names, the first wins:
 
@@ -70,8 +75,15 @@ class Quantize:
     verbose: Annotated[bool, tyro.conf.arg(help="print a line a tensor, not only one a type")] = False
     force: Annotated[bool, tyro.conf.arg(help=FORCE_HELP)] = False
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
+    join: Annotated[str | None, tyro.conf.arg(metavar="LINE", help=JOIN_HELP)] = None
 
     def execute(self) -> None:
+        from qjax.processes import joined
+
+        with joined(self.join):
+            self._execute()
+
+    def _execute(self) -> None:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
         if self.calib_windows is not None and self.calib_windows < 2:
@@ -80,6 +92,7 @@ class Quantize:
             )
         from qjax.io.checkpoint import locate
         from qjax.pipeline.ledger import ledger, said
+        from qjax.processes import chief
         from qjax.recipes import recipe
 
         made = recipe(self.recipe)
@@ -105,12 +118,16 @@ class Quantize:
         path = locate(self.model)
         texts = [Path(text) for text in self.calib if text != OWN]
         inputs = (path, self.plan, *texts, self.imatrix)
-        check_output(self.out, inputs, self.force)
-        check_json(self.json, (*inputs, self.out))
+        writes = self.join is None or chief()
+        if writes:
+            check_output(self.out, inputs, self.force)
+            check_json(self.json, (*inputs, self.out))
         clock = time.perf_counter()
         streams = self.out.suffix == ".gguf" and path.suffix != ".bin"
         report = self._stream(path) if streams else self._in_memory(path)
         seconds = time.perf_counter() - clock
+        if not writes:
+            return
         head = {"model": self.model, "out": str(self.out), "type": self.type, "recipe": self.recipe}
         written = sum(f.stat().st_size for f in (self.out.iterdir() if self.out.is_dir() else (self.out,)))
         if output.write_json(
@@ -150,6 +167,7 @@ class Quantize:
         from qjax.pipeline import quantize_model, quantize_params
         from qjax.plan import Plan
         from qjax.plan.named import plan_named
+        from qjax.processes import by_chief
         from qjax.recipes import recipe
 
         model = load(path)
@@ -171,7 +189,7 @@ class Quantize:
                     model, plan, self.recipe, calibration,
                     progress=walked, notify=say,
                 )  # fmt: skip
-        save(model, self.out)
+        by_chief("model", lambda: save(model, self.out))
         return report
 
     def _calibration(self, model: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from qjax import config as configs
+from qjax.cli.process import JOIN_HELP
 from qjax.errors import UserError
 from qjax.rundir import seeds
 
@@ -34,7 +35,6 @@ one that --scripts names."""
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SCRIPTS_HELP = "the folder of the scripts that configs may name, in place of qjax's experiments"
 
-JOIN_HELP = "several processes: HOST:PORT/PROCESSES/PROCESS of this one, or auto under a launcher that JAX knows"
 RESERVED = ("config", "out", "smoke", "join", "scripts")
 
 
@@ -67,7 +67,7 @@ class Run:
         script_of(source, folder)
         line = _option(args, "--join")
         if line and not {"-h", "--help"} & set(args):  # before anything else asks JAX for its devices
-            from qjax.training.run.processes import join
+            from qjax.processes import join
 
             join(line)
         module, script = load_script(source, folder)
@@ -149,7 +149,7 @@ def _option(args: list[str], name: str) -> str | None:
 
 
 def _writes() -> bool:
-    from qjax.training.run.processes import chief
+    from qjax.processes import chief
 
     return chief()
 

@@ -15,6 +15,7 @@ from qjax.calibrate.moments import SAMPLES
 from qjax.compiled import UNTUNED, untuned, workers
 from qjax.formats import Format
 from qjax.formats.protocol import Scales
+from qjax.models.devices import at_once, in_order
 from qjax.recipes import Recipe
 from qjax.rounding import Rounded, Rounding, round_weight
 from qjax.rounding.curvature import Factor
@@ -32,10 +33,11 @@ Fit = tuple[Scales, Array]
 def in_parts(
     w: Array, format: Format, recipe: Recipe, stats: Stats, heldout: Array | None, fit: Fit | None = None
 ) -> Rounded:
-    """`round_weight` on parts of its rows: one compiled program for all heights, and every core at work.
+    """`round_weight` on parts of its rows: one compiled program for all heights, and every core and device at work.
 
-    The parts' height depends on the weight alone, so that it gives the same bytes on every number of cores.
-    Accelerators take all rows at once.
+    The parts' height depends on the weight alone, so that it gives the same bytes on every number of cores, devices and
+    processes. Accelerators are slowed down by parts: there each takes as many of the rows as any other, and one all.
+    With several processes all of them call this with the same arguments.
     """
     return by_parts(w.shape[1], format, recipe, stats, heldout)(w, fit)
 
@@ -54,7 +56,7 @@ def by_parts(
         return round_weight(w, format, recipe.roundings, stats, recipe.damping, heldout, fit=fit)
 
     tied = format.rows == 0 or wanted % format.rows or _SHORT % format.rows
-    if jax.default_backend() != "cpu" or tied or any(r.whole for r in recipe.roundings):
+    if tied or any(r.whole for r in recipe.roundings) or (jax.default_backend() != "cpu" and at_once() == 1):
         return whole
     grid: Any = format  # hashable, which its protocol cannot say
     seen = {kind: jnp.asarray(np.asarray(getattr(stats, kind))) for kind in stats.kinds}  # off other devices
@@ -65,29 +67,45 @@ def by_parts(
         rows = len(w)
         if rows % format.rows:
             return whole(w, fit)
-        count = max(-(-rows // wanted), 2 if rows > _TALL // 2 else 1)  # two cores for what is no taller than a part
-        height = min(wanted, -(-rows // count // _SHORT) * _SHORT)
-        program = _program(
-            height, n, grid, recipe.roundings, recipe.damping, stats.kinds, unseen is not None, fit is not None
-        )
+        height = _height(rows, wanted)
+        kind = height, n, grid, recipe.roundings, recipe.damping, stats.kinds, unseen is not None, fit is not None
+        starts, processes = range(0, rows, height), jax.process_count()
+        every = [*starts, *[rows] * (-len(starts) % processes)]  # behind the last are zeros: as many for each process
+        own = every[jax.process_index() :: processes]
+        devices = jax.local_devices()[: len(own)]
+        everywhere = [jax.device_put((seen, unseen, factor), d) for d in devices]
 
-        def rounded(at: int) -> Rounded:
-            def part(a: Array) -> Array:  # as many copies as threads, not one of the whole
-                some = a[at : at + height]
-                return jnp.pad(some, ((0, height - len(some)), *((0, 0),) * (a.ndim - 1)))
+        def part(a: Array, at: int) -> Array:  # as many copies as threads, not one of the whole
+            some = a[at : at + height]
+            return jnp.pad(some, ((0, height - len(some)), *((0, 0),) * (a.ndim - 1)))
 
-            made = program(part(w), seen, unseen, factor, jax.tree.map(part, fit))
-            return jax.block_until_ready(made)  # or all parts would hold their temporaries at once
+        def rounded(k: int, at: int) -> Rounded:
+            here = devices[k % len(devices)]
+            some = jax.device_put(jax.tree.map(lambda a: part(a, at), (w, fit)), here)
+            made = _program(here, *kind)(*everywhere[k % len(devices)], *some)
+            # waited for: or all parts would hold their temporaries at once
+            return jax.block_until_ready(jax.device_put(made, devices[0]))
 
-        with ThreadPoolExecutor(1 if n > _MOST_WIDE else workers()) as pool:
-            made = list(pool.map(rounded, range(0, rows, height)))
-        return concatenated(made, slice(rows))
+        _program(devices[0], *kind)  # traced and compiled before the threads begin: each would for itself
+        with ThreadPoolExecutor(max(len(devices), 1 if n > _MOST_WIDE else workers())) as pool:
+            list(pool.map(lambda d: _program(d, *kind), devices))
+            made = list(pool.map(rounded, range(len(own)), own))
+        return concatenated(in_order(made)[: len(starts)], slice(rows))
 
     return parts
 
 
+def _height(rows: int, wanted: int) -> int:
+    """Rows of a part."""
+    if jax.default_backend() != "cpu":
+        return -(-rows // at_once() // _SHORT) * _SHORT
+    count = max(-(-rows // wanted), 2 if rows > _TALL // 2 else 1)  # two cores for what is no taller than a part
+    return min(wanted, -(-rows // count // _SHORT) * _SHORT)
+
+
 @lru_cache(maxsize=64)
 def _program(
+    device: jax.Device,
     height: int,
     n: int,
     format: Format,
@@ -96,24 +114,31 @@ def _program(
     kinds: tuple[str, ...],
     heldout: bool,
     fitted: bool,
-) -> Callable[[Array, dict[str, Array], Array | None, Factor | None, Fit | None], Rounded]:
-    """`round_weight` compiled for parts of one height, before the threads begin: each would compile it for itself."""
+) -> Callable[[dict[str, Array], Array | None, Factor | None, Array, Fit | None], Rounded]:
+    """`round_weight` compiled for parts of one height, on a device."""
 
     def f32(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     shapes = {"H": (n, n), "cross": (n, n), "h": (n,), "absmean": (n,), "absmax": (n,), "samples": (SAMPLES, n)}
     seen = {kind: f32(*shapes[kind]) for kind in kinds}
-
-    def part(
-        w: Array, seen: dict[str, Array], heldout: Array | None, factor: Factor | None, fit: Fit | None
-    ) -> Rounded:
-        return round_weight(w, format, roundings, Stats(**seen), damping, heldout, factor, fit)
-
     factor = jax.eval_shape(lambda H: factor_of(roundings, format, Stats(H=H), damping), seen.get("H"))
     fit = jax.eval_shape(format.encode, f32(height, n)) if fitted else None
-    shapes_of = f32(height, n), seen, f32(n, n) if heldout else None, factor, fit
-    return jax.jit(part, compiler_options=UNTUNED).lower(*shapes_of).compile()
+    here = jax.sharding.SingleDeviceSharding(device)
+    args = seen, f32(n, n) if heldout else None, factor, f32(height, n), fit
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), args)
+    grid: Any = format  # hashable, which its protocol cannot say
+    return _part(grid, roundings, damping).lower(*args).compile()
+
+
+@lru_cache(maxsize=64)
+def _part(format: Format, roundings: tuple[Rounding, ...], damping: float) -> Any:
+    """The program before it is compiled, traced once for all devices."""
+
+    def part(seen: Any, heldout: Array | None, factor: Factor | None, w: Array, fit: Fit | None) -> Rounded:
+        return round_weight(w, format, roundings, Stats(**seen), damping, heldout, factor, fit)
+
+    return jax.jit(part, compiler_options=UNTUNED)
 
 
 @partial(untuned, static_argnames=("format", "roundings", "damping"))

@@ -7,7 +7,8 @@ before the first weight is read, so tensors have their places from the start, an
 it stopped. The file is the same, byte by byte, as that of a run that was never interrupted.
 
 A recipe that needs statistics rounds its weights block by block behind what is rounded already (`walk`); each goes to
-its place in the same file as soon as it is done.
+its place in the same file as soon as it is done. Several processes (`qjax.processes`) share such a walk, each calling
+this with the same arguments; all else is process 0's, which alone writes.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ from qjax.pipeline.jobs import (
     walked_formats,
 )
 from qjax.pipeline.report import CalibrationReport, Report, TensorReport
-from qjax.pipeline.resume import Partial, resumable_file
+from qjax.pipeline.shared import Shared, shared_file, shared_folder
 from qjax.pipeline.source import Source, open_source
 from qjax.pipeline.source_tensor import SourceTensor
 from qjax.pipeline.walk import WeightDone, walk
-from qjax.pipeline.walk_folder import key_of, walk_folder
+from qjax.pipeline.walk_folder import key_of
 from qjax.pipeline.windows import Calibration
 from qjax.plan import Plan
 from qjax.plan.named import as_plan, is_mix
+from qjax.processes import check_alike, chief
 from qjax.recipes import Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.tensor import QTensor
@@ -114,11 +116,15 @@ def quantize_file(
     if plan.note:
         notify(plan.note)
     place = layout(metadata_of_file(source, plan, jobs), [job.info for job in jobs])
-    key = key_of_file(source, place, importance, key_of(formats, calibration if formats else None))
-    with resumable_file(out, key, place.size, notify) as partial:
-        if _HEADER not in partial.finished:
-            partial.write(_HEADER, 0, place.header)
-        _run([job for job in jobs if job.tensor.weight.path not in formats], place, importance, partial, progress)
+    recipes = key_of(formats, calibration if formats else None)
+    key = key_of_file(source, place, importance, recipes)
+    check_alike(f"{place.header.hex()} {recipes}", "the model, plan, recipe, text or number of cores")
+    with shared_file(out, key, place.size, notify) as partial:
+        if chief():
+            if _HEADER not in partial.finished:
+                partial.write(_HEADER, 0, place.header)
+            _run([job for job in jobs if job.tensor.weight.path not in formats], place, importance, partial, progress)
+        partial.tell()
         told: tuple[str, ...] = ()
         if formats:
             assert calibration is not None
@@ -129,7 +135,7 @@ def quantize_file(
 
 def _walk(
     source: Source, out: Path, key: str, jobs: Sequence[Job], formats: Mapping[str, tuple[Format, Recipe]],
-    calibration: Calibration, place: Layout, partial: Partial, walked: Callable[[WeightDone], None],
+    calibration: Calibration, place: Layout, partial: Shared, walked: Callable[[WeightDone], None],
     notify: Callable[[str], None],
 ) -> tuple[str, ...]:  # fmt: skip
     names = {"/".join(w.path): w for w in weight_names(source.config)}
@@ -141,7 +147,7 @@ def _walk(
         partial.write(w.gguf, place.offsets[w.gguf], np.ascontiguousarray(rows).reshape(-1), note)
 
     earlier = _Earlier({path: names[path] for path in formats}, jobs, place, partial)
-    with walk_folder(out, key, notify) as folder:
+    with shared_folder(out, key, notify) as folder:
         return walk(
             stages_of(source.config), source, formats, calibration, emit,
             folder=folder, earlier=earlier, progress=walked, notify=notify,
@@ -151,7 +157,7 @@ def _walk(
 class _Earlier(Mapping[str, QTensor]):
     """Those of some packed weights that the partial file holds, by their paths; each read when it is asked for."""
 
-    def __init__(self, names: Mapping[str, WeightName], jobs: Sequence[Job], place: Layout, partial: Partial):
+    def __init__(self, names: Mapping[str, WeightName], jobs: Sequence[Job], place: Layout, partial: Shared):
         self._names, self._place, self._partial = names, place, partial
         self._jobs = {job.info.name: job for job in jobs}
 
@@ -178,7 +184,7 @@ def _run(
     jobs: Sequence[Job],
     place: Layout,
     importance: Mapping[str, np.ndarray],
-    partial: Partial,
+    partial: Shared,
     progress: Progress,
 ) -> None:
     total = sum(job.tensor.nbytes for job in jobs)

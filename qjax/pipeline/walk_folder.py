@@ -29,22 +29,29 @@ def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration |
     """Identifies what calibration and recipes make of a model.
 
     XLA's threads are a part: it cuts sums over tokens into as many pieces, which shows in the last digits of every
-    statistic, and those in the codes.
+    statistic, and those in the codes. So is the number of accelerators, which share the rows of a weight.
     """
     h = hashlib.sha256()
     for path in sorted(formats):
         h.update(f"{path} {formats[path][0].name} {formats[path][1]}\n".encode())
     if calibration is not None:
         c = calibration
-        where = f"{jax.default_backend()} {platform.machine()} {threads()} threads"
+        backend = jax.default_backend()
+        where = f"{backend} {platform.machine()} {threads()} threads"
+        where += "" if backend == "cpu" else f" {jax.device_count()} devices"
         h.update(f"{c.tokens.shape} {c.heldout} {c.batch} {c.seed} {where}".encode())
         h.update(np.ascontiguousarray(c.tokens, np.int32).tobytes())
     return h.hexdigest()
 
 
 _OURS = re.compile(
-    r"key|state\.json|survey\.npz|output_curvature_\d+\.npz|(float_)?(x_)?\d+\.f32(\.unfinished)?|\..+\.[0-9a-f]{8}\.tmp"
+    r"key|process_\d+|state\.json|survey\.npz|output_curvature_\d+\.npz|(float_)?(x_)?\d+\.f32(\.unfinished)?|\..+\.[0-9a-f]{8}\.tmp"
 )
+
+
+def folder_of(out: Path) -> Path:
+    """Where it is."""
+    return out.with_name(out.name + ".partial.calibration")
 
 
 @contextmanager
@@ -56,7 +63,7 @@ def walk_folder(out: Path, key: str, notify: Callable[[str], None] = lambda mess
     Raises:
       UserError: the folder of that name holds something that no walk has left there.
     """
-    folder = out.with_name(out.name + ".partial.calibration")
+    folder = folder_of(out)
     with write_errors(out):
         _check_ours(folder)
         if folder.is_dir() and not _has_key(folder, key):

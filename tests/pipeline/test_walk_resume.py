@@ -254,6 +254,17 @@ def test_one_core_and_all_give_the_same_statistics_and_factors():
     assert one == all_cores and int(one.split()[0]) >= 8
 
 
+def test_the_number_of_accelerators_is_a_part_of_the_key(monkeypatch):
+    """They share a weight's rows evenly, which shows in the bytes; devices of a CPU take the parts that one takes."""
+    formats, keys = {"w": (qjax.format("Q4_0"), qjax.recipe("best_gguf"))}, {}
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        for count in (1, 8):
+            monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+            keys[backend, count] = key_of(formats, CALIBRATION)
+    assert keys["cpu", 1] == keys["cpu", 8] and len(set(keys.values())) == 3
+
+
 def test_a_full_disk_is_an_error_and_no_dead_process(tmp_path, monkeypatch):
     """SIGBUS, where the stream's file has no room for a page that was written in memory."""
 

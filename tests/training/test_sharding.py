@@ -16,9 +16,9 @@ from several_processes import free_port, run_together
 
 import qjax
 from qjax.errors import UserError
+from qjax.processes import start_processes
 from qjax.training.optim.groups import Group, partitioned
 from qjax.training.run.data import Batches, Tokens, write_tokens
-from qjax.training.run.processes import start_processes
 from qjax.training.run.sharding import DECODER, distribute, global_batch, mesh, shardings
 from qjax.training.run.state import init_state, make_step
 

@@ -9,9 +9,10 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qjax import processes
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Decoder
-from qjax.training.run import processes, sharding
+from qjax.training.run import sharding
 from qjax.training.run.data import Batches, open_tokens
 
 CONFIG = DecoderConfig(vocab=64, dim=32, hidden=64, layers=2, heads=4, kv_heads=4, head_dim=8, context=16)

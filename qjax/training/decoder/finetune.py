@@ -19,12 +19,12 @@ import numpy as np
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.models.model import Running, dense_params
+from qjax.processes import whole
 from qjax.training.decoder.program import Program, refresh, statistics, trained_on
 from qjax.training.grid import weights
 from qjax.training.losses.objectives import Apply, cross_entropy
 from qjax.training.run.devices import Data
 from qjax.training.run.loop import Hooks, Row, Run, train
-from qjax.training.run.processes import whole
 from qjax.training.run.state import TrainState
 from qjax.typing import Array, Int
 

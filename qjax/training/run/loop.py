@@ -26,8 +26,8 @@ import orbax.checkpoint as ocp
 from qjax.errors import UserError
 from qjax.io.atomic import write_text
 from qjax.io.lock import locked
+from qjax.processes import chief
 from qjax.terminal import bar, say
-from qjax.training.run.processes import chief
 from qjax.training.run.state import TrainState, TrainStep
 
 Row = dict[str, Any]

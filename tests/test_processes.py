@@ -1,4 +1,4 @@
-"""Two processes of `qjax run --join` train what one does, and write it once."""
+"""Several processes: what one has, for all; how they end; two of `qjax run --join` train what one does."""
 
 import json
 import os
@@ -8,13 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from several_processes import free_port, run_together
+from several_processes import ends_of, free_port, run_together
+from test_cli_models import folder, text  # noqa: F401  (fixtures)
 
 import qjax
+from qjax import processes
 from qjax.cli.run import Run
 from qjax.errors import UserError
-from qjax.training.run import processes
-from qjax.training.run.processes import by_chief, chief_first, join, whole
+from qjax.processes import by_chief, check_alike, chief_first, join, of_all, of_chief, said_by_chief, whole
 
 CONFIG = """
 script = "{script}"
@@ -73,7 +74,67 @@ def test_two_processes_pretrain_what_one_does(tmp_path, rng, pytestconfig):
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())
 
 
+TOLD = """
+import sys
+import jax, numpy as np
+from qjax.errors import UserError
+from qjax.processes import check_alike, joined, of_all, of_chief, said_by_chief
+
+with joined(sys.argv[1]):
+    me = jax.process_index()
+    found = of_all({"a": np.full((2, 3), me, np.int8), "b": [np.asarray([me == 1])]})
+    assert np.asarray(found["a"]).tolist() == [[0] * 3] * 2 + [[1] * 3] * 2 and found["b"][0].tolist() == [False, True]
+    assert of_chief(np.arange(3) + 5 * me).tolist() == [0, 1, 2]
+    assert said_by_chief("first\\u00e9" if me == 0 else "") == "first\\u00e9"
+    check_alike("same", "the text")
+    try:
+        check_alike(f"text {me}", "the text")
+    except UserError as e:
+        assert str(e).startswith(f"processes {me} and {1 - me} of this run differ in the text:"), e
+    else:
+        raise AssertionError
+    print("all told", flush=True)
+    if me == 0:
+        raise UserError("the disk is full")
+    said_by_chief("")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_know_what_the_others_have_and_end_together():
+    where = f"127.0.0.1:{free_port()}/2"
+    commands = [[sys.executable, "-c", TOLD, f"{where}/{p}"] for p in range(2)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    (first, said), (second, other) = ends_of(commands, env, timeout=90)  # below JAX's patience with a silent process
+    assert "all told" in said and "all told" in other, said + other
+    assert first == 2 and second != 0 and "the disk is full" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["q.gguf", "q"])
+def test_two_processes_quantize_what_one_does(folder, text, tmp_path, out):  # noqa: F811
+    """The walk of a file and that of a model in memory; the first process writes, and says what."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    where, recipe = f"127.0.0.1:{free_port()}/2", "nearest('h') >> ldlq('act')"
+
+    def quantize(to, *more):
+        options = ["--type", "Q8_0", "--recipe", recipe, "--calib", str(text), "--calib-ctx", "16"]
+        return [sys.executable, "-m", "qjax", "quantize", str(folder), "-o", str(to / out), *options, *more]
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    run_together([quantize(tmp_path / "one")], env, timeout=300)
+    first, second = run_together([quantize(tmp_path / "two", "--join", f"{where}/{p}") for p in range(2)], env, 300)
+    assert "bits per weight" in first and "bits per weight" not in second
+    one, two = ({p.relative_to(to): p.read_bytes() for p in to.rglob("*") if p.is_file()}
+                for to in (tmp_path / "one", tmp_path / "two"))  # fmt: skip
+    assert one == two and (out in map(str, one)) == (out == "q.gguf")
+
+
 def test_one_process_needs_none_of_it(tmp_path):
+    own = np.ones(2)
+    assert of_all(own) is own and of_chief(own) is own and said_by_chief("a") == "a"
+    check_alike("a", "b")
     done = []
     with chief_first("a"):
         by_chief("b", lambda: done.append(1))
