@@ -28,7 +28,7 @@ with joined(line or None):
     import jax
     from tiny_walks import CONFIG, plan_of, tiny_calibration
     from qjax.models import parts as models_parts
-    from qjax.pipeline import parts, passes, quantize_file, survey
+    from qjax.pipeline import inputs, parts, passes, quantize_file, survey
     from test_pipeline import write_model
 
     used, each_step, compiled = {}, passes.each_step, parts._program
@@ -41,7 +41,7 @@ with joined(line or None):
             used[name] = where, calls + 1
             return found
         return call
-    for module in (models_parts, passes, survey):
+    for module in (models_parts, inputs, passes, survey):
         module.each_step = lambda program, *others: each_step(watched(program.__name__, program), *others)
     parts._program = lambda *kind: watched("round_weight", compiled(*kind))
 
@@ -71,7 +71,7 @@ with joined(line or None):
     calls = {name: [sorted(where), calls] for name, (where, calls) in used.items()}
     print(json.dumps([hashlib.sha256((folder / "q.gguf").read_bytes()).hexdigest(), losses, calls, said]))
 """
-SHARED = {"run", "_head_step", "block_step", "_observe_step", "round_weight"}
+SHARED = {"_run", "_head_step", "block_step", "observe_step", "round_weight"}
 """What devices and processes share: blocks, the head, their gradients, statistics; rounding."""
 
 
@@ -131,10 +131,10 @@ def test_two_processes_share_a_walk_that_is_killed_and_write_the_bytes_of_one(on
     outputs = run_together([command(tmp_path, f"{where}/{p}") for p in range(2)], env, timeout=300)
     for file, losses, used, said in map(told, outputs):
         assert (file, losses) == one
-        # Of ten steps two are left over, and both run them. Seen are the inputs of up, of down, of the head; up has
-        # eight parts, down and the head one. The survey stood, and gate.
+        # Of ten steps two are left over, and both run them: to o, to gate and up, to down, to the end. Seen are the
+        # inputs of up, of down, of the head; up has eight parts, down and the head one. The survey stood, and gate.
         assert {name: calls for name, (_, calls) in used.items()} == {
-            "run": 4 + 2, "_observe_step": 3 * (4 + 2), "round_weight": 4 + 1 + 1,
+            "_run": 4 * (4 + 2), "observe_step": 3 * (4 + 2), "round_weight": 4 + 1 + 1,
         }  # fmt: skip
         assert said[-1].endswith("continuing behind block 1 of 2"), said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "q.gguf"]
