@@ -71,15 +71,6 @@ BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
 
 # fmt: off
 MUTANTS = (
-    Mutant("gradient-keeps-dense-weights", "kernels/product.py", "return _mapped(how)(x, leaves), (x, leaves)",
-           "return _mapped(how)(x, leaves), (x, leaves | {'w': how.format.decode(*how.format.unpack(leaves))})",
-           KERNELS + "test_gradients_decode_again_and_keep_packed_weights"),
-    Mutant("experts-decoded-at-once", "kernels/product.py", 'if kernel.stack == "map" else', "if False else",
-           KERNELS + "test_vmap_over_weights_decodes_one_after_another"),
-    Mutant("blocks-not-summed-over", "kernels/partition.py", "lax.psum(y, summed) if summed else y", "y",
-           KERNELS + "test_a_mesh_multiplies_where_the_packed_weights_lie[Q4_0-weights1-inputs1-output1-moved1]"),
-    Mutant("sums-of-few-bits", "kernels/xla.py", "jnp.round(x / unit)", "256 * jnp.round(x / unit / 256)",
-           KERNELS + "test_sums_in_whole_numbers_keep_twenty_bits[Q4_0]"),
     Mutant("rescale-no-op", "reparam/scale.py", "** 0.25", "** 0.0",
            REPARAM_GAINS + "test_rescale_reaches_the_least_bound_of_all_diagonals"),
     Mutant("permute-reversed", "reparam/permute.py", "jnp.argsort(-key)", "jnp.argsort(key)",
@@ -252,6 +243,15 @@ MUTANTS = (
            "io/test_expert_files.py::test_packed_stacks_keep_their_bytes"),
     Mutant("router-in-half", "models/families/weight_names.py", '("ffn_gate_inp.weight", ".bias")', '(".bias",)',
            "io/test_expert_files.py::test_a_gguf_file_has_stacks_and_float_routers[mixtral]"),
+    Mutant("gradient-keeps-dense-weights", "kernels/product.py", "return _mapped(how)(x, leaves), (x, leaves)",
+           "return _mapped(how)(x, leaves), (x, leaves | {'w': how.format.decode(*how.format.unpack(leaves))})",
+           KERNELS + "test_gradients_decode_again_and_keep_packed_weights"),
+    Mutant("experts-decoded-at-once", "kernels/product.py", 'if kernel.stack == "map" else', "if False else",
+           KERNELS + "test_vmap_over_weights_decodes_one_after_another"),
+    Mutant("blocks-not-summed-over", "kernels/partition.py", "lax.psum(y, summed) if summed else y", "y",
+           KERNELS + "test_a_mesh_multiplies_where_the_packed_weights_lie[Q4_0-weights1-inputs1-output1-moved1]"),
+    Mutant("sums-of-few-bits", "kernels/xla.py", "jnp.round(x / unit)", "256 * jnp.round(x / unit / 256)",
+           KERNELS + "test_sums_in_whole_numbers_keep_twenty_bits[Q4_0]"),
 )
 # fmt: on
 
