@@ -25,12 +25,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from qjax.models.cache import Cache, appended, remembered
 from qjax.models.config import DecoderConfig, RopeScaling
 from qjax.models.latent import latent_heads
 from qjax.models.mlp import MLP, Mixture
-
-# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]}.
-Cache = dict[str, Any]
 
 
 def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None, length: Any = 0) -> jax.Array:
@@ -245,9 +243,8 @@ class Attention(nn.Module):
             o = attend_causally(q, k, v, window, scale, c.attn_softcap, sinks, chunk)
         else:
             start = positions[0]
-            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=1)
-            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=1)
-            cache = {"k": k, "v": v}
+            cache = {name: appended(cache[name], y, start) for name, y in (("k", k), ("v", v))}
+            k, v = remembered(cache["k"]), remembered(cache["v"])
             # Slots past the filled part lie after every query, so the causal mask hides them too.
             mask = visible(positions, jnp.arange(k.shape[1]), window, chunk)
             o = attend(q, k, v, mask, scale, c.attn_softcap, sinks)
@@ -326,13 +323,3 @@ class Decoder(nn.Module):
         logits = logits.astype(jnp.float32)
         logits = softcapped(logits, c.logit_softcap)
         return logits if cache is None else (logits, new_cache)
-
-
-def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
-    """A key/value cache for `capacity` positions."""
-
-    def zeros(size: int) -> jax.Array:
-        return jnp.zeros((batch * config.kv_heads, capacity, size), dtype)
-
-    layers = {f"layers_{i}": {"k": zeros(config.head_dim), "v": zeros(config.value_size)} for i in range(config.layers)}
-    return {"length": jnp.int32(0)} | layers

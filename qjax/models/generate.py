@@ -4,7 +4,8 @@
 
 A block is compiled once per kind of layer and cache size: its shapes do not depend on how far the text has come. Its
 weights are decoded to float32 when it runs; of a model that fits into `HELD_BYTES` they are kept from step to step, of
-a larger one the last blocks are decoded, or read from their file, at each step.
+a larger one the last blocks are decoded, or read from their file, at each step. Those of `Packed(model)` stay as they
+are and are multiplied with packed.
 
 Prompts are padded to a multiple of 64 tokens and cache sizes likewise, so that few lengths are ever compiled; the
 padding lies behind the last real token, where the causal mask hides it until it is overwritten.
@@ -22,15 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import UserError
+from qjax.formats.protocol import Format
+from qjax.models.cache import Cache, empty_cache
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, Cache, empty_cache
+from qjax.models.decoder import Block
 from qjax.models.model import Params, Running, check_tokens
 from qjax.models.parts import Held, Parts, embed, head_of, run
 from qjax.models.stages import stages_of
 from qjax.typing import Array, Float, Int
 
+ENDED = -1  # in place of a token, where a text of a batch has ended
+Extend = Callable[[np.ndarray, Cache, int, int], Array]
+"""(tokens [batch, t], cache, how many it holds, at) -> logits [batch, vocab] of one of the new positions; the cache's
+layers are replaced by longer ones."""
+
 _PAD = 64
-HELD_BYTES = 540 << 20  # of float32 weights kept between steps: 140 million
+HELD_BYTES = 540 << 20  # of weights kept between steps: 140 million in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +75,51 @@ def generate(
     key: Array | None = None,
     stop: Collection[int] = (),
     held_bytes: int = HELD_BYTES,
+    cache: str | Format | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, one token at a time.
 
     Args:
-      model: a Model, or an opened file (`qjax.pipeline.source.open_source`).
+      model: a Model, or an opened file (`qjax.pipeline.source.open_source`): their weights are decoded to float32. In
+        `Packed(model)` they are multiplied with as they are.
       prompt: token ids, with the BOS where the model wants one.
       max_tokens: how many tokens to make at most.
       sampling: greedy by default.
       key: a jax.random key; needed unless sampling is greedy.
       stop: token ids that end the text (the model's EOS); they are not yielded.
-      held_bytes: of decoded float32 weights that may be kept between steps; more is faster for a model that needs it.
+      held_bytes: of weights that may be kept between steps; more is faster for a model that needs it.
+      cache: a format for keys and values, such as "Q8_0"; None: float32.
 
     Returns: an iterator over the new token ids, each as soon as it is known.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, prompt and new tokens longer than the context, or
-        sampling without a key. Raised by the call itself, before the first token is asked for.
+      UserError: an empty prompt, a token outside the vocabulary, prompt and new tokens longer than the context,
+        sampling without a key, or a format that the heads cannot be packed in. Raised by the call itself, before the
+        first token is asked for.
     """
-    config, n = model.config, len(prompt)
+    rows = generate_batch(model, np.asarray(prompt, np.int32)[None], max_tokens, sampling, key, stop, held_bytes, cache)
+    return (int(tokens[0]) for tokens in rows)
+
+
+def generate_batch(
+    model: Parts,
+    prompts: np.ndarray | Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: Array | None = None,
+    stop: Collection[int] = (),
+    held_bytes: int = HELD_BYTES,
+    cache: str | Format | None = None,
+) -> Iterator[np.ndarray]:
+    """Continue several prompts of one length together; arguments and errors as of `generate`.
+
+    Args:
+      prompts: token ids, i[batch, length].
+
+    Returns: an iterator over the next tokens i32[batch], ENDED where a text has ended; it stops where all have.
+    """
+    prompts = _as_rows(prompts)
+    config, n = model.config, prompts.shape[1]
     if n == 0:
         raise UserError("the prompt is empty; give at least one token (the BOS)")
     if max_tokens < 1:
@@ -98,30 +132,39 @@ def generate(
         )
     if sampling.temperature > 0 and key is None:
         raise UserError("sampling with a temperature needs a key (a seed)")
-    tokens = check_tokens(config, np.asarray(prompt, np.int32)[None, :])
+    tokens = np.asarray(check_tokens(config, prompts))
     key = jax.random.key(0) if key is None else key  # greedy sampling does not look at it
-    return _generate(model, np.asarray(tokens), max_tokens, sampling, key, frozenset(stop), held_bytes)
+    room = empty_cache(config, len(tokens), -(-(n + max_tokens) // _PAD) * _PAD, format=cache)
+    room.pop("length")
+    return _continued(_extender(model, held_bytes), tokens, room, max_tokens, sampling, key, frozenset(stop))
 
 
-def _generate(model, prompt, max_tokens, sampling, key, stop, held_bytes) -> Iterator[int]:
-    n, config = prompt.shape[1], model.config
-    cache = empty_cache(config, 1, -(-(n + max_tokens) // _PAD) * _PAD)
-    cache.pop("length")
-    extend = _extender(model, held_bytes)
-    logits = extend(np.pad(prompt, ((0, 0), (0, -n % _PAD))), cache, 0, n - 1)
+def _as_rows(prompts: Any) -> np.ndarray:
+    wanted = "prompts must be token ids [batch, length], all of one length: group texts by their length"
+    try:
+        rows = np.asarray(prompts, np.int32)
+    except ValueError:  # of several lengths
+        raise UserError(wanted) from None
+    if rows.ndim != 2 or len(rows) == 0:
+        raise UserError(wanted)
+    return rows
+
+
+def _continued(extend: Extend, prompts, cache, max_tokens, sampling, key, stop) -> Iterator[np.ndarray]:
+    n = prompts.shape[1]
+    logits = extend(np.pad(prompts, ((0, 0), (0, -n % _PAD))), cache, 0, n - 1)
+    ended = np.zeros(len(prompts), bool)
     for length in range(n, n + max_tokens):
-        token = _sample(sampling, logits, key, length)
-        current = int(token[0])
-        if current in stop:
+        tokens = np.asarray(_sample(sampling, logits, key, length))
+        ended = ended | np.isin(tokens, list(stop))
+        if ended.all():
             return
-        yield current
+        yield np.where(ended, ENDED, tokens)
         if length + 1 < n + max_tokens:
-            logits = extend(np.asarray(token)[:, None], cache, length, 0)
+            logits = extend(tokens[:, None], cache, length, 0)
 
 
-def _extender(model: Parts, held_bytes: int) -> Callable[[np.ndarray, Cache, int, int], Array]:
-    """(tokens, cache, how many it holds, at) -> logits [batch, vocab] of one of the new positions; the cache's layers
-    are replaced by longer ones."""
+def _extender(model: Parts, held_bytes: int) -> Extend:
     stages, part, table = stages_of(model.config), Held(model, held_bytes), model.table("embed")
     kinds = [stages.blocks.index(block) for block in stages.blocks]
     step, weights = head_of(model, stages, part, held_bytes // 8)

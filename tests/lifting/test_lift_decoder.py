@@ -10,7 +10,8 @@ from lift_programs import CONFIG, TOKENS, assert_close, decoder, dense_params, p
 
 import qjax
 from qjax.lifting import lift, report
-from qjax.models.decoder import Decoder, empty_cache
+from qjax.models.cache import empty_cache
+from qjax.models.decoder import Decoder
 
 
 @pytest.mark.slow

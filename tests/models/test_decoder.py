@@ -10,8 +10,9 @@ import pytest
 from tiny_families import LENGTH, TINY, tiny, tiny_tokens
 
 from qjax.io.expert_stacks import write_experts
+from qjax.models.cache import empty_cache
 from qjax.models.config import DecoderConfig, RopeScaling
-from qjax.models.decoder import Decoder, attend_causally, empty_cache, rope_frequencies, rotate
+from qjax.models.decoder import Decoder, attend_causally, rope_frequencies, rotate
 from qjax.models.families import config_from_hf, config_to_hf, family_of, weight_names
 from qjax.models.model import forward
 
