@@ -36,6 +36,7 @@ LAYERS = [
     {"training"},
     {"config", "rundir", "runs", "sweep"},
     {"report"},
+    {"bench"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
