@@ -25,6 +25,7 @@ LAYERS = [
     {"rounding"},
     {"recipes"},
     {"tensor"},
+    {"layouts"},
     {"lifting"},
     {"tokenizer"},
     {"models"},

@@ -2,12 +2,14 @@
 
     dispatch    the table of kernels: which of them runs, by format, platform and rows of x
     product     the one operation: its gradient, its vmap, how it is cut over a mesh
+    prepacked   weights in a kernel's own layout, made once
     xla         what plain XLA does best: whole, by strips, in whole numbers
 
 A kernel is a line of `TABLE`, first that fits first; `qjax kernels` prints what it says.
 """
 
 from qjax.kernels.dispatch import PLATFORMS, TABLE, Call, Kernel, Platform, choice
+from qjax.kernels.prepacked import Layout, Prepacked
 from qjax.kernels.product import matmul
 
-__all__ = ["PLATFORMS", "TABLE", "Call", "Kernel", "Platform", "choice", "matmul"]
+__all__ = ["PLATFORMS", "TABLE", "Call", "Kernel", "Layout", "Platform", "Prepacked", "choice", "matmul"]

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format, Leaves
+from qjax.formats.protocol import Format
 from qjax.kernels import xla
+from qjax.kernels.prepacked import Layout
 
 Platform = Literal["cpu", "cuda", "tpu"]
 Implementation = Literal["auto", "xla", "pallas"]
@@ -42,11 +43,6 @@ class Call:
     dtype: Any = FLOAT32
 
 
-def as_they_are(leaves: Leaves, format: Format) -> Leaves:
-    """The leaves as the format packs them."""
-    return leaves
-
-
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One way of multiplying.
@@ -55,11 +51,12 @@ class Kernel:
       platform: where it runs.
       implementation: what it is written in.
       name: its name.
-      matmul: (x [m, n], leaves, format, precision) -> y [m, *o], of x's type; the leaves as `prepack` gives them.
+      matmul: (x [m, n], leaves, format, precision) -> y [m, *o], of x's type; the leaves in its layout.
       fits: why it cannot take a call; "" where it can.
       about: what it does.
       stack: how a stack of matrices goes through: one after another, or all at once.
-      prepack: the leaves in the layout that `matmul` reads; made within the program, at each call.
+      layout: how it has weights lie; None: as their format packs them. `qjax.prepack` brings them into it once, at
+        load; others are brought into it within the program, at each call.
     """
 
     platform: Platform
@@ -69,7 +66,7 @@ class Kernel:
     fits: Callable[[Call], str]
     about: str
     stack: Literal["map", "vmap"] = "map"
-    prepack: Callable[[Leaves, Format], Any] = as_they_are
+    layout: Layout | None = None
 
 
 def _sums(call: Call) -> str:

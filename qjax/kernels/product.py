@@ -20,6 +20,7 @@ from jax import lax
 from qjax.formats.protocol import Format, Leaves
 from qjax.kernels import partition, xla
 from qjax.kernels.dispatch import ELSEWHERE, Call, Implementation, Kernel, chosen
+from qjax.kernels.prepacked import bare, laid_out
 from qjax.typing import Array, Shaped
 
 
@@ -111,12 +112,13 @@ def _mapped(how: Product) -> Any:
 def run(how: Product, x: Array, leaves: Leaves) -> Array:
     """The product on one device, by the kernel of its platform."""
     *_, rows, n = x.shape
-    call = Call(how.format, (*how.outer(leaves), n), rows, x.dtype)
+    format = bare(how.format)
+    call = Call(format, (*how.outer(leaves), n), rows, x.dtype)
     kernels = chosen(call, how.implementation)
 
     def of(kernel: Kernel) -> Any:
         def one(x: Array, leaves: Leaves) -> Array:
-            return kernel.matmul(x, kernel.prepack(leaves, how.format), how.format, how.precision)
+            return kernel.matmul(x, laid_out(kernel.layout, how.format, leaves), format, how.precision)
 
         for _ in range(how.stack):
             one = _over(one) if kernel.stack == "map" else jax.vmap(one)

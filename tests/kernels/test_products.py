@@ -10,7 +10,9 @@ from jaxprs import products
 
 import qjax
 from qjax.errors import UserError
-from qjax.kernels import TABLE, Call, Kernel, choice, dispatch, xla
+from qjax.kernels import TABLE, Call, Kernel, Layout, choice, dispatch, xla
+from qjax.lifting import lift
+from qjax.tensor import QTensor
 
 
 def drawn(rng, *shape):
@@ -164,17 +166,35 @@ def test_which_kernel_is_chosen(name, rows, dtype, platform, kernel):
     assert found.name == kernel and all(why for _, why in passed)
 
 
+def of_few_rows(call):
+    return "" if call.rows < 4 else f"{call.rows} rows of x, more than 3"
+
+
+def doubled(x, packed, format, precision):
+    """What shows that it ran, from a layout that only it knows."""
+    return 2 * xla.whole(x, turned.unpack(packed), format, precision)
+
+
+MADE = []
+
+
+def turn(format, leaves):
+    MADE.append(format.name)
+    return jnp.swapaxes(leaves["blocks"], -3, -2)
+
+
+turned = Layout(  # [blocks, rows, bytes]
+    "turned",
+    turn,
+    lambda packed: {"blocks": jnp.swapaxes(packed, -3, -2)},
+    lambda packed: (*packed.shape[:-3], packed.shape[-2], packed.shape[-3] * 32),
+)
+OWN = Kernel("cpu", "pallas", "own", doubled, of_few_rows, "", layout=turned)
+
+
 def test_a_kernel_is_a_line_of_the_table(rng, monkeypatch):
     """Its layout is made for it, `fits` decides, and the other implementation stays to be had."""
-
-    def narrow(call):
-        return "" if call.rows < 4 else f"{call.rows} rows of x, more than 3"
-
-    def doubled(x, leaves, format, precision):
-        return 2 * xla.whole(x, {"blocks": leaves["mine"]}, format, precision)
-
-    own = Kernel("cpu", "pallas", "own", doubled, narrow, "", prepack=lambda leaves, format: {"mine": leaves["blocks"]})
-    monkeypatch.setattr(dispatch, "TABLE", (own, *TABLE))
+    monkeypatch.setattr(dispatch, "TABLE", (OWN, *TABLE))
     q, x = qjax.quantize(drawn(rng, 24, 32), "Q8_0"), drawn(rng, 5, 32)
     once = exact(x, q)[0]
     np.testing.assert_allclose(qjax.dot(x[:2], q), 2 * once[:2], rtol=1e-4, atol=1e-4)
@@ -185,6 +205,28 @@ def test_a_kernel_is_a_line_of_the_table(rng, monkeypatch):
         UserError, match=r"no pallas kernel on cpu takes Q8_0 weights \[24, 32\] and 5 rows .*more than"
     ):
         qjax.dot(x, q, "pallas")
+
+
+def test_prepacked_weights_are_the_same_weights(rng, monkeypatch):
+    """Turned once: the kernel reads them as they lie, all else turns them back; leaves that no kernel turns stay."""
+    monkeypatch.setattr(dispatch, "TABLE", (OWN, *TABLE))
+    q, x = qjax.quantize(drawn(rng, 64, 40), "Q8_0", axis=0), drawn(rng, 5, 64)
+    tree = qjax.prepack({"w": q, "scale": jnp.ones(3)})
+    ready = tree["w"]
+    assert ready.leaves["packed"].shape == (2, 40, 34) and ready.shape == (64, 40) and ready.axis == q.axis
+    assert ready.bits_per_weight == 8.5 and "turned" in repr(ready) and qjax.prepack(ready) is ready
+    np.testing.assert_array_equal(qjax.dequantize(ready), qjax.dequantize(q))
+    once = exact(x, QTensor(q.leaves, q.format))[0]
+    MADE.clear()
+    np.testing.assert_allclose(qjax.dot(x[:3], ready), 2 * once[:3], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(qjax.dot(x, ready), once, rtol=1e-4, atol=1e-4)
+    assert not MADE  # again, in a program
+    g = jax.grad(lambda x: jnp.sum(qjax.dot(x, ready)))(x)
+    np.testing.assert_allclose(g[0], np.asarray(qjax.dequantize(q)).sum(1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(lift(lambda p, x: x @ p["w"])(tree, x), once, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"in the layout of a kernel, turned: leave it out of qjax\.prepack"):
+        lift(lambda p, x: x @ p["w"][:, :2])(tree, x)
+    assert qjax.prepack(q, rows=4) is q
 
 
 def test_mistakes(rng, without_type_checks):
