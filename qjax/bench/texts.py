@@ -39,7 +39,8 @@ class Texts:
       tokens: made behind it.
       batch: texts at a time.
       rounds: texts (batches of them) that are timed; the medians count.
-      cache: format of keys and values; None: float32.
+      cache: format of keys and values; None: floats.
+      dtype: of the arithmetic in blocks: "float32" or "bfloat16".
       seed: of the prompts.
     """
 
@@ -48,6 +49,7 @@ class Texts:
     batch: int = 1
     rounds: int = 3
     cache: str | None = None
+    dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ def contest(model: Model, t: Texts) -> Iterator[dict[str, Any]]:
 def _run(parts: Any, prompts: np.ndarray, t: Texts) -> tuple[float, float, np.ndarray]:
     """Seconds to the first token, seconds a step behind the second, and all tokens [steps, batch]."""
     clocks, made = [time.perf_counter()], []
-    for tokens in generate_batch(parts, prompts, t.tokens, cache=t.cache):
+    for tokens in generate_batch(parts, prompts, t.tokens, cache=t.cache, dtype=jnp.dtype(t.dtype)):
         clocks.append(time.perf_counter())
         made.append(tokens)
     steps = [after - before for before, after in itertools.pairwise(clocks[2:])]

@@ -73,6 +73,7 @@ class Generate:
     batch: Annotated[int, tyro.conf.arg(metavar="N", help="texts at a time")] = 1
     rounds: Annotated[int, tyro.conf.arg(metavar="N", help="texts timed; the median counts")] = 3
     cache: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help="of keys and values, such as Q8_0")] = None
+    dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(help="of the arithmetic in blocks")] = "float32"
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=JSON_HELP)] = None
 
     def execute(self) -> None:
@@ -80,7 +81,7 @@ class Generate:
         import qjax
         from qjax.bench.texts import Texts, contest
 
-        t = Texts(self.prompt, self.tokens, self.batch, self.rounds, self.cache)
+        t = Texts(self.prompt, self.tokens, self.batch, self.rounds, self.cache, self.dtype)
         _tell(contest(qjax.load(self.model), t), f"Text from {self.model}", "generate", self.json, {
             "weights": lambda r: r["name"], "size": lambda r: output.size(r["weight_bytes"]),
             "first token, s": lambda r: f"{r['first_token_seconds']:.3f}",

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -44,6 +44,7 @@ class Generate:
     cache: Annotated[
         str | None, tyro.conf.arg(metavar="FORMAT", help="keep keys and values in a format, such as Q8_0")
     ] = None
+    dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(help="of the arithmetic in blocks")] = "float32"
     seed: Annotated[int, tyro.conf.arg(metavar="N", help="same seed, same text")] = 0
 
     def execute(self) -> None:
@@ -54,6 +55,7 @@ class Generate:
         model = open_with_tokenizer(self.model, self.packed)
 
         import jax
+        import jax.numpy as jnp
 
         from qjax.models.generate import generate
 
@@ -72,7 +74,14 @@ class Generate:
         print(shown(said), end="", flush=True)
         clocks = [time.perf_counter()]
         for token in generate(
-            model, prompt, self.max_tokens, sampling, jax.random.key(self.seed), stop, cache=self.cache
+            model,
+            prompt,
+            self.max_tokens,
+            sampling,
+            jax.random.key(self.seed),
+            stop,
+            cache=self.cache,
+            dtype=jnp.dtype(self.dtype),
         ):
             clocks.append(time.perf_counter())
             made.append(token)

@@ -149,16 +149,16 @@ def head_of(parts: Parts, stages: Stages, part: Callable[[str], Any] | None = No
 
 
 class Held:
-    """Parts of a model in float32, of which those asked for first are kept as long as they fit."""
+    """Parts of a model as `ready(name, part)` makes them; those asked for first are kept, as long as they fit."""
 
-    def __init__(self, parts: Parts, nbytes: int):
-        self._parts, self._left = parts, nbytes
+    def __init__(self, parts: Parts, nbytes: int, ready: Callable[[str, Any], Any] = lambda name, part: part):
+        self._parts, self._left, self._ready = parts, nbytes, ready
         self._kept: dict[str, Any] = {}
 
     def __call__(self, name: str) -> Any:
         if name in self._kept:
             return self._kept[name]
-        part = self._parts.part(name)
+        part = self._ready(name, self._parts.part(name))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(part))
         if size <= self._left:
             self._kept[name], self._left = part, self._left - size

@@ -9,6 +9,7 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
+from qjax.kernels import Kernel, Layout, dispatch, xla
 from qjax.models import generate as generation
 from qjax.models.cache import appended, empty_cache, remembered
 from qjax.models.config import DecoderConfig
@@ -63,7 +64,7 @@ def test_a_step_stores_less_than_a_decoded_layer():
     params = jax.eval_shape(lambda: packed_model(dataclasses.replace(config, layers=1), "Q4_K").params["layers_0"])
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 64)["layers_0"])
     x = jax.ShapeDtypeStruct((1, 1, config.dim), jnp.float32)
-    used = generation._block.lower(config, 0, params, x, cache, 0).compile().memory_analysis()
+    used = generation._block.lower(config, 0, jnp.float32, params, x, cache, 0).compile().memory_analysis()
     decoded = 4 * sum(w.size for w in jax.tree.leaves(params, is_leaf=qjax.is_qtensor))
     assert used.temp_size_in_bytes < decoded / 4 and used.argument_size_in_bytes < decoded / 4
     assert used.alias_size_in_bytes == sum(
@@ -104,6 +105,35 @@ def test_text_from_a_packed_cache_is_that_of_a_decoder_whose_keys_are_rounded(mo
     np.testing.assert_allclose(logits[np.arange(10), made], logits.max(-1), atol=1e-3)
     plain = np.asarray(model.logits(tokens))[0, len(PROMPT) - 1 :]
     assert np.abs(plain - logits).max() > 1e-2
+
+
+def test_weights_are_prepacked_once_for_the_kernel_of_a_step(model, monkeypatch):
+    """Of a toy layout and bfloat16 steps: the prompt, of 64 rows, has the kernel that there was."""
+    ran, made = [], []
+
+    def turn(format, leaves):
+        made.append(format)
+        return jnp.swapaxes(leaves["blocks"], -3, -2)
+
+    def back(packed):
+        return {"blocks": jnp.swapaxes(packed, -3, -2)}
+
+    def matmul(x, packed, format, precision):
+        ran.append(x.shape)
+        return xla.whole(x, back(packed), format, precision)
+
+    def fits(call):
+        return "" if call.rows == 1 and call.dtype == jnp.bfloat16 else "one row of bfloat16"
+
+    layout = Layout("turned", turn, back, lambda p: (*p.shape[:-3], p.shape[-2], 32 * p.shape[-3]))
+    own = Kernel("cpu", "pallas", "own", matmul, fits, "", layout=layout)
+    monkeypatch.setattr(dispatch, "TABLE", (own, *dispatch.TABLE))
+    fresh = packed_model(dataclasses.replace(CONFIG, hidden=128))  # shapes that no program was made for
+    text = list(generate(Packed(fresh), PROMPT, 6, dtype=jnp.bfloat16))
+    shapes = {w.shape for w in jax.tree.leaves(fresh.params["layers_0"], is_leaf=qjax.is_qtensor) if w.ndim == 2}
+    assert len(made) == len(shapes) and set(ran) == {(1, 64), (1, 128)}  # traced once for each shape of leaves
+    logits = np.asarray(fresh.logits(jnp.asarray([PROMPT + text[:-1]])))[0, len(PROMPT) - 1 :]
+    assert (logits.max(-1) - logits[np.arange(6), text] < 0.1).all()  # bfloat16
 
 
 def test_mistakes(model):
