@@ -248,7 +248,7 @@ MUTANTS = (
            KERNELS + "test_gradients_decode_again_and_keep_packed_weights"),
     Mutant("experts-decoded-at-once", "kernels/product.py", 'if kernel.stack == "map" else', "if False else",
            KERNELS + "test_vmap_over_weights_decodes_one_after_another"),
-    Mutant("blocks-not-summed-over", "kernels/partition.py", "lax.psum(y, summed) if summed else y", "y",
+    Mutant("blocks-not-summed-over", "kernels/partition.py", "summed = _names(along)", "summed = ()",
            KERNELS + "test_a_mesh_multiplies_where_the_packed_weights_lie[Q4_0-weights1-inputs1-output1-moved1]"),
     Mutant("sums-of-few-bits", "kernels/xla.py", "jnp.round(x / unit)", "256 * jnp.round(x / unit / 256)",
            KERNELS + "test_sums_in_whole_numbers_keep_twenty_bits[Q4_0]"),

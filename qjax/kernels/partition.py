@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qjax.errors import UserError
 from qjax.formats.protocol import BlockFormat, Format, Leaves
 from qjax.typing import Array
 
@@ -51,6 +53,10 @@ def over_a_mesh(format: Format, stack: int, run: Run) -> Run:
         }
 
     def partition(mesh: Any, args: Any, result: Any) -> Any:
+        if mesh.empty:
+            raise UserError(
+                f"{format.name} weights lie on several devices without a mesh: place them by a NamedSharding"
+            )
         x, leaves = args
         first = jax.tree.leaves(leaves)[0]
         count = len(result.shape) - stack - 1 if format.rows == 1 else 0
@@ -66,18 +72,11 @@ def over_a_mesh(format: Format, stack: int, run: Run) -> Run:
 
         def local(x: Array, leaves: Leaves) -> Array:
             y = run(x, leaves)
-            return lax.psum(y, summed) if summed else y
+            return lax.psum(y.astype(jnp.float32), summed).astype(y.dtype) if summed else y
 
         whole = (None,) * (len(result.shape) - stack - 1 - count)
-        return (
-            mesh,
-            local,
-            place(*lead, m, *outer, *whole),
-            (
-                place(*lead, m, along),
-                jax.tree.map(lambda leaf: place(*lead, *outer, along), leaves),
-            ),
-        )
+        inputs = place(*lead, m, along), jax.tree.map(lambda leaf: place(*lead, *outer, along), leaves)
+        return mesh, local, place(*lead, m, *outer, *whole), inputs
 
     cut = custom_partitioning(jax.jit(run))
     cut.def_partition(partition, sharding_rule=rule)

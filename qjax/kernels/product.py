@@ -1,10 +1,12 @@
 """The product with packed weights as one operation of JAX: differentiated, mapped and cut over a mesh as a whole.
 
-y[*s, m, *o] = sum_n x[*s, m, n] w_hat[*s, *o, n]          s: axes of a stack of matrices, as of experts
+    y[*s, m, *o] = sum_n x[*s, m, n] w_hat[*s, *o, n]          s: axes of a stack of matrices, as of experts
 
-gradient    by x, and by leaves that are floats: that of `xla.whole`, with the weights decoded again, not kept
-vmap        of x alone: more rows; of the weights: one more axis of the stack
-a mesh      each device multiplies with the packed weights that it holds; sharded blocks are summed over
+    gradient    by x, and by leaves that are floats: that of `xla.whole`, with the weights decoded again, not kept
+    vmap        of x alone: more rows; of the weights: one more axis of the stack
+    a mesh      each device multiplies with the packed weights that it holds; sharded blocks are summed over
+
+Each is a layer around `run`, which asks the table for the kernels of one device.
 """
 
 from __future__ import annotations
