@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-import qjax
 from qjax.bench import clock, products
 from qjax.cli import main
 from qjax.errors import UserError
@@ -36,11 +35,16 @@ def test_products_make_a_result_file_and_a_roofline(tmp_path, capsys):
     assert "over bfloat16" in capsys.readouterr().out
 
 
+def test_all_kernels_side_by_side():
+    c = products.Contest(("Q4_0",), ((64, 256),), (1,), cold_bytes=1 << 16, rounds=1, every=True)
+    assert [row["kernel"] for row in products.contest(c)] == ["dense", "dense", "sums", "strips", "whole"]
+
+
 def test_every_product_of_a_program_has_weights_of_its_own(monkeypatch):
     seen = []
     monkeypatch.setattr(products, "seconds", lambda program, x, many, rounds: seen.append(many) or 1.0)
     list(products.contest(products.Contest(("Q8_0",), ((64, 256),), (1,), cold_bytes=100_000, rounds=1)))
-    stacks = [many.leaves["blocks"] if isinstance(many, qjax.QTensor) else many for many in seen]
+    stacks = [many["blocks"] if isinstance(many, dict) else many for many in seen]
     assert [len(s) for s in stacks] == [4, 2, 6] and all(s.nbytes >= 100_000 for s in stacks)
     assert all((s[0] != s[k]).any() for s in stacks for k in range(1, len(s)))
 

@@ -37,6 +37,7 @@ class Kernels:
     rows: Annotated[tuple[int, ...], tyro.conf.arg(metavar="M", help="rows of activations")] = (1, 8)
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(help="of the activations")] = "float32"
     implementation: Annotated[Literal["auto", "xla", "pallas"], tyro.conf.arg(help="which kernels")] = "auto"
+    every: Annotated[bool, tyro.conf.arg(help="all kernels that fit, not only the one that is taken")] = False
     cold_mb: Annotated[int, tyro.conf.arg(metavar="MB", help="of weights in a program; more than caches hold")] = 64
     rounds: Annotated[int, tyro.conf.arg(metavar="N", help="calls timed; the median counts")] = 7
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=JSON_HELP)] = None
@@ -47,7 +48,7 @@ class Kernels:
 
         c = Contest(
             self.formats, tuple(map(_shape, self.shapes)), self.rows, self.dtype, self.implementation,
-            self.cold_mb << 20, self.rounds,
+            self.cold_mb << 20, self.rounds, every=self.every,
         )  # fmt: skip
         _tell(contest(c), "Products with packed weights", "kernels", self.json, {
             "product": lambda r: f"{r['name']} {r['out']}x{r['in']}, {r['rows']} rows", "kernel": lambda r: r["kernel"],

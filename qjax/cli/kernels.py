@@ -51,6 +51,8 @@ class Kernels:
                 ("format", *PLATFORMS),
                 [(row["name"], *(_named(row[platform]) for platform in PLATFORMS)) for row in rows],
             )
+            taken = {_named(row[p]): row[p]["about"] for row in rows for p in PLATFORMS}
+            output.pairs(taken.items())
             return
         output.table(
             ("format", "platform", "kernel", "what it does", "not taken"),

@@ -148,6 +148,19 @@ def test_experts_on_a_mesh_stay_where_they_lie(rng):
     np.testing.assert_allclose(program(*jax.device_put((x, q), there)), want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_program_for_another_platform_has_its_kernels(rng, monkeypatch):
+    """Exported on a machine without it: only a CPU takes strips, in a loop."""
+    monkeypatch.setattr(xla, "STRIP", 9 * 96)
+    q = qjax.quantize(drawn(rng, 36, 96), "Q4_0")
+
+    def text(platform):
+        program = jax.jit(lambda x, leaves: qjax.dot(x, QTensor(leaves, q.format)))
+        return jax.export.export(program, platforms=[platform])(jnp.ones((3, 96)), q.leaves).mlir_module()
+
+    for platform, looped in (("cpu", True), ("cuda", False), ("tpu", False)):
+        assert ("stablehlo.while" in text(platform)) == looped, platform
+
+
 @pytest.mark.parametrize(
     "name, rows, dtype, platform, kernel",
     [
