@@ -26,7 +26,7 @@ from qjax.models.model import Model
 from qjax.models.parts import Packed
 from qjax.tensor import is_qtensor
 
-COPIED = 128 << 20  # bytes
+COPIED = 512 << 20  # bytes; hosts of virtual machines have caches that the machine does not tell of
 SIDE = 1024
 
 

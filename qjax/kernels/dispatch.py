@@ -91,7 +91,7 @@ ELSEWHERE = Kernel("cuda", "xla", "whole", xla.whole, _always, "decoded in the p
 TABLE: tuple[Kernel, ...] = (
     Kernel("cpu", "xla", "sums", xla.sums, _sums, "one row of x in whole numbers: int32 sums over the codes"),
     Kernel("cpu", "xla", "strips", xla.strips, _strips, "a few rows of weights at a time, decoded in the cache"),
-    dataclasses.replace(ELSEWHERE, platform="cpu"),
+    Kernel("cpu", "xla", "first", xla.first, _always, "decoded in the program, then one product with weights first"),
     ELSEWHERE,
     dataclasses.replace(ELSEWHERE, platform="tpu"),
 )

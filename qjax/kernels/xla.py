@@ -1,7 +1,8 @@
 """Products with packed weights in plain XLA; each wins somewhere (`qjax bench kernels`), and all take any batch of x.
 
     whole     y = x W^T, W decoded at once; a GPU's or a TPU's compiler decodes it as it multiplies, or stores it
-    strips    y_s = W_s x^T of a few rows of W after another, decoded where they lie in a CPU's cache
+    first     y = (W x^T)^T: a CPU's compiler would turn W in memory before it multiplies x with W^T
+    strips    `first` of a few rows of W after another, decoded where they lie in the cache
     sums      y = sum_G s_G u_G sum_j c_Gj k_Gj + m_G sum_j x_Gj,   x_Gj ~ u_Gj k_Gj: whole numbers k, int32 sums
 
 The last turns the one row of x into whole numbers of as many bits as a group's sum leaves of 31 (at least 20, where a
@@ -43,23 +44,36 @@ def whole(
     return y.astype(x.dtype)
 
 
+def first(
+    x: Shaped[Array, "m n"], leaves: Leaves, format: Format, precision: str | None = None
+) -> Shaped[Array, "m *o"]:
+    """`whole`, with W as the product's first operand."""
+    return jnp.moveaxis(_first(format.decode(*format.unpack(leaves)), x, precision), -1, 0)
+
+
+def _first(w: Array, x: Array, precision: str | None) -> Array:
+    """W x^T in x's type, [*o, m]."""
+    dimensions = (((w.ndim - 1,), (1,)), ((), ()))
+    w = w.astype(x.dtype)
+    return lax.dot_general(w, x, dimensions, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
 def strips(
     x: Shaped[Array, "m n"], leaves: Leaves, format: Format, precision: str | None = None
 ) -> Shaped[Array, "m *o"]:
-    """`whole`, of STRIP weights at a time; the last strip begins early where it would not be full."""
+    """`first`, of STRIP weights at a time; the last strip begins early where it would not be full."""
     *outer, n = format.shape(leaves)
     out = math.prod(outer)
     size = max(1, min(out, STRIP // n))
     if size == out:
-        return whole(x, leaves, format, precision)
+        return first(x, leaves, format, precision)
     flat = jax.tree.map(lambda leaf: leaf.reshape(out, *leaf.shape[len(outer) :]), leaves)
 
     def step(k: Array, y: Array) -> Array:
         start = jnp.minimum(k * size, out - size)
         some = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), flat)
-        w = format.decode(*format.unpack(some)).astype(x.dtype)
-        found = lax.dot_general(w, x, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(y, found.astype(x.dtype), start, 0)
+        found = _first(format.decode(*format.unpack(some)), x, precision)
+        return lax.dynamic_update_slice_in_dim(y, found, start, 0)
 
     y = lax.fori_loop(0, -(-out // size), step, jnp.zeros((out, x.shape[0]), x.dtype))
     return y.T.reshape(x.shape[0], *outer)

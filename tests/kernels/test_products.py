@@ -169,7 +169,7 @@ def test_a_program_for_another_platform_has_its_kernels(rng, monkeypatch):
         ("Q4_0", 1, jnp.bfloat16, "cpu", "strips"),
         ("Q8_0", 1, jnp.float32, "cpu", "strips"),
         ("Q4_K", 1, jnp.float32, "cpu", "strips"),
-        ("FP8_E4M3_tensor", 1, jnp.float32, "cpu", "whole"),
+        ("FP8_E4M3_tensor", 1, jnp.float32, "cpu", "first"),
         ("Q4_0", 1, jnp.float32, "cuda", "whole"),
         ("Q4_0", 1, jnp.float32, "tpu", "whole"),
     ],
