@@ -98,7 +98,7 @@ TABLE: tuple[Kernel, ...] = (
 
 
 def choice(
-    call: Call, platform: Platform, implementation: Implementation = "auto", table: tuple[Kernel, ...] | None = None
+    call: Call, platform: Platform, implementation: Implementation = "auto"
 ) -> tuple[Kernel | None, list[tuple[Kernel, str]]]:
     """The kernel for a call on a platform.
 
@@ -106,12 +106,11 @@ def choice(
       call: the product.
       platform: where.
       implementation: "auto": any; else only such.
-      table: in place of TABLE.
 
     Returns: the first that fits, None if none does; and those before it, each with the reason why not.
     """
     passed: list[tuple[Kernel, str]] = []
-    for kernel in TABLE if table is None else table:
+    for kernel in TABLE:
         if kernel.platform != platform or implementation not in ("auto", kernel.implementation):
             continue
         reason = kernel.fits(call)
