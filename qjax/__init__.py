@@ -7,6 +7,7 @@ from qjax.evaluate.divergence import divergence
 from qjax.evaluate.perplexity import perplexity
 from qjax.formats import format, format_names
 from qjax.io.checkpoint import load, save
+from qjax.layouts import prepack
 from qjax.lifting import lift
 from qjax.models.generate import generate
 from qjax.pipeline import calibration_text, contracted_axes, quantize_file, quantize_model, quantize_params
@@ -44,6 +45,7 @@ __all__ = [
     "observe",
     "perplexity",
     "plan_named",
+    "prepack",
     "qat",
     "quantize",
     "quantize_file",

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from qjax import kernels
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats import sound
@@ -277,17 +277,22 @@ def dequantize(q: QTensor) -> Float[Array, "*w"]:
     return jnp.moveaxis(w, -1, q.axis).reshape(q.shape)
 
 
-def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
+def dot(
+    x: Shaped[Array, "*b n"], q: QTensor, implementation: Literal["auto", "xla", "pallas"] = "auto"
+) -> Float[Array, "*b_o"]:
     """Contract the last axis of x with the quantized axis of q.
 
     Args:
       x: [*b, n]; integers and booleans count as float32.
       q: a QTensor whose quantized axis has length n; its other axes `*o` stay in order.
+      implementation: "auto": the kernel that `qjax kernels` names; "xla" or "pallas": one written in that.
 
     Returns: [*b, *o] in x's type, whatever type the packed weights had, accumulated in float32. The weights are
       multiplied in x's type: bfloat16 operands for bfloat16 x. For float32 x the products are as precise as
       `jax.default_matmul_precision` says: by default TF32 on a GPU and bfloat16 on a TPU, in full under "highest",
       always in full on the CPU.
+    Raises:
+      UserError: the operands do not fit each other, or no such kernel takes them.
     """
     if not is_qtensor(q):
         hint = "the input comes first: dot(x, q)" if is_qtensor(x) else "quantize(w, format) makes one of an array"
@@ -301,13 +306,11 @@ def dot(x: Shaped[Array, "*b n"], q: QTensor) -> Float[Array, "*b_o"]:
         hint = f"; its blocks run along axis {q.axis}: quantize with the axis that x meets" if fits else ""
         raise UserError(f"dot contracts x's last axis with {n} weights, got x of shape {x.shape} and {q}{hint}")
     if q.applied:
-        return _behind(x, q)
-    w = q.format.decode(*q.format.unpack(q.leaves)).astype(x.dtype)
-    y = lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+        return _behind(x, q, implementation)
+    return kernels.matmul(x, q.leaves, q.format, implementation)
 
 
-def _behind(x: Array, q: QTensor) -> Array:
+def _behind(x: Array, q: QTensor, implementation: Any) -> Array:
     """`dot` of a matrix under reparametrizations: x goes through them, and what comes out comes back."""
     if q.ndim != 2:
         raise UserError(f"dot takes one matrix under reparametrizations, got {q}; vmap over a stack of them")
@@ -318,7 +321,7 @@ def _behind(x: Array, q: QTensor) -> Array:
         w = q.format.decode(scales, codes)
         y = through(outer, x, lambda z: last.product(z, q.format, scales, w).astype(x.dtype))
     else:
-        y = through(q.applied, x, lambda z: dot(z, bare))
+        y = through(q.applied, x, lambda z: dot(z, bare, implementation))
     return y.astype(x.dtype)
 
 

@@ -66,6 +66,7 @@ class Mutant:
 REPARAM, REPARAM_GAINS = "reparam/test_reparam.py::", "reparam/test_reparam_gains.py::"
 GAINS, IDENTITIES = "rounding/test_rounding_gains.py::", "rounding/test_identities.py::"
 FIGURES = "report/test_figures.py::"
+KERNELS = "kernels/test_products.py::"
 BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
 
 # fmt: off
@@ -268,6 +269,15 @@ MUTANTS = (
            "test_plan.py::test_convolutions_are_spared_but_by_rules_that_name_them"),
     Mutant("router-in-half", "models/families/weight_names.py", '("ffn_gate_inp.weight", "ssm', '("ssm',
            "io/test_expert_files.py::test_a_gguf_file_has_stacks_and_float_routers[mixtral]"),
+    Mutant("gradient-keeps-dense-weights", "kernels/product.py", "return _mapped(how)(x, leaves), (x, leaves)",
+           "return _mapped(how)(x, leaves), (x, leaves | {'w': how.format.decode(*how.format.unpack(leaves))})",
+           KERNELS + "test_gradients_decode_again_and_keep_packed_weights"),
+    Mutant("experts-decoded-at-once", "kernels/product.py", 'if kernel.stack == "map" else', "if False else",
+           KERNELS + "test_vmap_over_weights_decodes_one_after_another"),
+    Mutant("blocks-not-summed-over", "kernels/partition.py", "summed = _names(along)", "summed = ()",
+           KERNELS + "test_a_mesh_multiplies_where_the_packed_weights_lie[Q4_0-weights1-inputs1-output1-moved1]"),
+    Mutant("sums-of-few-bits", "kernels/xla.py", "jnp.round(x / unit)", "256 * jnp.round(x / unit / 256)",
+           KERNELS + "test_sums_in_whole_numbers_keep_twenty_bits[Q4_0]"),
 )
 # fmt: on
 

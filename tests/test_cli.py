@@ -194,6 +194,24 @@ def test_formats_lists_every_format(capsys, tmp_path):
     assert json.loads((tmp_path / "f.json").read_text())["formats"] == rows
 
 
+def test_kernels_says_what_runs_where_and_why(capsys):
+    import qjax
+
+    assert main(["kernels", "--json", "-"]) == 0
+    rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["formats"]}
+    assert set(rows) == set(qjax.format_names())
+    assert [rows["Q4_0"][p]["kernel"] for p in ("cpu", "cuda", "tpu")] == ["sums", "whole", "whole"]
+    assert main(["kernels", "Q4_0", "--rows", "8"]) == 0
+    assert "8 rows of x, not 1" in " ".join(capsys.readouterr().out.split())
+    for argv, message in (
+        (["--rows", "0"], "--rows 0: expected at least 1"),
+        (["Q4_K", "--shape", "64", "100"], "--shape 64 100"),
+        (["Q4_Q"], "did you mean"),
+    ):
+        assert main(["kernels", *argv]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_python_dash_m_and_a_closed_pipe(tmp_path):
     done = subprocess.run([sys.executable, "-m", "qjax", "nonsense"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("qjax: unknown command 'nonsense'")

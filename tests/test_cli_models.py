@@ -177,6 +177,27 @@ def test_generate_streams_and_seeds(gguf, capsys):
     assert said() == said() and said().startswith("def é")
     assert said("--temperature", "1", "--seed", "1") == said("--temperature", "1", "--seed", "1")
     assert said("--temperature", "1", "--seed", "1") != said("--temperature", "1", "--seed", "2")
+    assert said("--packed") == said()
+
+
+@pytest.mark.slow
+def test_packed_weights_are_judged_as_decoded_ones_are(gguf, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    found = []
+    for options in ([], ["--packed"]):
+        assert (
+            main(["eval", str(gguf), "--text", str(text), "--ctx", "32", "--limit", "2", "--json", "-", *options]) == 0
+        )
+        found.append(json.loads(capsys.readouterr().out))
+    assert math.isclose(found[0]["perplexity"], found[1]["perplexity"], rel_tol=1e-5)
+    assert found[0]["quantized_bytes"] == found[1]["quantized_bytes"]
+    assert main(["generate", str(gguf), "--prompt", "def", "--max-tokens", "4", "--packed"]) == 0
+    assert "packed weights: " in capsys.readouterr().err
+    assert main(["generate", str(gguf), "--prompt", "def", "--max-tokens", "4"]) == 0
+    assert "weights decoded to float32: " in capsys.readouterr().err
+    assert main(["generate", str(gguf), "--prompt", "def", "--cache", "Q9_0"]) == 2
+    assert "unknown format 'Q9_0'" in capsys.readouterr().err
 
 
 def test_eval_reads_no_more_of_a_text_than_it_judges(folder, monkeypatch):

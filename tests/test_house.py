@@ -21,11 +21,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"chain", "compiled", "errors", "html_page", "processes", "tables", "terminal", "typing"},
     {"formats"},
+    {"kernels"},
     {"stats"},
     {"reparam"},
     {"rounding"},
     {"recipes"},
     {"tensor"},
+    {"layouts"},
     {"lifting"},
     {"tokenizer"},
     {"models"},
@@ -37,6 +39,7 @@ LAYERS = [
     {"training"},
     {"config", "rundir", "runs", "sweep"},
     {"report"},
+    {"bench"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -33,6 +33,8 @@ COMMANDS = {
     "inspect": ("qjax.cli.inspect", "Inspect", "metadata, tensors, types and bits per weight of a model file"),
     "generate": ("qjax.cli.generate", "Generate", "continue a prompt"),
     "formats": ("qjax.cli.formats", "Formats", "list every format: bits, block, family"),
+    "kernels": ("qjax.cli.kernels", "Kernels", "list what multiplies with packed weights, by format and platform"),
+    "bench": ("qjax.cli.bench", "Bench", "time products with packed weights, or text from a model"),
     "recipes": ("qjax.cli.recipes", "Recipes", "list every way of rounding"),
 }
 

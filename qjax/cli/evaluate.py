@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qjax.cli import output
-from qjax.cli.model import MODEL_HELP, open_with_tokenizer
+from qjax.cli.model import MODEL_HELP, PACKED_HELP, open_with_tokenizer
 from qjax.cli.progress import count_bar
 from qjax.cli.targets import check_json
 
@@ -33,6 +33,7 @@ class Evaluate:
     protocol: Annotated[Literal["llama.cpp", "gptq"], tyro.conf.arg(help="how the text is cut and scored")] = (
         "llama.cpp"
     )
+    packed: Annotated[bool, tyro.conf.arg(help=PACKED_HELP)] = False
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help="only the first N windows")] = None
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=output.JSON_HELP)] = None
 
@@ -41,7 +42,7 @@ class Evaluate:
 
         check_json(self.json, (self.model, self.text, self.baseline))
         text = read_text(self.text)
-        model = open_with_tokenizer(self.model)
+        model = open_with_tokenizer(self.model, self.packed)
         from qjax.evaluate.judge import baseline_of, judge
 
         cut: dict[str, Any] = {"protocol": self.protocol, "context": self.ctx, "limit": self.limit}

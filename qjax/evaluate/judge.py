@@ -37,7 +37,7 @@ from qjax.evaluate.perplexity import (
 from qjax.evaluate.sizes import Sizes, sizes
 from qjax.io.tokenizer_cut import encode_long
 from qjax.models.model import Model
-from qjax.models.parts import Parts
+from qjax.models.parts import Packed, Parts
 
 Text = str | Sequence[int] | np.ndarray
 
@@ -111,10 +111,10 @@ def judge(
         _check_windows(windows, model)
         if baseline is None:
             numbers = perplexity(network, model, windows, batch=batch, progress=progress)
-            return Judgement(name, _sizes(model), numbers, None, encode_seconds)
+            return Judgement(name, sizes_of(model), numbers, None, encode_seconds)
         baseline = Baseline(network_of_decoder(baseline.config), baseline, windows)
     numbers, distance = divergence(network, model, baseline, batch=batch, progress=progress)
-    return Judgement(name, _sizes(model), numbers, distance, encode_seconds)
+    return Judgement(name, sizes_of(model), numbers, distance, encode_seconds)
 
 
 def kl_by_token(
@@ -200,5 +200,7 @@ def _check_windows(windows: Windows, model: Parts) -> None:
         raise UserError(f"token {bad} is outside the model's vocabulary of {model.config.vocab}")
 
 
-def _sizes(model: Parts) -> Sizes:
+def sizes_of(model: Parts) -> Sizes:
+    """What a model's weights take, packed where they are."""
+    model = model.model if isinstance(model, Packed) else model
     return sizes(model.params) if isinstance(model, Model) else model.sizes  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.formats.protocol import BlockFormat
+from qjax.kernels import Prepacked
 from qjax.lifting.weight import Dense
 from qjax.tensor import QTensor
 
@@ -33,6 +34,8 @@ def _each(q: QTensor, fn: Callable[[Any], Any], axis: int, **changes: Any) -> QT
     """The QTensor of fn(leaf) whose quantized axis is `axis`, counted from the end."""
     if q.applied:
         raise Dense(f"is rearranged under {type(q.applied[0]).__name__}, which knows whole matrices only")
+    if isinstance(q.format, Prepacked):
+        raise Dense(f"is rearranged in the layout of a kernel, {q.format.layout.name}: leave it out of qjax.prepack")
     return dataclasses.replace(q, leaves=jax.tree.map(fn, q.leaves), axis=axis, **changes)
 
 

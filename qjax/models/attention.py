@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from qjax.models.cache import appended, remembered
 from qjax.models.config import DecoderConfig
 from qjax.models.latent import latent_heads
 from qjax.models.norm import RMSNorm, unit
@@ -145,9 +146,8 @@ class Attention(nn.Module):
             o = attend_causally(q, k, v, window, scale, c.attn_softcap, sinks, chunk)
         else:
             start = positions[0]
-            k = lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=1)
-            v = lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=1)
-            cache = {"k": k, "v": v}
+            cache = {name: appended(cache[name], y, start) for name, y in (("k", k), ("v", v))}
+            k, v = remembered(cache["k"]), remembered(cache["v"])
             # Slots past the filled part lie after every query, so the causal mask hides them too.
             mask = visible(positions, jnp.arange(k.shape[1]), window, chunk)
             o = attend(q, k, v, mask, scale, c.attn_softcap, sinks)

@@ -28,14 +28,11 @@ from jax import lax
 
 from qjax.models.attention import Attention, as_it_is, softcapped
 from qjax.models.beside import Beside
+from qjax.models.cache import Cache
 from qjax.models.config import DecoderConfig
-from qjax.models.linear_attention import GatedDeltaNet, empty_memory
+from qjax.models.linear_attention import GatedDeltaNet
 from qjax.models.mlp import MLP, Mixture
 from qjax.models.norm import RMSNorm
-
-# {"length": i32, how many positions are filled; "layers_3": {"k", "v"}, each [batch * kv_heads, capacity, head_dim]};
-# of a layer of linear attention {"conv", "state"}.
-Cache = dict[str, Any]
 
 
 def embedded(c: DecoderConfig, x: jax.Array) -> jax.Array:
@@ -123,16 +120,3 @@ class Decoder(nn.Module):
         logits = logits.astype(jnp.float32)
         logits = softcapped(logits, c.logit_softcap)
         return logits if cache is None else (logits, new_cache)
-
-
-def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
-    """A key/value cache for `capacity` positions."""
-
-    def layer(i: int) -> dict[str, jax.Array]:
-        if config.linear is not None and config.is_linear(i):
-            return empty_memory(config.linear, batch, dtype)
-        c = config.of_layer(i)
-        sizes = {"k": c.head_dim, "v": c.value_size}
-        return {name: jnp.zeros((batch * c.kv_heads, capacity, size), dtype) for name, size in sizes.items()}
-
-    return {"length": jnp.int32(0)} | {f"layers_{i}": layer(i) for i in range(config.layers)}

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.models.decoder import Decoder, empty_cache
+from qjax.models.cache import empty_cache
+from qjax.models.decoder import Decoder
 from qjax.models.generate import Sampling, sample
 from qjax.models.model import Model, Running
 from qjax.typing import Array

@@ -9,6 +9,7 @@ A `Model` holds its parts, packed or not; an opened file (`qjax.pipeline.source`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -47,6 +48,49 @@ class Parts(Protocol):
 
     def table(self, name: str) -> Table:
         """Tokens i[n] -> their rows f32[n, dim] of the part "embed" or "head"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The parts of a model in memory as they are: what is packed is multiplied with packed (`qjax.dot`), never decoded
+    as a whole. A `Model`'s own parts are float32, decoded when they are asked for.
+    """
+
+    model: Model
+
+    @property
+    def config(self) -> DecoderConfig:
+        """See `Parts`."""
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """See `Parts`."""
+        return self.model.tokenizer
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return self.model.stops
+
+    def part(self, name: str) -> Any:
+        """A part of the params tree, packed leaves and arrays as they are."""
+        return self.model.params[name]
+
+    def table(self, name: str) -> Table:
+        """See `Parts`: the rows that are looked up are decoded alone."""
+        axis, part = 0 if name == "embed" else 1, self.model.params[name]
+        return lambda tokens: _rows(axis, part, jnp.asarray(tokens))
+
+
+@partial(jax.jit, static_argnums=0)
+def _rows(axis: int, part: Any, tokens: Array) -> Float[Array, "n dim"]:
+    def take(part: Any, tokens: Array) -> Array:
+        (w,) = jax.tree.leaves(part)
+        return jnp.take(w, tokens, axis=axis).astype(jnp.float32)
+
+    found = Running(take)(part, tokens)
+    return found if axis == 0 else found.T
 
 
 @partial(jax.jit, static_argnums=0)
@@ -92,7 +136,7 @@ def head_of(parts: Parts, stages: Stages, part: Callable[[str], Any] | None = No
       small: weights of a head that is asked for whole; None: HEAD_WEIGHTS.
     """
     name = "embed" if stages.tied else "head"
-    if isinstance(parts, Model) or stages.vocab * stages.dim <= (HEAD_WEIGHTS if small is None else small):
+    if isinstance(parts, Model | Packed) or stages.vocab * stages.dim <= (HEAD_WEIGHTS if small is None else small):
         whole = {name: (part or parts.part)(name)}
         return stages.vocab, lambda start, count: whole
     table = parts.table(name)
@@ -105,16 +149,16 @@ def head_of(parts: Parts, stages: Stages, part: Callable[[str], Any] | None = No
 
 
 class Held:
-    """Parts of a model in float32, of which those asked for first are kept as long as they fit."""
+    """Parts of a model as `ready(name, part)` makes them; those asked for first are kept, as long as they fit."""
 
-    def __init__(self, parts: Parts, nbytes: int):
-        self._parts, self._left = parts, nbytes
+    def __init__(self, parts: Parts, nbytes: int, ready: Callable[[str, Any], Any] = lambda name, part: part):
+        self._parts, self._left, self._ready = parts, nbytes, ready
         self._kept: dict[str, Any] = {}
 
     def __call__(self, name: str) -> Any:
         if name in self._kept:
             return self._kept[name]
-        part = self._parts.part(name)
+        part = self._ready(name, self._parts.part(name))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(part))
         if size <= self._left:
             self._kept[name], self._left = part, self._left - size

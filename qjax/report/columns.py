@@ -60,6 +60,11 @@ KNOWN: dict[str, tuple[str, str, int]] = {
     "flops": ("operations", "flop", 0),
     "peak_flops": ("roof", "flop/s", 0),
     "peak_bytes": ("bandwidth", "B/s", 0),
+    "gb_per_second": ("moved", "GB/s", 2),
+    "of_copy": ("of a copy's bandwidth", "", 2),
+    "over_bfloat16": ("times as fast as bfloat16", "", 2),
+    "error": ("error", "", 8),
+    "first_token_seconds": ("first token", "s", 3),
 }
 INTERVALS = {
     "kl": "kl_half_interval", "difference": "half_interval", "gain_over_ptq": "gain_half_interval",

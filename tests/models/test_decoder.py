@@ -11,8 +11,9 @@ from tiny_families import LENGTH, TINY, tiny, tiny_tokens
 
 from qjax.io.huggingface import in_folder
 from qjax.models.attention import attend_causally
+from qjax.models.cache import empty_cache
 from qjax.models.config import DecoderConfig, RopeScaling
-from qjax.models.decoder import Decoder, empty_cache
+from qjax.models.decoder import Decoder
 from qjax.models.families import config_from_hf, config_to_hf, weight_names
 from qjax.models.model import forward
 from qjax.models.rotary import rope_frequencies, rotate

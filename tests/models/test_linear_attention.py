@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tiny_families import tiny
 
+from qjax.models.cache import empty_cache
 from qjax.models.config import LinearAttention
-from qjax.models.decoder import Decoder, empty_cache
+from qjax.models.decoder import Decoder
 from qjax.models.generate import generate
 from qjax.models.linear_attention import CHUNK, causal_conv, gated_delta_rule, normalized, shared
 from qjax.models.model import Model, forward

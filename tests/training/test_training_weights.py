@@ -7,8 +7,9 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
+from qjax.models.cache import empty_cache
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder, empty_cache
+from qjax.models.decoder import Decoder
 from qjax.plan import Plan
 from qjax.reparam.hadamard import randomized
 from qjax.training.grid import weights

@@ -1,0 +1,146 @@
+"""Which kernel multiplies with packed weights: the first line of TABLE that fits, for each platform.
+
+    Kernel("cpu", "xla", "sums", xla.sums, fits, about)       a new kernel is such a line, above those it is better than
+
+`fits` sees all that is known when a program is traced, and answers with the reason why not, or "".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from qjax.errors import UserError
+from qjax.formats.protocol import Format
+from qjax.kernels import xla
+from qjax.kernels.prepacked import Layout
+
+Platform = Literal["cpu", "cuda", "tpu"]
+Implementation = Literal["auto", "xla", "pallas"]
+PLATFORMS: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
+FLOAT32 = np.dtype(np.float32)
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "xla", "pallas")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A product, before it is made.
+
+    Attributes:
+      format: of the weights.
+      shape: of one matrix of them, (*o, n).
+      rows: of x.
+      dtype: of x.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    rows: int
+    dtype: Any = FLOAT32
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One way of multiplying.
+
+    Attributes:
+      platform: where it runs.
+      implementation: what it is written in.
+      name: its name.
+      matmul: (x [m, n], leaves, format, precision) -> y [m, *o], of x's type; the leaves in its layout.
+      fits: why it cannot take a call; "" where it can.
+      about: what it does.
+      stack: how a stack of matrices goes through: one after another, or all at once.
+      layout: how it has weights lie; None: as their format packs them. `qjax.prepack` brings them into it once, at
+        load; others are brought into it within the program, at each call.
+    """
+
+    platform: Platform
+    implementation: Literal["xla", "pallas"]
+    name: str
+    matmul: Callable[..., Any]
+    fits: Callable[[Call], str]
+    about: str
+    stack: Literal["map", "vmap"] = "map"
+    layout: Layout | None = None
+
+
+def _sums(call: Call) -> str:
+    if not xla.in_whole_numbers(call.format):
+        return "no whole numbers in blocks of 32 that leave x 20 bits of an int32"
+    if call.dtype != FLOAT32:
+        return f"x is {call.dtype}, not float32"
+    return "" if call.rows == 1 else f"{call.rows} rows of x, not 1"
+
+
+def _strips(call: Call) -> str:
+    return "" if xla.by_rows(call.format, call.shape) else "its rows of weights do not stand alone"
+
+
+def _always(call: Call) -> str:
+    return ""
+
+
+ELSEWHERE = Kernel("cuda", "xla", "whole", xla.whole, _always, "decoded in the program, then one product", stack="vmap")
+"""What any platform runs that the table does not name."""
+
+TABLE: tuple[Kernel, ...] = (
+    Kernel("cpu", "xla", "sums", xla.sums, _sums, "one row of x in whole numbers: int32 sums over the codes"),
+    Kernel("cpu", "xla", "strips", xla.strips, _strips, "a few rows of weights at a time, decoded in the cache"),
+    Kernel("cpu", "xla", "first", xla.first, _always, "decoded in the program, then one product with weights first"),
+    ELSEWHERE,
+    dataclasses.replace(ELSEWHERE, platform="tpu"),
+)
+
+
+def choice(
+    call: Call, platform: Platform, implementation: Implementation = "auto"
+) -> tuple[Kernel | None, list[tuple[Kernel, str]]]:
+    """The kernel for a call on a platform.
+
+    Args:
+      call: the product.
+      platform: where.
+      implementation: "auto": any; else only such.
+
+    Returns: the first that fits, None if none does; and those before it, each with the reason why not.
+    """
+    passed: list[tuple[Kernel, str]] = []
+    for kernel in TABLE:
+        if kernel.platform != platform or implementation not in ("auto", kernel.implementation):
+            continue
+        reason = kernel.fits(call)
+        if not reason:
+            return kernel, passed
+        passed.append((kernel, reason))
+    return None, passed
+
+
+def chosen(call: Call, implementation: Implementation) -> dict[Platform, Kernel]:
+    """The kernel of each platform that has one.
+
+    Raises:
+      UserError: an unknown implementation, or one that has no kernel for this call where the program is to run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"implementation={implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    found = {p: choice(call, p, implementation) for p in PLATFORMS}
+    here = running_on()
+    if here in found and found[here][0] is None:
+        reasons = [f"{kernel.name}: {reason}" for kernel, reason in found[here][1]] or ["there is none yet"]
+        raise UserError(
+            f"no {implementation} kernel on {here} takes {call.format.name} weights {list(call.shape)} and {call.rows} "
+            f"rows of {call.dtype} ({'; '.join(reasons)}); implementation='auto' takes what there is (`qjax kernels`)"
+        )
+    return {p: kernel for p, (kernel, _) in found.items() if kernel is not None}
+
+
+def running_on() -> str:
+    """The platform that a program traced now is for: that of the mesh in force, else JAX's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = getattr(device, "platform", None) or jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
