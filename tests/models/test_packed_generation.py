@@ -64,7 +64,7 @@ def test_a_step_stores_less_than_a_decoded_layer():
     params = jax.eval_shape(lambda: packed_model(dataclasses.replace(config, layers=1), "Q4_K").params["layers_0"])
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 64)["layers_0"])
     x = jax.ShapeDtypeStruct((1, 1, config.dim), jnp.float32)
-    used = generation._block.lower(config, 0, jnp.float32, params, x, cache, 0).compile().memory_analysis()
+    used = generation._block.lower(config, 0, jnp.float32, params, x, cache, 0, 1).compile().memory_analysis()
     decoded = 4 * sum(w.size for w in jax.tree.leaves(params, is_leaf=qjax.is_qtensor))
     assert used.temp_size_in_bytes < decoded / 4 and used.argument_size_in_bytes < decoded / 4
     assert used.alias_size_in_bytes == sum(
