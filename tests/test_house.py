@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"chain", "compiled", "errors", "html_page", "tables", "terminal", "typing"},
     {"formats"},
+    {"kernels"},
     {"stats"},
     {"reparam"},
     {"rounding"},

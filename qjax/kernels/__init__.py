@@ -1,0 +1,1 @@
+"""Pallas kernels, the layouts they read, and where each is used."""

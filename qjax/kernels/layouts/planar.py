@@ -1,0 +1,178 @@
+"""The layout that the GPU kernels read: rows of words in planes, scales with rows last.
+
+    planes   u16[*b, N, K bits / 16] for each plane of the code (planes.py), N and K padded
+    scales   each array of the format's scales, [*b, groups, N]: f16, bf16 or f32 as the file has it, u8 or i8 integers
+
+                    K ->                                        N ->
+        N    [ words of row 0   ]                    groups   [ s of rows 0 ... N - 1 under group 0 ]
+        |    [ words of row 1   ]                      |      [ ...                 under group 1 ]
+
+Rows are padded to 64, those of one warpgroup; K to whole blocks of words and of scales. What is added has scale 0. A
+run of P neighbouring weights (16, 32 or 64) lies under one scale, so that scales go onto sums of products.
+
+Bytes: those of the file, and one byte for each 6-bit integer scale (Q4_K: 4.625 bits a weight for 4.5, Q3_K 3.56 for
+3.44); padding besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.formats.fields import Blocks, Half
+from qjax.formats.grid import Grid
+from qjax.formats.protocol import Leaves, Scales
+from qjax.kernels.layouts.coding import Coding, coding
+from qjax.kernels.layouts.planes import SPLIT, WORD, pack_plane, unpack_plane
+from qjax.typing import Array
+
+ROWS = 64
+_BLOCK = 512  # codes in a block of words, at most
+_RUNS = (64, 32, 16)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("planes", "scales"),
+    meta_fields=("format", "rows", "columns", "group", "run"),
+)
+@dataclasses.dataclass(frozen=True)
+class Planar:
+    """Weights [*b, rows, columns] as in the module's docstring; vmap and scan may stack and slice it.
+
+    Attributes:
+      planes: of the codes, the lowest bits first.
+      scales: by the format's own names.
+      format: a Grid that has a `Coding`.
+      rows, columns: without padding.
+      group: columns under one scale; those of the row, where it has one.
+      run: P.
+    """
+
+    planes: tuple[Any, ...]  # Any, because shapes and shardings pass through here too
+    scales: Scales
+    format: Grid
+    rows: int
+    columns: int
+    group: int
+    run: int
+
+    @property
+    def coding(self) -> Coding:
+        return coding(self.format)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """N and K with padding."""
+        bits = SPLIT[self.coding.bits][0][0]
+        return self.planes[0].shape[-2], self.planes[0].shape[-1] * WORD // bits
+
+    @property
+    def block(self) -> int:
+        """Codes in a block of words, of the plane of fewest bits."""
+        return block_of(self.coding.bits, self.run)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a kernel reads for a weight, padding included."""
+        leaves = (*self.planes, *self.scales.values())
+        lead = math.prod(self.planes[0].shape[:-2])
+        return 8 * sum(x.size * x.dtype.itemsize for x in leaves) / (lead * self.rows * self.columns)
+
+
+def prepack(format: Grid, leaves: Leaves) -> Planar:
+    """A tensor's leaves in the kernels' layout; done once, at load.
+
+    Args:
+      format: levels times scales, groups a power of two from 16 on, or whole rows.
+      leaves: its packed arrays, of weights [*b, rows, columns].
+
+    Raises:
+      UserError: the format has no such layout, or the weights are no matrix.
+    """
+    code = coding(format)
+    scales, codes = format.unpack(leaves)
+    if codes.ndim < 2:
+        raise UserError(f"a kernel takes a matrix (rows, columns), got {format.name} of shape {codes.shape}")
+    *lead, rows, n = codes.shape
+    group = n // _groups(format, scales, codes.shape)
+    run = _run(format, code.bits, group, n)
+    block = block_of(code.bits, run)
+    N, K = _up(rows, ROWS), _up(n, block if group == n else max(block, group))
+    u = _pad(code.stored(codes), N, K)
+    planes = tuple(pack_plane((u >> shift) & (2**bits - 1), bits, run) for bits, shift in SPLIT[code.bits])
+    kept = {}
+    for name, x in scales.items():
+        flat = x.reshape(*lead, rows, -1)
+        count = flat.shape[-1]
+        flat = _pad(flat.astype(_dtype(format, leaves, name, x)), N, -(-K // (n // count)) if count > 1 else 1)
+        kept[name] = flat.swapaxes(-1, -2)
+    return Planar(planes, kept, format, rows, n, group, run)
+
+
+def unpack(packed: Planar) -> Leaves:
+    """The leaves that `prepack` was given, bit for bit."""
+    format, code = packed.format, packed.coding
+    rows, n = packed.rows, packed.columns
+    u = jnp.uint8(0)
+    for (bits, shift), words in zip(SPLIT[code.bits], packed.planes, strict=True):
+        u = u | (unpack_plane(words, bits, packed.run) << shift)
+    codes = code.codes(u[..., :rows, :n])
+    scales = {}
+    for name, x in packed.scales.items():
+        count = -(-n // (packed.padded[1] // x.shape[-2])) if x.shape[-2] > 1 else 1
+        flat = x.swapaxes(-1, -2)[..., :rows, :count]
+        if jnp.issubdtype(x.dtype, jnp.floating) or _is_zero(format, name):
+            flat = flat.astype(jnp.float32)
+        elif isinstance(format.layout, Blocks):
+            flat = flat.reshape(*flat.shape[:-1], n // format.layout.block, -1)
+        scales[name] = flat
+    return format.pack(scales, codes)
+
+
+def block_of(bits: int, run: int) -> int:
+    """Codes that the words of all planes of `bits` bits hold together, for runs of P."""
+    return max(WORD // plane * run for plane, _ in SPLIT[bits])
+
+
+def _run(format: Grid, bits: int, group: int, n: int) -> int:
+    """The longest run that a group holds and whose block is not too long."""
+    fits = [P for P in _RUNS if (group == n or group % P == 0) and block_of(bits, P) <= _BLOCK]
+    if not fits or (group != n and group & (group - 1)):
+        raise UserError(f"{format.name} has no kernel: groups must be a power of two from 16 on, or rows, got {group}")
+    return fits[0]
+
+
+def _groups(format: Grid, scales: Scales, shape: tuple[int, ...]) -> int:
+    s = jax.eval_shape(lambda scales: format.columns(scales, shape)[0], scales)
+    return s.shape[-1]
+
+
+def _dtype(format: Grid, leaves: Leaves, name: str, x: Array) -> jnp.dtype:
+    """The type in which the file has an array of the scales."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x.dtype
+    if _is_zero(format, name):
+        return jnp.dtype(jnp.uint8)
+    halves = {f.of for f in format.layout.fields if isinstance(f, Half)} if isinstance(format.layout, Blocks) else ()
+    return jnp.dtype(jnp.float16) if name in halves else leaves[name].dtype if name in leaves else x.dtype
+
+
+def _is_zero(format: Grid, name: str) -> bool:
+    """Whether it is a zero point that is an integer, which the format's scales have as f32."""
+    zero = format.scaling.zero
+    return zero is not None and getattr(zero, "key", None) == name and not isinstance(getattr(zero, "kind", ""), str)
+
+
+def _pad(x: Array, rows: int, n: int) -> Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, n - x.shape[-1])])
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
