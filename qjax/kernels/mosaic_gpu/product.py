@@ -1,0 +1,84 @@
+"""y = x W^T for a few rows of x and packed W, on a Hopper GPU.
+
+    y[m, n] = sum_k x[m, k] w_hat[n, k]
+
+For generation: batch 1 to 64, where a product costs the bytes of its weights. Beyond that decode once and multiply.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+
+from qjax.errors import UserError
+from qjax.kernels.layouts.coding import Coding
+from qjax.kernels.layouts.planar import Planar, unpack
+from qjax.kernels.mosaic_gpu import integers, signed_bytes, skeleton, tables
+from qjax.kernels.mosaic_gpu.machines import Decode, Simulated, Warpgroup
+from qjax.kernels.mosaic_gpu.tiles import Plan, check, plan_for
+from qjax.typing import Array, Float
+
+BATCH = 64
+
+
+def matmul(
+    x: Float[Array, "m in"], packed: Planar, plan: Plan | None = None, interpret: bool = False
+) -> Float[Array, "m out"]:
+    """x times packed weights, on an sm_90 GPU.
+
+    Args:
+      x: bf16[m, in], m from 1 to 64.
+      packed: weights (out, in) from `layouts.planar.prepack`.
+      plan: tiles other than those that `plan` chooses.
+      interpret: run jax's interpreter instead of a GPU, for tests.
+
+    Returns: bf16[m, out], accumulated in float32; the codes' levels and x enter as bfloat16, the scales as they are.
+
+    Raises:
+      UserError: another type or shape of x, a stack of matrices, or tiles that do not fit into shared memory.
+
+    Source: the skeleton follows CUTLASS's mixed-input GEMM for Hopper (weights as wgmma's register operand).
+    """
+    return accumulate(x, packed, plan, interpret).astype(x.dtype)
+
+
+def accumulate(
+    x: Float[Array, "m in"], packed: Planar, plan: Plan | None = None, interpret: bool = False
+) -> Float[Array, "m out"]:
+    """`matmul` before it is rounded to x's type: f32[m, out]."""
+    batch = _check(x, packed)
+    plan = plan_for(batch, packed) if plan is None else check(packed, plan)
+    K = packed.padded[1]
+    x = jnp.pad(x, ((0, plan.batch - batch), (0, K - packed.columns)))
+    groups = max(K // packed.group, 1)
+    sums = x.astype(jnp.float32).reshape(plan.batch, groups, -1).sum(axis=-1).T
+    machine = Simulated() if interpret else Warpgroup()
+    parts = skeleton.run(x, sums, packed, plan, decoder(packed.coding), machine)
+    return parts.sum(axis=0).T[:batch, : packed.rows]
+
+
+def twin(x: Float[Array, "m in"], packed: Planar) -> Float[Array, "m out"]:
+    """`accumulate` as jnp writes it, from the same bits by the format's own decode: f32[m, out]."""
+    _check(x, packed)
+    w = packed.format.decode(*packed.format.unpack(unpack(packed)))
+    return jnp.dot(x.astype(jnp.float32), w.T, precision="highest")
+
+
+def decoder(code: Coding) -> Decode:
+    """How codes become bfloat16 in registers."""
+    if code.table:
+        return partial(tables.decode, table=code.table)
+    return signed_bytes.decode if code.bits == 8 else partial(integers.decode, bits=code.bits, low=code.low)
+
+
+def _check(x: Array, packed: Planar) -> int:
+    """The batch."""
+    if packed.planes[0].ndim != 2:
+        raise UserError(f"a kernel takes one matrix, got a stack of {packed.format.name}; scan over it")
+    if x.ndim != 2 or x.shape[1] != packed.columns or x.dtype != jnp.bfloat16 or not 0 < x.shape[0] <= BATCH:
+        raise UserError(
+            f"a kernel of {packed.format.name} takes bfloat16 [1 to {BATCH}, {packed.columns}], got "
+            f"{x.dtype}{list(x.shape)}"
+        )
+    return x.shape[0]
