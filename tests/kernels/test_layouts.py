@@ -10,6 +10,7 @@ import pytest
 import qjax
 from qjax.errors import UserError
 from qjax.formats import format, format_names
+from qjax.kernels.layouts import columns
 from qjax.kernels.layouts.coding import coding, unfit
 from qjax.kernels.layouts.planar import prepack, unpack
 from qjax.kernels.layouts.planes import pack_plane, unpack_plane
@@ -43,6 +44,22 @@ def test_prepack_and_back_is_bit_for_bit(name, rng):
     assert back.keys() == leaves.keys()
     for key, leaf in leaves.items():
         assert back[key].dtype == leaf.dtype
+        np.testing.assert_array_equal(_bits(back[key]), _bits(leaf), err_msg=key)
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("name", [n for n in READ + MADE if not n.startswith(("NF4", "FP4", "MXFP4", "NVFP4"))])
+def test_columns_and_back_are_bit_for_bit(name, rng):
+    fmt = format(name)
+    n = 8 * (fmt.block or 20)
+    w = jax.ShapeDtypeStruct((2, 5, n), jnp.float32)
+    leaves = jax.tree.map(partial(_random, rng), jax.eval_shape(lambda w: qjax.quantize(w, fmt), w).leaves)
+    if name == "TQ1_0":
+        leaves = qjax.quantize(rng.standard_normal(w.shape).astype(np.float32), fmt).leaves
+    packed, back = jax.jit(lambda leaves: (packed := columns.prepack(fmt, leaves), columns.unpack(packed)))(leaves)
+    assert packed.codes.shape[:1] + packed.codes.shape[2:] == (2, 128) and packed.columns == n
+    assert packed.bits <= max(4, 8 * (coding(fmt).bits > 4 or name.startswith("IQ4")))
+    for key, leaf in leaves.items():
         np.testing.assert_array_equal(_bits(back[key]), _bits(leaf), err_msg=key)
 
 

@@ -25,12 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.formats.fields import Blocks, Half
 from qjax.formats.grid import Grid
 from qjax.formats.protocol import Leaves, Scales
 from qjax.kernels.layouts.coding import Coding, coding
 from qjax.kernels.layouts.planes import SPLIT, WORD, pack_plane, unpack_plane
-from qjax.typing import Array
+from qjax.kernels.layouts.scales import entries, file_type, group_of, matrices, pad, padded_entries, restored, up
 
 ROWS = 64
 _BLOCK = 512  # codes in a block of words, at most
@@ -100,40 +99,28 @@ def prepack(format: Grid, leaves: Leaves) -> Planar:
     scales, codes = format.unpack(leaves)
     if codes.ndim < 2:
         raise UserError(f"a kernel takes a matrix (rows, columns), got {format.name} of shape {codes.shape}")
-    *lead, rows, n = codes.shape
-    group = n // _groups(format, scales, codes.shape)
-    run = _run(format, code.bits, group, n)
+    rows, n = codes.shape[-2:]
+    group = group_of(format, scales, codes.shape)
+    run = _run(code.bits, group, n)
     block = block_of(code.bits, run)
-    N, K = _up(rows, ROWS), _up(n, block if group == n else max(block, group))
-    u = _pad(code.stored(codes), N, K)
+    N, K = up(rows, ROWS), up(n, block if group == n else max(block, group))
+    u = pad(code.stored(codes), N, K)
     planes = tuple(pack_plane((u >> shift) & (2**bits - 1), bits, run) for bits, shift in SPLIT[code.bits])
     kept = {}
-    for name, x in scales.items():
-        flat = x.reshape(*lead, rows, -1)
-        count = flat.shape[-1]
-        flat = _pad(flat.astype(_dtype(format, leaves, name, x)), N, -(-K // (n // count)) if count > 1 else 1)
-        kept[name] = flat.swapaxes(-1, -2)
+    for name, x in matrices(scales, codes.shape).items():
+        x = x.astype(file_type(format, leaves, name, x))
+        kept[name] = pad(x, N, padded_entries(x.shape[-1], n, K)).swapaxes(-1, -2)
     return Planar(planes, kept, format, rows, n, group, run)
 
 
 def unpack(packed: Planar) -> Leaves:
     """The leaves that `prepack` was given, bit for bit."""
-    format, code = packed.format, packed.coding
-    rows, n = packed.rows, packed.columns
+    rows, n, K = packed.rows, packed.columns, packed.padded[1]
     u = jnp.uint8(0)
-    for (bits, shift), words in zip(SPLIT[code.bits], packed.planes, strict=True):
+    for (bits, shift), words in zip(SPLIT[packed.coding.bits], packed.planes, strict=True):
         u = u | (unpack_plane(words, bits, packed.run) << shift)
-    codes = code.codes(u[..., :rows, :n])
-    scales = {}
-    for name, x in packed.scales.items():
-        count = -(-n // (packed.padded[1] // x.shape[-2])) if x.shape[-2] > 1 else 1
-        flat = x.swapaxes(-1, -2)[..., :rows, :count]
-        if jnp.issubdtype(x.dtype, jnp.floating) or _is_zero(format, name):
-            flat = flat.astype(jnp.float32)
-        elif isinstance(format.layout, Blocks):
-            flat = flat.reshape(*flat.shape[:-1], n // format.layout.block, -1)
-        scales[name] = flat
-    return format.pack(scales, codes)
+    kept = {name: x.swapaxes(-1, -2)[..., :rows, : entries(x.shape[-2], K, n)] for name, x in packed.scales.items()}
+    return packed.format.pack(restored(packed.format, kept, n), packed.coding.codes(u[..., :rows, :n]))
 
 
 def block_of(bits: int, run: int) -> int:
@@ -141,38 +128,6 @@ def block_of(bits: int, run: int) -> int:
     return max(WORD // plane * run for plane, _ in SPLIT[bits])
 
 
-def _run(format: Grid, bits: int, group: int, n: int) -> int:
+def _run(bits: int, group: int, n: int) -> int:
     """The longest run that a group holds and whose block is not too long."""
-    fits = [P for P in _RUNS if (group == n or group % P == 0) and block_of(bits, P) <= _BLOCK]
-    if not fits or (group != n and group & (group - 1)):
-        raise UserError(f"{format.name} has no kernel: groups must be a power of two from 16 on, or rows, got {group}")
-    return fits[0]
-
-
-def _groups(format: Grid, scales: Scales, shape: tuple[int, ...]) -> int:
-    s = jax.eval_shape(lambda scales: format.columns(scales, shape)[0], scales)
-    return s.shape[-1]
-
-
-def _dtype(format: Grid, leaves: Leaves, name: str, x: Array) -> jnp.dtype:
-    """The type in which the file has an array of the scales."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x.dtype
-    if _is_zero(format, name):
-        return jnp.dtype(jnp.uint8)
-    halves = {f.of for f in format.layout.fields if isinstance(f, Half)} if isinstance(format.layout, Blocks) else ()
-    return jnp.dtype(jnp.float16) if name in halves else leaves[name].dtype if name in leaves else x.dtype
-
-
-def _is_zero(format: Grid, name: str) -> bool:
-    """Whether it is a zero point that is an integer, which the format's scales have as f32."""
-    zero = format.scaling.zero
-    return zero is not None and getattr(zero, "key", None) == name and not isinstance(getattr(zero, "kind", ""), str)
-
-
-def _pad(x: Array, rows: int, n: int) -> Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, n - x.shape[-1])])
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    return next(P for P in _RUNS if (group == n or group % P == 0) and block_of(bits, P) <= _BLOCK)

@@ -11,7 +11,6 @@ batch of 8 costs what a batch of 1 does. Splits of the columns are programs of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -21,12 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.formats.stores import Multiple, Store, Stored
-from qjax.kernels.layouts.coding import Coding
 from qjax.kernels.layouts.planar import ROWS, Planar
 from qjax.kernels.layouts.planes import SPLIT, WORD
+from qjax.kernels.layouts.scales import entries, scale_and_offset
 from qjax.kernels.mosaic_gpu.machines import Decode, Machine
-from qjax.kernels.mosaic_gpu.tiles import Plan, entries
+from qjax.kernels.mosaic_gpu.tiles import Plan
 from qjax.typing import Array, Float
 
 _REGISTERS = 32  # of a thread, for sums under way
@@ -74,7 +72,7 @@ def run(
                 some = range(first, min(first + under_way, groups))
                 terms = [[term(g * each + i) for i in range(each)] for g in some]
                 for g, product in zip(some, machine.products(terms, shape), strict=True):
-                    s, o = _scale(code, lambda key, g=g: _row(scales[key], g, groups))
+                    s, o = scale_and_offset(code, lambda key, g=g: _row(scales[key], g, groups))
                     acc += product * lax.broadcast_in_dim(s, shape, (0,))
                     if o is not None:
                         X = lax.broadcast_in_dim(tiles[-1][g], shape, (1,))
@@ -116,7 +114,7 @@ def _specs(packed: Planar, plan: Plan, rows: Any, base: Any) -> list[Any]:
         """`count` entries for all columns, of which a step needs some, or several steps one."""
         some = entries(count, K, columns)
         steps = K // columns * some // count
-        return plgpu.BlockSpec((some, width), lambda k: ((base + k) // steps, at))
+        return plgpu.BlockSpec((some, width), lambda k: (lax.div(base + k, jnp.int32(steps)), at))
 
     specs = [along((ROWS, words.shape[-1] * columns // K)) for words in packed.planes]
     specs.append(plgpu.BlockSpec((plan.batch, columns), lambda k: (0, base + k), transforms=tiles))
@@ -124,25 +122,6 @@ def _specs(packed: Planar, plan: Plan, rows: Any, base: Any) -> list[Any]:
     if packed.coding.ranged:
         specs.append(under(max(K // packed.group, 1), plan.batch, 0))
     return specs
-
-
-def _scale(code: Coding, read: Callable[[str], Any]) -> tuple[Any, Any]:
-    """s and o of a group: f32[N], and None where there is no offset."""
-
-    def value(store: Store) -> Any:
-        if isinstance(store, Multiple):
-            v = read(store.unit) * read(store.key)
-            return v if store.sign > 0 else -v
-        assert isinstance(store, Stored)
-        return read(store.key)
-
-    s = value(code.scaling.scale)
-    if code.scaling.offset is not None:
-        m = value(code.scaling.offset)
-        return s, m + s * code.center if code.center else m
-    if code.scaling.zero is not None:
-        return s, s * (code.center - value(code.scaling.zero))
-    return s, s * code.center if code.center else None
 
 
 def _row(ref: Any, group: int, groups: int) -> Any:

@@ -11,6 +11,7 @@ import dataclasses
 
 from qjax.errors import UserError
 from qjax.kernels.layouts.planar import ROWS, Planar
+from qjax.kernels.layouts.scales import entries
 
 SHARED = 232448
 """Bytes of shared memory that a program may have on sm_90."""
@@ -86,8 +87,3 @@ def shared(packed: Planar, plan: Plan) -> int:
         step += [4 * plan.batch * max(plan.columns // packed.group, 1)]
     stages = min(plan.stages, K // plan.columns // plan.split)
     return sum(-(-stages * part // 1024) * 1024 for part in step) + 4 * ROWS * plan.batch + 1024
-
-
-def entries(count: int, K: int, columns: int) -> int:
-    """Of `count` entries for K columns, those of `columns` of them; 1 where an entry serves more."""
-    return max(count * columns // K, 1)
