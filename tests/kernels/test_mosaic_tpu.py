@@ -19,7 +19,7 @@ from qjax.kernels.mosaic_tpu.tiles import VMEM, memory
 # (format, rows, columns, batch, bits of x): ragged rows and columns, batches of several tiles
 CASES = [
     ("int4_g128", 70, 384, 1, 16),
-    ("Q4_K", 128, 768, 17, 16),
+    ("Q4_K", 128, 1280, 17, 16),  # 640 divides it, and no super-block
     ("Q8_0", 64, 544, 9, 8),
     ("uint2_g64", 130, 576, 3, 8),
     ("Q6_K", 65, 256, 2, 16),
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused():
         jax.eval_shape(lambda x, p: matmul(x, p, Plan(16, 8192, 4096)), x, packed)
     with pytest.raises(UserError, match="that divide the weights'"):
         jax.eval_shape(lambda x, p: matmul(x, p, Plan(16, 500, 1024)), x, packed)
-    with pytest.raises(UserError, match="whole groups"):
+    with pytest.raises(UserError, match="whole scales"):
         short = jax.ShapeDtypeStruct((16, 3072), jnp.bfloat16)
         jax.eval_shape(lambda x, p: matmul(x, p, Plan(16, 512, 384)), short, shapes("TQ2_0", 8192, 3072))
     with pytest.raises(UserError, match=r"bfloat16 \[m, 8192\], got float32"):

@@ -42,13 +42,20 @@ class Counted:
     def word(self, value):
         return value
 
-    def __getattr__(self, name):
-        def instruction(*words):
-            if name == "shift" and words[1] == 0:
-                return words[0]
-            self.made.add((name, words))
-            return (name, words)
+    def shift(self, w, n):
+        return w if n == 0 else self._one("shift", w, n)
 
+    def lop3(self, a, b, c, truth):
+        return self._one("lop3", a, b, c, truth)
+
+    def prmt(self, a, b, select):
+        return self._one("prmt", a, b, select)
+
+    def fma(self, a, b, c):
+        return self._one("fma", a, b, c)
+
+    def _one(self, *instruction):
+        self.made.add(instruction)
         return instruction
 
 

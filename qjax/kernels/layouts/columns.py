@@ -68,6 +68,11 @@ class Columns:
         return self.codes.shape[-2:]
 
     @property
+    def entries(self) -> tuple[int, ...]:
+        """How many scales of each kind an output has, padding included."""
+        return tuple(x.shape[-3] for x in self.scales.values())
+
+    @property
     def bits(self) -> int:
         """Of a stored code."""
         return jnp.iinfo(self.codes.dtype).bits

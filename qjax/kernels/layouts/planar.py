@@ -78,6 +78,11 @@ class Planar:
         return block_of(self.coding.bits, self.run)
 
     @property
+    def entries(self) -> tuple[int, ...]:
+        """How many scales of each kind a row has, padding included."""
+        return tuple(x.shape[-2] for x in self.scales.values())
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits that a kernel reads for a weight, padding included."""
         leaves = (*self.planes, *self.scales.values())

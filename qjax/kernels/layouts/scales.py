@@ -6,7 +6,7 @@ layout has one matrix for each, whose entries serve equally many columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -87,6 +87,11 @@ def scale_and_offset(code: Coding, read: Callable[[str], Any]) -> tuple[Any, Any
 def entries(count: int, K: int, columns: int) -> int:
     """Of `count` entries for K columns, those of `columns` of them; 1 where an entry serves more."""
     return max(count * columns // K, 1)
+
+
+def whole(counts: Iterable[int], K: int, columns: int) -> bool:
+    """Whether `columns` of K columns have whole entries of all arrays, or lie under one."""
+    return all(n == 1 or columns % (K // n) == 0 or K // n % columns == 0 for n in counts)
 
 
 def padded_entries(count: int, n: int, K: int) -> int:

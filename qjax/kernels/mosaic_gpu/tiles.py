@@ -11,7 +11,7 @@ import dataclasses
 
 from qjax.errors import UserError
 from qjax.kernels.layouts.planar import ROWS, Planar
-from qjax.kernels.layouts.scales import entries
+from qjax.kernels.layouts.scales import entries, whole
 
 SHARED = 232448
 """Bytes of shared memory that a program may have on sm_90."""
@@ -63,10 +63,11 @@ def check(packed: Planar, plan: Plan) -> Plan:
       UserError: it does not fit the weights, or shared memory.
     """
     K = packed.padded[1]
-    if plan.batch % 8 or plan.columns % packed.block or K % (plan.columns * plan.split) or plan.stages < 2:
+    fits = plan.columns % packed.block == 0 and K % (plan.columns * plan.split) == 0
+    if plan.batch % 8 or plan.stages < 2 or not fits or not whole(packed.entries, K, plan.columns):
         raise UserError(
             f"{plan} does not fit {packed.format.name} of {packed.padded}: batch a multiple of 8, columns of "
-            f"{packed.block}, columns times split a divisor of {K}, at least two stages"
+            f"{packed.block} and of whole scales, columns times split a divisor of {K}, at least two stages"
         )
     need = shared(packed, plan)
     if need > SHARED:

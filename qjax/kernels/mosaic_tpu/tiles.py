@@ -10,7 +10,7 @@ import dataclasses
 
 from qjax.errors import UserError
 from qjax.kernels.layouts.columns import LANES, Columns
-from qjax.kernels.layouts.scales import entries, up
+from qjax.kernels.layouts.scales import entries, up, whole
 
 VMEM = 16 * 2**20
 """Bytes that a program may have on every TPU here (a v5e's limit; later ones have more)."""
@@ -40,8 +40,7 @@ def plan_for(batch: int, packed: Columns, x_bytes: int = 2) -> Plan:
     """
     K, N = packed.padded
     rows = next((b for b in _BATCH if batch <= b), _BATCH[-1])
-    group = 1 if packed.group == packed.columns else packed.group
-    inputs = max(k for k in _divisors(K, _INPUTS) if k % group == 0 or group % k == 0)
+    inputs = max(k for k in _divisors(K, _INPUTS) if whole(packed.entries, K, k))
     return check(packed, Plan(max(rows, _tile(x_bytes)), max(_divisors(N, _OUTPUTS)), inputs), x_bytes)
 
 
@@ -52,12 +51,11 @@ def check(packed: Columns, plan: Plan, x_bytes: int = 2) -> Plan:
       UserError: it does not fit the weights, or VMEM.
     """
     K, N = packed.padded
-    group = 1 if packed.group == packed.columns else packed.group
-    whole = plan.inputs % group == 0 or group % plan.inputs == 0
-    if plan.batch % _tile(x_bytes) or not (whole and _fits(N, plan.outputs) and _fits(K, plan.inputs)):
+    fits = _fits(N, plan.outputs) and _fits(K, plan.inputs) and whole(packed.entries, K, plan.inputs)
+    if plan.batch % _tile(x_bytes) or not fits:
         raise UserError(
             f"{plan} does not fit {packed.format.name} of {packed.padded}, groups of {packed.group}: batch a multiple "
-            f"of {_tile(x_bytes)}, outputs and inputs multiples of {LANES} that divide the weights', whole groups"
+            f"of {_tile(x_bytes)}, outputs and inputs multiples of {LANES} that divide the weights', whole scales"
         )
     need = memory(packed, plan, x_bytes)
     if need > VMEM:
