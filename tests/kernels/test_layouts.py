@@ -10,6 +10,7 @@ import pytest
 import qjax
 from qjax.errors import UserError
 from qjax.formats import format, format_names
+from qjax.kernels import mosaic_gpu, mosaic_tpu
 from qjax.kernels.layouts import columns
 from qjax.kernels.layouts.coding import coding, unfit
 from qjax.kernels.layouts.planar import prepack, unpack
@@ -102,7 +103,11 @@ def test_stacks_are_packed_as_one_program():
     mapped = jax.vmap(lambda leaves: prepack(q.format, leaves))(q.leaves)
     whole = jax.jit(lambda leaves: prepack(q.format, leaves))(q.leaves)
     jax.tree.map(np.testing.assert_array_equal, mapped, whole)
-    assert whole.padded == (64, 256) and jax.eval_shape(unpack, whole)["blocks"].shape == q.leaves["blocks"].shape
+    assert (
+        whole.shape == q.shape
+        and whole.padded == (64, 256)
+        and jax.eval_shape(unpack, whole)["blocks"].shape == q.leaves["blocks"].shape
+    )
 
 
 def test_bytes_that_a_kernel_reads():
@@ -114,6 +119,18 @@ def test_bytes_that_a_kernel_reads():
         n: format(n).bits_per_weight for n in ("Q4_0", "Q8_0", "int4_g128", "Q6_K", "IQ4_NL")
     }
     assert bits("Q4_K") == 4.625 and bits("Q3_K") == 3.5625 and bits("Q2_K") == 3.125
+
+
+def test_a_table_may_ask_before_there_are_weights():
+    bf16, f32 = jnp.bfloat16, jnp.float32
+    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 8, bf16) == ""
+    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 65, bf16) == "65 rows of x, not 1 to 64"
+    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 8, f32) == "x is float32, not bfloat16"
+    assert "stored in a way" in mosaic_gpu.unfit(format("NF4_dq"), (64, 512), 8, bf16)
+    assert mosaic_tpu.unfit(format("Q4_K"), (64, 512), 800, bf16) == mosaic_gpu.unfit(format("NF4"), (64, 512), 8, bf16)
+    assert "no sixteen integers" in mosaic_tpu.unfit(format("NF4"), (64, 512), 8, bf16)
+    assert "power of two" in mosaic_tpu.unfit(format("int4_g8"), (64, 512), 8, bf16)
+    assert not mosaic_gpu.no_hopper("NVIDIA H100 80GB HBM3") and mosaic_gpu.no_hopper("NVIDIA RTX 6000 Ada")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,11 @@ class Columns:
     group: int
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(*b, rows, columns)."""
+        return (*self.codes.shape[:-2], self.rows, self.columns)
+
+    @property
     def coding(self) -> Coding:
         """With what T' lacks of the levels as its center."""
         code, half = _signed(self.format)

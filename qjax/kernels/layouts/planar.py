@@ -63,6 +63,11 @@ class Planar:
     run: int
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(*b, rows, columns)."""
+        return (*self.planes[0].shape[:-2], self.rows, self.columns)
+
+    @property
     def coding(self) -> Coding:
         return coding(self.format)
 

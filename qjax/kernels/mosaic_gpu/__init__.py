@@ -4,7 +4,7 @@ product.py is the function, skeleton.py the kernel, tiles.py its tiles; integers
 decode codes in registers, in the instructions of words.py; machines.py has the two that a kernel runs on.
 """
 
-from qjax.kernels.mosaic_gpu.product import matmul, twin
+from qjax.kernels.mosaic_gpu.product import matmul, no_hopper, twin, unfit
 from qjax.kernels.mosaic_gpu.tiles import Plan, plan_for
 
-__all__ = ["Plan", "matmul", "plan_for", "twin"]
+__all__ = ["Plan", "matmul", "no_hopper", "plan_for", "twin", "unfit"]

@@ -7,13 +7,17 @@ For generation: batch 1 to 64, where a product costs the bytes of its weights. B
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 
 from qjax.errors import UserError
+from qjax.formats.protocol import Format
+from qjax.kernels.layouts import fits
 from qjax.kernels.layouts.coding import Coding
-from qjax.kernels.layouts.planar import Planar, unpack
+from qjax.kernels.layouts.planar import Planar, prepack, unpack
 from qjax.kernels.mosaic_gpu import integers, signed_bytes, skeleton, tables
 from qjax.kernels.mosaic_gpu.machines import Decode, Simulated, Warpgroup
 from qjax.kernels.mosaic_gpu.tiles import Plan, check, plan_for
@@ -63,6 +67,32 @@ def twin(x: Float[Array, "m in"], packed: Planar) -> Float[Array, "m out"]:
     _check(x, packed)
     w = packed.format.decode(*packed.format.unpack(unpack(packed)))
     return jnp.dot(x.astype(jnp.float32), w.T, precision="highest")
+
+
+def unfit(format: Format, shape: tuple[int, ...], rows: int, dtype: Any) -> str:
+    """Why the kernel cannot take a product; "" where it can.
+
+    Args:
+      format: of the weights.
+      shape: theirs, (out, in).
+      rows: of x.
+      dtype: of x.
+    """
+    if dtype != jnp.bfloat16:
+        return f"x is {jnp.dtype(dtype).name}, not bfloat16"
+    return fits.unfit(prepack, format, shape) if rows <= BATCH else f"{rows} rows of x, not 1 to {BATCH}"
+
+
+def no_hopper(kind: str) -> str:
+    """Why a GPU cannot run the kernel: wgmma is sm_90's alone. "" where it can.
+
+    Args:
+      kind: `device_kind` of a device, or of a mesh's abstract device.
+
+    >>> no_hopper("NVIDIA H200"), no_hopper("NVIDIA A100-SXM4-80GB")
+    ('', 'NVIDIA A100-SXM4-80GB is no Hopper')
+    """
+    return "" if re.search(r"\bG?H(100|200|800|20)\b", kind) else f"{kind} is no Hopper"
 
 
 def decoder(code: Coding) -> Decode:

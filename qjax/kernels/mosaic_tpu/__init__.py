@@ -3,7 +3,7 @@
 product.py is the function, kernel.py the kernel, tiles.py its tiles, inputs.py rounds x to int8.
 """
 
-from qjax.kernels.mosaic_tpu.product import matmul, twin
+from qjax.kernels.mosaic_tpu.product import matmul, twin, unfit
 from qjax.kernels.mosaic_tpu.tiles import Plan, plan_for
 
-__all__ = ["Plan", "matmul", "plan_for", "twin"]
+__all__ = ["Plan", "matmul", "plan_for", "twin", "unfit"]

@@ -6,10 +6,14 @@ y[m, n] = sum_k x[m, k] w_hat[n, k]        w4a16, w8a16        x as it is, bfloa
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from qjax.errors import UserError
-from qjax.kernels.layouts.columns import Columns, unpack
+from qjax.formats.protocol import Format
+from qjax.kernels.layouts import fits
+from qjax.kernels.layouts.columns import Columns, prepack, unpack
 from qjax.kernels.layouts.scales import up
 from qjax.kernels.mosaic_tpu import kernel
 from qjax.kernels.mosaic_tpu.inputs import rounded
@@ -69,6 +73,20 @@ def twin(x: Float[Array, "m in"], packed: Columns, input_bits: int = 16) -> Floa
         return jnp.dot(x.astype(jnp.float32), w.T, precision="highest")
     q, a = rounded(x)
     return jnp.dot(q.astype(jnp.float32), w.T, precision="highest") * a[:, None]
+
+
+def unfit(format: Format, shape: tuple[int, ...], rows: int, dtype: Any) -> str:
+    """Why the kernel cannot take a product; "" where it can.
+
+    Args:
+      format: of the weights.
+      shape: theirs, (out, in).
+      rows: of x; any.
+      dtype: of x.
+    """
+    return (
+        fits.unfit(prepack, format, shape) if dtype == jnp.bfloat16 else f"x is {jnp.dtype(dtype).name}, not bfloat16"
+    )
 
 
 def _check(x: Array, packed: Columns, input_bits: int) -> int:
