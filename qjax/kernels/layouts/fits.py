@@ -15,8 +15,7 @@ from qjax.formats.grid import Grid
 from qjax.formats.protocol import Format, Leaves
 
 
-@cache
-def unfit(prepack: Callable[[Any, Leaves], Any], format: Any, shape: tuple[int, ...]) -> str:
+def unfit(prepack: Callable[[Any, Leaves], Any], format: Format, shape: tuple[int, ...]) -> str:
     """Why `prepack` cannot take weights; "" where it can.
 
     Args:
@@ -29,6 +28,11 @@ def unfit(prepack: Callable[[Any, Leaves], Any], format: Any, shape: tuple[int, 
     >>> unfit(planar.prepack, format("Q4_K"), (64, 512)), unfit(planar.prepack, format("Q4_K"), (512,))
     ('', 'a kernel takes a matrix (rows, columns), got Q4_K of shape (512,)')
     """
+    return _unfit(prepack, format, shape)  # type: ignore[arg-type]  # a frozen record is hashable
+
+
+@cache
+def _unfit(prepack: Any, format: Any, shape: tuple[int, ...]) -> str:
     try:
         jax.eval_shape(partial(prepack, format), _leaves(format, shape))
     except UserError as error:
