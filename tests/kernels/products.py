@@ -21,6 +21,11 @@ def inputs(rng, batch, columns):
     return jnp.asarray(rng.standard_normal((batch, columns)) + 0.5, jnp.bfloat16)
 
 
+def exact(rng, batch, columns):
+    """float32 inputs that no bfloat16 are."""
+    return jnp.asarray(rng.standard_normal((batch, columns)) + 0.5, jnp.float32)
+
+
 def product(x, fmt, leaves):
     """y in float64 and the sum of its terms' magnitudes: f64[batch, rows] each.
 

@@ -124,8 +124,9 @@ def test_bytes_that_a_kernel_reads():
 def test_a_table_may_ask_before_there_are_weights():
     bf16, f32 = jnp.bfloat16, jnp.float32
     assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 8, bf16) == ""
-    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 65, bf16) == "65 rows of x, not 1 to 64"
-    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 8, f32) == "x is float32, not bfloat16"
+    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 65, bf16) == "65 rows of bfloat16, not 1 to 64"
+    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 22, f32) == "22 rows of float32, not 1 to 21"
+    assert mosaic_gpu.unfit(format("Q4_K"), (64, 512), 8, jnp.int8) == "x is int8, not bfloat16, float16 or float32"
     assert "stored in a way" in mosaic_gpu.unfit(format("NF4_dq"), (64, 512), 8, bf16)
     assert mosaic_tpu.unfit(format("Q4_K"), (64, 512), 800, bf16) == mosaic_gpu.unfit(format("NF4"), (64, 512), 8, bf16)
     assert "no sixteen integers" in mosaic_tpu.unfit(format("NF4"), (64, 512), 8, bf16)

@@ -3,6 +3,7 @@
     y[m, n] = sum_k x[m, k] w_hat[n, k]
 
 For generation: batch 1 to 64, where a product costs the bytes of its weights. Beyond that decode once and multiply.
+float32 inputs are three bfloat16 parts each, more rows of the batch, and lose nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
+from qjax.kernels import inputs
 from qjax.kernels.layouts import fits
 from qjax.kernels.layouts.coding import Coding
 from qjax.kernels.layouts.planar import Planar, prepack, unpack
@@ -32,12 +34,12 @@ def matmul(
     """x times packed weights, on an sm_90 GPU.
 
     Args:
-      x: bf16[m, in], m from 1 to 64.
+      x: bf16[m, in], m from 1 to 64; f16, up to 32; f32, up to 21.
       packed: weights (out, in) from `layouts.planar.prepack`.
-      plan: tiles other than those that `plan` chooses.
+      plan: tiles other than those that `plan_for` chooses, for all parts of x.
       interpret: run jax's interpreter instead of a GPU, for tests.
 
-    Returns: bf16[m, out], accumulated in float32; the codes' levels and x enter as bfloat16, the scales as they are.
+    Returns: [m, out] of x's type, accumulated in float32; x and scales enter as they are, levels as bfloat16.
 
     Raises:
       UserError: another type or shape of x, a stack of matrices, or tiles that do not fit into shared memory.
@@ -51,15 +53,17 @@ def accumulate(
     x: Float[Array, "m in"], packed: Planar, plan: Plan | None = None, interpret: bool = False
 ) -> Float[Array, "m out"]:
     """`matmul` before it is rounded to x's type: f32[m, out]."""
-    batch = _check(x, packed)
+    m = _check(x, packed)
+    x = inputs.parts(x)
+    batch = x.shape[0]
     plan = plan_for(batch, packed) if plan is None else check(packed, plan)
     K = packed.padded[1]
     x = jnp.pad(x, ((0, plan.batch - batch), (0, K - packed.columns)))
     groups = max(K // packed.group, 1)
     sums = x.astype(jnp.float32).reshape(plan.batch, groups, -1).sum(axis=-1).T
     machine = Simulated() if interpret else Warpgroup()
-    parts = skeleton.run(x, sums, packed, plan, decoder(packed.coding), machine)
-    return parts.sum(axis=0).T[:batch, : packed.rows]
+    splits = skeleton.run(x, sums, packed, plan, decoder(packed.coding), machine)
+    return inputs.whole(splits.sum(axis=0).T[:batch, : packed.rows], m)
 
 
 def twin(x: Float[Array, "m in"], packed: Planar) -> Float[Array, "m out"]:
@@ -78,9 +82,7 @@ def unfit(format: Format, shape: tuple[int, ...], rows: int, dtype: Any) -> str:
       rows: of x.
       dtype: of x.
     """
-    if dtype != jnp.bfloat16:
-        return f"x is {jnp.dtype(dtype).name}, not bfloat16"
-    return fits.unfit(prepack, format, shape) if rows <= BATCH else f"{rows} rows of x, not 1 to {BATCH}"
+    return inputs.unfit(dtype) or _crowded(rows, dtype) or fits.unfit(prepack, format, shape)
 
 
 def no_hopper(kind: str) -> str:
@@ -103,12 +105,17 @@ def decoder(code: Coding) -> Decode:
 
 
 def _check(x: Array, packed: Planar) -> int:
-    """The batch."""
+    """Rows of x."""
     if packed.planes[0].ndim != 2:
         raise UserError(f"a kernel takes one matrix, got a stack of {packed.format.name}; scan over it")
-    if x.ndim != 2 or x.shape[1] != packed.columns or x.dtype != jnp.bfloat16 or not 0 < x.shape[0] <= BATCH:
-        raise UserError(
-            f"a kernel of {packed.format.name} takes bfloat16 [1 to {BATCH}, {packed.columns}], got "
-            f"{x.dtype}{list(x.shape)}"
-        )
+    if x.ndim != 2 or x.shape[1] != packed.columns:
+        raise UserError(f"a kernel of these weights takes x [m, {packed.columns}], got {list(x.shape)}")
+    why = inputs.unfit(x.dtype) or _crowded(x.shape[0], x.dtype)
+    if why:
+        raise UserError(f"the kernel does not take this x: {why}")
     return x.shape[0]
+
+
+def _crowded(rows: int, dtype: Any) -> str:
+    most = BATCH // inputs.PARTS[jnp.dtype(dtype)]
+    return "" if 0 < rows <= most else f"{rows} rows of {jnp.dtype(dtype).name}, not 1 to {most}"

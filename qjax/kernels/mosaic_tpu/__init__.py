@@ -1,6 +1,6 @@
 """Matrix products with packed weights on TPUs, written in Pallas.
 
-product.py is the function, kernel.py the kernel, tiles.py its tiles, inputs.py rounds x to int8.
+product.py is the function, kernel.py the kernel, tiles.py its tiles.
 """
 
 from qjax.kernels.mosaic_tpu.product import matmul, twin, unfit
