@@ -36,6 +36,8 @@ CASES = [
     ("uint4_g64_zf16", 64, 128, 2),
     ("uint8_g128", 64, 384, 2),
     ("int8_row", 64, 360, 3),
+    ("uint4_row", 64, 80, 2),
+    ("uint4_row", 64, 600, 2),  # three steps under one scale and zero point
     ("int3_g64_mid_mse", 64, 640, 2),
     ("uint2_g64", 64, 576, 5),
     ("int3_g128", 64, 640, 2),

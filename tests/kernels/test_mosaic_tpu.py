@@ -28,6 +28,8 @@ CASES = [
     ("uint4_g64_zf16", 64, 128, 150, 16),
     ("uint8_g128", 64, 384, 2, 8),
     ("int8_row", 64, 360, 3, 16),
+    ("uint4_row", 64, 40, 2, 16),
+    ("uint4_row", 64, 2100, 2, 16),  # several steps under one scale and zero point
     ("int3_g64_mid_mse", 64, 640, 2, 16),
     ("Q3_K", 64, 512, 8, 8),
     ("Q4_1", 64, 160, 2, 16),

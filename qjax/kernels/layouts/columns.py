@@ -46,7 +46,7 @@ class Columns:
       scales: by the format's own names.
       format: a Grid that has a `Coding` of integers.
       rows, columns: outputs and inputs without padding.
-      group: inputs under one scale; those of the row, where it has one.
+      group: inputs under one scale; K where the row has one.
     """
 
     codes: Any  # Array; Any, because shapes and shardings pass through here too
@@ -130,7 +130,7 @@ def prepack(format: Grid, leaves: Leaves) -> Columns:
         x = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bfloat16)
         kept[name] = pad(x, N, padded_entries(x.shape[-1], n, K)).swapaxes(-1, -2)[..., None, :]
     T = pad(T, N, K).swapaxes(-1, -2).astype(_type(code, half))
-    return Columns(T, kept, format, rows, n, group)
+    return Columns(T, kept, format, rows, n, K if group == n else group)
 
 
 def unpack(packed: Columns) -> Leaves:

@@ -50,7 +50,7 @@ class Planar:
       scales: by the format's own names.
       format: a Grid that has a `Coding`.
       rows, columns: without padding.
-      group: columns under one scale; those of the row, where it has one.
+      group: columns under one scale; K where the row has one.
       run: P.
     """
 
@@ -120,7 +120,7 @@ def prepack(format: Grid, leaves: Leaves) -> Planar:
     for name, x in matrices(scales, codes.shape).items():
         x = x.astype(file_type(format, leaves, name, x))
         kept[name] = pad(x, N, padded_entries(x.shape[-1], n, K)).swapaxes(-1, -2)
-    return Planar(planes, kept, format, rows, n, group, run)
+    return Planar(planes, kept, format, rows, n, K if group == n else group, run)
 
 
 def unpack(packed: Planar) -> Leaves:

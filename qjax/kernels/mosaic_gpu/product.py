@@ -59,8 +59,7 @@ def accumulate(
     plan = plan_for(batch, packed) if plan is None else check(packed, plan)
     K = packed.padded[1]
     x = jnp.pad(x, ((0, plan.batch - batch), (0, K - packed.columns)))
-    groups = max(K // packed.group, 1)
-    sums = x.astype(jnp.float32).reshape(plan.batch, groups, -1).sum(axis=-1).T
+    sums = x.astype(jnp.float32).reshape(plan.batch, -1, min(packed.group, plan.columns)).sum(axis=-1).T
     machine = Simulated() if interpret else Warpgroup()
     splits = skeleton.run(x, sums, packed, plan, decoder(packed.coding), machine)
     return inputs.whole(splits.sum(axis=0).T[:batch, : packed.rows], m)

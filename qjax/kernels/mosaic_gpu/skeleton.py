@@ -42,7 +42,8 @@ def run(
 
     Args:
       x: bf16, padded to the plan's batch and the packed columns.
-      sums: f32, X of the module's docstring; not read where the coding has no offset.
+      sums: f32, X of the module's docstring, of a step's columns where a group has more; not read where the coding
+        has no offset.
     """
     N, K = packed.padded
     code, shape = packed.coding, (ROWS, plan.batch)
@@ -120,7 +121,7 @@ def _specs(packed: Planar, plan: Plan, rows: Any, base: Any) -> list[Any]:
     specs.append(plgpu.BlockSpec((plan.batch, columns), lambda k: (0, base + k), transforms=tiles))
     specs += [under(x.shape[-2], ROWS, rows) for x in packed.scales.values()]
     if packed.coding.ranged:
-        specs.append(under(max(K // packed.group, 1), plan.batch, 0))
+        specs.append(under(K // min(packed.group, columns), plan.batch, 0))
     return specs
 
 
