@@ -278,6 +278,19 @@ MUTANTS = (
            KERNELS + "test_a_mesh_multiplies_where_the_packed_weights_lie[Q4_0-weights1-inputs1-output1-moved1]"),
     Mutant("sums-of-few-bits", "kernels/xla.py", "jnp.round(x / unit)", "256 * jnp.round(x / unit / 256)",
            KERNELS + "test_sums_in_whole_numbers_keep_twenty_bits[Q4_0]"),
+    Mutant("half-levels-without-half", "kernels/layouts/coding.py", "0.5 * levels.half", "0.0 * levels.half",
+           "kernels/test_layouts.py::test_levels_are_the_formats[int3_g64_mid_mse]"),
+    Mutant("shift-for-every-run", "kernels/mosaic_gpu/integers.py", "1 + (_MANTISSA - bits) // first", "1",
+           "kernels/test_words.py::test_instructions_a_weight_are_those_of_the_budget[Q2_K-1.125]"),
+    Mutant("table-of-eight", "kernels/mosaic_gpu/tables.py", "ops.shift(planes[0], 3)", "ops.shift(planes[0], 2)",
+           "kernels/test_words.py::test_every_code_in_every_run_is_its_level[NF4]"),
+    Mutant("kernel-without-minima", "kernels/mosaic_gpu/skeleton.py", "if o is not None:", "if False:",
+           "kernels/test_mosaic_gpu.py::test_sums_are_rounded_and_nothing_else[Q4_1-64-160-2]"),
+    Mutant("half-a-scale-a-step", "kernels/layouts/scales.py",
+           "return all(n == 1 or columns % (K // n) == 0 or K // n % columns == 0 for n in counts)", "return True",
+           "kernels/test_mosaic_tpu.py::test_sums_are_rounded_and_nothing_else[Q4_K-128-1280-17-16]"),
+    Mutant("few-programs", "kernels/mosaic_gpu/tiles.py", "_PROGRAMS = 512", "_PROGRAMS = 128",
+           "kernels/test_mosaic_gpu.py::test_plans_fit[Q8_0]"),
 )
 # fmt: on
 

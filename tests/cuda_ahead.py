@@ -22,7 +22,10 @@ def compiled(fn: Any, *shapes: Any) -> Any:
     plugins = importlib.util.find_spec("jax_plugins")
     if plugins is None or not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{v}") for v in (12, 13)):
         pytest.skip("compiling for CUDA wants the plugin of jax[cuda]")
-    chip = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    try:
+        chip = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    except NotImplementedError:  # the plugin found no driver, and was not told to leave it alone
+        pytest.skip("compiling for CUDA without a GPU wants JAX_PLATFORMS=cpu")
     mesh = topologies.make_mesh(chip, (1,), ("x",))
     where = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
