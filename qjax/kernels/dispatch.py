@@ -1,4 +1,4 @@
-"""Which kernel multiplies with packed weights: the first line of TABLE that fits, for each platform.
+"""Which kernel multiplies with packed weights: the first line of TABLE that fits, on the platform a program is for.
 
     Kernel("cpu", "xla", "sums", xla.sums, fits, about)       a new kernel is such a line, above those it is better than
 
@@ -120,23 +120,26 @@ def choice(
     return None, passed
 
 
-def chosen(call: Call, implementation: Implementation) -> dict[Platform, Kernel]:
-    """The kernel of each platform that has one.
+def chosen(call: Call, implementation: Implementation) -> Kernel:
+    """The kernel where the program is to run (`running_on`).
 
     Raises:
-      UserError: an unknown implementation, or one that has no kernel for this call where the program is to run.
+      UserError: an unknown implementation, or one that has no kernel for this call there.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"implementation={implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
-    found = {p: choice(call, p, implementation) for p in PLATFORMS}
     here = running_on()
-    if here in found and found[here][0] is None:
-        reasons = [f"{kernel.name}: {reason}" for kernel, reason in found[here][1]] or ["there is none yet"]
+    platform = next((p for p in PLATFORMS if p == here), None)
+    if platform is None and implementation != "pallas":
+        return ELSEWHERE
+    kernel, passed = choice(call, platform, implementation) if platform else (None, [])
+    if kernel is None:
+        reasons = [f"{other.name}: {reason}" for other, reason in passed] or ["there is none yet"]
         raise UserError(
             f"no {implementation} kernel on {here} takes {call.format.name} weights {list(call.shape)} and {call.rows} "
             f"rows of {call.dtype} ({'; '.join(reasons)}); implementation='auto' takes what there is (`qjax kernels`)"
         )
-    return {p: kernel for p, (kernel, _) in found.items() if kernel is not None}
+    return kernel
 
 
 def running_on() -> str:
