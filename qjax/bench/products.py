@@ -22,7 +22,8 @@ from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
 from qjax.kernels import TABLE, Call, Kernel
-from qjax.kernels.dispatch import Implementation, chosen, running_on
+from qjax.kernels.dispatch import chosen, running_on
+from qjax.kernels.kernel import Implementation
 from qjax.kernels.prepacked import laid_out
 from qjax.tensor import check_length, dequantize, quantize
 from qjax.typing import Array

@@ -21,7 +21,8 @@ from jax import lax
 
 from qjax.formats.protocol import Format, Leaves
 from qjax.kernels import partition, xla
-from qjax.kernels.dispatch import ELSEWHERE, Call, Implementation, Kernel, chosen
+from qjax.kernels.dispatch import ELSEWHERE, chosen
+from qjax.kernels.kernel import Call, Implementation, Kernel
 from qjax.kernels.prepacked import bare, laid_out
 from qjax.typing import Array, Shaped
 
