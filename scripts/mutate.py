@@ -252,6 +252,12 @@ MUTANTS = (
            KERNELS + "test_a_mesh_multiplies_where_the_packed_weights_lie[Q4_0-weights1-inputs1-output1-moved1]"),
     Mutant("sums-of-few-bits", "kernels/xla.py", "jnp.round(x / unit)", "256 * jnp.round(x / unit / 256)",
            KERNELS + "test_sums_in_whole_numbers_keep_twenty_bits[Q4_0]"),
+    Mutant("layout-made-at-each-call", "kernels/prepacked.py", "if format.layout == layout:", "if False:",
+           KERNELS + "test_prepacked_weights_are_the_same_weights"),
+    Mutant("packed-parts-decoded", "models/parts.py", "return self.model.params[name]", "return self.model.part(name)",
+           "models/test_packed_generation.py::test_weights_are_prepacked_once_for_the_kernel_of_a_step"),
+    Mutant("one-matrix-timed-again", "bench/products.py", "jnp.roll(leaf, k, axis=0)", "jnp.roll(leaf, 0, axis=0)",
+           "test_bench.py::test_every_product_of_a_program_has_weights_of_its_own"),
 )
 # fmt: on
 
