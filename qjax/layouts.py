@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from qjax.kernels import PLATFORMS, Call, choice
-from qjax.kernels.dispatch import Implementation, Platform, running_on
+from qjax.kernels.dispatch import running_on
+from qjax.kernels.kernel import Implementation, Platform
 from qjax.kernels.prepacked import Prepacked, bare
 from qjax.tensor import QTensor, is_qtensor
 

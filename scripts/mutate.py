@@ -291,6 +291,12 @@ MUTANTS = (
            "kernels/test_mosaic_tpu.py::test_sums_are_rounded_and_nothing_else[Q4_K-128-1280-17-16]"),
     Mutant("few-programs", "kernels/mosaic_gpu/tiles.py", "_PROGRAMS = 512", "_PROGRAMS = 128",
            "kernels/test_mosaic_gpu.py::test_plans_fit[Q8_0]"),
+    Mutant("layout-made-at-each-call", "kernels/prepacked.py", "if format.layout == layout:", "if False:",
+           KERNELS + "test_prepacked_weights_are_the_same_weights"),
+    Mutant("packed-parts-decoded", "models/parts.py", "return self.model.params[name]", "return self.model.part(name)",
+           "models/test_packed_generation.py::test_weights_are_prepacked_once_for_the_kernel_of_a_step"),
+    Mutant("one-matrix-timed-again", "bench/products.py", "jnp.roll(leaf, k, axis=0)", "jnp.roll(leaf, 0, axis=0)",
+           "test_bench.py::test_every_product_of_a_program_has_weights_of_its_own"),
 )
 # fmt: on
 

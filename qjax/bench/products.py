@@ -22,7 +22,8 @@ from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
 from qjax.kernels import TABLE, Call, Kernel
-from qjax.kernels.dispatch import ELSEWHERE, Implementation, chosen, running_on
+from qjax.kernels.dispatch import chosen, running_on
+from qjax.kernels.kernel import Implementation
 from qjax.kernels.prepacked import laid_out
 from qjax.tensor import check_length, dequantize, quantize
 from qjax.typing import Array
@@ -118,7 +119,7 @@ def _dense(x: Array, w: Array) -> Array:
 def _kernels(c: Contest, call: Call) -> list[Kernel]:
     """The one that `dot` takes, or all that fit."""
     here = running_on()
-    best = chosen(call, c.implementation).get(here, ELSEWHERE)  # type: ignore[call-overload]
+    best = chosen(call, c.implementation)
     wanted = ("xla", "pallas") if c.implementation == "auto" else (c.implementation,)
     others = [k for k in TABLE if k.platform == here and k.implementation in wanted and not k.fits(call)]
     return [best, *(k for k in others if k is not best)] if c.every else [best]

@@ -1,5 +1,6 @@
 """Multiply with packed weights: y[*b, *o] = sum_n x[*b, n] w_hat[*o, n], w_hat never whole where a kernel can help it.
 
+    kernel      what a kernel is, and what it is asked for
     dispatch    the table of kernels: which of them runs, by format, platform and rows of x
     product     the one operation: its gradient, its vmap, how it is cut over a mesh
     prepacked   weights in a kernel's own layout, made once
@@ -8,7 +9,8 @@
 A kernel is a line of `TABLE`, first that fits first; `qjax kernels` prints what it says.
 """
 
-from qjax.kernels.dispatch import PLATFORMS, TABLE, Call, Kernel, Platform, choice
+from qjax.kernels.dispatch import TABLE, choice
+from qjax.kernels.kernel import PLATFORMS, Call, Kernel, Platform
 from qjax.kernels.prepacked import Layout, Prepacked
 from qjax.kernels.product import matmul
 

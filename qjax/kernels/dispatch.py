@@ -1,4 +1,4 @@
-"""Which kernel multiplies with packed weights: the first line of TABLE that fits, for each platform.
+"""Which kernel multiplies with packed weights: the first line of TABLE that fits, on the platform a program is for.
 
     Kernel("cpu", "xla", "sums", xla.sums, fits, about)       a new kernel is such a line, above those it is better than
 
@@ -8,65 +8,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Format
 from qjax.kernels import xla
-from qjax.kernels.prepacked import Layout
-
-Platform = Literal["cpu", "cuda", "tpu"]
-Implementation = Literal["auto", "xla", "pallas"]
-PLATFORMS: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
-FLOAT32 = np.dtype(np.float32)
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "xla", "pallas")
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A product, before it is made.
-
-    Attributes:
-      format: of the weights.
-      shape: of one matrix of them, (*o, n).
-      rows: of x.
-      dtype: of x.
-    """
-
-    format: Format
-    shape: tuple[int, ...]
-    rows: int
-    dtype: Any = FLOAT32
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One way of multiplying.
-
-    Attributes:
-      platform: where it runs.
-      implementation: what it is written in.
-      name: its name.
-      matmul: (x [m, n], leaves, format, precision) -> y [m, *o], of x's type; the leaves in its layout.
-      fits: why it cannot take a call; "" where it can.
-      about: what it does.
-      stack: how a stack of matrices goes through: one after another, or all at once.
-      layout: how it has weights lie; None: as their format packs them. `qjax.prepack` brings them into it once, at
-        load; others are brought into it within the program, at each call.
-    """
-
-    platform: Platform
-    implementation: Literal["xla", "pallas"]
-    name: str
-    matmul: Callable[..., Any]
-    fits: Callable[[Call], str]
-    about: str
-    stack: Literal["map", "vmap"] = "map"
-    layout: Layout | None = None
+from qjax.kernels.kernel import FLOAT32, IMPLEMENTATIONS, PLATFORMS, Call, Implementation, Kernel, Platform
 
 
 def _sums(call: Call) -> str:
@@ -120,23 +67,26 @@ def choice(
     return None, passed
 
 
-def chosen(call: Call, implementation: Implementation) -> dict[Platform, Kernel]:
-    """The kernel of each platform that has one.
+def chosen(call: Call, implementation: Implementation) -> Kernel:
+    """The kernel where the program is to run (`running_on`).
 
     Raises:
-      UserError: an unknown implementation, or one that has no kernel for this call where the program is to run.
+      UserError: an unknown implementation, or one that has no kernel for this call there.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"implementation={implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
-    found = {p: choice(call, p, implementation) for p in PLATFORMS}
     here = running_on()
-    if here in found and found[here][0] is None:
-        reasons = [f"{kernel.name}: {reason}" for kernel, reason in found[here][1]] or ["there is none yet"]
+    platform = next((p for p in PLATFORMS if p == here), None)
+    if platform is None and implementation != "pallas":
+        return ELSEWHERE
+    kernel, passed = choice(call, platform, implementation) if platform else (None, [])
+    if kernel is None:
+        reasons = [f"{other.name}: {reason}" for other, reason in passed] or ["there is none yet"]
         raise UserError(
             f"no {implementation} kernel on {here} takes {call.format.name} weights {list(call.shape)} and {call.rows} "
             f"rows of {call.dtype} ({'; '.join(reasons)}); implementation='auto' takes what there is (`qjax kernels`)"
         )
-    return {p: kernel for p, (kernel, _) in found.items() if kernel is not None}
+    return kernel
 
 
 def running_on() -> str:

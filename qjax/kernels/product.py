@@ -21,7 +21,8 @@ from jax import lax
 
 from qjax.formats.protocol import Format, Leaves
 from qjax.kernels import partition, xla
-from qjax.kernels.dispatch import ELSEWHERE, Call, Implementation, Kernel, chosen
+from qjax.kernels.dispatch import ELSEWHERE, chosen
+from qjax.kernels.kernel import Call, Implementation, Kernel
 from qjax.kernels.prepacked import bare, laid_out
 from qjax.typing import Array, Shaped
 
@@ -112,11 +113,11 @@ def _mapped(how: Product) -> Any:
 
 
 def run(how: Product, x: Array, leaves: Leaves) -> Array:
-    """The product on one device, by the kernel of its platform."""
+    """The product on one device: by the kernel of the platform that it is traced for; lowered for another, by
+    `xla.whole`."""
     *_, rows, n = x.shape
     format = bare(how.format)
-    call = Call(format, (*how.outer(leaves), n), rows, x.dtype)
-    kernels = chosen(call, how.implementation)
+    kernel = chosen(Call(format, (*how.outer(leaves), n), rows, x.dtype), how.implementation)
 
     def of(kernel: Kernel) -> Any:
         def one(x: Array, leaves: Leaves) -> Array:
@@ -126,9 +127,9 @@ def run(how: Product, x: Array, leaves: Leaves) -> Array:
             one = _over(one) if kernel.stack == "map" else jax.vmap(one)
         return one
 
+    own = {} if kernel.matmul is ELSEWHERE.matmul else {kernel.platform: of(kernel)}
     if how.implementation == "pallas":
-        return lax.platform_dependent(x, leaves, **{platform: of(kernel) for platform, kernel in kernels.items()})
-    own = {platform: of(kernel) for platform, kernel in kernels.items() if kernel.name != ELSEWHERE.name}
+        return lax.platform_dependent(x, leaves, **own)
     return lax.platform_dependent(x, leaves, **own, default=of(ELSEWHERE))
 
 

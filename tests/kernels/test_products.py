@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from jaxprs import products
 
@@ -203,6 +203,14 @@ turned = Layout(  # [blocks, rows, bytes]
     lambda packed: (*packed.shape[:-3], packed.shape[-2], packed.shape[-3] * 32),
 )
 OWN = Kernel("cpu", "pallas", "own", doubled, of_few_rows, "", layout=turned)
+
+
+def test_the_mesh_in_force_says_for_which_platform():
+    chip = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    assert dispatch.running_on() == "cpu"
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
+        assert dispatch.running_on() == "cuda"
+        assert dispatch.chosen(Call(qjax.format("Q4_0"), (64, 256), 1), "auto").name == "whole"
 
 
 def test_a_kernel_is_a_line_of_the_table(rng, monkeypatch):
