@@ -85,7 +85,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of all leaves: codes, scales, padding, and what reparametrizations keep (seeds, scales, outliers)."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.leaves, self.applied)))
+        return sum(map(stored_bytes, jax.tree.leaves((self.leaves, self.applied))))
 
     @property
     def bits_per_weight(self) -> float:
@@ -124,7 +124,14 @@ def _stored(leaf: Any) -> tuple[str, str, str]:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         return type(leaf).__name__, "", ""
     shape = " x ".join(map(str, leaf.shape))
-    return str(leaf.dtype), shape, size(math.prod(leaf.shape) * leaf.dtype.itemsize)
+    return str(leaf.dtype), shape, size(stored_bytes(leaf))
+
+
+def stored_bytes(leaf: Any) -> int:
+    """Bytes of an array as a device holds it: two int4 in one."""
+    integers = jnp.issubdtype(leaf.dtype, jnp.integer)
+    bits = jnp.iinfo(leaf.dtype).bits if integers else 8 * leaf.dtype.itemsize
+    return -(-math.prod(leaf.shape) * bits // 8)
 
 
 def is_qtensor(x: Any) -> bool:

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 
 from qjax.errors import UserError
-from qjax.kernels import xla
+from qjax.kernels import accelerators, xla
 from qjax.kernels.kernel import FLOAT32, IMPLEMENTATIONS, PLATFORMS, Call, Implementation, Kernel, Platform
 
 
@@ -32,10 +32,17 @@ def _always(call: Call) -> str:
     return ""
 
 
+def _lies_otherwise(kernel: Kernel, call: Call) -> str:
+    """To lay weights out at each call costs more than to decode them."""
+    unpacked = kernel.layout is not None and not call.prepacked
+    return "weights lie as their format packs them: qjax.prepack lays them out, once" if unpacked else ""
+
+
 ELSEWHERE = Kernel("cuda", "xla", "whole", xla.whole, _always, "decoded in the program, then one product", stack="vmap")
 """What any platform runs that the table does not name."""
 
 TABLE: tuple[Kernel, ...] = (
+    *accelerators.LINES,
     Kernel("cpu", "xla", "sums", xla.sums, _sums, "one row of x in whole numbers: int32 sums over the codes"),
     Kernel("cpu", "xla", "strips", xla.strips, _strips, "a few rows of weights at a time, decoded in the cache"),
     Kernel("cpu", "xla", "first", xla.first, _always, "decoded in the program, then one product with weights first"),
@@ -60,7 +67,7 @@ def choice(
     for kernel in TABLE:
         if kernel.platform != platform or implementation not in ("auto", kernel.implementation):
             continue
-        reason = kernel.fits(call)
+        reason = _lies_otherwise(kernel, call) or kernel.fits(call)
         if not reason:
             return kernel, passed
         passed.append((kernel, reason))

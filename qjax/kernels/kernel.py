@@ -27,12 +27,14 @@ class Call:
       shape: of one matrix of them, (*o, n).
       rows: of x.
       dtype: of x.
+      prepacked: whether its weights may lie as a kernel wants them: they do, or are brought into its layout for this.
     """
 
     format: Format
     shape: tuple[int, ...]
     rows: int
     dtype: Any = FLOAT32
+    prepacked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Kernel:
       about: what it does.
       stack: how a stack of matrices goes through: one after another, or all at once.
       layout: how it has weights lie; None: as their format packs them. `qjax.prepack` brings them into it once, at
-        load; others are brought into it within the program, at each call.
+        load; others it takes where it is asked for by name, and they are laid out within the program, at each call.
     """
 
     platform: Platform

@@ -23,7 +23,7 @@ from qjax.formats.protocol import Format, Leaves
 from qjax.kernels import partition, xla
 from qjax.kernels.dispatch import ELSEWHERE, chosen
 from qjax.kernels.kernel import Call, Implementation, Kernel
-from qjax.kernels.prepacked import bare, laid_out
+from qjax.kernels.prepacked import Prepacked, bare, laid_out
 from qjax.typing import Array, Shaped
 
 
@@ -117,7 +117,8 @@ def run(how: Product, x: Array, leaves: Leaves) -> Array:
     `xla.whole`."""
     *_, rows, n = x.shape
     format = bare(how.format)
-    kernel = chosen(Call(format, (*how.outer(leaves), n), rows, x.dtype), how.implementation)
+    prepacked = isinstance(how.format, Prepacked) or how.implementation == "pallas"
+    kernel = chosen(Call(format, (*how.outer(leaves), n), rows, x.dtype, prepacked), how.implementation)
 
     def of(kernel: Kernel) -> Any:
         def one(x: Array, leaves: Leaves) -> Array:

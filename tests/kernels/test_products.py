@@ -170,8 +170,8 @@ def test_a_program_for_another_platform_has_its_kernels(rng, monkeypatch):
         ("Q8_0", 1, jnp.float32, "cpu", "strips"),
         ("Q4_K", 1, jnp.float32, "cpu", "strips"),
         ("FP8_E4M3_tensor", 1, jnp.float32, "cpu", "first"),
-        ("Q4_0", 1, jnp.float32, "cuda", "whole"),
-        ("Q4_0", 1, jnp.float32, "tpu", "whole"),
+        ("Q4_0", 1, jnp.float32, "cuda", "mosaic_gpu"),
+        ("Q4_0", 1, jnp.float32, "tpu", "mosaic_tpu"),
     ],
 )
 def test_which_kernel_is_chosen(name, rows, dtype, platform, kernel):
@@ -210,15 +210,16 @@ def test_the_mesh_in_force_says_for_which_platform():
     assert dispatch.running_on() == "cpu"
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
         assert dispatch.running_on() == "cuda"
-        assert dispatch.chosen(Call(qjax.format("Q4_0"), (64, 256), 1), "auto").name == "whole"
+        assert dispatch.chosen(Call(qjax.format("Q4_0"), (64, 256), 1), "auto").name == "mosaic_gpu"
 
 
 def test_a_kernel_is_a_line_of_the_table(rng, monkeypatch):
-    """Its layout is made for it, `fits` decides, and the other implementation stays to be had."""
+    """`fits` decides; weights that lie otherwise are laid out for it where it is asked for, else another takes them."""
     monkeypatch.setattr(dispatch, "TABLE", (OWN, *TABLE))
     q, x = qjax.quantize(drawn(rng, 24, 32), "Q8_0"), drawn(rng, 5, 32)
     once = exact(x, q)[0]
-    np.testing.assert_allclose(qjax.dot(x[:2], q), 2 * once[:2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(qjax.dot(x[:2], q), once[:2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(qjax.dot(x[:2], qjax.prepack(q)), 2 * once[:2], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(qjax.dot(x[:2], q, "pallas"), 2 * once[:2], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(qjax.dot(x[:2], q, "xla"), once[:2], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(qjax.dot(x, q), once, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,61 @@
+"""The lines of the table that are written in Pallas: for Hopper GPUs and for TPUs.
+
+Their modules are imported when they are first asked, which takes as long as half of qjax.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import jax
+
+from qjax.formats.protocol import Format, Leaves
+from qjax.kernels.kernel import Call, Kernel
+from qjax.kernels.prepacked import Layout
+
+
+def _gpu() -> Any:
+    return import_module("qjax.kernels.mosaic_gpu")
+
+
+def _tpu() -> Any:
+    return import_module("qjax.kernels.mosaic_tpu")
+
+
+def _layout(name: str) -> Layout:
+    """A layout of qjax.kernels.layouts."""
+
+    def of() -> Any:
+        return import_module(f"qjax.kernels.layouts.{name}")
+
+    def prepack(format: Format, leaves: Leaves) -> Any:
+        return of().prepack(format, leaves)
+
+    def unpack(packed: Any) -> Leaves:
+        return of().unpack(packed)
+
+    return Layout(name, prepack, unpack, lambda packed: packed.shape)
+
+
+def _on_hopper(call: Call) -> str:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    known = device if device is not None else jax.devices()[0]
+    elsewhere = _gpu().no_hopper(known.device_kind) if getattr(known, "platform", "") in ("gpu", "cuda") else ""
+    return elsewhere or _gpu().unfit(call.format, call.shape, call.rows, call.dtype)
+
+
+def _on_tpu(call: Call) -> str:
+    return _tpu().unfit(call.format, call.shape, call.rows, call.dtype)
+
+
+LINES: tuple[Kernel, ...] = (
+    Kernel(
+        "cuda", "pallas", "mosaic_gpu", lambda x, packed, format, precision: _gpu().matmul(x, packed), _on_hopper,
+        "codes decoded in registers on their way to the matrix unit", layout=_layout("planar"),
+    ),
+    Kernel(
+        "tpu", "pallas", "mosaic_tpu", lambda x, packed, format, precision: _tpu().matmul(x, packed), _on_tpu,
+        "integers of the machine's own types, scales on the sums", layout=_layout("columns"),
+    ),
+)  # fmt: skip

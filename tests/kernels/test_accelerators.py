@@ -1,0 +1,38 @@
+"""`dot` of a program for a GPU or a TPU is their kernel, from packed weights and from prepacked ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import qjax
+
+
+@pytest.mark.parametrize(
+    "platform, kind, target, call",
+    [("gpu", "NVIDIA H100", "cuda", "mosaic_gpu"), ("tpu", "TPU v5e", "tpu", "tpu_custom_call")],
+)
+def test_dot_is_lowered_to_the_kernel(rng, platform, kind, target, call):
+    q = qjax.quantize(jnp.asarray(rng.standard_normal((256, 256)), jnp.float32), "Q4_0")
+    chip = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
+        ready = qjax.prepack(q)
+        for weights in (q, ready):
+            for x in (jnp.ones((4, 256), jnp.bfloat16), jnp.ones((4, 256))):
+                program = jax.jit(lambda x, q: qjax.dot(x, q, "pallas")).trace(x, weights)
+                assert call in program.lower(lowering_platforms=(target,)).as_text()
+        for weights, there in ((q, False), (ready, True)):  # laid out at each call only where it is asked for
+            program = jax.jit(qjax.dot).trace(jnp.ones((4, 256), jnp.bfloat16), weights)
+            assert (call in program.lower(lowering_platforms=(target,)).as_text()) == there
+        backward = jax.jit(jax.grad(lambda x, q: qjax.dot(x, q).sum())).trace(jnp.ones((4, 256)), ready)
+        assert "dot_general" in backward.lower(lowering_platforms=(target,)).as_text()
+    np.testing.assert_array_equal(qjax.dequantize(ready), qjax.dequantize(q))
+
+
+def test_a_gpu_that_is_no_hopper_has_no_kernel():
+    chip = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):
+        q = qjax.quantize(jnp.ones((64, 256)), "Q4_0")
+        with pytest.raises(qjax.errors.UserError, match="A100-SXM4-80GB is no Hopper"):
+            qjax.dot(jnp.ones((1, 256)), q, "pallas")
