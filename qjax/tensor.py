@@ -19,6 +19,7 @@ from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats import sound
 from qjax.formats.protocol import BlockFormat, Format, Leaves
+from qjax.formats.storage import stored_bytes
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.protocol import restore, through
 from qjax.tables import html_table, size
@@ -125,13 +126,6 @@ def _stored(leaf: Any) -> tuple[str, str, str]:
         return type(leaf).__name__, "", ""
     shape = " x ".join(map(str, leaf.shape))
     return str(leaf.dtype), shape, size(stored_bytes(leaf))
-
-
-def stored_bytes(leaf: Any) -> int:
-    """Bytes of an array as a device holds it: two int4 in one."""
-    integers = jnp.issubdtype(leaf.dtype, jnp.integer)
-    bits = jnp.iinfo(leaf.dtype).bits if integers else 8 * leaf.dtype.itemsize
-    return -(-math.prod(leaf.shape) * bits // 8)
 
 
 def is_qtensor(x: Any) -> bool:

@@ -9,6 +9,9 @@ jit, eagerly, on every device and in another library.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -115,3 +118,10 @@ def long_division(a: Array, b: Array, m: Array, n: Array, guess: Array) -> Array
 
 def _is_nan(bits: Array) -> Array:
     return (bits & 0x7FFFFFFF) > 0x7F800000
+
+
+def stored_bytes(leaf: Any) -> int:
+    """Bytes of an array as a device holds it: two int4 in one."""
+    integers = jnp.issubdtype(leaf.dtype, jnp.integer)
+    bits = jnp.iinfo(leaf.dtype).bits if integers else 8 * leaf.dtype.itemsize
+    return -(-math.prod(leaf.shape) * bits // 8)
