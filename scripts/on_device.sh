@@ -5,7 +5,7 @@
 #   scripts/on_device.sh --carry DIR [part ...]    there: with Python 3.12 and jax[cuda]; all parts unless some are named
 #   scripts/on_device.sh --dry [part ...]          every part on the CPU at tiny shapes
 #
-# Parts: exact, tests, compile, encode, dot. Each runs in a process of its own, and the next though one fails. A summary
+# Parts: exact, tests, compile, encode, kernels, generate. Each runs in a process of its own, and the next though one fails. A summary
 # comes last; on_device.json (--out FILE) has it all, with device, versions, commit and command. --limit SECONDS, of all
 # parts together, is 285 but for --dry. Results worth keeping go to experiments/results/gpu/.
 #

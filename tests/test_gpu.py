@@ -110,11 +110,13 @@ def test_sweeps_are_not_tuned(monkeypatch):
 def test_on_device_in_its_dry_form(tmp_path):
     root, out = Path(__file__).parents[1], tmp_path / "report.json"
     environment = {**os.environ, "PYTHON": sys.executable}
-    command = [root / "scripts/on_device.sh", "--dry", "--out", out, "encode"]
+    command = [root / "scripts/on_device.sh", "--dry", "--out", out, "encode", "kernels", "generate"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
-    assert report["parts"]["encode"]["ok"] and report["machine"]["platform"] == "cpu" and report["dry"]
+    assert all(report["parts"][name]["ok"] for name in ("encode", "kernels", "generate"))
+    assert {row["name"] for row in report["parts"]["generate"]["rows"]} == {"float32", "packed"}
+    assert report["machine"]["platform"] == "cpu" and report["dry"]
     assert "encode: ok" in done.stdout and done.stdout.rstrip().endswith("failed: none")
     missing = subprocess.run(
         [root / "scripts/on_device.sh", "--dry", "nonsense"], capture_output=True, text=True, env=environment

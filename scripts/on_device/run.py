@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PARTS = ("exact", "tests", "compile", "encode", "dot")
+PARTS = ("exact", "tests", "compile", "encode", "kernels", "generate")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
