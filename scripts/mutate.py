@@ -243,7 +243,7 @@ MUTANTS = (
            "pipeline/test_on_devices.py::test_parts_on_devices_are_the_rows_of_the_weight"),
     Mutant("steps-on-one-device", "models/devices.py", "devices = jax.process_count(), jax.local_devices()",
            "devices = jax.process_count(), jax.local_devices()[:1]",
-           "models/test_devices.py::test_every_step_has_a_device_and_comes_in_order"),
+           "models/test_steps_on_devices.py::test_every_step_has_a_device_and_comes_in_order"),
     Mutant("processes-not-compared", "processes.py", "if not np.array_equal(other, own):", "if False:",
            "test_processes.py::test_two_processes_know_what_the_others_have_and_end_together"),
     Mutant("router-rounded", "plan/rules.py", "passed_by = w.spared and", "passed_by = False and",

@@ -11,7 +11,7 @@ import qjax
 from qjax.errors import UserError
 from qjax.models.decoder import Decoder
 from qjax.models.stages import stages_of
-from qjax.pipeline import passes
+from qjax.pipeline import inputs
 from qjax.pipeline.calibrated import quantize_model
 from qjax.pipeline.output_curvature import OutputCurvature, rows_of_block, summed_curvature
 from qjax.pipeline.survey import survey
@@ -123,8 +123,8 @@ def test_files_say_what_memory_says_and_damage_is_named(model, made, tmp_path):
 
 def test_vectors_are_taken_in_one_pass_and_matrices_one_behind_the_other(model, monkeypatch):
     """A block of an imatrix is run once to be looked at; behind weights that are put in place, once an input."""
-    looks, means = [], passes._means
-    monkeypatch.setattr(passes, "_means", lambda *args: looks.append(len(args[3])) or means(*args))
+    looks, means = [], inputs._means
+    monkeypatch.setattr(inputs, "_means", lambda *args: looks.append(len(args[3])) or means(*args))
     plan = qjax.Plan((qjax.Rule("layers_*", "Q4_0"), qjax.Rule("*", "keep")))
     for recipe, expected in (("imatrix", [4] * CONFIG.layers), ("gptq", [1] * 4 * CONFIG.layers)):
         looks.clear()
