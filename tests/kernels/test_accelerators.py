@@ -9,6 +9,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import qjax
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="this JAX lowers no custom partitioning for a device that is not there"
+)
 @pytest.mark.parametrize(
     "platform, kind, target, call",
     [("gpu", "NVIDIA H100", "cuda", "mosaic_gpu"), ("tpu", "TPU v5e", "tpu", "tpu_custom_call")],
