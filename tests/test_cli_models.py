@@ -196,7 +196,7 @@ def test_packed_weights_are_judged_as_decoded_ones_are(gguf, tmp_path, capsys):
     assert "packed weights: " in capsys.readouterr().err
     assert main(["generate", str(gguf), "--prompt", "def", "--max-tokens", "4"]) == 0
     assert "weights decoded to float32: " in capsys.readouterr().err
-    assert main(["generate", str(gguf), "--prompt", "def", "--cache", "Q9_0"]) == 2
+    assert main(["generate", str(gguf), "--prompt", "def", "--max-tokens", "4", "--cache", "Q9_0"]) == 2
     assert "unknown format 'Q9_0'" in capsys.readouterr().err
 
 
