@@ -7,12 +7,12 @@ from qjax.evaluate.divergence import divergence
 from qjax.evaluate.perplexity import perplexity
 from qjax.formats import format, format_names
 from qjax.io.checkpoint import load, save
-from qjax.layouts import prepack
 from qjax.lifting import lift
 from qjax.models.generate import generate
 from qjax.pipeline import calibration_text, contracted_axes, quantize_file, quantize_model, quantize_params
 from qjax.plan import Plan, Rule
 from qjax.plan.named import plan_named
+from qjax.prepacking import prepack
 from qjax.recipes import Recipe, recipe
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize, dot, from_bytes, is_qtensor, quantize, to_bytes

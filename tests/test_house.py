@@ -27,7 +27,7 @@ LAYERS = [
     {"rounding"},
     {"recipes"},
     {"tensor"},
-    {"layouts"},
+    {"prepacking"},
     {"lifting"},
     {"tokenizer"},
     {"models"},

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))  # where the table lies
 SPEC = importlib.util.spec_from_file_location("mutate", ROOT / "scripts" / "mutate.py")
 mutate = sys.modules["mutate"] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(mutate)

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qjax.errors import UserError
+from qjax.formats.storage import stored_bytes
 from qjax.tensor import dequantize, is_qtensor
 from qjax.typing import Array
 
@@ -177,7 +177,7 @@ def _squares(w_hat: Array, w: Array) -> tuple[Array, Array, Array]:
 
 
 def _bytes(leaf: Any) -> int:
-    return leaf.nbytes if is_qtensor(leaf) or is_key(leaf) else leaf.size * np.dtype(leaf.dtype).itemsize
+    return leaf.nbytes if is_qtensor(leaf) or is_key(leaf) else stored_bytes(leaf)
 
 
 def _key(entry: Any) -> str:

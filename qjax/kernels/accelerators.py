@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from qjax.formats.protocol import Format, Leaves
-from qjax.kernels.kernel import Call, Kernel
+from qjax.kernels.kernel import Call, Kernel, device_in_force
 from qjax.kernels.prepacked import Layout
 
 
@@ -39,8 +39,7 @@ def _layout(name: str) -> Layout:
 
 
 def _on_hopper(call: Call) -> str:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    known = device if device is not None else jax.devices()[0]
+    known = device_in_force() or jax.devices()[0]
     elsewhere = _gpu().no_hopper(known.device_kind) if getattr(known, "platform", "") in ("gpu", "cuda") else ""
     return elsewhere or _gpu().unfit(call.format, call.shape, call.rows, call.dtype)
 
@@ -52,10 +51,10 @@ def _on_tpu(call: Call) -> str:
 LINES: tuple[Kernel, ...] = (
     Kernel(
         "cuda", "pallas", "mosaic_gpu", lambda x, packed, format, precision: _gpu().matmul(x, packed), _on_hopper,
-        "codes decoded in registers on their way to the matrix unit", layout=_layout("planar"),
+        "laid out by qjax.prepack; codes decoded on their way to the matrix unit", layout=_layout("planar"),
     ),
     Kernel(
         "tpu", "pallas", "mosaic_tpu", lambda x, packed, format, precision: _tpu().matmul(x, packed), _on_tpu,
-        "integers of the machine's own types, scales on the sums", layout=_layout("columns"),
+        "laid out by qjax.prepack; integers of the machine's own types, scales on the sums", layout=_layout("columns"),
     ),
 )  # fmt: skip

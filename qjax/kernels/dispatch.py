@@ -13,7 +13,16 @@ import jax
 
 from qjax.errors import UserError
 from qjax.kernels import accelerators, xla
-from qjax.kernels.kernel import FLOAT32, IMPLEMENTATIONS, PLATFORMS, Call, Implementation, Kernel, Platform
+from qjax.kernels.kernel import (
+    FLOAT32,
+    IMPLEMENTATIONS,
+    PLATFORMS,
+    Call,
+    Implementation,
+    Kernel,
+    Platform,
+    device_in_force,
+)
 
 
 def _sums(call: Call) -> str:
@@ -98,6 +107,5 @@ def chosen(call: Call, implementation: Implementation) -> Kernel:
 
 def running_on() -> str:
     """The platform that a program traced now is for: that of the mesh in force, else JAX's default."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = getattr(device, "platform", None) or jax.default_backend()
+    platform = getattr(device_in_force(), "platform", None) or jax.default_backend()
     return "cuda" if platform == "gpu" else platform

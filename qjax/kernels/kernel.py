@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from qjax.formats.protocol import Format
@@ -35,6 +36,11 @@ class Call:
     rows: int
     dtype: Any = FLOAT32
     prepacked: bool = True
+
+
+def device_in_force() -> Any:
+    """The abstract device of the mesh in force; None where there is none."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qjax.errors import UserError
 from qjax.lifting.jax_names import Literal, bind, consts, placed
 from qjax.lifting.run import survey, trace
 from qjax.tensor import is_qtensor
@@ -52,6 +53,9 @@ def cut(fn: Callable[..., Any], params: Any, x: Any) -> tuple[Piece, ...]:
 
     Returns: at least one piece. Equal arguments give the same pieces, so programs of them are compiled once.
 
+    Raises:
+      UserError: (when a piece runs) fn is another program for so many rows.
+
     >>> import jax.numpy as jnp
     >>> fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
     >>> params, x = {"a": jnp.eye(4), "b": jnp.ones((4, 2))}, jnp.arange(12.0).reshape(3, 4)
@@ -86,7 +90,7 @@ def _cut(fn: Callable[..., Any], tree: Any, shapes: tuple[Shape, ...], row: tupl
     def values(params: Any, start: list[Name], live: Sequence[Any], wanted: list[Name] | None) -> list[Any]:
         jaxpr = traced(live[0].shape[0]).jaxpr
         if _primitives(jaxpr) != _primitives(one):
-            raise ValueError(f"{fn} does other things to {live[0].shape[0]} rows than to one, and cannot be cut")
+            raise UserError(f"{fn} does other things to {live[0].shape[0]} rows than to one, and cannot be cut")
         known = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if hasattr(leaf, "shape")]
         env = dict(zip(jaxpr.invars[:-1], known, strict=True))
         env |= {_at(v, jaxpr): _merged(a, _at(v, one).aval.ndim) for v, a in zip(start, live, strict=True)}

@@ -24,7 +24,6 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
-from qjax.layouts import prepack
 from qjax.models.cache import Cache, empty_cache
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block
@@ -32,6 +31,7 @@ from qjax.models.model import Params, Running, check_tokens
 from qjax.models.parts import Held, Parts, embed, head_of, run
 from qjax.models.sampling import GREEDY, Sampling, sample
 from qjax.models.stages import stages_of
+from qjax.prepacking import prepack
 from qjax.typing import Array
 
 ENDED = -1  # in place of a token, where a text of a batch has ended

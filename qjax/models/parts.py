@@ -95,9 +95,9 @@ def _rows(axis: int, part: Any, tokens: Array) -> Float[Array, "n dim"]:
 
 @partial(jax.jit, static_argnums=0)
 @full_float32
-def run(apply: Apply, params: Any, x: Array | np.ndarray) -> Array:
-    """apply(params, x), compiled once a shape; params may hold packed weights."""
-    return Running(apply)(params, x)
+def run(apply: Callable[..., Any], params: Any, *x: Array | np.ndarray) -> Any:
+    """apply(params, *x), compiled once a shape; params may hold packed weights."""
+    return Running(apply)(params, *x)
 
 
 def batches(count: int, size: int, stops: tuple[int, ...] = ()) -> Iterator[slice]:

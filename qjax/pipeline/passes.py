@@ -1,4 +1,4 @@
-"""What is done to one piece of a decoder with all windows: run it, look at an input of it, go through it backwards.
+"""What is done to one piece of a decoder with all windows: run it, whole or up to a place in it; go back through it.
 
 Each is one program a shape, whatever the layer; weights come in, a piece at a time, and leave again.
 """
@@ -20,8 +20,7 @@ from qjax.compiled import full_float32
 from qjax.io.space import let_go, scratch
 from qjax.lifting import Piece, Use, report, tap, tap_shapes
 from qjax.models.devices import each_step
-from qjax.models.model import Running
-from qjax.models.parts import Parts, Table, embed
+from qjax.models.parts import Parts, Table, embed, run
 from qjax.models.stages import Apply, Stages
 from qjax.pipeline.activations import Activations, Writer
 from qjax.pipeline.encode import check_finite
@@ -93,7 +92,7 @@ def run_piece(
 ) -> Activations:  # fmt: skip
     """apply(params, *x) of all windows, stored."""
     out = Writer(folder, name, shape)
-    for at, y in each_step(_run, (apply,), (params,), x, steps):
+    for at, y in each_step(run, (apply,), (params,), x, steps):
         out.array[at] = np.asarray(y)
         let_go(out.array, *x)
     return out.done()
@@ -104,22 +103,16 @@ def advanced(
 ) -> Here:
     """The place behind a cut: both streams run up to it, each with its own weights."""
 
-    def run(params: Any, x: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    def up_to(params: Any, x: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         shapes = [((len(x[0]), *a.shape[1:]), a.dtype) for a in following.live]
         outs = tuple(np.empty(s, d) if folder is None else scratch(d, s, folder) for s, d in shapes)
-        for at, ys in each_step(_run, (piece.step,), (params,), x, steps):
+        for at, ys in each_step(run, (piece.step,), (params,), x, steps):
             for out, y in zip(outs, ys, strict=True):
                 out[at] = np.asarray(y)
             let_go(*outs, *x)
         return outs
 
-    return Here(following.rest, run(params, here.x), None if here.x_float is None else run(floats, here.x_float))
-
-
-@partial(jax.jit, static_argnums=0)
-@full_float32
-def _run(apply: Callable[..., Any], params: Any, *x: Array) -> Any:
-    return Running(apply)(params, *x)
+    return Here(following.rest, up_to(params, here.x), None if here.x_float is None else up_to(floats, here.x_float))
 
 
 def embedded(

@@ -30,7 +30,6 @@ from qjax.models.parts import Parts, batches
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Activations
 from qjax.pipeline.head import head_step
-from qjax.pipeline.heap import hand_back
 from qjax.pipeline.massive import Found, Massive, massive_at, summed
 from qjax.pipeline.output_curvature import OutputCurvature, heights_of
 from qjax.pipeline.passes import Checked, block_step, embed_step, embedded, groups_of, head_weights, run_piece
@@ -124,7 +123,6 @@ def survey(
             outputs.put(i, {use.path: _means(use.key, sums, split, tokens.shape) for use in uses})
         del xg, params  # before the next block's are read
         inputs[i].drop()
-        hand_back()
         sensitivity.append(seen / np.maximum(seen[:, :counted].mean(axis=(1, 2), keepdims=True), 1e-30))
     table = parts.embedding()
     C = np.zeros((dim, dim), np.float32)
@@ -163,5 +161,4 @@ def _forward(
         x = inputs[-1].array
         inputs.append(run_piece(apply, parts.part(name), (x,), x.shape, steps, folder, f"float_{i + 1}"))
         found.append(massive_at(inputs[-1].array))
-        hand_back()
     return inputs, found

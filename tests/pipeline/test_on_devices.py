@@ -71,7 +71,7 @@ with joined(line or None):
     calls = {name: [sorted(where), calls] for name, (where, calls) in used.items()}
     print(json.dumps([hashlib.sha256((folder / "q.gguf").read_bytes()).hexdigest(), losses, calls, said]))
 """
-SHARED = {"_run", "_head_step", "block_step", "observe_step", "round_weight"}
+SHARED = {"run", "_head_step", "block_step", "observe_step", "round_weight"}
 """What devices and processes share: blocks, the head, their gradients, statistics; rounding."""
 
 
@@ -134,7 +134,7 @@ def test_two_processes_share_a_walk_that_is_killed_and_write_the_bytes_of_one(on
         # Of ten steps two are left over, and both run them: to o, to gate and up, to down, to the end. Seen are the
         # inputs of up, of down, of the head; up has eight parts, down and the head one. The survey stood, and gate.
         assert {name: calls for name, (_, calls) in used.items()} == {
-            "_run": 4 * (4 + 2), "observe_step": 3 * (4 + 2), "round_weight": 4 + 1 + 1,
+            "run": 4 * (4 + 2), "observe_step": 3 * (4 + 2), "round_weight": 4 + 1 + 1,
         }  # fmt: skip
         assert said[-1].endswith("continuing behind block 1 of 2"), said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "q.gguf"]
