@@ -36,6 +36,7 @@ LAYERS = [
     {"evaluate"},
     {"plan"},
     {"pipeline"},
+    {"budget"},
     {"training"},
     {"config", "rundir", "runs", "sweep"},
     {"report"},
