@@ -109,6 +109,11 @@ class Rounder:
             for name, part in self.runs.params.items()
         }
 
+    def kl(self, formats: Mapping[str, Format], runs: Runs) -> np.ndarray:
+        """KL of the rounded model to the floats on the windows of some runs, nats, mean of each: f64[windows]."""
+        params = self.params(formats)
+        return runs.kl_behind(0, params, runs.first(params))
+
 
 def of_part(formats: Mapping[str, Format], part: str) -> dict[str, Format]:
     """{path below a part: format} of {path: format}."""

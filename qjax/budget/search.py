@@ -60,6 +60,7 @@ class Found:
       sensitivities: of all groups.
       factors: {part: what its groups' costs were scaled by}; {} without mending.
       floor: KL of the float model to itself, run a second time in other batches, nats.
+      rounder: to run other plans.
     """
 
     best: Candidate
@@ -67,6 +68,7 @@ class Found:
     sensitivities: tuple[Sensitivity, ...]
     factors: Mapping[str, float]
     floor: float
+    rounder: Rounder
 
     def plan(self, kept: Sequence[str] = ()) -> Plan:
         """The best as an ordinary plan; weights of the paths `kept` stay as they are."""
@@ -121,7 +123,7 @@ def search(
         progress(name, 0, 1)
         predicted = _predicted(found, rivals[name])
         made.append(_measured(name, rivals[name], sizes[name], predicted, rounder, check))
-    return Found(min(made, key=lambda c: c.kl), tuple(made), found, factors, floor)
+    return Found(min(made, key=lambda c: c.kl), tuple(made), found, factors, floor, rounder)
 
 
 def _chosen(found: Sequence[Sensitivity], costs: Mapping[str, np.ndarray], budget: int) -> list[Choice]:
@@ -146,8 +148,7 @@ def _candidate(
 def _measured(
     name: str, formats: Mapping[str, Format], nbytes: int, predicted: float | None, rounder: Rounder, check: Runs
 ) -> Candidate:
-    params = rounder.params(formats)
-    kl, se, _ = mean_and_errors(check.kl_behind(0, params, check.first(params))[:, None])
+    kl, se, _ = mean_and_errors(rounder.kl(formats, check)[:, None])
     return Candidate(name, formats, nbytes, predicted, kl, se)
 
 

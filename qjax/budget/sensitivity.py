@@ -21,7 +21,7 @@ from qjax.budget.groups import Group
 from qjax.budget.rounding import Rounder, observed, rounded
 from qjax.formats import Format
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], object]
 
 
 @dataclasses.dataclass(frozen=True)

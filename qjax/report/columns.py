@@ -12,6 +12,7 @@ from qjax.report.schema import Column
 KNOWN: dict[str, tuple[str, str, int]] = {
     "kl": ("KL", "nats", 6),
     "kl_mean": ("KL", "nats", 6),
+    "predicted": ("sum of parts", "nats", 6),
     "kl_se_judged": ("s.e. of KL over tokens", "nats", 7),
     "kl_se_clustered": ("s.e. of KL over windows", "nats", 7),
     "log_ratio": ("log of perplexity ratio", "nats", 5),

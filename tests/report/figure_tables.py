@@ -60,8 +60,10 @@ def found():
         for mix, kl in (("Q3_K_M", 0.04), ("Q4_0", 0.07)) for recipe, gain in (("imatrix", 0.3), ("best_gguf", 2.0))
         for n in (8, 32, 64, 256)
     ]  # fmt: skip
+    parts = [{"name": f"plan {n}", "predicted": 0.01 * 1.4**n, "kl": 0.01 * 1.4**n * float(rng.uniform(0.9, 1.2))}
+             for n in range(12)]  # fmt: skip
     return {
-        "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
+        "parts": parts, "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
         "tokens": tokens, "curve": curve, "roofline": roofline, "amount": amount,
     }  # fmt: skip
 

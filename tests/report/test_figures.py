@@ -12,7 +12,7 @@ from figure_tables import found, result
 from qjax.cli import main
 from qjax.cli.report import FIGURE_HELP
 from qjax.report.build import build
-from qjax.report.figures import by_layer, curve, histogram, pareto, roofline
+from qjax.report.figures import by_layer, curve, histogram, pareto, roofline, scatter
 from qjax.report.figures.axes import linear, linear_ticks, log_ticks, logarithmic, plane, slots
 from qjax.report.figures.drawing import SLIM, WIDE, alone
 from qjax.report.figures.front import Point, drawn, front, points
@@ -26,7 +26,7 @@ from qjax.report.schema import Column, Table
 TABLE_OF = {
     "kl": "rows", "perplexity": "rows", "bits": "tensors", "errors": "tensors", "weights": "weights", "grid": "grid",
     "outliers": "outliers", "tokens": "tokens", "training": "curve", "drift": "curve", "roofline": "roofline",
-    "amount": "amount",
+    "amount": "amount", "sum": "parts",
 }  # fmt: skip
 
 
@@ -261,3 +261,11 @@ def test_a_roof_is_what_the_machine_can_do():
     (one,) = roofline.measured(table_of(rows))
     assert (one.intensity, one.rate, one.roof) == (1.0, 1e10, 2e10)
     assert "slow: 1 flop/B, 10 Gflop/s, 50 % of the roof" in picture(roofline.draw(table_of(rows), WIDE))
+
+
+def test_a_sum_of_parts_stands_against_what_was_measured():
+    rows = [{"name": str(n), "predicted": p, "kl": 2 * p} for n, p in enumerate((0.1, 0.2, 0.4))]
+    drawing = scatter.draw(table_of([*rows, {"name": "not promised", "predicted": None, "kl": 1.0}]), WIDE)
+    assert "3 models" in drawing.caption and "1.000" in drawing.caption
+    assert "1: 0.2 promised, 0.4" in picture(drawing)
+    assert scatter.draw(table_of(rows[:2]), WIDE) is None

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from qjax.errors import UserError, check_word
-from qjax.report.figures import amount, by_layer, curve, front, histogram, outliers, pareto, roofline, tokens
+from qjax.report.figures import amount, by_layer, curve, front, histogram, outliers, pareto, roofline, scatter, tokens
 from qjax.report.figures.drawing import SLIM, WIDE, Drawing, on_page
 from qjax.report.schema import Result, Table
 
@@ -37,6 +37,7 @@ KINDS = {
     "training": Kind(("step", "loss"), curve.DRAW["loss"]),
     "drift": Kind(("step", "scale_drift"), curve.DRAW["scale_drift"]),
     "roofline": Kind(roofline.KEYS, roofline.draw),
+    "sum": Kind(("predicted", "kl"), scatter.draw),
 }
 
 
