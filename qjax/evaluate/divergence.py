@@ -136,8 +136,9 @@ def token_divergences(
     for (rows, hidden), (_, kept) in zip(readings(reader, params, windows, batch, progress, size), along, strict=True):
         model = reader.scoring(params, hidden.shape[-1]), hidden
         other = base.scoring(baseline.params, kept.shape[-1]), kept
-        for name, values in token_values(windows.targets[rows], model, other).items():
-            token[name][rows] = values
+        values = token_values(windows.targets[rows], model, other)
+        for name in TOKEN_VALUES:
+            token[name][rows] = values[name]
     return token
 
 

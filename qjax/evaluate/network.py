@@ -146,7 +146,8 @@ def token_values(
       model: its end, and what that reads, f32[windows, scored, d].
       base: the same of the model it is compared with.
 
-    Returns: {"nll"} and, with a base, {"nll_base", "kl", "same_top"}, each f32[windows, scored].
+    Returns: {"nll", "top": 1 where the true token is the most probable} and, with a base, {"nll_base", "kl",
+      "same_top"}, each f32[windows, scored].
 
     Raises:
       UserError: two vocabularies.
@@ -167,7 +168,10 @@ def token_values(
             some = [np.asarray(a[at : at + size]) for a in (*flat, true)]
             *n, target = (np.pad(a, ((0, size - len(a)), *((0, 0),) * (a.ndim - 1))) for a in some)
             tallies[i] = _tally(readers, step, weights, tuple(n), target, start, c * step, tallies[i])
-    parts = [jax.tree.map(np.asarray, _settled(t)) for t in tallies]
+    parts = [
+        jax.tree.map(np.asarray, _settled(t, np.pad(true[at : at + size], (0, max(0, at + size - total)))))
+        for t, at in zip(tallies, range(0, total, size), strict=True)
+    ]
     return {k: np.concatenate([p[k] for p in parts])[:total].reshape(targets.shape) for k in parts[0]}
 
 
@@ -192,9 +196,9 @@ def _tally(
 
 
 @jax.jit
-def _settled(tally: Any) -> dict[str, Float[Array, "m"]]:
+def _settled(tally: Any, target: Int[Array, "m"]) -> dict[str, Float[Array, "m"]]:
     (seen, *base), apart = tally
-    found = {"nll": v.nll(seen)}
+    found = {"nll": v.nll(seen), "top": (seen.best == target).astype(jnp.float32)}
     if base:
         same = (seen.best == base[0].best).astype(jnp.float32)
         found |= {"nll_base": v.nll(base[0]), "kl": v.kl(base[0], seen, apart), "same_top": same}
