@@ -11,15 +11,13 @@ import numpy as np
 import tyro
 
 from qjax.cli import output
+from qjax.cli.calibration import CALIB_HELP, check_windows, texts_of, windows_of
 from qjax.cli.model import MODEL_HELP
 from qjax.cli.process import JOIN_HELP
-from qjax.cli.progress import bytes_bar, count_bar, in_turn, steps_bar
+from qjax.cli.progress import bytes_bar, in_turn, steps_bar
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
 from qjax.errors import UserError
 from qjax.terminal import say, shown
-
-OWN = "self"
-"""In place of a file: the model writes the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +59,7 @@ class Quantize:
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME", help="how to round; see `qjax recipes`")] = "rtn"
     calib: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
-        tyro.conf.arg(
-            metavar="TEXT", help="calibration text: a file, a folder of .txt, .md and .json, or self; may be repeated"
-        ),
+        tyro.conf.arg(metavar="TEXT", help=CALIB_HELP),
     ] = ()
     calib_ctx: Annotated[int | None, tyro.conf.arg(metavar="N", help="tokens a calibration window")] = None
     calib_windows: Annotated[
@@ -86,10 +82,7 @@ class Quantize:
     def _execute(self) -> None:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
-        if self.calib_windows is not None and self.calib_windows < 2:
-            raise UserError(
-                f"--calib-windows {self.calib_windows}: two are the least, one to calibrate on and one held out"
-            )
+        check_windows(self.calib_windows)
         from qjax.io.checkpoint import locate
         from qjax.pipeline.ledger import ledger, said
         from qjax.processes import chief
@@ -110,13 +103,11 @@ class Quantize:
             raise UserError(f"--recipe {self.recipe}: a folder of floats cannot say that inputs are rounded too")
         if self.plan is None and not made.requires and self.calib:
             raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
-        if OWN in self.calib and len(self.calib) > 1:
-            raise UserError(f"--calib {OWN}: the model's own text goes with no other; a file of that name is ./{OWN}")
+        texts = texts_of(self.calib)
         if self.imatrix is not None and made.requires - {"h"}:
             raise UserError(f"--imatrix holds less than recipe {self.recipe!r} needs; give --calib TEXT instead")
 
         path = locate(self.model)
-        texts = [Path(text) for text in self.calib if text != OWN]
         inputs = (path, self.plan, *texts, self.imatrix)
         writes = self.join is None or chief()
         if writes:
@@ -194,39 +185,14 @@ class Quantize:
 
     def _calibration(self, model: Any) -> Any:
         """Windows of the texts; of the model's own where a recipe needs some and none is given."""
-        from qjax.config import check_seed
         from qjax.recipes import recipe
 
         needs = recipe(self.recipe).requires
         if not self.calib and (not needs or self.imatrix is not None):
             return None
-        from qjax.io.text import texts_at
-        from qjax.pipeline import calibration_text
-        from qjax.pipeline.windows import LIMIT
-
-        check_seed("--seed", self.seed)
-        if self.calib in ((), (OWN,)):
-            return self._own_text()
-        made = calibration_text(
-            model, texts_at(self.calib), context=self.calib_ctx, limit=self.calib_windows or LIMIT, seed=self.seed
+        return windows_of(
+            model, self.model, self.calib, context=self.calib_ctx, windows=self.calib_windows, seed=self.seed
         )
-        say(f"calibration: {made.tokens.size:,} tokens in {len(made.tokens)} windows")
-        return made
-
-    def _own_text(self) -> Any:
-        """Windows that the model writes."""
-        from qjax.io.checkpoint import load_float
-        from qjax.models.own_text import TOKENS, own_tokens
-        from qjax.pipeline import calibration_of
-
-        model = load_float(self.model)
-        context = self.calib_ctx or min(512, model.config.context)
-        windows = self.calib_windows or max(2, TOKENS // context)
-        say(f"no text was given: the model writes {windows * context:,} tokens to be calibrated on" if not self.calib
-            else f"the model writes {windows * context:,} tokens")  # fmt: skip
-        with count_bar(f"text of {self.model}", "tokens") as progress:
-            tokens = own_tokens(model, windows, context, self.seed, progress=progress)
-        return calibration_of(model.config.context, tokens, context=context, seed=self.seed)
 
     def _importance(self, config: Any) -> dict[str, Any]:
         """{path: f32[in]} of the importance file."""
