@@ -35,7 +35,7 @@ class Export:
 
     --to names the container; docs/exports.md has what each of them holds, and who reads it:
 
-    {containers}
+        compressed-tensors  gptq  gptq_v2  awq  bitsandbytes  mlx  gguf
 
     Embeddings and the head stay floats but where a container packs them too. No container has a place for changes of
     variables that a layer would have to run (rotations, channel scales): fold them in with `qjax fuse`, then export.
@@ -61,6 +61,7 @@ class Export:
     def execute(self) -> None:
         from qjax.io.checkpoint import locate
         from qjax.io.exports import CONTAINERS, container
+        from qjax.recipes import recipe
 
         if self.to != GGUF:
             container(self.to)
@@ -75,6 +76,11 @@ class Export:
         if not rounds and (self.recipe != "rtn" or self.calib):
             raise UserError("--recipe and --calib round, and without --type or --plan nothing is rounded")
         check_windows(self.calib_windows)
+        made = recipe(self.recipe)
+        if made.format is not None:
+            raise UserError(f"--recipe {self.recipe}: the format comes from --type or --plan; say {made.name} alone")
+        if self.plan is None and not made.requires and self.calib:
+            raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
         path = locate(self.model)
         inputs = (path, self.plan, *texts_of(self.calib))
         check_output(self.out, inputs, self.force)

@@ -82,7 +82,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
         extra = {name for name in extra if not name.startswith("mtp.")}
     if fp8 := sorted(name for name in extra if name.endswith("weight_scale_inv")):
         raise UserError(
-            f"{folder}: {fp8[0]!r} belongs to weights in blocks of FP8, which are not read; take the model in bfloat16"
+            f"{folder}: {fp8[0]!r} belongs to weights in blocks of FP8, of which config.json says nothing; it "
+            "needs its quantization_config"
         )
     if extra:
         raise UserError(f"{folder}: tensor {min(extra)!r} belongs to nothing in a {config.family} model")

@@ -32,18 +32,22 @@ def container(name: str) -> Container:
     return CONTAINERS[name]
 
 
+def reader_of(config: Mapping[str, Any]) -> Reader | None:
+    """What reads a folder's packed weights, by its config.json; None: floats, or a kind that is not read."""
+    return next((one for one in _READ if one.reads(config)), None)
+
+
 def opened(config: Mapping[str, Any], checkpoint: Checkpoint) -> Checkpoint:
     """A folder's tensors with its packed weights in one piece each, as its config.json says; no weight is read.
 
     Raises:
-      UserError: a kind of quantization that is not read; what `Container.open` raises.
+      UserError: a kind of quantization that is not read; what `Reader.open` raises.
     """
     said = config.get("quantization_config", config.get("quantization"))
     if said is None:
         return checkpoint
-    for one in _READ:
-        if one.reads(config):
-            return one.open(config, checkpoint)
+    if (reader := reader_of(config)) is not None:
+        return reader.open(config, checkpoint)
     method = said.get("quant_method") if isinstance(said, dict) else said
     raise UserError(
         f"{checkpoint.path}: config.json: weights quantized by {method!r} are not read; those of "

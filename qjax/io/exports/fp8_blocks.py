@@ -40,8 +40,8 @@ class FP8Blocks:
             out, columns = m.shaped(".weight", "F8_E4M3").shape
             if columns % fp8.BLOCK:
                 raise UserError(
-                    f"{m.tensors['.weight'].path}: tensor {m.module + '.weight'!r} has rows of {columns} weights, which "
-                    f"blocks of {fp8.BLOCK} do not divide"
+                    f"{m.tensors['.weight'].path}: tensor {m.module + '.weight'!r} has rows of {columns} weights, no "
+                    f"multiple of {fp8.BLOCK}"
                 )
             m.shaped(".weight_scale_inv", ("F32", "BF16"), (-(-out // fp8.BLOCK), columns // fp8.BLOCK))
             return (out, columns), fp8.block_format()
