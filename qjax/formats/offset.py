@@ -81,4 +81,4 @@ def parse(name: str) -> Grid | None:
     return found and scale_and_bias(int(found[1]), int(found[2]), found[3] or "f16")
 
 
-FORMATS = (scale_and_bias(4, 64), scale_and_bias(2, 32))
+FORMATS = (scale_and_bias(4, 64),)

@@ -1,6 +1,7 @@
 """Containers of other libraries: their arrays decode by numpy to the weight, come back as they were, or are refused."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +194,21 @@ def test_a_folder_in_shards_is_one_model(tmp_path, bpe):
     assert q.axis == -2 and q.format.name == "int4_g32"
     jax.tree.map(np.testing.assert_array_equal, q.leaves, packed["layers_0/mlp/up/kernel"].leaves)
     assert a.logits(jnp.arange(8)[None]).shape == (1, 8, 512)
+
+
+def test_the_table_of_the_docs_is_what_the_code_holds():
+    page = (Path(__file__).parents[2] / "docs" / "exports.md").read_text()
+    head, _, *rows = [
+        line.strip("| ").split("|") for line in page.split("## What holds what")[1].split("\n\n")[1].split("\n")
+    ]
+    assert [cell.strip() for cell in head[1:]] == list(CONTAINERS)
+    assert len(rows) > 15
+    for name, *cells in ([cell.strip() for cell in row] for row in rows):
+        cells += [""] * (len(CONTAINERS) - len(cells))
+        for to, cell in zip(CONTAINERS.values(), cells, strict=True):
+            try:
+                to.check(qjax.format(name), (512, 512))
+                held = "yes"
+            except UserError:
+                held = ""
+            assert held == cell, f"{name} in {to.name}"
