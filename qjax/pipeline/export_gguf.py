@@ -69,6 +69,11 @@ def export_gguf(
             leaf = source.leaf(w)
             check_finite({info.name: leaf})
             return leaf
+        if q.applied:
+            raise UserError(
+                f"{w.hf}: lies behind {type(q.applied[0]).__name__}, and GGUF has no place for that; re-quantize it: "
+                f"qjax quantize {source.path} -o OUT.gguf --type Q4_K_M --requantize"
+            )
         return q if q.format.name == info.type else _converted(q, info)
 
     write_gguf(out, meta, infos, tensors())

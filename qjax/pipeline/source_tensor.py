@@ -103,7 +103,7 @@ class SourceTensor:
     def rows(self, which: np.ndarray) -> np.ndarray:
         """f32[n, in]: some rows of the values in the file; the others are not read."""
         if self.packed is not None:
-            q = self.packed()
+            q = self._of_floats(self.packed())
             if q.format.rows != 1 or q.applied:
                 return np.asarray(dequantize(q))[which]
             return np.asarray(dequantize(jax.tree.map(lambda leaf: np.asarray(leaf)[which], q)))
@@ -121,7 +121,7 @@ class SourceTensor:
         if self.parts:
             return np.stack([part.read() for part in self.parts])
         if self.packed is not None:
-            w = np.asarray(dequantize(self.packed()))
+            w = np.asarray(dequantize(self._of_floats(self.packed())))
         elif self.type in DENSE:
             raw, dtype = self.raw(), DENSE[self.type]
             raw = raw.copy() if self.values is None and self.made is None and self.offset % dtype.itemsize else raw
@@ -150,6 +150,15 @@ class SourceTensor:
         if w.rope_heads is None or not is_gguf:
             return q
         return dataclasses.replace(q, leaves={"blocks": to_halves(np.asarray(q.leaves["blocks"]), w.rope_heads)})
+
+    def _of_floats(self, q: QTensor) -> QTensor:
+        """The weight, if floats can stand for it."""
+        if q.rounds_inputs:
+            raise UserError(
+                f"{self.file}: {self.name!r} rounds its inputs too, which weights as floats cannot say; run it with "
+                "--packed, or as qjax.load gives it"
+            )
+        return q
 
     def _unpacked(self) -> np.ndarray:
         shape = self.weight.shape

@@ -99,6 +99,47 @@ def test_fp8_in_blocks_is_read(tmp_path):
         opened(config, open_file(tmp_path / "w.safetensors"))
 
 
+def test_a_global_scale_of_nvfp4_is_read_and_written_back(tmp_path, w):
+    one, q = CONTAINERS["compressed-tensors"], qjax.quantize(w, "NVFP4")
+    arrays = one.tensors(q) | {".weight_global_scale": np.full(1, 1234.5, np.float32)}
+    tensors, config = stored(tmp_path, "compressed-tensors", q, arrays)
+    back = tensors[NAME + ".weight"].packed()
+    expected = DECODERS["compressed-tensors"](arrays, config)
+    np.testing.assert_allclose(np.asarray(qjax.dequantize(back)), expected, rtol=2e-7)
+    again = one.tensors(back)
+    assert all((np.asarray(again[suffix]).view(np.uint8) == a.view(np.uint8)).all() for suffix, a in arrays.items())
+    with pytest.raises(UserError, match="change of variables"):
+        CONTAINERS["mlx"].tensors(back)
+
+
+@pytest.mark.parametrize(("type", "weight"), [("int", "I8"), ("float", "F8_E4M3")])
+def test_rounded_inputs_are_read_with_their_weights(tmp_path, w, type, weight):
+    q = qjax.quantize(w, "int8_row_f32" if type == "int" else "FP8_E4M3")
+    codes = np.asarray(q.leaves["codes"]).reshape(w.shape)
+    scale = np.asarray(q.leaves["scale"])
+    codes = (codes - np.uint8(128)).view(np.int8) if type == "int" else codes.view(DTYPES[weight])
+    infos = [(NAME + ".weight", weight, codes.shape), (NAME + ".weight_scale", "F32", scale.shape)]
+    with open(tmp_path / "w.safetensors", "wb") as f:
+        write_tensors(f, infos, [codes, scale], DTYPES, {})
+    inputs = {"num_bits": 8, "type": type, "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {"targets": ["re:.*up_proj"], "weights": {"num_bits": 8, "type": type, "symmetric": True,
+             "strategy": "channel"}, "input_activations": inputs, "format": f"{type}-quantized"}  # fmt: skip
+    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    back = (
+        opened({"quantization_config": said}, open_file(tmp_path / "w.safetensors")).tensors[NAME + ".weight"].packed()
+    )
+    assert back.rounds_inputs and back.applied[0].kind == ("int8" if type == "int" else "e4m3")
+    np.testing.assert_array_equal(np.asarray(qjax.dequantize(back)), np.asarray(qjax.dequantize(q)))
+    with pytest.raises(UserError, match=r"lies behind RoundedInput|behind a change of variables"):
+        CONTAINERS["compressed-tensors"].tensors(back)
+    for change in ({"dynamic": False}, {"num_bits": 4}):
+        group["input_activations"] = inputs | change
+        with pytest.raises(UserError, match="only inputs in 8 bits, dynamic and token by token"):
+            opened({"quantization_config": said}, open_file(tmp_path / "w.safetensors"))
+    with pytest.raises(UserError, match="transform_config is not read"):
+        opened({"quantization_config": said | {"transform_config": {"a": 1}}}, open_file(tmp_path / "w.safetensors"))
+
+
 REFUSED = [
     ("gptq", "uint4_g64_bf16", "under f16 scales, not uint4_g64_bf16; take uint4_g128"),
     ("gptq", "uint5_g64", "2, 3, 4 or 8 bits"),

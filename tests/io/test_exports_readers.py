@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_models import packed_model
+from packed_models import SMALL, packed_model
+from small_models import random_params
 
 import qjax
+from qjax.models.model import Model
 
 pytestmark = pytest.mark.slow
 TOKENS = np.arange(1, 25)[None]
@@ -76,3 +78,80 @@ def test_mlx_lm_reads_mlx(tmp_path, bpe, name):
     packed_model(tmp_path / "m", "mlx", name, bpe)
     model, _ = mlx_lm.load(str(tmp_path / "m"))
     np.testing.assert_allclose(np.array(model(mx.array(TOKENS))), ours(tmp_path / "m"), atol=2e-5)
+
+
+@pytest.fixture
+def floats(tmp_path, bpe):
+    qjax.save(Model(SMALL, random_params(SMALL), bpe), tmp_path / "floats")
+    return tmp_path / "floats"
+
+
+def format_of(folder):
+    return qjax.load(folder).params["layers_0"]["mlp"]["up"]["kernel"].format.name
+
+
+def test_what_bitsandbytes_writes_is_read(tmp_path, floats):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    model, logits = theirs(floats, quantization_config=config)
+    model.save_pretrained(tmp_path / "m")
+    model.train()
+    assert format_of(tmp_path / "m") == "NF4_dq"
+    np.testing.assert_allclose(logits(), ours(tmp_path / "m"), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "bits", "name"), [("affine", 32, 3, "uint3_g32_m_f32"), ("nvfp4", 16, 4, "NVFP4")]
+)
+def test_what_mlx_lm_writes_is_read(tmp_path, floats, mode, group, bits, name):
+    mx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
+    out = str(tmp_path / "m")
+    mlx_lm.convert(str(floats), out, quantize=True, q_group_size=group, q_bits=bits, q_mode=mode, dtype="float32")
+    model, _ = mlx_lm.load(out)
+    assert format_of(tmp_path / "m") == name
+    np.testing.assert_allclose(np.array(model(mx.array(TOKENS))), ours(tmp_path / "m"), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"), [("W4A16_ASYM", "uint4_g32_f32"), ("FP8_DYNAMIC", "FP8_E4M3"), ("NVFP4A16", "NVFP4")]
+)
+def test_what_compressed_tensors_writes_is_read(tmp_path, floats, preset, name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32)
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    if scheme.weights.group_size == 128:
+        scheme.weights.group_size = 32
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            w = module.weight.detach()
+            peak = w.reshape(len(w), module.weight_scale.shape[-1], -1).abs().amax(-1)
+            if preset == "NVFP4A16":
+                shared = 448 * 6 / w.abs().max()
+                module.weight_global_scale.data.fill_(shared)
+                module.weight_scale.data.copy_((shared * peak / 6).to(torch.float8_e4m3fn).to(torch.float32))
+            else:
+                module.weight_scale.data.copy_(peak / (448 if preset == "FP8_DYNAMIC" else 7))
+            if preset == "W4A16_ASYM":
+                module.weight_zero_point.data.fill_(1)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "m")
+    compressor.update_config(tmp_path / "m")
+    reader, logits = theirs(tmp_path / "m")
+    if preset == "NVFP4A16":
+        with pytest.raises(RuntimeError, match="dtype"):
+            logits()
+        torch.nn.Module.float(reader)
+    assert format_of(tmp_path / "m") == name
+    made = np.asarray(qjax.load(tmp_path / "m").logits(jnp.asarray(TOKENS)))
+    # weights in bfloat16 where the reader unpacks NVFP4 to it; inputs at a tie where both round them to 8 bits
+    np.testing.assert_allclose(logits(), made, atol={"NVFP4A16": 3e-2, "FP8_DYNAMIC": 2e-2}.get(preset, 2e-5))

@@ -4,12 +4,13 @@
                             weight_scale [out, G]                     weight_shape i64[2]
                             weight_zero_point i32[ceil(out b / 32), G]   along `out`, asymmetric formats only
     float-quantized         weight f8[out, in]        weight_scale [out, 1] or [1]
+    int-quantized           weight i8[out, in]        weight_scale [out, 1]; read only
     mxfp4-pack-quantized    weight_packed u8[out, in / 2], the even weight in the low nibble     weight_scale u8, E8M0
     nvfp4-pack-quantized    the same, weight_scale f8[out, in / 16], weight_global_scale f32[1]: W = T s / global
 
 Signed codes are stored with 2^(b - 1) added. The stream is that of compressed-tensors 0.18 and later; before, three-
-bit codes did not straddle words. NVFP4 is written with a global scale of 1, ggml's own. Weights alone: input
-activations stay floats.
+bit codes did not straddle words. NVFP4 is written with a global scale of 1, ggml's own; another one is read as a scale
+of all inputs, W = (T s) / global, and written back.
 
 Source: the compressors of the compressed-tensors package.
 """
@@ -27,6 +28,7 @@ from qjax.io.exports import fp4, fp8
 from qjax.io.exports.container import Members, Settings, number_of
 from qjax.io.exports.integers import KINDS, SCALES, Kind, codes_of, integers_of, kind_of, whole, words
 from qjax.io.safetensors import DTYPE_NAMES, FLOATS
+from qjax.reparam.scale import Scaled
 from qjax.tensor import QTensor
 
 _SCALES = tuple(DTYPE_NAMES[dtype] for dtype in SCALES.values())
@@ -136,6 +138,33 @@ class Packed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Int8:
+    """Bytes with a scale a row, for inputs that are rounded too; read only."""
+
+    format: str = "int-quantized"
+    key: str = ".weight_scale"
+    beside: tuple[str, ...] = (".weight",)
+    maybe: tuple[str, ...] = ()
+
+    def args(self, format: Format) -> dict[str, Any] | None:
+        return None
+
+    def tensors(self, q: QTensor) -> dict[str, np.ndarray]:
+        raise UserError("int-quantized weights are read only")
+
+    def shape_of(self, m: Members, args: Settings) -> tuple[tuple[int, ...], Format]:
+        shape, strategy = m.shaped(".weight", "I8").shape, args.get("strategy")
+        if strategy != "channel" or not args.get("symmetric", True):
+            raise UserError(f"{m.module}: int8 weights of strategy {strategy!r} are not read; symmetric channels are")
+        scale = m.shaped(".weight_scale", _SCALES, (shape[0], 1))
+        return shape, Kind(8, 0, True, KINDS[FLOATS[scale.dtype]]).format
+
+    def put(self, format: Format, a: dict[str, np.ndarray]) -> QTensor:
+        codes = a[".weight"].view(np.uint8) + np.uint8(128)
+        return whole(kind_of(format), codes, a[".weight_scale"]).qtensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Float8:
     """8-bit floats with a scale a row or a matrix."""
 
@@ -182,11 +211,16 @@ class Float4:
         return _args(4, "float", "tensor_group", 16) | {"scale_dtype": "torch.float8_e4m3fn"}
 
     def tensors(self, q: QTensor) -> dict[str, np.ndarray]:
+        if self.type == "MXFP4":
+            codes, scale = fp4.numbers_of(q)
+            return {".weight_packed": codes, ".weight_scale": scale}
+        shared = np.ones(1, np.float32)
+        if len(q.applied) == 1 and isinstance(q.applied[0], Scaled):
+            shared, q = np.unique(np.asarray(q.applied[0].s)), dataclasses.replace(q, applied=())
+        if shared.size > 1:
+            raise UserError("NVFP4 has one global scale, and this weight lies behind channel scales")
         codes, scale = fp4.numbers_of(q)
-        made = {".weight_packed": codes, ".weight_scale": scale}
-        if self.type == "NVFP4":
-            made |= {".weight_scale": fp8.as_e4m3(scale), ".weight_global_scale": np.ones(1, np.float32)}
-        return made
+        return {".weight_packed": codes, ".weight_scale": fp8.as_e4m3(scale), ".weight_global_scale": shared}
 
     def shape_of(self, m: Members, args: Settings) -> tuple[tuple[int, ...], Format]:
         out, half = m.shaped(self.key, "U8").shape
@@ -198,13 +232,16 @@ class Float4:
         return (out, 2 * half), fp4.format_of(self.type, (out, 2 * half))
 
     def put(self, format: Format, a: dict[str, np.ndarray]) -> QTensor:
-        if self.type == "NVFP4" and a[".weight_global_scale"] != 1:
-            raise UserError("NVFP4 with a global scale other than 1 is not read; take the model it was made from")
-        return fp4.qtensor(format, a[self.key], a[".weight_scale"].view(np.uint8))
+        q = fp4.qtensor(format, a[self.key], a[".weight_scale"].view(np.uint8))
+        shared = a.get(".weight_global_scale", np.ones(1, np.float32))
+        if not (np.isfinite(shared).all() and (shared > 0).all()):
+            raise UserError("its global scale is no positive number; the file is broken")
+        return q if shared == 1 else dataclasses.replace(q, applied=(Scaled(np.full(q.shape[1], shared)),))
 
 
 SCHEMES: tuple[Scheme, ...] = (
     Packed(),
+    Int8(),
     Float8(),
     Float4("MXFP4", "mxfp4-pack-quantized", (".weight_scale",)),
     Float4("NVFP4", "nvfp4-pack-quantized", (".weight_scale", ".weight_global_scale")),

@@ -4,8 +4,8 @@
                                                  weights: bits, type, strategy, group_size ...    format: the scheme
     quantization_config.ignore                   matrices that stay floats
 
-How a scheme stores a weight: compressed_schemes.py. Weights alone: input activations stay floats. Source: the
-compressed-tensors package.
+How a scheme stores a weight: compressed_schemes.py. Weights alone are written; where a group rounds its inputs too, to
+8 bits token by token, they are read behind `RoundedInput`. Source: the compressed-tensors package.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from qjax.formats import Format
 from qjax.io.exports.compressed_schemes import SCHEMES, Scheme
 from qjax.io.exports.container import Members, Settings, joined, members, said_of
 from qjax.io.safetensors import Checkpoint
+from qjax.reparam.inputs import Kind, RoundedInput
 from qjax.tensor import QTensor
 
 
@@ -65,9 +66,10 @@ class CompressedTensors:
         groups = said.get("config_groups")
         if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
             raise UserError(f"{checkpoint.path}: config.json: quantization_config has no config_groups")
+        for key in ("transform_config", "sparsity_config"):
+            if said.get(key):
+                raise UserError(f"{checkpoint.path}: config.json: {key} is not read, only packed weights are")
         for group in groups.values():
-            if group.get("input_activations") or group.get("output_activations"):
-                raise UserError(f"{checkpoint.path}: config.json: activations are rounded too, which is not read")
             name = group.get("format") or said.get("format")
             scheme = next((s for s in SCHEMES if s.format == name), None)
             if scheme is None:
@@ -83,13 +85,34 @@ def _group(scheme: Scheme, group: Settings, checkpoint: Checkpoint) -> Checkpoin
         raise UserError(f"{checkpoint.path}: config.json: a config group without weights or targets")
     aimed = {n: stored for n, stored in checkpoint.tensors.items() if _targeted(n.rpartition(".")[0], targets)}
     found = members(dataclasses.replace(checkpoint, tensors=aimed), scheme.key, scheme.beside, scheme.maybe)
+    applied = _inputs(checkpoint, group)
     formats: dict[str, Format] = {}
 
     def shape_of(m: Members) -> tuple[tuple[int, ...], Format]:
         shape, formats[m.module] = scheme.shape_of(m, args)
         return shape, formats[m.module]
 
-    return joined(checkpoint, found, shape_of, lambda m, a: scheme.put(formats[m.module], a))
+    def put(m: Members, a: dict[str, np.ndarray]) -> QTensor:
+        q = scheme.put(formats[m.module], a)
+        return dataclasses.replace(q, applied=(*q.applied, *applied))
+
+    return joined(checkpoint, found, shape_of, put)
+
+
+def _inputs(checkpoint: Checkpoint, group: Settings) -> tuple[RoundedInput, ...]:
+    """How a group's layers round their inputs: not, or 8 bits of each token as it comes."""
+    inputs = group.get("input_activations")
+    if not inputs and not group.get("output_activations"):
+        return ()
+    said = inputs if isinstance(inputs, dict) else {}
+    kinds: dict[Any, Kind] = {"int": "int8", "float": "e4m3"}
+    wanted = {"dynamic": True, "strategy": "token", "num_bits": 8, "symmetric": True}
+    if group.get("output_activations") or {k: said.get(k) for k in wanted} != wanted or said.get("type") not in kinds:
+        raise UserError(
+            f"{checkpoint.path}: config.json: of rounded activations only inputs in 8 bits, dynamic and token by "
+            "token, are read"
+        )
+    return (RoundedInput(None, kinds[said["type"]]),)
 
 
 def _targeted(module: str, targets: Sequence[str]) -> bool:
