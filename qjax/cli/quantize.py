@@ -148,8 +148,16 @@ class Quantize:
             return quantize_file(
                 path, self.out, plan,
                 recipe=self.recipe, calibration=calibration, importance=importance, requantize=self.requantize,
-                progress=progress, walked=walked, notify=say,
+                metadata=self._said(), progress=progress, walked=walked, notify=say,
             )  # fmt: skip
+
+    def _said(self) -> dict[str, Any]:
+        """What the file will say of the importance matrix."""
+        if self.imatrix is None:
+            return {}
+        from qjax.io.imatrix import read_imatrix, said_of
+
+        return said_of(self.imatrix, read_imatrix(self.imatrix))
 
     def _in_memory(self, path: Path) -> Any:
         import jax.numpy as jnp

@@ -12,6 +12,8 @@ from small_models import LLAMA, TEXT, random_params
 import qjax
 from qjax.cli import main
 from qjax.io.exports import CONTAINERS
+from qjax.io.gguf_read import read_gguf
+from qjax.io.imatrix import Imatrix, write_imatrix
 from qjax.io.text import texts_at
 from qjax.models.model import Model
 from qjax.pipeline import calibration_text, quantize_model
@@ -168,3 +170,16 @@ def test_help_names_every_container(capsys):
     assert main(["export", "--help"]) == 0
     said = capsys.readouterr().out.split()
     assert {*CONTAINERS, "gguf"} <= {*said}
+
+
+def test_a_file_says_which_importance_matrix_it_was_made_with(floats, tmp_path):
+    names = [f"blk.0.{part}.weight" for part in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")]
+    values = {name: np.ones(64, np.float32) for name in names}
+    write_imatrix(tmp_path / "im.gguf", Imatrix(values, dict.fromkeys(names, 1024), ("book.txt",)))
+    argv = ["quantize", str(floats), "-o", str(tmp_path / "m.gguf"), "--type", "Q4_0", "--imatrix"]
+    assert main([*argv, str(tmp_path / "im.gguf")]) == 0
+    said = read_gguf(tmp_path / "m.gguf").metadata
+    found = {key.rpartition(".")[2]: value for key, value in said.items() if key.startswith("quantize.imatrix.")}
+    assert found == {
+        "file": str(tmp_path / "im.gguf"), "dataset": "book.txt", "entries_count": 5, "chunks_count": 2,
+    }  # fmt: skip
