@@ -84,12 +84,13 @@ def _gguf(path: Path) -> tuple[str, Mapping[str, Any], list[dict[str, Any]]]:
 def _folder(path: Path) -> tuple[str, Mapping[str, Any], list[dict[str, Any]]]:
     from qjax.errors import UserError
     from qjax.io.exports import reader_of
+    from qjax.io.onnx_file import is_onnx, open_onnx
     from qjax.io.safetensors import open_folder
     from qjax.io.tokenizer_hf import read_json
 
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json; expected a Hugging Face directory, a .gguf or a .bin file")
-    config, checkpoint = read_json(path / "config.json"), open_folder(path)
+    config, checkpoint = read_json(path / "config.json"), open_onnx(path) if is_onnx(path) else open_folder(path)
     reader = reader_of(config)
     tensors = (checkpoint if reader is None else reader.open(config, checkpoint)).tensors
     kind = "Hugging Face directory" if reader is None else f"Hugging Face directory, {reader.name}"

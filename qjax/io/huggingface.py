@@ -21,6 +21,7 @@ from qjax.io.exports import opened
 from qjax.io.folder_facts import write_facts
 from qjax.io.linear_heads import read_linear, write_linear
 from qjax.io.multimodal import language_settings, language_tensors
+from qjax.io.onnx_file import is_onnx, open_onnx
 from qjax.io.safetensors import FLOATS, SHARD_BYTES, Checkpoint, open_folder, write_folder
 from qjax.io.tokenizer_hf import read_json, read_tokenizer
 from qjax.models.card import Card
@@ -46,7 +47,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face folder")
     whole = read_json(folder / "config.json")
-    settings, checkpoint = language_settings(whole), opened(whole, open_folder(folder))
+    found = open_onnx(folder) if is_onnx(folder) else open_folder(folder)
+    settings, checkpoint = language_settings(whole), opened(whole, found)
     if settings is not whole:
         checkpoint = language_tensors(checkpoint)
         # Whether the head is tied stands in either part, by version; that it is not there says so.

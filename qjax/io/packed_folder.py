@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from qjax.io.exports.container import WEIGHT, Container
 from qjax.io.folder_facts import Known, write_facts
 from qjax.io.huggingface import in_folder
 from qjax.io.linear_heads import order_of
+from qjax.io.onnx_file import ONNX, OnnxFile
 from qjax.io.safetensors import FLOATS, SHARD_BYTES
 from qjax.io.shards import Shards, room
 from qjax.models.config import DecoderConfig
@@ -31,11 +33,22 @@ _TENSORS = 7  # of one packed weight, at most
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
+@runtime_checkable
+class Sink(Protocol):
+    """Where the tensors go, in any order."""
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Write a tensor."""
+
+    def close(self) -> None:
+        """All are there."""
+
+
 class PackedFolder:
     """A folder on its way."""
 
-    def __init__(self, shards: Shards, config: DecoderConfig, container: Container, dtype: str):
-        self._shards, self._config, self._container, self._dtype = shards, config, container, _DTYPES[dtype]
+    def __init__(self, sink: Sink, config: DecoderConfig, container: Container, dtype: str):
+        self._sink, self._config, self._container, self._dtype = sink, config, container, _DTYPES[dtype]
 
     def packed(self, w: WeightName, q: QTensor) -> int:
         """Write a packed weight, rows (out, in), or a stack of them; returns its bytes.
@@ -53,7 +66,7 @@ class PackedFolder:
             except UserError as e:
                 raise UserError(f"{name}: {e}") from None
             for suffix, array in arrays.items():
-                self._shards.put(name.removesuffix(WEIGHT) + suffix, array)
+                self._sink.put(name.removesuffix(WEIGHT) + suffix, array)
                 nbytes += array.nbytes
         return nbytes
 
@@ -63,7 +76,7 @@ class PackedFolder:
         infos: list[Info] = [(name, self._dtype, w.hf_shape) for w, _ in listed for name in w.hf_names]
         found, arrays = in_folder(self._config, infos, self._in_turn(listed))
         for (name, *_), array in zip(found, arrays, strict=True):
-            self._shards.put(name, array)
+            self._sink.put(name, array)
 
     def _in_turn(self, listed: list[tuple[WeightName, Callable[[], np.ndarray]]]) -> Iterator[np.ndarray]:
         for w, made in listed:
@@ -136,6 +149,8 @@ def packed_folder(
     names = [name for w in weight_names(model.config) for name in w.hf_names]
     with atomic_dir(out) as folder:
         write_facts(folder, model, dtype, further)
-        shards = Shards(folder, room(names, _TENSORS), shard_bytes)
-        yield PackedFolder(shards, model.config, container, dtype)
-        shards.close()
+        sink: Sink = Shards(folder, room(names, _TENSORS), shard_bytes)
+        if container.name == ONNX:
+            sink = OnnxFile(folder, model.config)
+        yield PackedFolder(sink, model.config, container, dtype)
+        sink.close()

@@ -26,6 +26,7 @@ from qjax.formats import format as get_format
 from qjax.io.exports import container
 from qjax.io.exports.container import Container
 from qjax.io.gguf_types import DENSE
+from qjax.io.onnx_file import ONNX
 from qjax.io.packed_folder import PackedFolder, check_packed, packed_folder
 from qjax.models.families import WeightName, weight_names
 from qjax.models.stages import stages_of
@@ -96,7 +97,7 @@ def export_model(
         needs = sorted(frozenset().union(*(r.requires for _, r in by_walk.values())))
         raise UserError(f"recipe {recipe} looks at what the model does with a text ({', '.join(needs)}); give one")
     lines: dict[str, TensorReport] = {}
-    dtype = source.card.dtype or "float32"
+    dtype = "float32" if into.name == ONNX else source.card.dtype or "float32"
     with packed_folder(out, into, source, formats, dtype) as folder:
 
         def emit(path: str, leaf: Any, q: QTensor, line: CalibrationReport | None) -> None:

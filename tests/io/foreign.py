@@ -80,6 +80,16 @@ def mlx(a, config):
     return E2M1[codes.astype(int)] * spread(scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32), n)
 
 
+def onnx(a, config):
+    bits, codes = config["quantization_config"]["bits"], a[".weight_Q"]
+    out, groups, size = codes.shape
+    zero = np.full((out, groups), 2 ** (bits - 1), np.float32)
+    if ".weight_zeros" in a:
+        zero = stream(a[".weight_zeros"], bits, groups)
+    n = 8 * size // bits
+    return ((stream(codes, bits, n) - zero[..., None]) * a[".weight_scales"][..., None]).reshape(out, -1)
+
+
 DECODERS = {
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
@@ -87,4 +97,5 @@ DECODERS = {
     "awq": awq,
     "bitsandbytes": bitsandbytes,
     "mlx": mlx,
+    "onnx": onnx,
 }

@@ -1,5 +1,6 @@
 """Containers of other libraries: their arrays decode by numpy to the weight, come back as they were, or are refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 from foreign import DECODERS
 from packed_models import packed_model
+from small_models import LLAMA
 
 import qjax
 from qjax.errors import UserError
 from qjax.io.exports import CONTAINERS, opened
+from qjax.io.onnx_graph import check_graph
 from qjax.io.safetensors import DTYPE_NAMES, DTYPES, open_file, write_tensors
+from qjax.models.config import RopeScaling
 from qjax.reparam.permute import Permuted
 
 CASES = {
@@ -24,6 +28,7 @@ CASES = {
     "awq": "int4_g32 uint4_g128",
     "bitsandbytes": "NF4 NF4_b128_dq FP4_dq",
     "mlx": "uint2_g32_m uint3_g64_m_bf16 uint6_g32_m_f32 int4_g32 uint5_g64 MXFP4 NVFP4 Q4_1",
+    "onnx": "int4_g32 uint2_g64 uint8_g16",
 }
 ALL = [(to, name) for to, names in CASES.items() for name in names.split()]
 NAME = "model.layers.0.mlp.up_proj"
@@ -149,6 +154,8 @@ REFUSED = [
     ("bitsandbytes", "int4_g64", "take NF4, NF4_dq"),
     ("mlx", "uint4_g16", "groups of 32, 64 or 128"),
     ("mlx", "Q4_K", "no grid of integers"),
+    ("onnx", "uint3_g32", "2, 4 or 8 bits"),
+    ("onnx", "int4_g24", "a power of two"),
     ("compressed-tensors", "int3_g16_u6x16", "no place for int3_g16_u6x16"),
     ("compressed-tensors", "int2_g64_mid_mse", "no place for int2_g64_mid_mse"),
     ("compressed-tensors", "uint4_g64_zf16", "no place for uint4_g64_zf16"),
@@ -187,6 +194,7 @@ DAMAGES = {
     "awq": (".scales", ".qzeros"),
     "bitsandbytes": (".weight.quant_map", ".weight.absmax"),
     "mlx": (".biases", ".scales"),
+    "onnx": (".weight_scales", ".weight_Q"),
 }
 
 
@@ -205,7 +213,7 @@ def test_damaged_weights_are_named(tmp_path, w, to):
     if ".weight" not in whole:
         with pytest.raises(UserError, match=rf"the weight of '{NAME}' is there twice"):
             stored(tmp_path, to, q, whole | {".weight": w})
-    scale = next(s for s in (".scales", ".weight_scale", ".weight.absmax") if s in whole)
+    scale = next(s for s in (".scales", ".weight_scale", ".weight_scales", ".weight.absmax") if s in whole)
     tensors, _ = stored(tmp_path, to, q, whole | {scale: np.full_like(whole[scale], np.nan)})
     with pytest.raises(UserError, match=r"NaN or infinite"):
         tensors[NAME + ".weight"].packed()
@@ -253,3 +261,26 @@ def test_the_table_of_the_docs_is_what_the_code_holds():
             except UserError:
                 held = ""
             assert held == cell, f"{name} in {to.name}"
+
+
+def test_a_graph_that_is_not_whole_is_refused(tmp_path, bpe):
+    pytest.importorskip("onnx")
+    packed_model(tmp_path / "m", "onnx", "int4_g32", bpe)
+    data = tmp_path / "m" / "model.onnx.data"
+    whole = data.read_bytes()
+    assert qjax.load(tmp_path / "m").params["layers_0"]["attn"]["q"]["kernel"].format.name == "int4_g32_f32"
+    data.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"does not lie in model\.onnx\.data whole"):
+        qjax.load(tmp_path / "m")
+    data.write_bytes(whole)
+    graph = tmp_path / "m" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-7] + b"nothing")
+    with pytest.raises(UserError, match=r"model\.onnx"):
+        qjax.load(tmp_path / "m")
+
+
+def test_there_is_no_graph_of_every_decoder():
+    check_graph(LLAMA)
+    for change in ({"window": 8}, {"experts": 4}, {"logit_softcap": 30.0}, {"rope_scaling": RopeScaling("yarn", 2.0)}):
+        with pytest.raises(UserError, match=f"no ONNX graph of a llama model with {next(iter(change))}"):
+            check_graph(dataclasses.replace(LLAMA, **change))

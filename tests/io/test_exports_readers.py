@@ -1,5 +1,7 @@
 """What the libraries themselves make of qjax's files: the logits of the model that qjax reads from them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from packed_models import SMALL, packed_model
 from small_models import random_params
 
 import qjax
+from qjax.models.config import RopeScaling
 from qjax.models.model import Model
 
 pytestmark = pytest.mark.slow
@@ -78,6 +81,23 @@ def test_mlx_lm_reads_mlx(tmp_path, bpe, name):
     packed_model(tmp_path / "m", "mlx", name, bpe)
     model, _ = mlx_lm.load(str(tmp_path / "m"))
     np.testing.assert_allclose(np.array(model(mx.array(TOKENS))), ours(tmp_path / "m"), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("uint4_g32", {"qkv_bias": True, "tied": True, "family": "qwen2"}),
+        ("int2_g16", {"qk_norm": True, "family": "qwen3"}),
+        ("uint8_g64", {"rope_scaling": RopeScaling("llama3", 4.0, original_max_position=32), "layers": 2}),
+    ],
+)
+def test_onnxruntime_runs_onnx(tmp_path, bpe, name, changes):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    packed_model(tmp_path / "m", "onnx", name, bpe, config=dataclasses.replace(SMALL, **changes))
+    session = onnxruntime.InferenceSession(tmp_path / "m" / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"input_ids": TOKENS})
+    np.testing.assert_allclose(logits, ours(tmp_path / "m"), atol=2e-5)
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from qjax.io.exports.container import Container, Reader
 from qjax.io.exports.fp8_blocks import FP8Blocks
 from qjax.io.exports.gptq import V1, V2
 from qjax.io.exports.mlx import MLX
+from qjax.io.exports.onnx import MatMulNBits
 from qjax.io.safetensors import Checkpoint
 
-_ALL: tuple[Container, ...] = (CompressedTensors(), V1, V2, AWQ(), BitsAndBytes(), MLX())
+_ALL: tuple[Container, ...] = (CompressedTensors(), V1, V2, AWQ(), BitsAndBytes(), MLX(), MatMulNBits())
 _READ: tuple[Reader, ...] = (*_ALL, FP8Blocks())
 CONTAINERS: Mapping[str, Container] = MappingProxyType({c.name: c for c in _ALL})
 

@@ -146,14 +146,23 @@ def words(codes: np.ndarray, bits: int) -> np.ndarray:
     >>> words(np.arange(8, dtype=np.uint8), 4).tolist()
     [1985229328]
     """
-    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 32)])
-    stream = np.asarray(_stream(padded, bits))[..., : -(-codes.shape[-1] * bits // 32) * 4]
-    return np.ascontiguousarray(stream).view("<i4")
+    return packed_bytes_of(codes, bits, 4).view("<i4")
 
 
 def codes_of(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     """The inverse of `words`: i32[*b, m] -> u8[*b, n]."""
-    stream = np.ascontiguousarray(packed).view(np.uint8)
+    return unpacked_bytes(np.ascontiguousarray(packed).view(np.uint8), bits, n)
+
+
+def packed_bytes_of(codes: np.ndarray, bits: int, unit: int = 1) -> np.ndarray:
+    """The same stream as bytes, padded to a whole number of `unit` bytes: u8[*b, m]."""
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 32)])
+    size = -(-codes.shape[-1] * bits // (8 * unit)) * unit
+    return np.ascontiguousarray(np.asarray(_stream(padded, bits))[..., :size])
+
+
+def unpacked_bytes(stream: np.ndarray, bits: int, n: int) -> np.ndarray:
+    """The inverse of `packed_bytes_of`: u8[*b, m] -> u8[*b, n]."""
     short = -stream.shape[-1] % bits  # a stream of bytes that ends within a code
     stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, short)])
     return np.asarray(_unstream(stream, bits))[..., :n]
