@@ -47,8 +47,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face folder")
     whole = read_json(folder / "config.json")
-    found = open_onnx(folder) if is_onnx(folder) else open_folder(folder)
-    settings, checkpoint = language_settings(whole), opened(whole, found)
+    there = open_onnx(folder) if is_onnx(folder) else open_folder(folder)
+    settings, checkpoint = language_settings(whole), opened(whole, there)
     if settings is not whole:
         checkpoint = language_tensors(checkpoint)
         # Whether the head is tied stands in either part, by version; that it is not there says so.

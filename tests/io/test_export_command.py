@@ -147,6 +147,10 @@ def test_experts_are_packed_one_by_one(tmp_path, bpe):
     for name in "ab":
         q = qjax.load(tmp_path / name).params["layers_0"]["mlp"]["experts"]["up"]["kernel"]
         np.testing.assert_array_equal(qjax.dequantize(q), made)
+    assert export(tmp_path / "a", tmp_path / "m.gguf", "gguf") == 0
+    q = qjax.load(tmp_path / "m.gguf").params["layers_0"]["mlp"]["experts"]["up"]["kernel"]
+    assert q.format.name == "Q5_0"
+    np.testing.assert_array_equal(qjax.dequantize(q), made)
 
 
 @pytest.mark.slow

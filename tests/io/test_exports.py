@@ -15,9 +15,11 @@ from small_models import LLAMA
 import qjax
 from qjax.errors import UserError
 from qjax.io.exports import CONTAINERS, opened
+from qjax.io.exports.integers import in_ggml, integers_of
 from qjax.io.onnx_graph import check_graph
 from qjax.io.safetensors import DTYPE_NAMES, DTYPES, open_file, write_tensors
 from qjax.models.config import RopeScaling
+from qjax.pipeline.export_gguf import ggml_type
 from qjax.reparam.permute import Permuted
 
 CASES = {
@@ -143,6 +145,33 @@ def test_rounded_inputs_are_read_with_their_weights(tmp_path, w, type, weight):
             opened({"quantization_config": said}, open_file(tmp_path / "w.safetensors"))
     with pytest.raises(UserError, match="transform_config is not read"):
         opened({"quantization_config": said | {"transform_config": {"a": 1}}}, open_file(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "type"),
+    [
+        ("int4_g128", "Q4_0"),
+        ("uint3_g32", "Q4_0"),
+        ("uint4_g64", "Q5_0"),
+        ("int7_g32", "Q8_0"),
+        ("int8_row", "Q8_0"),
+    ],
+)
+def test_ggml_types_hold_integers_exactly_or_not_at_all(w, name, type):
+    q = qjax.quantize(w, name)
+    assert ggml_type(q.format) == type
+    made = in_ggml(integers_of(q), qjax.format(type))
+    np.testing.assert_array_equal(np.asarray(qjax.dequantize(made)), np.asarray(qjax.dequantize(q)))
+
+
+def test_what_no_ggml_type_holds_is_said(w):
+    for name in ("uint8_g32", "int4_g16", "NF4", "uint4_g64_m"):
+        with pytest.raises(UserError, match=r"no ggml type holds|no grid of integers"):
+            ggml_type(qjax.format(name))
+    with pytest.raises(UserError, match="its f32 scales are no fp16 numbers"):
+        in_ggml(integers_of(qjax.quantize(w, "int4_g32_f32")), qjax.format("Q4_0"))
+    with pytest.raises(UserError, match="reach from -15 to"):
+        in_ggml(integers_of(qjax.quantize(-np.abs(w), "uint4_g32")), qjax.format("Q4_0"))
 
 
 REFUSED = [

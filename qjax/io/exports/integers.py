@@ -128,9 +128,11 @@ def in_ggml(w: Whole, format: GGML) -> QTensor:
     assert isinstance(levels, Integers)
     span = w.codes.shape[-1] // w.scale.shape[-1]
     codes = w.codes.astype(np.int16).reshape(*w.scale.shape, span) - w.zero[..., None].astype(np.int16)
-    if codes.min() < levels.low or codes.max() > levels.high:
-        raise UserError(f"its codes reach from {codes.min()} to {codes.max()}, and {format.name} has {levels.low} to "
-                        f"{levels.high}")  # fmt: skip
+    low = -128 if levels.high == 127 else levels.low  # bytes, which Q8_0's own quantizer uses down to -127 only
+    if codes.min() < low or codes.max() > levels.high:
+        raise UserError(
+            f"its codes reach from {codes.min()} to {codes.max()}, and {format.name} has {low} to {levels.high}"
+        )
     if span % block:
         raise UserError(f"{span} weights share a scale, and a block of {format.name} has {block}")
     scale = w.scale.astype(np.float32)
