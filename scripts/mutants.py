@@ -36,6 +36,7 @@ REPARAM, REPARAM_GAINS = "reparam/test_reparam.py::", "reparam/test_reparam_gain
 GAINS, IDENTITIES = "rounding/test_rounding_gains.py::", "rounding/test_identities.py::"
 FIGURES = "report/test_figures.py::"
 KERNELS = "kernels/test_products.py::"
+EXPORTS = "io/test_exports.py::"
 BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
 
 # fmt: off
@@ -266,5 +267,22 @@ MUTANTS = (
            "models/test_packed_generation.py::test_weights_are_prepacked_once_for_the_kernel_of_a_step"),
     Mutant("one-matrix-timed-again", "bench/products.py", "jnp.roll(leaf, k, axis=0)", "jnp.roll(leaf, 0, axis=0)",
            "test_bench.py::test_every_product_of_a_program_has_weights_of_its_own"),
+    Mutant("gptq-zeros-as-they-are", "io/exports/gptq.py", "+ np.uint8(self.less)", "+ np.uint8(0)",
+           EXPORTS + "test_arrays_mean_the_weight_and_come_back_as_they_were[gptq-uint3_g32]"),
+    Mutant("gptq-without-order", "io/exports/gptq.py", "codes[:, order]", "codes",
+           EXPORTS + "test_columns_out_of_order_are_read_behind_a_permutation"),
+    Mutant("awq-in-order", "io/exports/awq.py", "[0, 4, 1, 5, 2, 6, 3, 7]", "[0, 1, 2, 3, 4, 5, 6, 7]",
+           EXPORTS + "test_arrays_mean_the_weight_and_come_back_as_they_were[awq-int4_g32]"),
+    Mutant("nvfp4-without-global", "io/exports/compressed_schemes.py", "return q if shared == 1 else",
+           "return q if True else",
+           EXPORTS + "test_a_global_scale_of_nvfp4_is_read_and_written_back"),
+    Mutant("members-twice", "io/exports/container.py", "if WEIGHT not in (key, *beside) and", "if False and",
+           EXPORTS + "test_damaged_weights_are_named[gptq]"),
+    Mutant("gguf-of-one-expert", "pipeline/export_gguf.py", "in_ggml(integers_of(part), format)",
+           "in_ggml(integers_of(parts[0]), format)",
+           "io/test_export_command.py::test_experts_are_packed_one_by_one"),
+    Mutant("gguf-scales-of-whole-groups", "io/exports/integers.py", "np.repeat(scale, span // block, axis=-1)",
+           "np.tile(scale, span // block)",
+           EXPORTS + "test_ggml_types_hold_integers_exactly_or_not_at_all"),
 )
 # fmt: on

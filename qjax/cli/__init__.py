@@ -29,6 +29,7 @@ COMMANDS = {
     "fill": ("qjax.cli.fill", "Fill", "fill the numbers of documents in from result files"),
     "quantize": ("qjax.cli.quantize", "Quantize", "quantize a model and write it as GGUF or HF directory"),
     "plan": ("qjax.cli.plan", "Plan", "choose a format for every weight: least measured KL at a size"),
+    "export": ("qjax.cli.export", "Export", "write a model as vLLM, transformers, MLX and others read it"),
     "fuse": ("qjax.cli.fuse", "Fuse", "fold a rotation or channel scales into a model's weights"),
     "eval": ("qjax.cli.evaluate", "Evaluate", "perplexity, and KL divergence to a baseline model, on a text"),
     "inspect": ("qjax.cli.inspect", "Inspect", "metadata, tensors, types and bits per weight of a model file"),

@@ -83,13 +83,18 @@ def _gguf(path: Path) -> tuple[str, Mapping[str, Any], list[dict[str, Any]]]:
 
 def _folder(path: Path) -> tuple[str, Mapping[str, Any], list[dict[str, Any]]]:
     from qjax.errors import UserError
+    from qjax.io.exports import reader_of
+    from qjax.io.onnx_file import is_onnx, open_onnx
     from qjax.io.safetensors import open_folder
     from qjax.io.tokenizer_hf import read_json
 
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json; expected a Hugging Face directory, a .gguf or a .bin file")
-    rows = [_row(name, t.shape, t.dtype, t.nbytes) for name, t in open_folder(path).tensors.items()]
-    return "Hugging Face directory", read_json(path / "config.json"), rows
+    config, checkpoint = read_json(path / "config.json"), open_onnx(path) if is_onnx(path) else open_folder(path)
+    reader = reader_of(config)
+    tensors = (checkpoint if reader is None else reader.open(config, checkpoint)).tensors
+    kind = "Hugging Face directory" if reader is None else f"Hugging Face directory, {reader.name}"
+    return kind, config, [_row(name, t.shape, t.dtype, t.nbytes) for name, t in tensors.items()]
 
 
 def _llama2c(path: Path) -> tuple[str, Mapping[str, Any], list[dict[str, Any]]]:

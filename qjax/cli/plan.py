@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qjax.cli import output
-from qjax.cli.calibration import Texts, calibration_of_texts, check_texts
+from qjax.cli.calibration import Texts, texts_of, windows_of
 from qjax.cli.model import MODEL_HELP
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
 from qjax.errors import UserError
@@ -72,7 +72,7 @@ class Plan:
             if getattr(self, option) < least:
                 raise UserError(f"--{option} {getattr(self, option)}: {least} is the least")
         budget = budget_of(self.bits, self.size)
-        texts = check_texts(self.calib)
+        texts = texts_of(self.calib)
         check_output(self.out, (self.model, *texts), self.force)
         check_json(self.json, (self.model, self.out, *texts))
         check_json(self.html, (self.model, self.out, self.json, *texts))
@@ -82,7 +82,7 @@ class Plan:
         from qjax.io.checkpoint import load_float
 
         model = load_float(self.model)
-        text = calibration_of_texts(self.calib, self.model, model, self.calib_ctx, self.windows, self.seed)
+        text = windows_of(model, self.model, self.calib, context=self.calib_ctx, windows=self.windows, seed=self.seed)
         with bar(f"plan of {self.model}") as update:
             plan, found = plan_for(
                 model, text.tokens, **budget, target=self.reader, formats=self.formats, recipe=self.recipe,

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from qjax.cli import output
-from qjax.cli.calibration import Texts, calibration_of_texts, check_texts
+from qjax.cli.calibration import Texts, check_windows, texts_of, windows_of
 from qjax.cli.model import MODEL_HELP
 from qjax.cli.process import JOIN_HELP
 from qjax.cli.progress import bytes_bar, in_turn, steps_bar
@@ -79,10 +79,7 @@ class Quantize:
     def _execute(self) -> None:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
-        if self.calib_windows is not None and self.calib_windows < 2:
-            raise UserError(
-                f"--calib-windows {self.calib_windows}: two are the least, one to calibrate on and one held out"
-            )
+        check_windows(self.calib_windows)
         from qjax.io.checkpoint import locate
         from qjax.pipeline.ledger import ledger, said
         from qjax.processes import chief
@@ -103,7 +100,7 @@ class Quantize:
             raise UserError(f"--recipe {self.recipe}: a folder of floats cannot say that inputs are rounded too")
         if self.plan is None and not made.requires and self.calib:
             raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
-        texts = check_texts(self.calib)
+        texts = texts_of(self.calib)
         if self.imatrix is not None and made.requires - {"h"}:
             raise UserError(f"--imatrix holds less than recipe {self.recipe!r} needs; give --calib TEXT instead")
 
@@ -148,8 +145,16 @@ class Quantize:
             return quantize_file(
                 path, self.out, plan,
                 recipe=self.recipe, calibration=calibration, importance=importance, requantize=self.requantize,
-                progress=progress, walked=walked, notify=say,
+                metadata=self._said(), progress=progress, walked=walked, notify=say,
             )  # fmt: skip
+
+    def _said(self) -> dict[str, Any]:
+        """What the file will say of the importance matrix."""
+        if self.imatrix is None:
+            return {}
+        from qjax.io.imatrix import read_imatrix, said_of
+
+        return said_of(self.imatrix, read_imatrix(self.imatrix))
 
     def _in_memory(self, path: Path) -> Any:
         import jax.numpy as jnp
@@ -190,7 +195,9 @@ class Quantize:
         needs = recipe(self.recipe).requires
         if not self.calib and (not needs or self.imatrix is not None):
             return None
-        return calibration_of_texts(self.calib, self.model, model, self.calib_ctx, self.calib_windows, self.seed)
+        return windows_of(
+            model, self.model, self.calib, context=self.calib_ctx, windows=self.calib_windows, seed=self.seed
+        )
 
     def _importance(self, config: Any) -> dict[str, Any]:
         """{path: f32[in]} of the importance file."""

@@ -19,7 +19,7 @@ FAMILIES: tuple[ModuleType, ...] = tuple(
     import_module(f"qjax.formats.{name}")
     for name in (
         *("ggml_dense", "ggml_simple", "kquants", "iq4", "ggml_fp4"),
-        *("integer", "bilevel", "codebook", "float8"),
+        *("integer", "offset", "bilevel", "codebook", "float8"),
     )
 )
 

@@ -5,7 +5,6 @@ Of a model of text and images the language model is read (see `multimodal`).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,13 +17,16 @@ import numpy as np
 from qjax.errors import UserError
 from qjax.io.atomic import atomic_dir
 from qjax.io.expert_stacks import MXFP4, Info, read_experts, write_experts
+from qjax.io.exports import opened
+from qjax.io.folder_facts import write_facts
 from qjax.io.linear_heads import read_linear, write_linear
 from qjax.io.multimodal import language_settings, language_tensors
+from qjax.io.onnx_file import is_onnx, open_onnx
 from qjax.io.safetensors import FLOATS, SHARD_BYTES, Checkpoint, open_folder, write_folder
-from qjax.io.tokenizer_hf import read_json, read_tokenizer, write_tokenizer
+from qjax.io.tokenizer_hf import read_json, read_tokenizer
 from qjax.models.card import Card
 from qjax.models.config import DecoderConfig
-from qjax.models.families import WeightName, config_from_hf, config_to_hf, family_of, weight_names
+from qjax.models.families import WeightName, config_from_hf, family_of, weight_names
 from qjax.models.model import Model
 from qjax.tensor import QTensor, dequantize, from_bytes
 
@@ -45,7 +47,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face folder")
     whole = read_json(folder / "config.json")
-    settings, checkpoint = language_settings(whole), open_folder(folder)
+    there = open_onnx(folder) if is_onnx(folder) else open_folder(folder)
+    settings, checkpoint = language_settings(whole), opened(whole, there)
     if settings is not whole:
         checkpoint = language_tensors(checkpoint)
         # Whether the head is tied stands in either part, by version; that it is not there says so.
@@ -81,7 +84,8 @@ def open_model(folder: str | Path) -> tuple[DecoderConfig, Checkpoint]:
         extra = {name for name in extra if not name.startswith("mtp.")}
     if fp8 := sorted(name for name in extra if name.endswith("weight_scale_inv")):
         raise UserError(
-            f"{folder}: {fp8[0]!r} belongs to weights in blocks of FP8, which are not read; take the model in bfloat16"
+            f"{folder}: {fp8[0]!r} belongs to weights in blocks of FP8, of which config.json says nothing; it "
+            "needs its quantization_config"
         )
     if extra:
         raise UserError(f"{folder}: tensor {min(extra)!r} belongs to nothing in a {config.family} model")
@@ -95,14 +99,27 @@ def _layer(name: str) -> int:
 
 
 def read_leaf(w: WeightName, checkpoint: Checkpoint, dtype: Any) -> jax.Array | QTensor:
-    """One weight of a folder as a leaf of the flax tree; MXFP4 stays packed."""
+    """One weight of a folder as a leaf of the flax tree; what is packed stays so."""
     stored = checkpoint.tensors[w.hf_names[0]]
+    if stored.packed is not None:
+        return _packed_leaf(w, checkpoint)
     if stored.dtype == MXFP4 and stored.made is not None:
         q = from_bytes(MXFP4, stored.made(0, stored.shape[0]).reshape(-1), stored.shape)
         return QTensor(q.leaves, q.format, -2)
     parts = [checkpoint.array(name) for name in w.hf_names]
     whole = parts[0] if parts[0].shape == w.file_shape else np.stack(parts)
     return own(w.turned(whole), dtype)
+
+
+def _packed_leaf(w: WeightName, checkpoint: Checkpoint) -> QTensor:
+    parts = [checkpoint.tensors[name] for name in w.hf_names]
+    if len({part.dtype for part in parts}) > 1:
+        kinds = " and ".join(sorted({part.dtype for part in parts}))
+        raise UserError(f"{checkpoint.path}: the experts of {w.hf!r} have different types, {kinds}")
+    made = [part.packed() for part in parts if part.packed is not None]
+    q = made[0] if w.hf_shape == w.file_shape else jax.tree.map(lambda *leaves: np.stack(leaves), *made)
+    leaves, applied = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), (q.leaves, q.applied))
+    return QTensor(leaves, q.format, -2 if w.transposed else -1, applied)
 
 
 def load_folder(folder: str | Path, dtype: Any = jnp.float32) -> Model:
@@ -132,7 +149,8 @@ def card_of(folder: Path, settings: Mapping[str, Any], config: DecoderConfig, ch
     for said in (settings.get("eos_token_id"), generation.get("eos_token_id")):
         ids = said if isinstance(said, list) else [said]
         stops |= dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < config.vocab)
-    stored = {checkpoint.tensors[name].dtype for w in weight_names(config) for name in w.hf_names}
+    tensors = (checkpoint.tensors[name] for w in weight_names(config) for name in w.hf_names)
+    stored = {t.dtype for t in tensors if t.packed is None}
     dtype = next((name for name, code in _DTYPES.items() if stored == {code}), None)
     return Card(generation=generation, stops=tuple(stops) if len(stops) > 1 else (), dtype=dtype)
 
@@ -155,26 +173,14 @@ def save_folder(model: Model, folder: str | Path, dtype: str | None = None, shar
         raise UserError(f"dtype {dtype!r} is not supported; expected one of {', '.join(_DTYPES)}")
     stored = _DTYPES[dtype]
     names = weight_names(model.config)
-    special: dict[str, Any] = {}
-    if model.tokenizer is not None:
-        special = {"bos_token_id": model.tokenizer.bos, "eos_token_id": model.tokenizer.eos}
-    if len(model.stops) > 1:
-        special["eos_token_id"] = list(model.stops)
-    special = {key: value for key, value in special.items() if value is not None}
-    config = config_to_hf(model.config) | {"torch_dtype": dtype} | special
     files = [(name, stored, w.hf_shape) for w in names for name in w.hf_names]
     weights: Iterator[np.ndarray] = (
         part for w in names for part in _to_file(model, w).astype(FLOATS[stored]).reshape(-1, *w.hf_shape)
     )
     files, weights = in_folder(model.config, files, weights)
     with atomic_dir(folder) as out:
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (out / "generation_config.json").write_text(
-            json.dumps((dict(model.card.generation) or {"_from_model_config": True}) | special, indent=2) + "\n"
-        )
+        write_facts(out, model, dtype)
         write_folder(out, files, weights, shard_bytes)
-        if model.tokenizer is not None:
-            write_tokenizer(out, model.tokenizer)
 
 
 def in_folder(

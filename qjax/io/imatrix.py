@@ -108,6 +108,20 @@ def read_imatrix(path: str | Path) -> Imatrix:
         raise e if str(path) in str(e) else UserError(f"{path}: {e}") from None
 
 
+def said_of(path: str | Path, imatrix: Imatrix) -> dict[str, Any]:
+    """The metadata of a GGUF file that was quantized with an importance matrix, as llama-quantize writes them.
+
+    Args:
+      path: as the user gave it.
+    """
+    return {
+        "quantize.imatrix.file": str(path),
+        **({"quantize.imatrix.dataset": imatrix.datasets[0]} if imatrix.datasets else {}),
+        "quantize.imatrix.entries_count": np.uint32(len(imatrix.values)),
+        "quantize.imatrix.chunks_count": np.uint32(imatrix.chunks),
+    }
+
+
 def write_imatrix(path: str | Path, imatrix: Imatrix, legacy: bool = False) -> None:
     """Write an importance matrix, atomically, entries sorted by name as llama-imatrix does.
 

@@ -33,6 +33,19 @@ FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "F64": np.dtype("<f8"),
     }
 )
+DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        **FLOATS,
+        **{name: np.dtype(code) for name, code in {
+            "I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8",
+            "BOOL": "?",
+        }.items()},
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    }
+)  # fmt: skip
+"""All that a file may hold, packed weights included."""
+DTYPE_NAMES: Mapping[np.dtype[Any], str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of tensors in one file, as Hugging Face's own tools cut
 
@@ -42,7 +55,8 @@ class Stored:
     """Where one tensor lies: its file, dtype (safetensors' name), shape, and the place of its bytes.
 
     `made` gives a number of entries of its first axis from the first one wanted on, where the file has it in another
-    form than this: (first, count) -> [count, ...].
+    form than this: (first, count) -> [count, ...]. `packed` gives a weight that the file holds quantized, rows
+    (out, in), whose format's name is the dtype.
     """
 
     path: Path
@@ -51,6 +65,7 @@ class Stored:
     offset: int
     nbytes: int
     made: Callable[[int, int], np.ndarray] | None = None
+    packed: Callable[[], Any] | None = None  # -> QTensor
 
 
 def mapped(stored: Stored, dtype: Any, first: int, count: int) -> np.ndarray:

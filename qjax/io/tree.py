@@ -21,25 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.io.atomic import atomic_file
-from qjax.io.safetensors import FLOATS, open_file, write_tensors
+from qjax.io.safetensors import DTYPE_NAMES, DTYPES, open_file, write_tensors
 from qjax.tensor import QTensor, dequantize
 
-DTYPES = {
-    **FLOATS,
-    **{name: np.dtype(code) for name, code in {
-        "I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8",
-        "BOOL": "?",
-    }.items()},
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 KEY = "qjax"
 
 
@@ -56,7 +45,7 @@ def save_tree(tree: Any, path: str | Path) -> None:
     """
     found: dict[str, np.ndarray] = {}
     tree = _describe(tree, "", found)
-    infos = [(name, _NAMES[array.dtype], array.shape) for name, array in found.items()]
+    infos = [(name, DTYPE_NAMES[array.dtype], array.shape) for name, array in found.items()]
     with atomic_file(path) as f:
         write_tensors(f, infos, found.values(), DTYPES, {KEY: json.dumps(tree)})
 
@@ -93,7 +82,7 @@ def _describe(node: Any, path: str, found: dict[str, np.ndarray]) -> dict[str, A
     if isinstance(node, QTensor):
         return _describe_packed(node, path, found)
     dtype = getattr(node, "dtype", None)
-    if not isinstance(node, np.ndarray | np.generic | jax.Array) or dtype not in _NAMES:
+    if not isinstance(node, np.ndarray | np.generic | jax.Array) or dtype not in DTYPE_NAMES:
         raise UserError(f"{path or 'the tree'}: a file holds arrays and QTensors, not {_kind(node)}")
     if path in found:
         raise UserError(f"{path}: two leaves have this path")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -133,14 +134,17 @@ def walked_formats(
     return formats
 
 
-def metadata_of_file(source: Source, plan: Plan, jobs: Sequence[Job]) -> dict[str, Any]:
-    """The source's metadata, and what the file's types are called as a whole."""
+def metadata_of_file(
+    source: Source, plan: Plan, jobs: Sequence[Job], further: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The source's metadata, what the file's types are called as a whole, and what else is to be said."""
     types: dict[str, int] = {}
     for job in jobs:
         types[job.info.type] = types.get(job.info.type, 0) + int(np.prod(job.info.shape))
     return dict(source.metadata) | {
         "general.quantization_version": 2,
         "general.file_type": file_type_number(plan, types),
+        **further,
     }
 
 

@@ -32,6 +32,7 @@ from qjax.models.families import WeightName, rope_tensors, weight_names
 from qjax.models.parts import Table
 from qjax.pipeline.source_tensor import SourceTensor
 from qjax.plan import Weight
+from qjax.tensor import QTensor
 from qjax.tokenizer import Tokenizer
 
 
@@ -90,6 +91,18 @@ class Source:
         """Tokens i[n] -> their rows f32[n, dim] of the part "embed" or "head", read when they are asked for."""
         (w,) = self._names[name]
         return self._by_path["/".join(w.path)].rows
+
+    def leaf(self, w: WeightName) -> np.ndarray:
+        """One weight as the decoder holds it, read now: f32."""
+        return self._by_path["/".join(w.path)].flax_leaf(w, self.is_gguf)
+
+    def type_of(self, w: WeightName) -> str:
+        """The type that the files have a weight in: a float's, a ggml type or a format's name."""
+        return self._by_path["/".join(w.path)].type
+
+    def packed(self, w: WeightName) -> QTensor | None:
+        """One weight as it is packed, rows (out, in) of Hugging Face's order, or a stack of them; None: floats."""
+        return self._by_path["/".join(w.path)].qtensor(w, self.is_gguf)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -166,9 +179,9 @@ def _open_folder(path: Path, pre: str | None) -> Source:
 def _of_checkpoint(w: WeightName, name: str, checkpoint: Checkpoint) -> SourceTensor:
     """One tensor of a folder: a weight, or a matrix of a stack."""
     t = checkpoint.tensors[name]
-    if t.dtype not in FLOATS and t.made is None:
+    if t.dtype not in FLOATS and t.made is None and t.packed is None:
         raise UserError(f"{t.path}: tensor {name!r} has type {t.dtype}; expected one of {', '.join(FLOATS)}")
-    made = _tensor(w, t.dtype, file=t.path, offset=t.offset, nbytes=t.nbytes, made=t.made)
+    made = _tensor(w, t.dtype, file=t.path, offset=t.offset, nbytes=t.nbytes, made=t.made, packed=t.packed)
     return dataclasses.replace(made, weight=dataclasses.replace(made.weight, shape=w.hf_shape))
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from qjax.errors import UserError
@@ -19,7 +20,7 @@ from qjax.io.rope_rows import to_halves, to_pairs
 from qjax.io.space import aligned
 from qjax.models.families import WeightName
 from qjax.plan import Weight
-from qjax.tensor import dequantize, from_bytes
+from qjax.tensor import QTensor, dequantize, from_bytes
 
 _ROWS = 1 << 22  # weights unpacked at a time
 
@@ -30,11 +31,12 @@ class SourceTensor:
 
     Attributes:
       weight: its names and its shape (out, in).
-      type: the ggml type it has.
+      type: the ggml type it has, or the format's name.
       file, offset, nbytes: where it lies; or
       values: the tensor itself, where no file holds it in this form; or
       parts: the matrices of a stack, which lie apart; or
-      made: (first, count) -> its rows from the first on, of the file's values in another form.
+      made: (first, count) -> its rows from the first on, of the file's values in another form; or
+      packed: the weight, quantized as some other library's checkpoint has it, rows (out, in).
       rope_heads: heads whose rows are permuted on the way into a GGUF file (see `WeightName`).
       add: what is added to every value on that way.
       decay: every value becomes -exp of it on that way.
@@ -48,6 +50,7 @@ class SourceTensor:
     values: np.ndarray | None = None
     parts: tuple[SourceTensor, ...] = ()
     made: Callable[[int, int], np.ndarray] | None = None
+    packed: Callable[[], QTensor] | None = None
     rope_heads: int | None = None
     add: float = 0.0
     decay: bool = False
@@ -71,6 +74,8 @@ class SourceTensor:
         `ahead`."""
         if self.parts:
             return np.concatenate([part.raw(ahead) for part in self.parts])
+        if self.packed is not None:
+            raise UserError(f"{self.file}: tensor {self.name!r} is {self.type}, which no GGUF file holds as it is")
         if self.values is not None:
             return self.values.reshape(-1).view(np.uint8)
         if self.made is not None:
@@ -97,6 +102,11 @@ class SourceTensor:
 
     def rows(self, which: np.ndarray) -> np.ndarray:
         """f32[n, in]: some rows of the values in the file; the others are not read."""
+        if self.packed is not None:
+            q = self._of_floats(self.packed())
+            if q.format.rows != 1 or q.applied:
+                return np.asarray(dequantize(q))[which]
+            return np.asarray(dequantize(jax.tree.map(lambda leaf: np.asarray(leaf)[which], q)))
         first, last = int(np.min(which, initial=self.weight.shape[0] - 1)), int(np.max(which, initial=0))
         part = self.cut(first, last + 1 - first)
         raw = part.raw(ahead=part.weight.shape[0] <= len(which)).reshape(part.weight.shape[0], -1)
@@ -110,7 +120,9 @@ class SourceTensor:
         shape = self.weight.shape
         if self.parts:
             return np.stack([part.read() for part in self.parts])
-        if self.type in DENSE:
+        if self.packed is not None:
+            w = np.asarray(dequantize(self._of_floats(self.packed())))
+        elif self.type in DENSE:
             raw, dtype = self.raw(), DENSE[self.type]
             raw = raw.copy() if self.values is None and self.made is None and self.offset % dtype.itemsize else raw
             w = raw.view(dtype).reshape(shape)
@@ -120,6 +132,33 @@ class SourceTensor:
             w = to_pairs(w, self.rope_heads)
         w = (w.astype(np.float32) + np.float32(self.add)) if self.add else w
         return -np.exp(w.astype(np.float32)) if self.decay else w
+
+    def qtensor(self, w: WeightName, is_gguf: bool) -> QTensor | None:
+        """Its packed rows (out, in), in the order of Hugging Face's folders; None where they are floats.
+
+        Args:
+          w: the weight.
+          is_gguf: whether the file holds them as GGUF does.
+        """
+        if self.type in DENSE:
+            return None
+        if self.parts:
+            return jax.tree.map(lambda *leaves: np.stack(leaves), *(part.qtensor(w, is_gguf) for part in self.parts))
+        if self.packed is not None:
+            return self.packed()
+        q = from_bytes(self.type, self.raw(), self.weight.shape)
+        if w.rope_heads is None or not is_gguf:
+            return q
+        return dataclasses.replace(q, leaves={"blocks": to_halves(np.asarray(q.leaves["blocks"]), w.rope_heads)})
+
+    def _of_floats(self, q: QTensor) -> QTensor:
+        """The weight, if floats can stand for it."""
+        if q.rounds_inputs:
+            raise UserError(
+                f"{self.file}: {self.name!r} rounds its inputs too, which weights as floats cannot say; run it with "
+                "--packed, or as qjax.load gives it"
+            )
+        return q
 
     def _unpacked(self) -> np.ndarray:
         shape = self.weight.shape
@@ -142,7 +181,12 @@ class SourceTensor:
         out = aligned(w.shape)
         flat = w.turned(out)  # in the file's order of axes
         plain = self if is_gguf else dataclasses.replace(self, rope_heads=None, add=0.0, decay=False)
-        whole = bool(self.parts) or flat.shape != tuple(self.weight.shape) or (w.rope_heads is not None and is_gguf)
+        whole = (
+            bool(self.parts)
+            or self.packed is not None
+            or flat.shape != tuple(self.weight.shape)
+            or (w.rope_heads is not None and is_gguf)
+        )
         if whole:
             rows = plain.read()
             rows = rows if w.rope_heads is None or not is_gguf else to_halves(rows, w.rope_heads)

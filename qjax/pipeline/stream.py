@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ def quantize_file(
     overrides: Sequence[tuple[str, str]] = (),
     requantize: bool = False,
     pre: str | None = None,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress = lambda name, done, total: None,
     walked: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
@@ -91,6 +93,7 @@ def quantize_file(
       pure, overrides: see `qjax.plan.mix`; for a file type only.
       requantize: allow a source whose weights are quantized already.
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
+      metadata: further keys of the file, as `qjax.io.imatrix.said_of` has them.
       progress: called as (tensor, bytes of the source done, of all) after each tensor that is not calibrated.
       walked: called after each tensor that is.
       notify: told in one line when earlier work is continued or dropped, and of a weight without its importance.
@@ -115,7 +118,7 @@ def quantize_file(
     formats = walked_formats(jobs, importance, calibration, notify)
     if plan.note:
         notify(plan.note)
-    place = layout(metadata_of_file(source, plan, jobs), [job.info for job in jobs])
+    place = layout(metadata_of_file(source, plan, jobs, metadata), [job.info for job in jobs])
     recipes = key_of(formats, calibration if formats else None)
     key = key_of_file(source, place, importance, recipes)
     check_alike(f"{place.header.hex()} {recipes}", "the model, plan, recipe, text or number of cores")

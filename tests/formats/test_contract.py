@@ -52,6 +52,7 @@ SQNR_FLOOR: dict[str, float] = {
     "uint3_g64_mse": 14.9,
     "uint2_g64_mse": 8.9,
     "uint4_g64_zf16": 20.7,
+    "uint4_g64_m": 20.5,
     "int3_g16_mse_u6x16": 15.6,
     "uint2_g16_mse_u4x16": 10.2,
     "uint3_g16_bilevel3x16": 16.8,
