@@ -42,7 +42,7 @@ class Stats:
     """Statistics of one input, or a stack of them (leading axes); what was not collected is None.
 
     Attributes:
-      H: E[x x^T], f32[n, n].
+      H: E[x x^T], f32[n, n]; where tokens count by row groups of a weight, f32[k, n, n], for recipes that are `guided`.
       h: E[x^2], f32[n].
       absmean, absmax: f32[n].
       cross: E[(x_float - x) x^T], f32[n, n]: what the quantized predecessors changed about the input x.

@@ -105,3 +105,7 @@ class Dynamic:
 
     def put(self, scales: Scales, v: Array) -> Scales:
         return to_dynamic(v)
+
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        """None: one absmax moves the offset of all."""
+        return ()

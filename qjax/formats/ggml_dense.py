@@ -63,6 +63,9 @@ class Unscaled(Scaling):
     def store(self, scales: Scales, s: Array, m: Array | None) -> Scales:
         return scales
 
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        return ()
+
     def units(self, scales: Scales, x: Array) -> Array:
         return x
 

@@ -56,13 +56,17 @@ def _half_e4m3(s: Array) -> Array:
     return ue4m3(ue4m3_byte(2 * s))
 
 
+_NEAR = (2 / 3, 0.875, 15 / 16, 1.1, 1.25, 1.5)
+"""The bytes before and behind, some beyond, and Four-over-Six (arXiv:2512.02010): a peak at 6 comes to 4, or back."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PowerOfTwo(Scaling):
     """d = 2^(e - 128) for 32 weights: {"d": f32[*b, n/32]}. The two smallest are float32 denormals, which XLA's
     arithmetic flushes, so everything here works on bits."""
 
     block: int = 32
-    scale = Stored("d", _power_of_two)
+    scale = Stored("d", _power_of_two, (0.5, 2.0))
 
     def fit(self, levels: SignMagnitude, w: Array, weight: Array | None) -> Scales:
         """e = floor(log2 absmax) - 2 + 127; with `weight`, the best of its neighbours."""
@@ -100,7 +104,7 @@ class Float8Scale(Scaling):
 
     block: int = 64
     group: int = 16
-    scale = Stored("d", _half_e4m3)
+    scale = Stored("d", _half_e4m3, _NEAR)
 
     def fit(self, levels: SignMagnitude, w: Array, weight: Array | None) -> Scales:
         """s = ue4m3(absmax / 6); with `weight`, the best of its neighbours."""

@@ -90,7 +90,7 @@ class ScaleAndMinimum(Scaling):
 
     block: int = 32
     scale = Stored("d")
-    offset = Stored("m")
+    offset = Stored("m", near=())
 
     def fit(self, levels: Integers, w: Array, weight: Array | None) -> Scales:
         """d = (max - min) / high, m = min; with `weight`, the pair of least weighted error."""

@@ -9,6 +9,9 @@ What a rounding asks of a format (`columns`, `round`, `basis`: protocol.py) is d
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import operator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -93,6 +96,14 @@ class Scaling:
         if self.offset is not None:
             return new | self.offset.put(new, m)
         return new | self.zeros(new, m)
+
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        """`scales` with every group's own number, or numbers, replaced by one nearby; none where rows share it."""
+        if not self.rows:
+            return ()
+        stores = [store for store in (self.scale, self.offset, self.zero) if store is not None]
+        moves = itertools.product(*(({}, *store.neighbours(scales)) for store in stores))
+        return tuple(functools.reduce(operator.or_, move, scales) for move in moves)[1:]
 
     @property
     def signed(self) -> bool:
@@ -199,6 +210,9 @@ class Grid(Link):
         s, m = columns
         assert s is not None
         return self.scaling.store(scales, s, m)
+
+    def neighbours(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Columns, ...]:
+        return tuple(self.scaling.columns(near, shape) for near in self.scaling.neighbours(scales))
 
     def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
         return self.layout.pack(scales, codes)

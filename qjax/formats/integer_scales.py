@@ -83,7 +83,7 @@ class IntegerScales(Scaling):
         if self.zero_kind == "none":
             return None
         whole = partial(_whole, high=self.high)
-        return Stored("zero", self.zero_kind if self.free else whole)
+        return Stored("zero", self.zero_kind if self.free else whole, near=())
 
     def nearest(self, levels: Integers, scales: Scales, w: Float[Array, "*b n"]) -> Integer[Array, "*b n"]:
         """Integer zeros are added to the rounded quotient, as in GPTQ, and float ones to the quotient."""

@@ -102,6 +102,15 @@ class Format(Protocol):
 
 
 @runtime_checkable
+class Stepped(Format, Protocol):
+    """A format that says which scales a group might have instead of its own."""
+
+    def neighbours(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Columns, ...]:
+        """Columns of other storable scales, each group's near its own; what groups share stays. `store` takes any
+        mixture of them, group by group, as it is. None where a group has no scale of its own."""
+
+
+@runtime_checkable
 class BlockFormat(Format, Protocol):
     """A ggml type: its one leaf `blocks` holds the file's bytes, u8[*b, n / block, block_bytes]."""
 

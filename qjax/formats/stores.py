@@ -5,7 +5,9 @@
     Steps("scale", 7)                v = low + step q  SpQR's bilevel statistics
     Dynamic("absmax")                v = offset + nested map[q]   bitsandbytes' double quantization (dynamic_map.py)
 
-A store reads and writes its arrays in the dict of a format's scales. `put` keeps what several groups share.
+A store reads and writes its arrays in the dict of a format's scales. `put` keeps what several groups share. Its
+`neighbours` are what a group may have instead while the others stay: the next integers; some shares of a float, whose
+next number would change no code.
 """
 
 from __future__ import annotations
@@ -31,19 +33,35 @@ class Store(Protocol):
     def put(self, scales: Scales, v: Float[Array, "*b G"]) -> Scales:
         """The arrays of the storable numbers nearest to v, under what `scales` has above them."""
 
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        """The arrays of other numbers near those that are stored; none where a group has no number of its own."""
+
+
+NEAR = (1 - 1 / 8, 1 - 1 / 16, 1 - 1 / 32, 1 + 1 / 32, 1 + 1 / 16, 1 + 1 / 8)
+"""Of a float: half of what the outermost of four to eight levels move by until their weights round anew, and more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """As a float: f16, bf16, f32, or by a function of its own that rounds to what can be stored."""
+    """As a float: f16, bf16, f32, or by a function of its own that rounds to what can be stored.
+
+    Attributes:
+      near: its neighbours, in shares of it; none of a number that only means something beside another.
+    """
 
     key: str
     kind: str | Callable[[Array], Array] = "f16"
+    near: tuple[float, ...] = NEAR
 
     def get(self, scales: Scales) -> Float[Array, "*b G"]:
         return scales[self.key]
 
     def put(self, scales: Scales, v: Float[Array, "*b G"]) -> Scales:
         return {self.key: stored(v, self.kind) if isinstance(self.kind, str) else self.kind(v)}
+
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        v = scales[self.key]
+        return tuple(self.put(scales, v * jnp.float32(share)) for share in self.near)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +85,9 @@ class Multiple:
         x = jnp.round(quotient(self.sign * v.reshape(*unit.shape[:-1], -1), jnp.where(unit == 0, 1.0, unit)))
         x = jnp.clip(x, self.low, self.high).astype(now.dtype)
         return {self.key: jnp.where(unit == 0, now.reshape(x.shape), x).reshape(now.shape)}
+
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        return _next(scales[self.key], self.key, self.low, self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +115,11 @@ class Steps:
         step = jnp.maximum(stored(quotient(sets.max(axis=-1) - low, self.high), "f16"), 0.0)
         shared = {f"{self.key}_low": low, f"{self.key}_step": step}
         return shared | self.put(shared, v)
+
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        return _next(scales[self.key], self.key, 0, self.high)
+
+
+def _next(codes: Array, key: str, low: int, high: int) -> tuple[Scales, ...]:
+    """The integers before and behind, within their range."""
+    return tuple({key: jnp.clip(codes.astype(jnp.int32) + d, low, high).astype(codes.dtype)} for d in (-1, 1))

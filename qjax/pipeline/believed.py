@@ -48,7 +48,7 @@ def believed(w: Array, format: Format, recipe: Recipe, used: Stats, heldout: Sta
     stats = shrunk(site.stats, a, t)
     target, rest = aimed(site.w, format, recipe, stats)
     G = output_curvatures(recipe, format, applied, w.shape, used, heldout)
-    turns, share = _turns(site.w - fitted, recipe, G)
+    turns, share = _turns(site.w - fitted, recipe, format.rows, G)
     begins = (fit.scales, fit.codes) if target is site.w and recipe.roundings[0] == FIT.roundings[0] else None
     made = rounded_rows(target, format, rest, dataclasses.replace(stats, cross=None), turns, begins)
     w_hat = rounded_of(made, format)
@@ -62,12 +62,12 @@ def believed(w: Array, format: Format, recipe: Recipe, used: Stats, heldout: Sta
     return *parted(made, format, applied), Shrinkage(jnp.float32(a), t, jnp.asarray(guarded), share)
 
 
-def _turns(e: Array, recipe: Recipe, G: OutputCurvatures | None) -> tuple[Turns | None, float]:
+def _turns(e: Array, recipe: Recipe, tied: int, G: OutputCurvatures | None) -> tuple[Turns | None, float]:
     """The turns of rows that pay for themselves on held-out tokens, and how far G is shrunk for them."""
     if G is None or G.heldout is None:
         return None, 0.0
-    a, gain, size = turns_for(e, G.used, G.heldout, recipe.two_sided, recipe.damping)
-    return None if gain > WORTH else turns_of(G.both, a, size, recipe.damping), a
+    a, gain, size = turns_for(e, G.used, G.heldout, recipe.two_sided, recipe.damping, tied)
+    return None if gain > WORTH else turns_of(G.both, a, size, recipe.damping, tied), a
 
 
 def _as_fitted(made: Rounded, fit: Rounded) -> Rounded:

@@ -98,7 +98,7 @@ def output_curvatures(
     heldout: Stats | None,
 ) -> OutputCurvatures | None:  # fmt: skip
     """None where the recipe does not look at it, nobody knows it, or the grid holds rows together."""
-    if not recipe.two_sided or used.G is None or not rows_are_free(format):
+    if not recipe.two_sided or used.G is None or not take_turns(format, used.G):
         return None
     here = behind_outputs(applied, used.G, *shape)
     if heldout is None or heldout.G is None:
@@ -109,9 +109,9 @@ def output_curvatures(
     return OutputCurvatures(here, there, share * here + (1.0 - share) * there)
 
 
-def rows_are_free(format: Format) -> bool:
-    """Whether a row's codes and scales are its own."""
-    return format.rows == 1 and format.tile[0] == 1
+def take_turns(format: Format, G: Array) -> bool:
+    """Whether rows, or sets of them in whole blocks of G, have codes and scales of their own."""
+    return format.rows > 0 and G.shape[-1] % format.rows == 0
 
 
 def rounded_rows(

@@ -26,10 +26,11 @@ from qjax.pipeline.one_matrix import (
     output_curvatures,
     parted,
     rounded_rows,
-    rows_are_free,
+    take_turns,
 )
 from qjax.pipeline.parts import in_parts
 from qjax.pipeline.report import CalibrationReport
+from qjax.pipeline.row_groups import folded, row_groups, unfolded
 from qjax.recipes import Recipe
 from qjax.reparam import Applied, restore, settle
 from qjax.reparam.split import Sparse
@@ -76,6 +77,7 @@ def round_leaf(
             size = getattr(stats, kind).shape[-1]
             raise UserError(f"{name}: the statistic {kind!r} is of {size} inputs, the weight has {n}")
     check_chain(recipe.roundings, format, stats, name)
+    k, stats, heldout, why_one = row_groups(name, rows, format, recipe, stats, heldout)
     for kind in sorted(recipe.requires):
         found = stats.importance if kind == "h" else getattr(stats, kind)
         if found is None:
@@ -89,9 +91,11 @@ def round_leaf(
     needed |= {"h": stats.importance} if "h" in recipe.requires else {}
     needed |= {} if stats.H is None else {"H": stats.H}  # to report the loss in
     needed |= {"G": _curvature(name, stats.G, rows)} if recipe.two_sided and stats.G is not None else {}
-    stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats)))
+    stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), Stats(**needed, count=_count(stats, k)))
     try:
-        made, applied, told = _stacked(rows, format, recipe, stats, heldout, {} if shared is None else shared)
+        parts = folded(rows, k)
+        made, applied, told = _stacked(parts, format, recipe, stats, heldout, {} if shared is None else shared)
+        made = unfolded(made, rows.ndim - 2, k)
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
     damping = float(np.max(np.asarray(made.damping)))
@@ -103,7 +107,7 @@ def round_leaf(
     q = QTensor(format.pack(made.scales, made.codes), format, axis, applied, jnp.asarray(leaf).dtype)
     if not np.isfinite(relative_rmse(dataclasses.replace(q, axis=-1), rows)):
         raise UserError(f"{name}: its values are too large for {format.name}")
-    counts = np.asarray(stats.count)
+    counts = np.asarray(stats.count)[..., 0] if k else np.asarray(stats.count)
     shrinkage = _told(told)
     if "shrinkage" in shrinkage and heldout is not None:  # all tokens made it
         counts = np.asarray(counts + np.asarray(_count(heldout)))
@@ -111,6 +115,7 @@ def round_leaf(
     notes = [few] if recipe.requires and (few := saw_few(counts, n)) else []
     notes += ["no window was held out, so nothing was shrunk"] * (recipe.shrink and "shrinkage" not in shrinkage)
     notes += [f"rows stand alone: {why}"] if recipe.two_sided and (why := _alone(format, stats)) else []
+    notes += [why_one] if why_one else []
     note = "; ".join(notes)
     losses = (_mean(made.first_loss), _mean(made.loss), _mean(made.first_heldout_loss), _mean(made.heldout_loss))
     by_matrix = tuple(counts.reshape(-1).astype(int).tolist()) if counts.ndim else ()
@@ -133,11 +138,13 @@ def _alone(format: Format, stats: Stats) -> str:
     """Why a two-sided recipe cannot round a weight's rows for each other, or nothing."""
     if stats.G is None:
         return "G of the weight's output is not known"
-    return "" if rows_are_free(format) else f"{format.name} holds rows together"
+    return "" if take_turns(format, stats.G) else f"{format.name} holds rows together"
 
 
-def _count(stats: Stats) -> Any:
-    return jnp.float32(0.0) if stats.count is None else stats.count
+def _count(stats: Stats, k: int = 0) -> Any:
+    """Tokens; of k groups of rows as many times."""
+    count = jnp.float32(0.0) if stats.count is None else stats.count
+    return jnp.broadcast_to(count, (k,)) if k and count.ndim == 0 else count
 
 
 def _curvature(name: str, G: Any, rows: Array) -> Any:
@@ -240,7 +247,8 @@ def _in_turns(w: Array, format: Format, recipe: Recipe, stats: Stats, seen: Stat
         return _one(w, format, recipe, dataclasses.replace(stats, G=None), seen, {})
     m = G.both.shape[-1]
     target, rest = aimed(site.w, format, recipe, site.stats)
-    turns = turns_of(G.both, 0.0, turn_size(m, recipe.two_sided), recipe.damping)
+    tied = format.rows
+    turns = turns_of(G.both, 0.0, turn_size(m, recipe.two_sided, tied), recipe.damping, tied)
     made = rounded_rows(target, format, rest, dataclasses.replace(site.stats, cross=None), turns)
     w_hat = rounded_of(made, format)
     made, nan = in_metric(made, site.w, target - w_hat, None, site.stats.H, G.both), jnp.float32(jnp.nan)

@@ -36,6 +36,8 @@ class Recipe:
         by E[x^2], the fit is taken.
       two_sided: rows of a weight make up for each other's errors too, in at most so many turns, in the metric of
         G = E[g g^T] of its output (rounding/two_sided.py), where that is known, as in a decoder; 0: rows stand alone.
+      guided: so many groups of a weight's rows have an H of their own, in which tokens count by the gradient there
+        (calibrate/guided.py), where that was collected; 0: one H for all rows.
       reparams: changes of variables, made in this order before anything is rounded.
       name: for tables; equality does not look at it.
     """
@@ -47,6 +49,7 @@ class Recipe:
     sensitive: bool | float = False
     shrink: bool = False
     two_sided: int = 0
+    guided: int = 0
     reparams: tuple[Reparam, ...] = ()
     name: str = dataclasses.field(default="", compare=False)
 
@@ -59,6 +62,11 @@ class Recipe:
             raise UserError(f"sensitive is a power of the gradient's square, from 0 to 1; got {self.sensitive}")
         if type(self.two_sided) is not int or self.two_sided < 0:
             raise UserError(f"two_sided is a number of turns, 8 as a rule, or 0; got {self.two_sided!r}")
+        if type(self.guided) is not int or self.guided < 0:
+            raise UserError(f"guided is a number of groups of rows, 4 as a rule, or 0; got {self.guided!r}")
+        if self.guided and (self.two_sided or self.reparams):
+            what = f"two_sided={self.two_sided}" if self.two_sided else self.reparams[0].name
+            raise UserError(f"guided={self.guided} rounds groups of rows apart, and {what} is of the whole weight")
         if any(isinstance(r, Act) for r in self.reparams[:-1]):
             raise UserError(
                 "act rounds the input that meets the codes: it is the last reparametrization, and the only act"
@@ -108,7 +116,7 @@ class Recipe:
         return html_table(f"{title}: needs {needs}", ("step", "by"), rows)
 
 
-_OPTIONS = ("damping", "sequential", "sensitive", "shrink", "two_sided")
+_OPTIONS = ("damping", "sequential", "sensitive", "shrink", "two_sided", "guided")
 
 
 def joined(*parts: Link | Chain | Recipe | dict[str, Any], line: str = "") -> Recipe:
@@ -116,7 +124,7 @@ def joined(*parts: Link | Chain | Recipe | dict[str, Any], line: str = "") -> Re
 
     Args:
       parts: links, chains and recipes; a dict is options of the recipe (damping, sequential, sensitive, shrink,
-        two_sided).
+        two_sided, guided).
       line: how they were written, for messages.
 
     Raises:

@@ -37,10 +37,22 @@ from qjax.reparam import (
     smooth,
     sparse,
 )
-from qjax.rounding import Rounding, clip, descend, hqq, ldlq, learned, learned_clipping, nearest, refit, spqr
+from qjax.rounding import (
+    Rounding,
+    clip,
+    descend,
+    hqq,
+    ldlq,
+    learned,
+    learned_clipping,
+    nearest,
+    neighbours,
+    refit,
+    spqr,
+)
 
 STAGES: dict[str, Callable[..., Rounding]] = {
-    f.__name__: f for f in (nearest, ldlq, descend, refit, spqr, hqq, learned, learned_clipping, clip)
+    f.__name__: f for f in (nearest, ldlq, descend, refit, neighbours, spqr, hqq, learned, learned_clipping, clip)
 }
 REPARAMS: dict[str, Callable[..., Reparam]] = {
     f.__name__: f

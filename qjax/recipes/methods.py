@@ -6,6 +6,8 @@
     gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
     best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)
                    >> options(sensitive=0.5, shrink=True, two_sided=8)                ours
+    yaqa       nearest(weight="h") >> ldlq(order="act") >> options(sensitive=True, two_sided=64)   arXiv:2505.22988
+    guided     nearest(weight="h") >> ldlq(order="act") >> descend(4) >> options(guided=4)         arXiv:2505.07004
     awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
     spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
     quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
@@ -58,6 +60,17 @@ def best_gguf(format: str | Format | None = None) -> Recipe:
     where that pays (rounding/two_sided.py)."""
     stages = nearest("h"), ldlq("act", cross=1.0), refit(2, 2)
     return _recipe("best_gguf", format, *stages, sensitive=0.5, shrink=True, two_sided=8)
+
+
+def yaqa(format: str | Format | None = None) -> Recipe:
+    """YAQA (arXiv:2505.22988): error feedback along rows and columns, in H_O (x) H_I. Its sketches are
+    `calibrate.kronecker`'s, for `quantize_params`; a walk takes tokens weighted by gradients for H_I and G for H_O."""
+    return _recipe("yaqa", format, nearest("h"), ldlq("act"), sensitive=True, two_sided=64)
+
+
+def guided(format: str | Format | None = None) -> Recipe:
+    """GuidedQuant (arXiv:2505.07004): each of four groups of rows in an H of its own, `calibrate.guided`'s."""
+    return _recipe("guided", format, nearest("h"), ldlq("act"), descend(4), guided=4)
 
 
 def awq(bits: int = 4, group: int = 128, format: str | Format | None = None) -> Recipe:
@@ -122,8 +135,8 @@ def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | F
 RECIPES: dict[str, Callable[..., Recipe]] = {
     f.__name__: f
     for f in (
-        rtn, imatrix, gptq, gptaq, best_gguf, awq, smoothquant, llm_int8, w8a8, spqr, quip, quarot, hqq, autoround,
-        omniquant,
+        rtn, imatrix, gptq, gptaq, best_gguf, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, quip, quarot, hqq,
+        autoround, omniquant,
     )
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from qjax.rounding.hqq import hqq
 from qjax.rounding.ldlq import ldlq
 from qjax.rounding.learned import learned, learned_clipping
 from qjax.rounding.nearest import nearest
+from qjax.rounding.neighbours import neighbours
 from qjax.rounding.protocol import Rounded, Rounding, check_chain, check_grid, round_weight
 from qjax.rounding.refit import refit
 from qjax.rounding.spqr import spqr
@@ -23,6 +24,7 @@ __all__ = [
     "learned",
     "learned_clipping",
     "nearest",
+    "neighbours",
     "refit",
     "round_two_sided",
     "round_weight",
