@@ -20,6 +20,7 @@ from qjax.formats import format as get_format
 from qjax.formats import sound
 from qjax.formats.protocol import BlockFormat, Format, Leaves
 from qjax.formats.storage import stored_bytes
+from qjax.formats.tiles import unit_of
 from qjax.reparam.inputs import RoundedInput
 from qjax.reparam.protocol import restore, through
 from qjax.tables import html_table, size
@@ -225,11 +226,11 @@ def _one_array(w: Any, fmt: Format, axis: Any) -> Array:
     w = jnp.asarray(w)
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
         raise UserError(f"axis must be a number, -1 for rows (out, in) or 0 for a flax kernel (in, out), got {axis!r}")
-    if w.ndim == 2 and -2 <= axis < 2 and fmt.block and w.shape[axis] % fmt.block:
+    if w.ndim == 2 and -2 <= axis < 2 and w.shape[axis] % (unit := unit_of(fmt)):
         other = -1 if axis % 2 == 0 else 0
-        if w.shape[other] and w.shape[other] % fmt.block == 0:
+        if w.shape[other] and w.shape[other] % unit == 0:
             raise UserError(
-                f"{fmt.name} needs a multiple of {fmt.block} weights along the quantized axis, got {w.shape[axis]} "
+                f"{fmt.name} needs a multiple of {unit} weights along the quantized axis, got {w.shape[axis]} "
                 f"(axis {axis} of shape {tuple(w.shape)}); its other axis fits: axis={other}, as for "
                 + ("a flax kernel (in, out)" if other == 0 else "rows (out, in)")
             )
@@ -382,11 +383,10 @@ def from_bytes(format: str | Format, raw: bytes | np.ndarray, shape: tuple[int, 
 
 
 def check_length(fmt: Format, n: int, where: str) -> None:
-    """Raise UserError unless a row of n weights splits into the format's blocks."""
-    if n == 0 or (fmt.block and n % fmt.block):
-        raise UserError(
-            f"{fmt.name} needs a multiple of {fmt.block} weights along the quantized axis, got {n} ({where})"
-        )
+    """Raise UserError unless a row of n weights splits into the format's blocks and tiles."""
+    unit = unit_of(fmt)
+    if n == 0 or n % unit:
+        raise UserError(f"{fmt.name} needs a multiple of {unit} weights along the quantized axis, got {n} ({where})")
 
 
 def _check_finite(x: Array, name: str, low: float = -jnp.inf) -> None:

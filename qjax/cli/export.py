@@ -47,9 +47,7 @@ class Export:
     type: Annotated[str | None, tyro.conf.arg(metavar="TYPE", help="a format, see `qjax formats`")] = None
     plan: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="a plan file instead of a type")] = None
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME", help="how to round; see `qjax recipes`")] = "rtn"
-    calib: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help=CALIB_HELP)
-    ] = ()  # fmt: skip
+    calib: Texts = ()
     calib_ctx: Annotated[int | None, tyro.conf.arg(metavar="N", help="tokens a calibration window")] = None
     calib_windows: Annotated[int | None, tyro.conf.arg(metavar="N", help="calibration windows at most: 128")] = None
     seed: Annotated[int, tyro.conf.arg(metavar="N", help="of labels, and of a text, drawn from the model")] = 0

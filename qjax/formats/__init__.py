@@ -20,6 +20,7 @@ FAMILIES: tuple[ModuleType, ...] = tuple(
     for name in (
         *("ggml_dense", "ggml_simple", "kquants", "iq4", "ggml_fp4"),
         *("integer", "offset", "bilevel", "codebook", "float8"),
+        *("vectors.e8p", "vectors.trellis"),
     )
 )
 

@@ -75,14 +75,15 @@ class Format(Protocol):
         """What the levels of each group depend on; `shape` is w's, (*b, n)."""
 
     def round(
-        self, columns: Columns, target: Float[Array, "*c r k"], metric: Float[Array, "*c k k"] | None = None
+        self, columns: Columns, target: Float[Array, "*c r k"], metric: Float[Array, "k k"] | None = None
     ) -> tuple[Float[Array, "*c r k"], Integer[Array, "*c r j"]]:
         """Tiles of r x k targets to what the grid has near them, and its codes.
 
         Args:
           columns: of each tile's rows, f32[*c, r].
           target: f32[*c, r, k].
-          metric: H among the tile's columns: e H e^T of each of its rows is to be small; None: the squared error.
+          metric: H among the columns, which are the same ones in all tiles: e H e^T of each of their rows is to be
+            small; None: the squared error.
         """
 
     def basis(self, codes: Integer[Array, "*b m"]) -> tuple[Array, ...]:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import lcm
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qjax.formats.protocol import Columns, Format
-from qjax.typing import Array, Float, Integer
+from qjax.formats.protocol import Columns, Format, Tile
+from qjax.typing import Array, Float, Integer, Shaped
 
 
 def group_of(format: Format, n: int) -> int:
@@ -29,6 +30,23 @@ def _group_of(format: Format, n: int) -> int:
 
     groups = jax.tree.leaves(jax.eval_shape(columns, jax.ShapeDtypeStruct((format.rows or 1, n), jnp.float32)))
     return max(n // groups[0].shape[-1], format.tile[1])
+
+
+def unit_of(format: Format) -> int:
+    """A row's length is a multiple of this: of whole blocks and whole tiles."""
+    return lcm(format.block or 1, format.tile[1])
+
+
+def tiled(x: Shaped[Array, "rows n"], tile: Tile) -> Shaped[Array, "R C r k"]:
+    """A matrix as tiles of r x k."""
+    (r, k), (rows, n) = tile, x.shape
+    return x.reshape(rows // r, r, n // k, k).transpose(0, 2, 1, 3)
+
+
+def untiled(x: Shaped[Array, "R C r k"]) -> Shaped[Array, "rows n"]:
+    """The inverse of `tiled`."""
+    R, C, r, k = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(R * r, C * k)
 
 
 def round_tiles(

@@ -27,6 +27,7 @@ from typing import Any
 from qjax.errors import UserError
 from qjax.formats import Format
 from qjax.formats import format as get_format
+from qjax.formats.tiles import unit_of
 from qjax.recipes import RECIPES, Recipe
 from qjax.recipes import recipe as get_recipe
 from qjax.tables import html_table
@@ -191,11 +192,13 @@ class Plan:
         fmt, recipe = known[rule.format_name]
         if fmt is None:
             return Assignment(w, None, f"kept by rule {rule.pattern!r}")
-        if fmt.block and w.shape[-1] % fmt.block:
+        other = f"give it a format with a smaller block, or {KEEP} (rule {rule.pattern!r})"
+        if w.shape[-1] % (unit := unit_of(fmt)):
             raise UserError(
-                f"{w}: its rows of {w.shape[-1]} weights are no multiple of {fmt.name}'s block of {fmt.block}; "
-                f"give it a format with a smaller block, or {KEEP} (rule {rule.pattern!r})"
+                f"{w}: its rows of {w.shape[-1]} weights are no multiple of {fmt.name}'s block of {unit}; {other}"
             )
+        if fmt.rows > 1 and w.shape[-2] % fmt.rows:
+            raise UserError(f"{w}: {fmt.name} holds {fmt.rows} rows together, and it has {w.shape[-2]}; {other}")
         return Assignment(w, fmt, recipe=recipe)
 
     def with_rules(self, rules: Sequence[Rule]) -> Plan:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.errors import UserError
 from qjax.formats.protocol import Columns, Format
 from qjax.typing import Array, Float
 
@@ -21,7 +22,14 @@ _HALVINGS = 32
 
 
 def level(format: Format, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
-    """The unit level nearest to u, of a format of single levels under one scale: T for (w - m) / s."""
+    """The unit level nearest to u, of a format of single levels under one scale: T for (w - m) / s.
+
+    Raises:
+      UserError: the format rounds several weights together.
+    """
+    if format.tile != (1, 1):
+        tile = " x ".join(map(str, format.tile))
+        raise UserError(f"{format.name} rounds {tile} weights together, and one of them alone has no levels")
     value, _ = format.round((jnp.ones_like(u)[..., None], None), u[..., None, None])
     return value[..., 0, 0]
 

@@ -83,7 +83,6 @@ def sweep(
     def rounded(target: Array, columns: Columns, M: Array | None, reach: Array | None) -> tuple[Array, Array]:
         """f32[tile, rows] and the columns of its first -> values f32[tile, rows], codes [j, rows]."""
         of_rows = jax.tree.map(lambda c: c[0].reshape(rows // r, r), columns)
-        M = None if M is None else jnp.broadcast_to(M, (rows // r, tile, tile))
         q, code = format.round(of_rows, target.T.reshape(rows // r, r, tile), M)
         q = q.reshape(rows, tile).T
         q = q if reach is None else jnp.where(jnp.abs(target - q) > reach, target, q)

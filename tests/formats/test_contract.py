@@ -66,6 +66,15 @@ SQNR_FLOOR: dict[str, float] = {
     "FP8_E5M2": 25.2,
     "FP8_E5M2_tensor": 25.2,
     "FP8_E5M2_b128": 25.4,
+    "E8P_2": 10.1,
+    "E8P_3": 15.0,
+    "E8P_4": 20.3,
+    "trellis2_L12_3inst": 11.1,
+    "trellis3_L12_3inst": 16.8,
+    "trellis4_L12_3inst": 22.5,
+    "trellis2_L12_1mad": 11.0,
+    "trellis2_L12_mul1": 11.1,
+    "trellis2_L12_hyb": 10.9,
 }
 
 # Formats whose search may move a grid point it is given: re-encoding decoded values need not return the same bytes.
@@ -80,23 +89,37 @@ SEARCHED: dict[str, str] = {
     "Q6_K": "as Q3_K",
     "IQ4_NL": "the search tries finitely many scales",
     "IQ4_XS": "as IQ4_NL and Q3_K",
+    "E8P_2": "the codes look for the rms of what the scale was fitted to afterwards",
+    "E8P_3": "as E8P_2",
+    "E8P_4": "as E8P_2",
+    "trellis2_L12_3inst": "as E8P_2",
+    "trellis3_L12_3inst": "as E8P_2",
+    "trellis4_L12_3inst": "as E8P_2",
+    "trellis2_L12_1mad": "as E8P_2",
+    "trellis2_L12_mul1": "as E8P_2",
+    "trellis2_L12_hyb": "as E8P_2",
 }
 
 KINDS = (  # of every family one; the others are slow tests
     "F16", "Q4_0", "Q4_1", "Q4_K", "Q3_K", "IQ4_NL", "TQ2_0", "NVFP4", "int4_g128", "uint4_g64_zf16",
-    "int3_g16_mse_u6x16", "uint3_g16_bilevel3x16", "NF4_dq", "FP8_E5M2_b128",
+    "int3_g16_mse_u6x16", "uint3_g16_bilevel3x16", "NF4_dq", "FP8_E5M2_b128", "E8P_3", "trellis2_L12_3inst",
 )  # fmt: skip
 NAMES = qjax.format_names()
 ALL = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in NAMES]
 
 
-def normals(seed=0):
-    return np.random.default_rng(seed).standard_normal((ROWS, N)).astype(np.float32)
+def normals(rows=ROWS, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, N)).astype(np.float32)
 
 
-W = normals()
+W, TALL = normals(), normals(32)
 IMPORTANCE = np.random.default_rng(1).lognormal(0, 1.5, N).astype(np.float32)
 X = np.ones((3, N), np.float32)
+
+
+def weights(name):
+    """What a format is tried on: a matrix of which each half has whole tiles."""
+    return W if qjax.format(name).rows <= 1 else TALL
 
 
 def decoded(w, name):
@@ -115,7 +138,7 @@ def walked(name: str):
 
     What runs outside of it, `quantize` and `dequantize` of arrays of W's shape, shares two programs more.
     """
-    fmt = qjax.format(name)
+    fmt, w = qjax.format(name), weights(name)
 
     @jax.jit
     def walk(w, h):
@@ -141,7 +164,7 @@ def walked(name: str):
             "weighted": qjax.dequantize(qjax.quantize(w, name, weight=h)),
         }
 
-    return fmt, qjax.quantize(W, name), walk(jnp.asarray(W), jnp.asarray(IMPORTANCE))
+    return fmt, qjax.quantize(w, name), walk(jnp.asarray(w), jnp.asarray(IMPORTANCE))
 
 
 def floor(name: str) -> float:
@@ -157,7 +180,7 @@ def test_the_table_names_formats_that_there_are():
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ALL)
 def test_format(name):
-    fmt, q, found = walked(name)
+    (fmt, q, found), W = walked(name), weights(name)
     assert isinstance(fmt, Format) and fmt.name == name and hash(fmt) == hash(qjax.format(name))
     w_hat = qjax.dequantize(q)
     assert q.shape == W.shape and w_hat.dtype == jnp.float32
@@ -179,7 +202,7 @@ def test_format(name):
 
     # pack and unpack are inverse, and encode is what quantize stores
     _scales, codes, encoded = found["encoded"]
-    assert codes.shape == W.shape
+    assert codes.shape == W.shape if fmt.tile == (1, 1) else codes.shape[:-1] == W.shape[:-1]
     np.testing.assert_array_equal(found["unpacked"][1], codes)
     for key, leaf in q.leaves.items():
         np.testing.assert_array_equal(found["repacked"][key], leaf)
@@ -192,12 +215,12 @@ def test_format(name):
 @pytest.mark.parametrize("name", ALL)
 def test_transformations(name):
     """Eager is jit, vmap and scan; the gradient is that of the decoded weights; an axis is only a place."""
-    _, q, found = walked(name)
+    (fmt, q, found), W = walked(name), weights(name)
     w_hat = np.asarray(qjax.dequantize(q))
     np.testing.assert_array_equal(found["jitted"], w_hat)
     stack = found["stack"]
-    assert stack.shape == (2, ROWS // 2, N)
-    if qjax.format(name).rows == 1:  # the rows of another matrix do not matter
+    assert stack.shape == (2, len(W) // 2, N)
+    if fmt.rows != 0:  # the rows of another matrix do not matter
         np.testing.assert_array_equal(found["scanned"], w_hat.reshape(2, -1, N))
     else:
         np.testing.assert_array_equal(found["scanned"], [decoded(m, name) for m in W.reshape(2, -1, N)])
@@ -211,6 +234,7 @@ def test_transformations(name):
 @pytest.mark.parametrize("name", ALL)
 def test_abstract_shapes_and_no_second_compilation(name):
     walked(name)
+    W = weights(name)
     assert jax.eval_shape(lambda w: qjax.quantize(w, name), W).shape == W.shape
     before = tensor._encode._cache_size(), tensor.dequantize._cache_size()
     qjax.dequantize(qjax.quantize(2 * W, name))
@@ -230,7 +254,7 @@ def test_a_grid_point_stays(name):
 @pytest.mark.parametrize("name", ALL)
 def test_the_grid_is_what_decode_gives(name):
     """w_hat = s T + m by the basis, rounding tile by tile finds the codes, and storing the grid changes nothing."""
-    fmt, _, found = walked(name)
+    (fmt, _, found), W = walked(name), weights(name)
     scales, codes, w_hat = found["encoded"]
     (s, m), (T,) = found["grid"], found["basis"]
     assert s.shape[:-1] == W.shape[:-1] and N % s.shape[-1] == 0 and (m is None or m.shape == s.shape)
@@ -253,7 +277,7 @@ def test_the_grid_is_what_decode_gives(name):
 @pytest.mark.parametrize("name", ALL)
 def test_degenerate_rows_stay_finite(name):
     """Zero, constant, tiny, huge and one-outlier rows decode to finite numbers near what they were."""
-    rows = np.zeros((ROWS, N), np.float32)
+    rows = np.zeros(weights(name).shape, np.float32)
     rows[1] = 0.37
     rows[2] = 1e-30
     rows[3, ::2], rows[3, 1::2] = 1e4, -1e4
@@ -268,6 +292,6 @@ def test_degenerate_rows_stay_finite(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_importance_lowers_the_weighted_error(name):
-    _, q, found = walked(name)
+    (_, q, found), W = walked(name), weights(name)
     error = [float((IMPORTANCE * (np.float64(x) - W) ** 2).sum()) for x in (qjax.dequantize(q), found["weighted"])]
     assert error[1] <= error[0] * (1 + 1e-6)

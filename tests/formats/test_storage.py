@@ -74,7 +74,7 @@ def test_quotients_on_the_cpu_and_elsewhere(rng):
 def test_no_cast_a_compiler_drops_and_no_division_it_changes(name):
     """XLA:GPU drops f32 -> f16 -> f32, and its division is not IEEE's: neither may lie before a code or a scale."""
     fmt = format(name)
-    w = jnp.ones((2, max(256, fmt.block)), jnp.float32)
+    w = jnp.ones((max(2, fmt.rows), max(256, fmt.block)), jnp.float32)
     searched = "_mse" in name or name.endswith("_K") or name.startswith("IQ4")  # sums decide there, in any order
     jaxpr = jax.make_jaxpr(lambda w: fmt.decode(*fmt.encode(w)))(w)
     for eqn in equations(jaxpr, but=("quotient",)):

@@ -129,9 +129,7 @@ class E8(Toy):
         points = jnp.stack([d8.level(u), d8.level(u - 0.5) + 0.5])
         e = points - u[None]
         pulled = (
-            e
-            if metric is None
-            else jnp.einsum("pcrk,ckl->pcrl", e.reshape(2, -1, 1, 8), metric.reshape(-1, 8, 8), precision="highest")
+            e if metric is None else jnp.einsum("pcrk,kl->pcrl", e.reshape(2, -1, 1, 8), metric, precision="highest")
         )
         miss = jnp.sum(e * pulled.reshape(e.shape), axis=-1, keepdims=True)
         q = jnp.where(miss[1] < miss[0], points[1], points[0])
@@ -174,11 +172,7 @@ class Trellis(Toy):
     def round(self, columns, target, metric=None):
         s = columns[0][..., None]
         u = jnp.where(s == 0, 0.0, target / jnp.where(s == 0, 1.0, s))
-        weight = (
-            jnp.ones_like(u)
-            if metric is None
-            else jnp.broadcast_to(jnp.diagonal(metric, axis1=-2, axis2=-1)[..., None, :], u.shape)
-        )
+        weight = jnp.ones_like(u) if metric is None else jnp.broadcast_to(jnp.diagonal(metric), u.shape)
         x, h = (a.reshape(*u.shape[:-2], 256) for a in (u, weight))
         free = self.path(x, h, None)
         middle = self._windows(jnp.roll(free, -128, axis=-1))[..., 0]

@@ -97,8 +97,8 @@ def assert_stored_exactly(pair, again, w_hat):
 @pytest.mark.parametrize("name", marked(ALL, tuple(KINDS)))
 def test_every_stage(name, w_H):
     """Storable, and none that improves makes the damped loss of a row larger: all stages in one program."""
-    w, H = w_H
     fmt = qjax.format(name)
+    w, H = w_H if fmt.rows <= 1 else problem(2 * fmt.rows, N)
 
     @jax.jit
     def staged(w, H):

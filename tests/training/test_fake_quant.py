@@ -18,8 +18,8 @@ pytestmark = pytest.mark.optimized  # what trains is what is exported, bit for b
 N, OUT = 512, 8
 
 
-def masters(dtype=jnp.float32, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((N, OUT)) * 0.03, jnp.float32).astype(dtype)
+def masters(dtype=jnp.float32, seed=0, out=OUT):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((N, out)) * 0.03, jnp.float32).astype(dtype)
 
 
 HALVES = ("Q4_0", "Q4_K", "IQ4_NL", "NVFP4", "int3_g64_mid_mse", "uint4_g64_zf16", "NF4_dq", "FP8_E5M2_b128")
@@ -29,7 +29,7 @@ MASTERS = [(name, jnp.float32) for name in qjax.format_names()] + [(name, jnp.bf
 @pytest.mark.slow
 @pytest.mark.parametrize("name, dtype", MASTERS)
 def test_export_parity_is_exact(name, dtype):
-    w = masters(dtype)
+    w = masters(dtype, out=max(OUT, qjax.format(name).rows))
     stored = np.asarray(qjax.dequantize(qjax.quantize(w, name, axis=0)))
     np.testing.assert_array_equal(fake_quant(w, name, axis=0), stored)
 
@@ -40,6 +40,11 @@ def test_export_parity_is_exact(name, dtype):
     (_, inside), g = jax.jit(jax.value_and_grad(loss, has_aux=True))(w, jnp.ones((4, N)))
     np.testing.assert_array_equal(inside, stored)
     assert g.dtype == dtype and float(jnp.abs(g.astype(jnp.float32)).max()) > 0
+
+
+def test_an_estimator_that_asks_for_levels_takes_no_vectors():
+    with pytest.raises(UserError, match="E8P_2 rounds 1 x 8 weights together, and one of them alone has no levels"):
+        jax.grad(lambda w: fake_quant(w, "E8P_2", estimator=ewgs()).sum())(masters().T)
 
 
 @pytest.mark.sampled(1)

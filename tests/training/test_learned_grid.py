@@ -102,7 +102,7 @@ KINDS = [(name, "learned") for name in qjax.format_names() if name not in DENSE]
 @pytest.mark.slow
 @pytest.mark.parametrize("name, scales", KINDS)
 def test_every_format_trains_and_exports_exactly(name, scales):
-    w = jnp.asarray(np.random.default_rng(2).standard_normal((N, ROWS)), jnp.float32)
+    w = jnp.asarray(np.random.default_rng(2).standard_normal((N, max(ROWS, qjax.format(name).rows))), jnp.float32)
     q = Quantizer(qjax.format(name), -2, scales)
     trained, kept = q.init(w)
     trained = jax.tree.map(lambda t: t + 0.04, trained)

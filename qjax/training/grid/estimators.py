@@ -59,7 +59,10 @@ class Position:
         return level(self.format, self._units(self.w_hat))
 
     def inside(self, reach: Reach) -> Array:
-        """Whether u lies between the ends of the grid, which count as inside: bool; all do where s is 0."""
+        """Whether u lies between the ends of the grid, which count as inside: bool; all do where s is 0, and where
+        weights are rounded together, whose levels have no ends."""
+        if self.format.tile != (1, 1):
+            return jnp.ones(self.w.shape, bool)
         lo, hi = cells(self.format) if reach == "cells" else ends(self.format)
         # The ends in the weights' own units: a comparison per weight and no division.
         a, b = (self.s * end + (0.0 if self.m is None else self.m) for end in (lo, hi))
