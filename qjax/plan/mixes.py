@@ -5,7 +5,7 @@
 A restatement of the rules of llama.cpp's `llama_tensor_get_type` (ggml 0.25); tests compare every decision with the
 real `llama_model_quantize`. L = layers; a role's tensors are visited by layer number, and layer i counts among those
 visited: a tensor taken by an override does not advance the count, as in llama.cpp. In a model of experts i of an MLP's
-tensors is the number in the name.
+tensors is the number in the name, but in the mixes of one and two bits.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
         "Q4_0": "Q4_0",
         "IQ4_NL": "IQ4_NL",
         "IQ4_XS": "IQ4_XS",
+        "IQ3_M": "IQ3_S",
+        "IQ3_S": "IQ3_S",
+        "IQ3_XS": "IQ3_S",
+        "IQ3_XXS": "IQ3_XXS",
+        "IQ2_M": "IQ2_S",
+        "IQ2_S": "IQ2_XS",
+        "IQ2_XS": "IQ2_XS",
+        "IQ2_XXS": "IQ2_XXS",
+        "IQ1_M": "IQ1_M",
+        "IQ1_S": "IQ1_S",
         "MXFP4": "MXFP4",
         "MXFP4_MOE": "MXFP4",
         "Q3_K_L": "Q3_K",
@@ -60,7 +70,7 @@ ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 
 # What a type becomes where the row is no multiple of its block.
 FALLBACK = {
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "TQ1_0": "Q4_0",
@@ -99,9 +109,19 @@ class _Site:
 # Where q, k and v are one weight, or k and v, its rules are those of v.
 SAME_ROLE = {"attn_qkv.weight": "attn_v.weight", "attn_kv_b.weight": "attn_v.weight"}
 
+# The smallest mixes, by llama.cpp's groups of them.
+_ONE_BIT, _TWO_BITS, _TWO_AND_MORE = ("IQ1_S", "IQ1_M"), ("IQ2_XXS", "IQ2_XS"), ("IQ2_S", "IQ2_M")
+_SMALLEST = (*_ONE_BIT, *_TWO_BITS, *_TWO_AND_MORE)
+
 # None: the base type.
 Choice = Callable[[_Site], str | None]
 _ATTN_V: dict[str, Choice] = {
+    **dict.fromkeys((*_ONE_BIT, *_TWO_BITS), lambda s: "Q4_K" if s.gqa >= 4 or s.experts >= 4 else "Q2_K"),
+    **dict.fromkeys(_TWO_AND_MORE, lambda s: "Q4_K" if s.gqa >= 4 or s.experts >= 4 else "IQ3_S"),
+    "IQ3_XXS": lambda s: "Q4_K" if s.gqa >= 4 else None if s.imatrix else "IQ3_S",
+    "IQ3_XS": lambda s: "Q4_K" if s.gqa >= 4 else None,
+    "IQ3_S": lambda s: "Q4_K" if s.gqa >= 4 else None,
+    "IQ3_M": lambda s: "Q4_K",
     "Q2_K": lambda s: "Q4_K" if s.gqa >= 4 else "Q3_K",
     "Q2_K_S": lambda s: "Q4_K" if s.gqa >= 4 else None,
     "Q3_K_M": lambda s: "Q5_K" if s.i < 2 else "Q4_K",
@@ -113,6 +133,10 @@ _ATTN_V: dict[str, Choice] = {
     "Q5_K_M": lambda s: "Q6_K" if s.more else None,
 }
 _FFN_DOWN: dict[str, Choice] = {
+    **dict.fromkeys((*_ONE_BIT, *_TWO_BITS), lambda s: "Q2_K" if s.first else None),
+    **dict.fromkeys(_TWO_AND_MORE, lambda s: "IQ3_S" if s.first else None),
+    "IQ3_XXS": lambda s: None if s.imatrix else "Q4_K" if s.first else "Q3_K",
+    "IQ3_M": lambda s: "Q4_K" if s.first or (s.experts == 8 and s.more) else None,
     "Q2_K": lambda s: "Q3_K",
     "Q2_K_S": lambda s: "Q4_K" if s.first else None,
     "Q3_K_M": lambda s: "Q5_K" if s.i < s.layers // 16 else "Q4_K",
@@ -126,13 +150,30 @@ _FFN_DOWN: dict[str, Choice] = {
     "Q5_0": lambda s: "Q5_1" if s.first and s.imatrix else None,
 }
 _ATTN_OUTPUT: dict[str, Choice] = {
+    **dict.fromkeys(_ONE_BIT, lambda s: "IQ2_XXS"),
+    **dict.fromkeys(_TWO_AND_MORE, lambda s: "IQ3_S"),
+    "IQ3_XXS": lambda s: "IQ3_S",
+    "IQ3_M": lambda s: "Q4_K",
     "Q2_K": lambda s: "Q3_K",
     "Q3_K_M": lambda s: "Q4_K",
     "Q3_K_L": lambda s: "Q5_K",
 }
+_ATTN_QK: dict[str, Choice] = {"IQ3_XXS": lambda s: "IQ2_S", "IQ3_XS": lambda s: "IQ3_XXS"}
+_FFN_IN: dict[str, Choice] = {"IQ3_XS": lambda s: "IQ3_XXS" if s.layers // 8 <= s.i < 7 * s.layers // 8 else None}
 # Beside eight experts attention is small.
-_ATTN_OUTPUT_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
-_MIX = {"attn_v.weight": _ATTN_V, "ffn_down": _FFN_DOWN, "attn_output.weight": _ATTN_OUTPUT}
+_ATTN_OUTPUT_OF_8 = (
+    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS"),
+    *("IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
+)
+_MIX = {
+    "attn_v.weight": _ATTN_V, "attn_q.weight": _ATTN_QK, "attn_k.weight": _ATTN_QK, "attn_output.weight": _ATTN_OUTPUT,
+    "ffn_gate": _FFN_IN, "ffn_up": _FFN_IN, "ffn_down": _FFN_DOWN,
+}  # fmt: skip
+_EMBEDDING = {
+    **dict.fromkeys((*_ONE_BIT, *_TWO_BITS), "Q2_K"),
+    **dict.fromkeys((*_TWO_AND_MORE, "IQ3_XXS"), "IQ3_S"),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), "Q4_K"),
+}
 
 
 def file_type(name: str) -> str:
@@ -280,16 +321,16 @@ def tensor_types(
             if mix == "MXFP4_MOE":
                 kind = base if len(tensors[name]) > 2 else "Q8_0"
             elif name == "output.weight" or (tied and name == "token_embd.weight"):
-                kind = _output_type(base, row)
+                kind = _output_type(mix, base, row)
             elif name == "token_embd.weight":
-                kind = "Q4_K" if base in ("TQ1_0", "TQ2_0") else base
+                kind = _EMBEDDING.get(mix, base)
             else:
                 total = n_attn_v if role == "attn_v.weight" else layers
-                numbered = experts > 1 and role.startswith("ffn_")
+                numbered = experts > 1 and role.startswith("ffn_") and mix not in _SMALLEST
                 i = tensor_order(name)[0] if numbered else seen.get(role, 0)
                 site = _Site(i, total, gqa, has_imatrix, experts)
                 kind = _choice(mix, role, site) or base
-                if big and role == "attn_v.weight" and kind in ("Q3_K", "Q4_K"):
+                if big and role == "attn_v.weight" and kind in ("Q3_K", "Q4_K") and mix not in _SMALLEST:
                     kind = "Q5_K"  # a 70B shares each value head among 8 queries, so its attn_v is small
                 if role:
                     seen[role] += 1
@@ -316,7 +357,10 @@ def fallbacks(mix: str, tensors: Mapping[str, Sequence[int]], **options: Any) ->
 
 def _choice(mix: str, role: str, site: _Site) -> str | None:
     """What the rules say of a tensor; None: the base type."""
-    if site.experts == 8:
+    if site.experts == 8 and mix in _SMALLEST:
+        if role in ("attn_k.weight", "attn_output.weight"):
+            return "Q4_K" if role == "attn_k.weight" else "Q5_K"
+    elif site.experts == 8:
         if role in ("attn_v.weight", "attn_k.weight"):
             return "Q8_0"
         if role == "attn_output.weight":
@@ -331,9 +375,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UserError(f"override {pattern!r} is no regular expression: {e}") from None
 
 
-def _output_type(base: str, row: int) -> str:
+def _output_type(mix: str, base: str, row: int) -> str:
     if row % block_of(base):
         return "Q8_0"
+    if mix in (*_SMALLEST, "IQ3_XXS"):
+        return "Q5_K"
     return base if base == "Q8_0" else "Q6_K"
 
 

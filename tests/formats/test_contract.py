@@ -32,6 +32,13 @@ SQNR_FLOOR: dict[str, float] = {
     "Q6_K": 35.5,
     "IQ4_NL": 22.5,
     "IQ4_XS": 22.4,
+    "IQ2_XXS": 8.9,
+    "IQ2_XS": 10.0,
+    "IQ2_S": 11.2,
+    "IQ3_XXS": 14.0,
+    "IQ3_S": 16.2,
+    "IQ1_S": 5.5,
+    "IQ1_M": 6.3,
     "TQ1_0": 1.8,
     "TQ2_0": 1.8,
     "MXFP4": 18.5,
@@ -79,10 +86,11 @@ SEARCHED: dict[str, str] = {
     "Q6_K": "as Q3_K",
     "IQ4_NL": "the search tries finitely many scales",
     "IQ4_XS": "as IQ4_NL and Q3_K",
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"), "as IQ4_NL and Q3_K"),
 }
 
 KINDS = (  # of every family one; the others are slow tests
-    "F16", "Q4_0", "Q4_1", "Q4_K", "Q3_K", "IQ4_NL", "TQ2_0", "NVFP4", "int4_g128", "uint4_g64_zf16",
+    "F16", "Q4_0", "Q4_1", "Q4_K", "Q3_K", "IQ4_NL", "IQ2_XS", "TQ2_0", "NVFP4", "int4_g128", "uint4_g64_zf16",
     "int3_g16_mse_u6x16", "uint3_g16_bilevel3x16", "NF4_dq", "FP8_E5M2_b128",
 )  # fmt: skip
 NAMES = qjax.format_names()
@@ -178,7 +186,7 @@ def test_format(name):
 
     # pack and unpack are inverse, and encode is what quantize stores
     _scales, codes, encoded = found["encoded"]
-    assert codes.shape == W.shape
+    assert codes.shape == (ROWS, N // fmt.tile[1])
     np.testing.assert_array_equal(found["unpacked"][1], codes)
     for key, leaf in q.leaves.items():
         np.testing.assert_array_equal(found["repacked"][key], leaf)
