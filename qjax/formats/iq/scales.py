@@ -68,7 +68,8 @@ class Shift:
     def put(self, scales: Scales, v: Float[Array, "*b G"]) -> Scales:
         """The nearer of the two; where s is 0 it stays."""
         now = scales[self.key]
-        return {self.key: jnp.where(self.under.get(scales).reshape(now.shape) == 0, now, v.reshape(now.shape) < 0)}
+        shift = (v.reshape(now.shape) < 0).astype(now.dtype)
+        return {self.key: jnp.where(self.under.get(scales).reshape(now.shape) == 0, now, shift)}
 
 
 @dataclasses.dataclass(frozen=True)
