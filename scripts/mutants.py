@@ -35,12 +35,21 @@ class Mutant:
 REPARAM, REPARAM_GAINS = "reparam/test_reparam.py::", "reparam/test_reparam_gains.py::"
 GAINS, IDENTITIES = "rounding/test_rounding_gains.py::", "rounding/test_identities.py::"
 FIGURES = "report/test_figures.py::"
+IQ = "formats/test_iq.py::"
 KERNELS = "kernels/test_products.py::"
 EXPORTS = "io/test_exports.py::"
 BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
 
 # fmt: off
 MUTANTS = (
+    Mutant("iq-any-number-of-signs", "formats/iq/nearest.py", "4.0 * each, 0.0)", "0.0 * each, 0.0)",
+           IQ + "test_nearest_is_the_best_of_all_points[IQ2_XS]"),
+    Mutant("iq-deaf-to-the-metric", "formats/iq/grid.py", "        if metric is None:", "        if True:",
+           IQ + "test_a_tile_in_its_own_metric_is_near_the_best_of_all[IQ2_XS]"),
+    Mutant("iq-scales-of-real-numbers", "formats/iq/scales.py", "reach: int = 4", "reach: int = 0",
+           IQ + "test_clearly_better_than_ggml[IQ2_XS]"),
+    Mutant("best-scale-of-one-sign", "formats/best_scale.py", "    if below != above:", "    if False:",
+           "formats/test_ggml_low.py::test_no_scale_is_better[1-2]"),
     Mutant("rescale-no-op", "reparam/scale.py", "** 0.25", "** 0.0",
            REPARAM_GAINS + "test_rescale_reaches_the_least_bound_of_all_diagonals"),
     Mutant("permute-reversed", "reparam/permute.py", "jnp.argsort(-key)", "jnp.argsort(key)",

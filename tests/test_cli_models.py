@@ -294,7 +294,7 @@ def test_names_that_do_not_exist(folder, gguf, text, tmp_path, mistake):
     assert "multiple of" in mistake(*quantize, "--plan", plan(tmp_path, '"*" = "TQ1_0"'))  # a row that no type fits
     assert "did you mean gptq" in mistake(*quantize, "--type", "Q8_0", "--recipe", "gpqt")
     assert "did you mean Q4_K_M" in mistake(*quantize, "--type", "Q4_KM")
-    assert "IQ3_M is a type of llama.cpp's that qjax does not have yet" in mistake(*quantize, "--type", "IQ3_M")
+    assert "Q8_K is a type of llama.cpp's that qjax does not have yet" in mistake(*quantize, "--type", "Q8_K")
     both = ["--type", "Q8_0", "--recipe", "gptq", "--calib", "self", "--calib", text]
     assert "the model's own text goes with no other" in mistake(*quantize, *both)
     (tmp_path / "no texts").mkdir()

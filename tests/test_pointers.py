@@ -46,8 +46,8 @@ MISTAKES = {
     "no plan": (lambda: quantize_params({"a": W}, None), "a plan is a Plan, a Format, a format's name"),
     "a mix without a model": (lambda: quantize_params({"a": W}, "Q4_K_M"), "give a format (Q4_K)"),
     "a mix misspelt": (lambda: plan_named("Q4_KM", CONFIG), "unknown type 'Q4_KM'; did you mean Q4_K_M or"),
-    "a mix of llama.cpp's": (lambda: plan_named("IQ3_M", CONFIG), "IQ3_M is a type of llama.cpp's that qjax does not"),
-    "a type of llama.cpp's": (lambda: qjax.quantize(W, "iq2_xxs"), "IQ2_XXS is a type of llama.cpp's that qjax does"),
+    "a mix of llama.cpp's": (lambda: plan_named("Q8_K", CONFIG), "Q8_K is a type of llama.cpp's that qjax does not"),
+    "a type of llama.cpp's": (lambda: qjax.quantize(W, "q8_k"), "Q8_K is a type of llama.cpp's that qjax does"),
     "no cross": (
         lambda: quantize_params({"a": W}, "Q4_0", {"a": H}, recipe="gptaq"),
         "qjax.observe(apply_fn, qparams, batches, kinds=('cross', ...), float_params=params) collects it",

@@ -18,7 +18,7 @@ from qjax.formats.protocol import BlockFormat, Format
 FAMILIES: tuple[ModuleType, ...] = tuple(
     import_module(f"qjax.formats.{name}")
     for name in (
-        *("ggml_dense", "ggml_simple", "kquants", "iq4", "ggml_fp4"),
+        *("ggml_dense", "ggml_simple", "kquants", "iq4", "iq", "ggml_low", "ggml_fp4"),
         *("integer", "offset", "bilevel", "codebook", "float8"),
         *("vectors.e8p", "vectors.trellis"),
     )
@@ -28,10 +28,7 @@ _BY_NAME: dict[str, Format] = {fmt.name: fmt for family in FAMILIES for fmt in f
 
 
 # What llama.cpp has besides, as types of tensors or of files.
-NOT_HERE = (
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
-    *("Q1_0", "Q2_0", "Q8_1", "Q8_K", "MXFP4_MOE"),
-)
+NOT_HERE = ("Q8_1", "Q8_K", "MXFP4_MOE")
 
 
 def format(spec: str | Format) -> Format:

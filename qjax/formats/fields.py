@@ -73,7 +73,8 @@ class Stream:
         return pack_bits(_some(numbers[self.of], self.shift, self.bits), self.bits)
 
     def read(self, raw: Array) -> Numbers:
-        return {self.of: unpack_bits(raw, self.bits) << self.shift}
+        x = unpack_bits(raw, self.bits)
+        return {self.of: (x if self.shift + self.bits <= 8 else x.astype(jnp.uint32)) << self.shift}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +128,14 @@ class Blocks:
       block: weights.
       fields: from the first byte on.
       bias: name and bias of numbers that are signed.
+      tile: weights of one code.
     """
 
     ggml_type: int
     block: int
     fields: tuple[Field, ...]
     bias: tuple[tuple[str, int], ...] = ()
+    tile: int = 1
 
     @property
     def size(self) -> int:
@@ -145,7 +148,7 @@ class Blocks:
         return 8 * self.size / self.block
 
     def pack(self, scales: Numbers, codes: Array) -> Leaves:
-        numbers = {**scales, "q": split(codes, self.block)}
+        numbers = {**scales, "q": split(codes, self.block // self.tile)}
         for name, bias in self.bias:
             numbers[name] = numbers[name].astype(jnp.uint8) + jnp.uint8(bias)
         return {"blocks": jnp.concatenate([field.write(numbers) for field in self.fields], axis=-1)}
@@ -158,7 +161,7 @@ class Blocks:
         at = 0
         for field in self.fields:
             for name, x in field.read(leaves["blocks"][..., at : at + field.size]).items():
-                numbers[name] = numbers[name] | x if name in numbers else x
+                numbers[name] = _joined(numbers[name], x) if name in numbers else x
             at += field.size
         for name, bias in self.bias:
             numbers[name] = lax.bitcast_convert_type(numbers[name] - jnp.uint8(bias), jnp.int8)
@@ -202,6 +205,12 @@ def unpack_planes(packed: Array, bits: int) -> Array:
     """
     mask = 2**bits - 1
     return jnp.concatenate([(packed >> (bits * k)) & mask for k in range(8 // bits)], axis=-1)
+
+
+def _joined(a: Array, b: Array) -> Array:
+    """The bits of two fields, as the wider of their types."""
+    dtype = max(a.dtype, b.dtype, key=lambda t: t.itemsize)
+    return a.astype(dtype) | b.astype(dtype)
 
 
 def _some(x: Any, shift: int, bits: int) -> Array:

@@ -1,4 +1,4 @@
-"""ggml's types of one level of scales: Q4_0, Q5_0, Q8_0, ternary TQ1_0, TQ2_0 (w = d q) and Q4_1, Q5_1 (w = d q + m).
+"""ggml's types of one level of scales: Q4_0, Q5_0, Q8_0 (w = d q) and Q4_1, Q5_1 (w = d q + m).
 
     type   B    bytes   fields, little-endian; d, m fp16
     Q4_0   32   18      d | qs[16]                 (q - 8) d
@@ -6,16 +6,13 @@
     Q5_0   32   22      d | qh[4] | qs[16]         (q - 16) d
     Q5_1   32   24      d | m | qh[4] | qs[16]     q d + m
     Q8_0   32   34      d | int8[32]               q d
-    TQ1_0  256  54      qs[48] | qh[4] | d         (q - 1) d, trits: ggml_trits.py
-    TQ2_0  256  66      qs[64] | d                 (q - 1) d, 2 bits each
 
 Byte j of qs holds the low four bits of weight j (low nibble) and weight j + 16 (high nibble); bit j of qh is the
-fifth bit of weight j. TQ2_0: byte m of each half of 32 bytes holds weights m, m + 32, m + 64, m + 96 from its lowest
-bits up. Layouts: ggml-common.h of llama.cpp.
+fifth bit of weight j. Layouts: ggml-common.h of llama.cpp.
 
 Without importance `encode` gives ggml's exact bytes (quantize_row_*_ref), whose codes come from the scale before it
 is rounded to fp16. With importance it searches the scale for the least sum weight (w - w_hat)^2, which ggml does not do
-for Q8_0 and the ternary types (those are for weights that are ternary already: BitNet, TriLM).
+for Q8_0.
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ from jax import Array, lax
 
 from qjax.formats import exact
 from qjax.formats.fields import Blocks, Half, Planes, Stream, merge, split
-from qjax.formats.ggml_trits import Trits
 from qjax.formats.grid import GGML, Scaling
 from qjax.formats.levels import Integers
 from qjax.formats.protocol import Scales
@@ -145,11 +141,6 @@ def _ranged(name: str, number: int, bits: int, *fields: Stream | Planes) -> GGML
     return GGML(name, Integers(0, 2**bits - 1), ScaleAndMinimum(), Blocks(number, 32, (_D, _M, *fields)), about)
 
 
-def _ternary(name: str, number: int, per_byte: str, *fields: Trits | Planes) -> GGML:
-    layout = Blocks(number, 256, (*fields, _D), (("q", 1),))
-    return GGML(name, Integers(-1, 1), OneScale(256, "absmax"), layout, f"GGUF: ternary, {per_byte} weights in a byte")
-
-
 FORMATS = (
     _signed("Q4_0", 2, 4, *_FOUR),
     _ranged("Q4_1", 3, 4, *_FOUR),
@@ -159,6 +150,4 @@ FORMATS = (
         "Q8_0", Integers(-127, 127), OneScale(32, "absmax"), Blocks(8, 32, (_D, Stream("q", 32, 8)), (("q", 0),)),
         "GGUF: signed bytes, one fp16 scale",
     ),
-    _ternary("TQ1_0", 34, "five", Trits("q")),
-    _ternary("TQ2_0", 35, "four", Planes("q", 256, 2, 128)),
 )  # fmt: skip

@@ -25,7 +25,7 @@ from qjax.formats.protocol import Scales
 from qjax.formats.storage import round_fp16
 from qjax.typing import Array, Float, Integer
 
-_CHUNK = {"cpu": 128}
+_CHUNK_CPU = 128
 _CHUNK_DEVICE = 16384  # accelerators want many lanes
 _LEAST = 2.0**-24  # the smallest fp16
 _SMALL = 1e-30
@@ -33,7 +33,9 @@ _SMALL = 1e-30
 Search = Callable[[Array, Array | None], tuple[Array, ...]]
 
 
-def by_chunks(search: Search, w: Array, weight: Array | None, block: int, sub: int) -> tuple[Array, ...]:
+def by_chunks(
+    search: Search, w: Array, weight: Array | None, block: int, sub: int, cpu_chunk: int = _CHUNK_CPU
+) -> tuple[Array, ...]:
     """Run a search over all super-blocks of w.
 
     Args:
@@ -43,6 +45,7 @@ def by_chunks(search: Search, w: Array, weight: Array | None, block: int, sub: i
       weight: importance f32[*b, n], or None for 1.
       block: weights of a super-block.
       sub: weights of a sub-block.
+      cpu_chunk: super-blocks side by side on a CPU.
 
     Returns: the search's arrays with N moved out: [*b, n / block, ...].
     """
@@ -50,7 +53,7 @@ def by_chunks(search: Search, w: Array, weight: Array | None, block: int, sub: i
     def run(args: tuple[Array, ...]) -> tuple[Array, ...]:
         *lead, n = args[0].shape
         total = args[0].size // block
-        chunk = _CHUNK.get(jax.default_backend(), _CHUNK_DEVICE)
+        chunk = cpu_chunk if jax.default_backend() == "cpu" else _CHUNK_DEVICE
         count = -(-total // chunk)
 
         def cut(a: Array) -> Array:

@@ -5,15 +5,14 @@
 A restatement of the rules of llama.cpp's `llama_tensor_get_type` (ggml 0.25); tests compare every decision with the
 real `llama_model_quantize`. L = layers; a role's tensors are visited by layer number, and layer i counts among those
 visited: a tensor taken by an override does not advance the count, as in llama.cpp. In a model of experts i of an MLP's
-tensors is the number in the name.
+tensors is the number in the name, but in the mixes of one and two bits.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.errors import UserError
@@ -23,6 +22,7 @@ from qjax.io.gguf_types import TENSOR_TYPES
 from qjax.io.gguf_write import tensor_order
 from qjax.models.config import DecoderConfig
 from qjax.models.families import family_of, weight_names
+from qjax.plan.mix_rules import EMBEDDING, SMALLEST, Site, choice
 from qjax.plan.rules import KEEP, Plan, Rule, Weight
 
 # File type -> (number in general.file_type, type of most tensors). MXFP4 is qjax's own: every layer in that type; it
@@ -45,6 +45,16 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
         "Q4_0": "Q4_0",
         "IQ4_NL": "IQ4_NL",
         "IQ4_XS": "IQ4_XS",
+        "IQ3_M": "IQ3_S",
+        "IQ3_S": "IQ3_S",
+        "IQ3_XS": "IQ3_S",
+        "IQ3_XXS": "IQ3_XXS",
+        "IQ2_M": "IQ2_S",
+        "IQ2_S": "IQ2_XS",
+        "IQ2_XS": "IQ2_XS",
+        "IQ2_XXS": "IQ2_XXS",
+        "IQ1_M": "IQ1_M",
+        "IQ1_S": "IQ1_S",
         "MXFP4": "MXFP4",
         "MXFP4_MOE": "MXFP4",
         "Q3_K_L": "Q3_K",
@@ -60,7 +70,7 @@ ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 
 # What a type becomes where the row is no multiple of its block.
 FALLBACK = {
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "TQ1_0": "Q4_0",
@@ -75,64 +85,8 @@ ROLES = ("attn_v.weight", "attn_k.weight", "attn_q.weight", "attn_output.weight"
 NEVER = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "altup", "laurel", "per_layer_model_proj")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """What the rules of one tensor look at: its place `i` among the tensors of its role, and the model."""
-
-    i: int
-    layers: int
-    gqa: int
-    imatrix: bool
-    experts: int
-
-    @property
-    def first(self) -> bool:
-        return self.i < self.layers // 8
-
-    @property
-    def more(self) -> bool:
-        """The first and last eighth of the layers, and every third between."""
-        eighth = self.layers // 8
-        return self.first or self.i >= 7 * self.layers // 8 or (self.i - eighth) % 3 == 2
-
-
 # Where q, k and v are one weight, or k and v, its rules are those of v.
 SAME_ROLE = {"attn_qkv.weight": "attn_v.weight", "attn_kv_b.weight": "attn_v.weight"}
-
-# None: the base type.
-Choice = Callable[[_Site], str | None]
-_ATTN_V: dict[str, Choice] = {
-    "Q2_K": lambda s: "Q4_K" if s.gqa >= 4 else "Q3_K",
-    "Q2_K_S": lambda s: "Q4_K" if s.gqa >= 4 else None,
-    "Q3_K_M": lambda s: "Q5_K" if s.i < 2 else "Q4_K",
-    "Q3_K_L": lambda s: "Q5_K",
-    "IQ4_NL": lambda s: "Q5_K" if s.gqa >= 4 else None,
-    "IQ4_XS": lambda s: "Q5_K" if s.gqa >= 4 else None,
-    "Q4_K_S": lambda s: "Q5_K" if s.i < 4 else None,
-    "Q4_K_M": lambda s: "Q6_K" if s.more else None,
-    "Q5_K_M": lambda s: "Q6_K" if s.more else None,
-}
-_FFN_DOWN: dict[str, Choice] = {
-    "Q2_K": lambda s: "Q3_K",
-    "Q2_K_S": lambda s: "Q4_K" if s.first else None,
-    "Q3_K_M": lambda s: "Q5_K" if s.i < s.layers // 16 else "Q4_K",
-    "Q3_K_L": lambda s: "Q5_K",
-    "IQ4_NL": lambda s: "Q5_K" if s.first and not s.imatrix else None,
-    "IQ4_XS": lambda s: "Q5_K" if s.first and not s.imatrix else None,
-    "Q4_K_S": lambda s: "Q5_K" if s.first else None,
-    "Q4_K_M": lambda s: "Q6_K" if s.more else None,
-    "Q5_K_M": lambda s: "Q6_K" if s.more else None,
-    "Q4_0": lambda s: "Q4_1" if s.first and s.imatrix else None,
-    "Q5_0": lambda s: "Q5_1" if s.first and s.imatrix else None,
-}
-_ATTN_OUTPUT: dict[str, Choice] = {
-    "Q2_K": lambda s: "Q3_K",
-    "Q3_K_M": lambda s: "Q4_K",
-    "Q3_K_L": lambda s: "Q5_K",
-}
-# Beside eight experts attention is small.
-_ATTN_OUTPUT_OF_8 = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
-_MIX = {"attn_v.weight": _ATTN_V, "ffn_down": _FFN_DOWN, "attn_output.weight": _ATTN_OUTPUT}
 
 
 def file_type(name: str) -> str:
@@ -280,16 +234,16 @@ def tensor_types(
             if mix == "MXFP4_MOE":
                 kind = base if len(tensors[name]) > 2 else "Q8_0"
             elif name == "output.weight" or (tied and name == "token_embd.weight"):
-                kind = _output_type(base, row)
+                kind = _output_type(mix, base, row)
             elif name == "token_embd.weight":
-                kind = "Q4_K" if base in ("TQ1_0", "TQ2_0") else base
+                kind = EMBEDDING.get(mix, base)
             else:
                 total = n_attn_v if role == "attn_v.weight" else layers
-                numbered = experts > 1 and role.startswith("ffn_")
+                numbered = experts > 1 and role.startswith("ffn_") and mix not in SMALLEST
                 i = tensor_order(name)[0] if numbered else seen.get(role, 0)
-                site = _Site(i, total, gqa, has_imatrix, experts)
-                kind = _choice(mix, role, site) or base
-                if big and role == "attn_v.weight" and kind in ("Q3_K", "Q4_K"):
+                site = Site(i, total, gqa, has_imatrix, experts)
+                kind = choice(mix, role, site) or base
+                if big and role == "attn_v.weight" and kind in ("Q3_K", "Q4_K") and mix not in SMALLEST:
                     kind = "Q5_K"  # a 70B shares each value head among 8 queries, so its attn_v is small
                 if role:
                     seen[role] += 1
@@ -314,16 +268,6 @@ def fallbacks(mix: str, tensors: Mapping[str, Sequence[int]], **options: Any) ->
     )
 
 
-def _choice(mix: str, role: str, site: _Site) -> str | None:
-    """What the rules say of a tensor; None: the base type."""
-    if site.experts == 8:
-        if role in ("attn_v.weight", "attn_k.weight"):
-            return "Q8_0"
-        if role == "attn_output.weight":
-            return "Q5_K" if mix in _ATTN_OUTPUT_OF_8 else None
-    return _MIX.get(role, {}).get(mix, lambda _: None)(site)
-
-
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
@@ -331,9 +275,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UserError(f"override {pattern!r} is no regular expression: {e}") from None
 
 
-def _output_type(base: str, row: int) -> str:
+def _output_type(mix: str, base: str, row: int) -> str:
     if row % block_of(base):
         return "Q8_0"
+    if mix in (*SMALLEST, "IQ3_XXS"):
+        return "Q5_K"
     return base if base == "Q8_0" else "Q6_K"
 
 

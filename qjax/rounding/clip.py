@@ -76,7 +76,7 @@ class Clip(Rounding):
                 most = c * jnp.maximum(jnp.abs(low), jnp.abs(high))
                 return between(format, jnp.clip(low, -most, most), jnp.clip(high, -most, most))
 
-            return shrunk(columns, c, range_of)
+            return shrunk(format, columns, c, range_of)
 
         def rounded(scales: Scales) -> State:
             return dataclasses.replace(state, scales=scales, codes=format.nearest(scales, w))

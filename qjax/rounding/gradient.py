@@ -114,7 +114,7 @@ def shares(format: Format, columns: Columns) -> Callable[[Parameters], Columns]:
             low, high = span(format, s, m)
             return between(format, low * share["low"], high * share["high"])
 
-        return shrunk(columns, share["high"], range_of)
+        return shrunk(format, columns, share["high"], range_of)
 
     return to_columns
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -57,10 +58,14 @@ def between(format: Format, low: Float[Array, "*b G"], high: Float[Array, "*b G"
     return s, low - s * lo
 
 
-def shrunk(columns: Columns, share: Array, range_of: Callable[[Array, Array], tuple[Array, Array]]) -> Columns:
-    """A smaller grid: all of it times `share`, or, where it has an offset, with the range that is given for it."""
+def shrunk(
+    format: Format, columns: Columns, share: Array, range_of: Callable[[Array, Array], tuple[Array, Array]]
+) -> Columns:
+    """A smaller grid: all of it times `share`, or, where it has ends and an offset, with the range given for it."""
     *theta, m = columns
-    return range_of(theta[0], m) if m is not None else (*(t * share for t in theta), None)
+    if m is not None and single(format, columns):
+        return range_of(theta[0], m)
+    return jax.tree.map(lambda c: c * share, columns)
 
 
 def grouped(w: Float[Array, "*b n"], s: Float[Array, "*b G"]) -> Float[Array, "*b G size"]:

@@ -32,8 +32,17 @@ SQNR_FLOOR: dict[str, float] = {
     "Q6_K": 35.5,
     "IQ4_NL": 22.5,
     "IQ4_XS": 22.4,
-    "TQ1_0": 1.8,
-    "TQ2_0": 1.8,
+    "IQ2_XXS": 8.9,
+    "IQ2_XS": 10.0,
+    "IQ2_S": 11.2,
+    "IQ3_XXS": 14.0,
+    "IQ3_S": 16.2,
+    "IQ1_S": 5.5,
+    "IQ1_M": 6.3,
+    "TQ1_0": 7.0,
+    "TQ2_0": 7.0,
+    "Q1_0": 4.2,
+    "Q2_0": 7.3,
     "MXFP4": 18.5,
     "NVFP4": 20.2,
     "int8_row": 42.7,
@@ -98,10 +107,11 @@ SEARCHED: dict[str, str] = {
     "trellis2_L12_1mad": "as E8P_2",
     "trellis2_L12_mul1": "as E8P_2",
     "trellis2_L12_hyb": "as E8P_2",
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"), "as IQ4_NL and Q3_K"),
 }
 
 KINDS = (  # of every family one; the others are slow tests
-    "F16", "Q4_0", "Q4_1", "Q4_K", "Q3_K", "IQ4_NL", "TQ2_0", "NVFP4", "int4_g128", "uint4_g64_zf16",
+    "F16", "Q4_0", "Q4_1", "Q4_K", "Q3_K", "IQ4_NL", "IQ2_XS", "TQ2_0", "NVFP4", "int4_g128", "uint4_g64_zf16",
     "int3_g16_mse_u6x16", "uint3_g16_bilevel3x16", "NF4_dq", "FP8_E5M2_b128", "E8P_3", "trellis2_L12_3inst",
 )  # fmt: skip
 NAMES = qjax.format_names()
