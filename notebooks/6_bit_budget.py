@@ -44,7 +44,7 @@ plt.show()
 
 # %%
 budget, *_ = found.candidates
-assert abs(budget.predicted / budget.kl - 1) < 1 / 3
+assert budget.predicted is not None and abs(budget.predicted / budget.kl - 1) < 1 / 3
 assert found.best.kl < min(c.kl for c in found.candidates if not c.name.startswith("budget"))
 rows = [(c.name, f"{c.nbytes:,}", f"{c.predicted:.5f}", f"{c.kl:.5f} ± {c.kl_se:.5f}") for c in found.candidates]
 HTML(html_table("Plans", ("plan", "bytes", "sum of parts", "KL, nats"), rows, (1, 2, 3)))

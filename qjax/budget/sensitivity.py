@@ -94,7 +94,7 @@ def sensitivities(
 def spread(errors: np.ndarray, count: int) -> list[int]:
     """The places of `count` errors, spread evenly over their logarithms from the largest to the least.
 
-    >>> spread(np.array([8.0, 1.0, 4.0, 2.0]), 2), spread(np.array([8.0, 1.0, 4.0, 2.0]), 3)
+    >>> spread(np.array([8.0, 1.0, 4.0, 2.0]), 2), spread(np.array([8.0, 1.0, 3.0, 2.0]), 3)
     ([0, 1], [0, 1, 2])
     """
     logs = np.log(np.maximum(errors, 1e-300))
