@@ -105,10 +105,8 @@ def integers_of(q: QTensor) -> Whole:
     codes, scale = np.asarray(codes), np.asarray(q.format.scaling.scale.get(scales))
     if kind.symmetric:
         codes = codes.view(np.uint8) + np.uint8(2 ** (kind.bits - 1))
-        zero = np.full(scale.shape, 2 ** (kind.bits - 1), np.uint8)
-    else:
-        zero = np.asarray(scales["zero"]).astype(np.uint8)
-    return Whole(kind, codes, scale.astype(SCALES[kind.scale]), zero)
+    zero = None if kind.symmetric else np.asarray(scales["zero"]).astype(np.uint8)
+    return whole(kind, codes, scale.astype(SCALES[kind.scale]), zero)
 
 
 def whole(kind: Kind, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None) -> Whole:
