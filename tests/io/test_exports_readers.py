@@ -12,6 +12,7 @@ from small_models import random_params
 import qjax
 from qjax.models.config import RopeScaling
 from qjax.models.model import Model
+from qjax.pipeline.export_gguf import export_gguf
 
 pytestmark = pytest.mark.slow
 TOKENS = np.arange(1, 25)[None]
@@ -98,6 +99,16 @@ def test_onnxruntime_runs_onnx(tmp_path, bpe, name, changes):
     session = onnxruntime.InferenceSession(tmp_path / "m" / "model.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"input_ids": TOKENS})
     np.testing.assert_allclose(logits, ours(tmp_path / "m"), atol=2e-5)
+
+
+def test_llama_cpp_reads_gguf(tmp_path, bpe, llama_cpp):
+    packed_model(tmp_path / "m", "gptq", "uint4_g32", bpe)
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    expected = ours(tmp_path / "m")
+    llm = llama_cpp(tmp_path / "m.gguf")
+    llm.eval(TOKENS[0].tolist())
+    found = np.array(llm.scores[: TOKENS.size])
+    assert np.abs(found - expected[0]).max() < 0.05 * expected.std()  # inputs of its products are rounded to 8 bits
 
 
 @pytest.fixture
