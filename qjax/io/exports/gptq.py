@@ -95,7 +95,7 @@ class GPTQ:
         kind = Kind(bits, max(group, 0), symmetric, "f16")
 
         def shape_of(m: Members) -> tuple[tuple[int, ...], Format]:
-            height, out = m.shaped(".qweight", "I32").shape
+            height, out = m.matrix(".qweight", "I32")
             columns = height * _WORD // bits
             groups = kind.groups(columns)
             m.shaped(".scales", "F16", (groups, out))

@@ -40,7 +40,9 @@ class Kind:
     scale: str
 
     def groups(self, n: int) -> int:
-        """Of a row of n weights."""
+        """Of a row of n weights. Raises UserError where they do not fill it."""
+        if self.group and n % self.group:
+            raise UserError(f"a row of {n} weights is no multiple of its group of {self.group}")
         return n // self.group if self.group else 1
 
     @property
