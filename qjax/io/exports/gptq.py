@@ -75,7 +75,8 @@ class GPTQ:
             "sym": kind.symmetric, "desc_act": False, "lm_head": False, "pack_dtype": "int32",
         }  # fmt: skip
         inside = [m for m in floats if m != "lm_head"]
-        if inside:  # GPTQModel's way to leave a module out
+        if inside:  # how to leave modules out: transformers' way, and that of GPTQModel and vLLM
+            said["modules_in_block_to_quantize"] = [sorted(packed)]
             said["dynamic"] = {f"-:^{m.replace('.', chr(92) + '.')}$": {} for m in inside}
         return {"quantization_config": said}
 
