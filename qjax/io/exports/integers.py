@@ -100,7 +100,7 @@ def integers_of(q: QTensor) -> Whole:
     if q.applied:
         raise UserError(
             f"the weight lies behind {type(q.applied[0]).__name__}, which the layer would have to run; fold it into "
-            "the float model first (`qjax fuse`), or take a recipe without one"
+            "the float model first (`qjax fuse`), or round anew: --type and --requantize"
         )
     assert isinstance(q.format, Grid)
     scales, codes = unpacked(q.leaves, q.format)
