@@ -6,6 +6,7 @@ of one type. Families whose folders have experts or linear attention in a form o
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,8 @@ class Sink(Protocol):
 class PackedFolder:
     """A folder on its way."""
 
-    def __init__(self, sink: Sink, config: DecoderConfig, container: Container, dtype: str):
+    def __init__(self, path: Path, sink: Sink, config: DecoderConfig, container: Container, dtype: str):
+        self._path = path
         self._sink, self._config, self._container, self._dtype = sink, config, container, _DTYPES[dtype]
 
     def packed(self, w: WeightName, q: QTensor) -> int:
@@ -77,6 +79,12 @@ class PackedFolder:
         found, arrays = in_folder(self._config, infos, self._in_turn(listed))
         for (name, *_), array in zip(found, arrays, strict=True):
             self._sink.put(name, array)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what is wanted on the way; it goes when the body ends, or with this one."""
+        with tempfile.TemporaryDirectory(dir=self._path) as path:
+            yield Path(path)
 
     def _in_turn(self, listed: list[tuple[WeightName, Callable[[], np.ndarray]]]) -> Iterator[np.ndarray]:
         for w, made in listed:
@@ -152,5 +160,5 @@ def packed_folder(
         sink: Sink = Shards(folder, room(names, _TENSORS), shard_bytes)
         if container.name == ONNX:
             sink = OnnxFile(folder, model.config)
-        yield PackedFolder(sink, model.config, container, dtype)
+        yield PackedFolder(folder, sink, model.config, container, dtype)
         sink.close()

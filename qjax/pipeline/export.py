@@ -4,14 +4,13 @@
     a plan      as `quantize`: a plain recipe weight by weight, a calibrated one by the walk; each goes to its place
                 in the folder as soon as it is rounded
 
-In memory are one block's weights; the walk's streams lie in a folder beside the output until it stands.
+In memory are one block's weights; the walk's streams lie in the unfinished folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,33 +91,37 @@ def export_model(
         recipes, kept = _planned(source, into, plan, get_recipe(recipe), requantize)
         formats = {path: format for path, (format, _) in recipes.items()}
     check_packed(into, config, formats)
-    by_walk = {p: fr for p, fr in recipes.items() if not fr[1].is_plain}
+    by_walk = {p: fr for p, fr in recipes.items() if fr[1].requires}
     if by_walk and calibration is None:
         needs = sorted(frozenset().union(*(r.requires for _, r in by_walk.values())))
         raise UserError(f"recipe {recipe} looks at what the model does with a text ({', '.join(needs)}); give one")
     lines: dict[str, TensorReport] = {}
-    dtype = "float32" if into.name == ONNX else source.card.dtype or "float32"
+    decoded = any(source.type_of(w) not in DENSE for path, w in names.items() if path not in formats)
+    dtype = "float32" if decoded or into.name == ONNX else source.card.dtype or "float32"
     with packed_folder(out, into, source, formats, dtype) as folder:
 
         def emit(path: str, leaf: Any, q: QTensor, line: CalibrationReport | None) -> None:
             error = None if leaf is None else relative_rmse(q, leaf)
             nbytes = folder.packed(names[path], dataclasses.replace(q, axis=-1))
-            lines[path] = TensorReport(path, names[path].file_shape, q.format.name, nbytes, error, None, line)
-            if path not in by_walk:
-                progress(path, len(lines), len(names))
+            tell(TensorReport(path, names[path].file_shape, q.format.name, nbytes, error, None, line))
+
+        def tell(line: TensorReport) -> None:
+            lines[line.name] = line
+            if line.name not in by_walk:
+                progress(line.name, len(lines), len(names))
 
         told: tuple[str, ...] = ()
         if by_walk:
             assert calibration is not None
-            with tempfile.TemporaryDirectory(prefix=f".{Path(out).name}.", dir=Path(out).absolute().parent) as streams:
+            with folder.scratch() as streams:
                 told = walk(
                     stages_of(config), source, by_walk, calibration, emit,
-                    folder=Path(streams), progress=walked, notify=notify,
+                    folder=streams, progress=walked, notify=notify,
                 )  # fmt: skip
         for path in formats:
             if path not in by_walk:
                 _one(source, names[path], recipes.get(path), emit)
-        _floats(source, folder, [w for path, w in names.items() if path not in formats], dtype, kept, lines, progress)
+        _floats(source, folder, [w for path, w in names.items() if path not in formats], dtype, kept, tell)
     return Report(tuple(lines[path] for path in names), told)
 
 
@@ -135,14 +138,15 @@ def _one(source: Source, w: WeightName, how: tuple[Format, Recipe] | None, emit:
 
 def _floats(
     source: Source, folder: PackedFolder, weights: list[WeightName], dtype: str, kept: Mapping[str, str],
-    lines: dict[str, TensorReport], progress: Callable[[str, int, int], None],
+    tell: Callable[[TensorReport], None],
 ) -> None:  # fmt: skip
+    """The weights that stay floats, each read when its turn comes."""
+
     def made(w: WeightName) -> np.ndarray:
         path, leaf = "/".join(w.path), source.leaf(w)
         check_finite({path: leaf})
         nbytes = math.prod(w.shape) * (4 if dtype == "float32" else 2)
-        lines[path] = TensorReport(path, w.file_shape, dtype, nbytes, None, kept.get(path, "a vector"))
-        progress(path, len(lines), len(lines) + 1)
+        tell(TensorReport(path, w.file_shape, dtype, nbytes, None, kept[path]))
         return w.turned(leaf)
 
     folder.floats((w, lambda w=w: made(w)) for w in weights)

@@ -4,6 +4,7 @@ import pytest
 from mutations import campaign
 
 import qjax
+from qjax.pipeline.export import export_model
 
 
 @pytest.mark.cases(120)
@@ -20,6 +21,21 @@ def test_folder(tiny, tmp_path, name, cases):
     folder = tmp_path / "m"
     qjax.save(tiny, folder)
     assert campaign(name, cases[: len(cases) // 4], [folder / name], lambda: qjax.load(folder))["refused"]
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.cases(20)
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [("compressed-tensors", "uint4_g32"), ("gptq", "uint3_g32"), ("awq", "int4_g32"), ("bitsandbytes", "NF4_b32_dq"),
+     ("mlx", "uint4_g32_m")],
+)  # fmt: skip
+def test_packed_folder(model, tmp_path, to, name, cases):
+    """The checkpoint of another library: its header and codes, and what its config says of them."""
+    folder = tmp_path / "m"
+    export_model(model, folder, to, name)
+    for file in ("model.safetensors", "config.json"):
+        assert campaign(to + file, cases[: len(cases) // 2], [folder / file], lambda: qjax.load(folder))["refused"]
 
 
 @pytest.mark.cases(60)

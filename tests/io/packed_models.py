@@ -14,12 +14,14 @@ from qjax.models.model import Model
 SMALL = dataclasses.replace(LLAMA, layers=1, hidden=64)
 
 
-def packed_model(folder, to, name, bpe, shard_bytes=10**9, config=SMALL):
-    """A random model whose linear layers are packed, in a container; returns its weights as rows, {path: QTensor}."""
+def packed_model(folder, to, name, bpe, shard_bytes=10**9, config=SMALL, keep="nothing"):
+    """A random model whose linear layers, but those called `keep`, are packed, in a container; these as rows,
+    {path: QTensor}."""
     params = random_params(config)
     model = Model(config, params, bpe)
     names = {"/".join(w.path): w for w in weight_names(config)}
-    matrices = {p: w for p, w in names.items() if w.transposed and (CONTAINERS[to].everything or w.path[0] != "head")}
+    whole = CONTAINERS[to].everything
+    matrices = {p: w for p, w in names.items() if w.transposed and keep not in p and (whole or w.path[0] != "head")}
     leaves = dict.fromkeys(names, params)
     for p in names:
         for key in p.split("/"):

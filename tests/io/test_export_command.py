@@ -187,3 +187,20 @@ def test_a_file_says_which_importance_matrix_it_was_made_with(floats, tmp_path):
     assert found == {
         "file": str(tmp_path / "im.gguf"), "dataset": "book.txt", "entries_count": 5, "chunks_count": 2,
     }  # fmt: skip
+
+
+def test_what_is_decoded_on_the_way_keeps_its_values(floats, tmp_path):
+    half = tmp_path / "half"
+    model = qjax.load(floats)
+    qjax.save(dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype("float16"), model.params)), half,
+              dtype="float16")  # fmt: skip
+    assert export(half, tmp_path / "mlx", "mlx", "--type", "int4_g32") == 0
+    assert json.loads((tmp_path / "mlx" / "config.json").read_text())["torch_dtype"] == "float16"
+    assert export(tmp_path / "mlx", tmp_path / "back", "mlx") == 0
+    same(tmp_path / "mlx", tmp_path / "back")
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[rules]\n"embed/*" = "uint4_g32"\n"head/*" = "keep"\n"*" = "int4_g64"\n')
+    assert export(half, tmp_path / "mixed", "mlx", "--plan", plan) == 0
+    params = qjax.load(tmp_path / "mixed").params
+    assert params["embed"]["embedding"].format.name == "uint4_g32_m_f32"
+    assert not is_qtensor(params["head"]["kernel"])

@@ -12,6 +12,8 @@ from small_models import random_params
 import qjax
 from qjax.models.config import RopeScaling
 from qjax.models.model import Model
+from qjax.pipeline.export_gguf import export_gguf
+from qjax.tensor import is_qtensor
 
 pytestmark = pytest.mark.slow
 TOKENS = np.arange(1, 25)[None]
@@ -20,13 +22,14 @@ TOKENS = np.arange(1, 25)[None]
 def ours(folder, through=lambda w: w):
     """qjax's logits, packed weights as a reader has them."""
     model = qjax.load(folder)
-    dense = {name: jax.tree.map(through, part) if "layers" in name else part for name, part in model.dense.items()}
+    leaves = model.params, model.dense
+    dense = jax.tree.map(lambda q, w: through(w) if is_qtensor(q) else w, *leaves, is_leaf=is_qtensor)
     return np.asarray(qjax.models.model.forward(model.config, dense, jnp.asarray(TOKENS)))
 
 
 def halved(w):
     """Matrices as products rounded to fp16, which GPTQ's and AWQ's kernels without a GPU make of them."""
-    return w if w.ndim < 2 else jnp.asarray(np.asarray(w).astype(np.float16).astype(np.float32))
+    return jnp.asarray(np.asarray(w).astype(np.float16).astype(np.float32))
 
 
 def theirs(folder, **options):
@@ -39,7 +42,7 @@ def theirs(folder, **options):
 @pytest.mark.parametrize("name", ["int2_g32", "uint3_g64", "uint4_g32", "int8_row", "FP8_E4M3", "MXFP4", "NVFP4"])
 def test_transformers_reads_compressed_tensors(tmp_path, bpe, name):
     pytest.importorskip("compressed_tensors")
-    packed_model(tmp_path / "m", "compressed-tensors", name, bpe)
+    packed_model(tmp_path / "m", "compressed-tensors", name, bpe, keep="mlp/down" if name == "uint4_g32" else "nothing")
     model, logits = theirs(tmp_path / "m")
     if name in ("MXFP4", "NVFP4"):  # which it unpacks to bfloat16 at the first call, exactly
         torch = pytest.importorskip("torch")
@@ -52,7 +55,7 @@ def test_transformers_reads_compressed_tensors(tmp_path, bpe, name):
 @pytest.mark.parametrize("name", ["NF4", "FP4_b32_dq"])
 def test_transformers_reads_bitsandbytes(tmp_path, bpe, name):
     pytest.importorskip("bitsandbytes")
-    packed_model(tmp_path / "m", "bitsandbytes", name, bpe)
+    packed_model(tmp_path / "m", "bitsandbytes", name, bpe, keep="mlp/down")
     model, logits = theirs(tmp_path / "m")
     model.train()  # else a CPU with bfloat16 of its own repacks the weights, and rounds absmaxes
     np.testing.assert_allclose(logits(), ours(tmp_path / "m"), atol=2e-5)
@@ -65,7 +68,7 @@ def test_gptqmodel_reads_gptq_and_awq(tmp_path, bpe, monkeypatch, to, name):
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
     pytest.importorskip("gptqmodel")
     transformers = pytest.importorskip("transformers")
-    packed_model(tmp_path / "m", to, name, bpe)
+    packed_model(tmp_path / "m", to, name, bpe, keep="nothing" if name == "int4_g32" else "mlp/down")
     if to == "awq":
         config = transformers.AwqConfig(bits=4, backend="torch_awq")
     else:
@@ -78,7 +81,7 @@ def test_gptqmodel_reads_gptq_and_awq(tmp_path, bpe, monkeypatch, to, name):
 @pytest.mark.parametrize("name", ["uint3_g32_m_f32", "uint5_g32", "MXFP4", "NVFP4"])
 def test_mlx_lm_reads_mlx(tmp_path, bpe, name):
     mx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
-    packed_model(tmp_path / "m", "mlx", name, bpe)
+    packed_model(tmp_path / "m", "mlx", name, bpe, keep="mlp/down")
     model, _ = mlx_lm.load(str(tmp_path / "m"))
     np.testing.assert_allclose(np.array(model(mx.array(TOKENS))), ours(tmp_path / "m"), atol=2e-5)
 
@@ -94,10 +97,21 @@ def test_mlx_lm_reads_mlx(tmp_path, bpe, name):
 def test_onnxruntime_runs_onnx(tmp_path, bpe, name, changes):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    packed_model(tmp_path / "m", "onnx", name, bpe, config=dataclasses.replace(SMALL, **changes))
+    config = dataclasses.replace(SMALL, **changes)
+    packed_model(tmp_path / "m", "onnx", name, bpe, config=config, keep="mlp/down")
     session = onnxruntime.InferenceSession(tmp_path / "m" / "model.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"input_ids": TOKENS})
     np.testing.assert_allclose(logits, ours(tmp_path / "m"), atol=2e-5)
+
+
+def test_llama_cpp_reads_gguf(tmp_path, bpe, llama_cpp):
+    packed_model(tmp_path / "m", "gptq", "uint4_g32", bpe)
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    expected = ours(tmp_path / "m")
+    llm = llama_cpp(tmp_path / "m.gguf")
+    llm.eval(TOKENS[0].tolist())
+    found = np.array(llm.scores[: TOKENS.size])
+    assert np.abs(found - expected[0]).max() < 0.05 * expected.std()  # inputs of its products are rounded to 8 bits
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ class AWQ:
         kind = Kind(4, group, said.get("zero_point", True) is False, "f16")
 
         def shape_of(m: Members) -> tuple[tuple[int, ...], Format]:
-            columns, eights = m.shaped(".qweight", "I32").shape
+            columns, eights = m.matrix(".qweight", "I32")
             m.shaped(".scales", "F16", (kind.groups(columns), 8 * eights))
             m.shaped(".qzeros", "I32", (kind.groups(columns), eights))
             return (8 * eights, columns), kind.format

@@ -25,7 +25,7 @@ from qjax.formats import Format, find
 from qjax.formats.codebook import LEVELS, codebook
 from qjax.formats.dynamic_map import NESTED, dynamic_map
 from qjax.io.exports.container import Members, Settings, joined, members, one_format, said_of
-from qjax.io.safetensors import DTYPES, Checkpoint, Stored
+from qjax.io.safetensors import Checkpoint, Stored
 from qjax.tensor import QTensor
 
 _STATE = ".weight.quant_state.bitsandbytes__"
@@ -123,7 +123,7 @@ def _state(checkpoint: Checkpoint, m: Members) -> tuple[tuple[int, ...], Format,
     if entry.nbytes > 1 << 16:
         raise UserError(f"{where} is {entry.nbytes} bytes of JSON; expected a few hundred")
     try:
-        said = json.loads(checkpoint.array(name, DTYPES).tobytes())
+        said = json.loads(m.array(stored[0]).tobytes())
         shape = tuple(map(int, said["shape"]))
         double = ".weight.nested_absmax" in m.tensors
         format = codebook(stored[0].removeprefix(_STATE).upper(), int(said["blocksize"]), double)

@@ -109,28 +109,24 @@ class Packed:
             raise UserError(f"{m.module}: packed codes of type {args['type']!r} are not read; int is")
         if ".weight_g_idx" in m.tensors:
             raise UserError(f"{m.module}: weight_g_idx, columns out of order, is deprecated and not read")
-        packed, scale = m.shaped(self.key, "I32"), m.shaped(".weight_scale", _SCALES)
         m.shaped(".weight_shape", "I64", (2,))
-        (out, size), groups = packed.shape, scale.shape[-1]
-        columns = group * groups if group > 0 else size * 32 // bits
-        if -(-columns * bits // 32) != size:
-            raise UserError(f"{packed.path}: tensor {m.module + self.key!r} has {size} words a row, and {groups} "
-                            f"groups of {group} codes of {bits} bits take {-(-columns * bits // 32)}")  # fmt: skip
-        m.shaped(".weight_scale", _SCALES, (out, groups))
+        (out, size), (_, groups) = m.matrix(self.key, "I32"), m.matrix(".weight_scale", _SCALES)
+        scale = m.shaped(".weight_scale", _SCALES, (out, groups))
+        rows, columns = map(int, m.array(".weight_shape"))
+        fit = groups * group == columns if group else groups == 1
+        if rows != out or not fit or size != -(-columns * bits // 32):
+            said = f"weight_shape {[rows, columns]} in {groups} groups of {group or 'a row'} takes others"
+            raise UserError(f"{path}: tensor {m.module + self.key!r} has {out} rows of {size} words; {said}")
         symmetric = bool(args.get("symmetric", True))
         if not symmetric:
             if ".weight_zero_point" not in m.tensors:
-                raise UserError(f"{packed.path}: tensor {m.module + '.weight_zero_point'!r} is missing")
+                raise UserError(f"{path}: tensor {m.module + '.weight_zero_point'!r} is missing")
             m.shaped(".weight_zero_point", "I32", (-(-out * bits // 32), groups))
         kind = Kind(bits, group, symmetric, KINDS[FLOATS[scale.dtype]])
         return (out, columns), kind.format
 
     def put(self, format: Format, a: dict[str, np.ndarray]) -> QTensor:
-        kind, shape = kind_of(format), tuple(a[".weight_shape"].tolist())
-        out, groups = a[".weight_scale"].shape
-        columns = kind.group * groups if kind.group else shape[1]
-        if shape != (out, columns):
-            raise UserError(f"its weight_shape is {list(shape)}; its codes are {[out, columns]}")
+        kind, (out, columns) = kind_of(format), a[".weight_shape"].tolist()
         zero = None
         if not kind.symmetric:
             zero = np.ascontiguousarray(codes_of(a[".weight_zero_point"].T, kind.bits, out).T)
@@ -153,7 +149,7 @@ class Int8:
         raise UserError("int-quantized weights are read only")
 
     def shape_of(self, m: Members, args: Settings) -> tuple[tuple[int, ...], Format]:
-        shape, strategy = m.shaped(".weight", "I8").shape, args.get("strategy")
+        shape, strategy = m.matrix(".weight", "I8"), args.get("strategy")
         if strategy != "channel" or not args.get("symmetric", True):
             raise UserError(f"{m.module}: int8 weights of strategy {strategy!r} are not read; symmetric channels are")
         scale = m.shaped(".weight_scale", _SCALES, (shape[0], 1))
@@ -182,7 +178,7 @@ class Float8:
         return {".weight": codes, ".weight_scale": scale.reshape(-1) if scale.size == 1 else scale}
 
     def shape_of(self, m: Members, args: Settings) -> tuple[tuple[int, ...], Format]:
-        shape, strategy = m.shaped(".weight", "F8_E4M3").shape, args.get("strategy")
+        shape, strategy = m.matrix(".weight", "F8_E4M3"), args.get("strategy")
         if strategy not in ("channel", "tensor"):
             raise UserError(f"{m.module}: FP8 with the strategy {strategy!r} is not read; channel and tensor are")
         scale = (shape[0], 1) if strategy == "channel" else (1,)
@@ -223,7 +219,7 @@ class Float4:
         return {".weight_packed": codes, ".weight_scale": fp8.as_e4m3(scale), ".weight_global_scale": shared}
 
     def shape_of(self, m: Members, args: Settings) -> tuple[tuple[int, ...], Format]:
-        out, half = m.shaped(self.key, "U8").shape
+        out, half = m.matrix(self.key, "U8")
         if self.type == "MXFP4":
             m.shaped(".weight_scale", "U8", (out, half // 16))
         else:

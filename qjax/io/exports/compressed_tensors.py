@@ -81,7 +81,8 @@ class CompressedTensors:
 
 def _group(scheme: Scheme, group: Settings, checkpoint: Checkpoint) -> Checkpoint:
     args, targets = group.get("weights"), group.get("targets")
-    if not isinstance(args, dict) or not isinstance(args.get("num_bits"), int) or not isinstance(targets, list):
+    named = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+    if not isinstance(args, dict) or targets is None or not named:
         raise UserError(f"{checkpoint.path}: config.json: a config group without weights or targets")
     aimed = {n: stored for n, stored in checkpoint.tensors.items() if _targeted(n.rpartition(".")[0], targets)}
     found = members(dataclasses.replace(checkpoint, tensors=aimed), scheme.key, scheme.beside, scheme.maybe)
@@ -117,9 +118,12 @@ def _inputs(checkpoint: Checkpoint, group: Settings) -> tuple[RoundedInput, ...]
 
 def _targeted(module: str, targets: Sequence[str]) -> bool:
     """Whether a group is about a module: the class of all, its name, or a regular expression of names."""
-    return any(
-        t == "Linear" or t == module or (t.startswith("re:") and re.match(t[3:], module) is not None) for t in targets
-    )
+    try:
+        return any(
+            t in ("Linear", module) or (t.startswith("re:") and re.match(t[3:], module) is not None) for t in targets
+        )
+    except re.error as e:
+        raise UserError(f"config.json: a target is no regular expression: {e}") from None
 
 
 def _scheme(format: Format) -> Scheme:

@@ -81,10 +81,11 @@ class Container(Reader, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Members:
-    """The tensors of one weight in a folder."""
+    """The tensors of one weight in a folder, by what stands behind its module's name."""
 
     module: str
     tensors: Mapping[str, Stored]
+    checkpoint: Checkpoint
 
     def shaped(self, suffix: str, dtypes: str | Sequence[str], shape: tuple[int, ...] | None = None) -> Stored:
         """One of them. Raises UserError where it has another type or shape."""
@@ -96,6 +97,18 @@ class Members:
         if shape is not None and found.shape != shape:
             raise UserError(f"{where} has shape {list(found.shape)}; its codes and config.json ask for {list(shape)}")
         return found
+
+    def matrix(self, suffix: str, dtypes: str | Sequence[str]) -> tuple[int, int]:
+        """Rows and columns of one of them. Raises UserError where it has another type, or is no matrix."""
+        shape = self.shaped(suffix, dtypes).shape
+        if len(shape) != 2 or 0 in shape:
+            where = f"{self.tensors[suffix].path}: tensor {self.module + suffix!r}"
+            raise UserError(f"{where} has shape {list(shape)}; expected a matrix")
+        return shape[0], shape[1]
+
+    def array(self, suffix: str) -> np.ndarray:
+        """One of them, mapped."""
+        return self.checkpoint.array(self.module + suffix, DTYPES)
 
 
 def members(checkpoint: Checkpoint, key: str, beside: Iterable[str], maybe: Iterable[str] = ()) -> dict[str, Members]:
@@ -122,13 +135,8 @@ def members(checkpoint: Checkpoint, key: str, beside: Iterable[str], maybe: Iter
         if WEIGHT not in (key, *beside) and module + WEIGHT in checkpoint.tensors:
             raise UserError(f"{checkpoint.path}: the weight of {module!r} is there twice, packed and as floats")
         suffixes = (key, *beside, *(s for s in maybe if module + s in checkpoint.tensors))
-        found[module] = Members(module, {s: checkpoint.tensors[module + s] for s in suffixes})
+        found[module] = Members(module, {s: checkpoint.tensors[module + s] for s in suffixes}, checkpoint)
     return found
-
-
-def arrays_of(checkpoint: Checkpoint, m: Members) -> dict[str, np.ndarray]:
-    """All tensors of a weight, mapped."""
-    return {suffix: checkpoint.array(m.module + suffix, DTYPES) for suffix in m.tensors}
 
 
 def joined(
@@ -146,13 +154,16 @@ def joined(
     """
     tensors = dict(checkpoint.tensors)
     for module, m in weights.items():
-        shape, format = shape_of(m)
+        try:
+            shape, format = shape_of(m)
+        except UserError as e:
+            raise e if str(checkpoint.path) in str(e) else UserError(f"{checkpoint.path}: {module!r}: {e}") from None
         for suffix in m.tensors:
             del tensors[module + suffix]
 
         def packed(m: Members = m) -> QTensor:
             try:
-                return put(m, arrays_of(checkpoint, m))
+                return put(m, {suffix: m.array(suffix) for suffix in m.tensors})
             except UserError as e:
                 raise UserError(f"{checkpoint.path}: {m.module!r}: {e}") from None
 

@@ -37,7 +37,7 @@ class FP8Blocks:
             )
 
         def shape_of(m: Members) -> tuple[tuple[int, ...], Format]:
-            out, columns = m.shaped(".weight", "F8_E4M3").shape
+            out, columns = m.matrix(".weight", "F8_E4M3")
             if columns % fp8.BLOCK:
                 raise UserError(
                     f"{m.tensors['.weight'].path}: tensor {m.module + '.weight'!r} has rows of {columns} weights, no "

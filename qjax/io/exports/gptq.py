@@ -75,7 +75,8 @@ class GPTQ:
             "sym": kind.symmetric, "desc_act": False, "lm_head": False, "pack_dtype": "int32",
         }  # fmt: skip
         inside = [m for m in floats if m != "lm_head"]
-        if inside:  # GPTQModel's way to leave a module out
+        if inside:  # how to leave modules out: transformers' way, and that of GPTQModel and vLLM
+            said["modules_in_block_to_quantize"] = [sorted(packed)]
             said["dynamic"] = {f"-:^{m.replace('.', chr(92) + '.')}$": {} for m in inside}
         return {"quantization_config": said}
 
@@ -95,7 +96,7 @@ class GPTQ:
         kind = Kind(bits, max(group, 0), symmetric, "f16")
 
         def shape_of(m: Members) -> tuple[tuple[int, ...], Format]:
-            height, out = m.shaped(".qweight", "I32").shape
+            height, out = m.matrix(".qweight", "I32")
             columns = height * _WORD // bits
             groups = kind.groups(columns)
             m.shaped(".scales", "F16", (groups, out))

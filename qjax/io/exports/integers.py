@@ -40,7 +40,9 @@ class Kind:
     scale: str
 
     def groups(self, n: int) -> int:
-        """Of a row of n weights."""
+        """Of a row of n weights. Raises UserError where they do not fill it."""
+        if self.group and n % self.group:
+            raise UserError(f"a row of {n} weights is no multiple of its group of {self.group}")
         return n // self.group if self.group else 1
 
     @property
@@ -98,17 +100,15 @@ def integers_of(q: QTensor) -> Whole:
     if q.applied:
         raise UserError(
             f"the weight lies behind {type(q.applied[0]).__name__}, which the layer would have to run; fold it into "
-            "the float model first (`qjax fuse`), or take a recipe without one"
+            "the float model first (`qjax fuse`), or round anew: --type and --requantize"
         )
     assert isinstance(q.format, Grid)
     scales, codes = unpacked(q.leaves, q.format)
     codes, scale = np.asarray(codes), np.asarray(q.format.scaling.scale.get(scales))
     if kind.symmetric:
         codes = codes.view(np.uint8) + np.uint8(2 ** (kind.bits - 1))
-        zero = np.full(scale.shape, 2 ** (kind.bits - 1), np.uint8)
-    else:
-        zero = np.asarray(scales["zero"]).astype(np.uint8)
-    return Whole(kind, codes, scale.astype(SCALES[kind.scale]), zero)
+    zero = None if kind.symmetric else np.asarray(scales["zero"]).astype(np.uint8)
+    return whole(kind, codes, scale.astype(SCALES[kind.scale]), zero)
 
 
 def whole(kind: Kind, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None) -> Whole:

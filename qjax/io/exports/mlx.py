@@ -115,7 +115,7 @@ def _mode(format: Format) -> dict[str, Any]:
 def _read(m: Members, said: Settings) -> tuple[tuple[int, ...], Format]:
     path, mode = m.tensors[".weight"].path, said.get("mode", "affine")
     bits, group = number_of(path, said, "bits", BITS), number_of(path, said, "group_size", (16, *GROUPS))
-    out, size = m.shaped(".weight", "U32").shape
+    out, size = m.matrix(".weight", "U32")
     for type, fixed in _FP4.items():
         if (mode, group) == fixed and bits == 4:
             m.shaped(".scales", "U8", (out, 8 * size // group))
@@ -123,6 +123,8 @@ def _read(m: Members, said: Settings) -> tuple[tuple[int, ...], Format]:
     if mode != "affine" or group not in GROUPS:
         raise UserError(f"{path}: {m.module!r}: {mode} in groups of {group} is not read; affine, mxfp4 and nvfp4 are")
     columns = 32 * size // bits
+    if columns % group:
+        raise UserError(f"{path}: {m.module!r}: rows of {columns} weights are no multiple of their group of {group}")
     if ".biases" not in m.tensors:
         raise UserError(f"{path}: tensor {m.module + '.biases'!r} is missing")
     scale = m.shaped(".scales", [DTYPE_NAMES[d] for d in SCALES.values()], (out, columns // group))

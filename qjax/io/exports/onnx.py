@@ -67,7 +67,7 @@ class MatMulNBits:
         kind = Kind(bits, group, said.get("symmetric") is True, "f32")
 
         def shape_of(m: Members) -> tuple[tuple[int, ...], Format]:
-            out, groups = m.shaped(SCALES, "F32").shape
+            out, groups = m.matrix(SCALES, "F32")
             m.shaped(CODES, "U8", (out, groups, group * bits // 8))
             if not kind.symmetric:
                 m.shaped(ZEROS, "U8", (out, -(-groups * bits // 8)))
