@@ -36,6 +36,7 @@ REPARAM, REPARAM_GAINS = "reparam/test_reparam.py::", "reparam/test_reparam_gain
 GAINS, IDENTITIES = "rounding/test_rounding_gains.py::", "rounding/test_identities.py::"
 FIGURES = "report/test_figures.py::"
 KERNELS = "kernels/test_products.py::"
+VECTORS = "formats/test_vectors.py::"
 BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
 
 # fmt: off
@@ -266,5 +267,17 @@ MUTANTS = (
            "models/test_packed_generation.py::test_weights_are_prepacked_once_for_the_kernel_of_a_step"),
     Mutant("one-matrix-timed-again", "bench/products.py", "jnp.roll(leaf, k, axis=0)", "jnp.roll(leaf, 0, axis=0)",
            "test_bench.py::test_every_product_of_a_program_has_weights_of_its_own"),
+    Mutant("lattice-deaf-to-its-metric", "formats/vectors/e8_search.py", "_STEPS = 2", "_STEPS = 0",
+           VECTORS + "test_in_a_metric_it_is_near_the_best_of_all_points"),
+    Mutant("odd-signs-allowed", "formats/vectors/e8_search.py", "jnp.where(wrong, 2.0 * least, 0.0)", "0.0",
+           VECTORS + "test_the_nearest_of_all_points_is_found"),
+    Mutant("ring-not-closed", "formats/vectors/viterbi.py", "if seam is None else jnp.where(at == seam[None], 0.0, jnp.inf)",
+           "", VECTORS + "test_viterbi_finds_the_best_of_all_paths"),
+    Mutant("rows-of-a-tile-alike", "formats/vectors/grid.py", "share * share", "jnp.ones_like(share)",
+           VECTORS + "test_a_tile_minds_the_scales_of_its_rows"),
+    Mutant("columns-of-a-tile-alike", "formats/vectors/trellis.py", "if metric is None else jnp.diagonal(metric)", "",
+           VECTORS + "test_a_tile_minds_the_metric_of_its_columns"),
+    Mutant("vector-scale-not-refitted", "formats/vectors/grid.py", 'over(found, power), scales["scale"])',
+           'scales["scale"], scales["scale"])', VECTORS + "test_the_scale_fits_the_codes"),
 )
 # fmt: on
