@@ -38,6 +38,7 @@ FIGURES = "report/test_figures.py::"
 IQ = "formats/test_iq.py::"
 KERNELS = "kernels/test_products.py::"
 EXPORTS = "io/test_exports.py::"
+VECTORS = "formats/test_vectors.py::"
 BAD, INTEGER = "rounding/test_bad_input.py::", "formats/test_integer.py::"
 
 # fmt: off
@@ -309,5 +310,18 @@ MUTANTS = (
     Mutant("gguf-scales-of-whole-groups", "io/exports/integers.py", "np.repeat(scale, span // block, axis=-1)",
            "np.tile(scale, span // block)",
            EXPORTS + "test_ggml_types_hold_integers_exactly_or_not_at_all"),
+    Mutant("lattice-deaf-to-its-metric", "formats/vectors/e8_search.py", "_STEPS = 2", "_STEPS = 0",
+           VECTORS + "test_in_a_metric_it_is_near_the_best_of_all_points"),
+    Mutant("odd-signs-allowed", "formats/vectors/e8_search.py", "jnp.where(wrong, 2.0 * least, 0.0)", "0.0",
+           VECTORS + "test_the_nearest_of_all_points_is_found"),
+    Mutant("ring-not-closed", "formats/vectors/viterbi.py",
+           "if seam is None else jnp.where(at == seam[None], 0.0, jnp.inf)", "",
+           VECTORS + "test_viterbi_finds_the_best_of_all_paths"),
+    Mutant("rows-of-a-tile-alike", "formats/vectors/grid.py", "share * share", "jnp.ones_like(share)",
+           VECTORS + "test_a_tile_minds_the_scales_of_its_rows"),
+    Mutant("columns-of-a-tile-alike", "formats/vectors/trellis.py", "if metric is None else jnp.diagonal(metric)", "",
+           VECTORS + "test_a_tile_minds_the_metric_of_its_columns"),
+    Mutant("vector-scale-not-refitted", "formats/vectors/grid.py", 'over(found, power), scales["scale"])',
+           'scales["scale"], scales["scale"])', VECTORS + "test_the_scale_fits_the_codes"),
 )
 # fmt: on

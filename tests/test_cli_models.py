@@ -136,6 +136,19 @@ def test_quantize_into_a_folder_stores_the_quantized_values(folder, tmp_path, ca
     assert (np.asarray(qjax.load(out).params["layers_1"]["attn"]["q"]["kernel"]) == np.asarray(expected)).all()
 
 
+@pytest.mark.parametrize("name", ["E8P_2", "trellis2_L8_mul1"])
+def test_vectors_go_into_a_folder_and_not_into_gguf(name, folder, tmp_path, capsys):
+    out = tmp_path / "fake"
+    assert main(["quantize", str(folder), "-o", str(out), "--type", name]) == 0
+    w = qjax.load(folder).params["layers_1"]["attn"]["q"]["kernel"]
+    expected = np.asarray(qjax.dequantize(qjax.quantize(w, name, axis=0)))
+    assert (np.asarray(qjax.load(out).params["layers_1"]["attn"]["q"]["kernel"]) == expected).all()
+    capsys.readouterr()
+    assert main(["quantize", str(folder), "-o", str(tmp_path / "no.gguf"), "--type", name]) == 2
+    assert f"{name} is not a GGUF type" in capsys.readouterr().err
+    assert not (tmp_path / "no.gguf").exists()
+
+
 @pytest.mark.parametrize("which", ["folder", "gguf"])
 def test_inspect_counts_what_is_there(which, request, capsys):
     path = request.getfixturevalue(which)

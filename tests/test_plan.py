@@ -57,6 +57,12 @@ def test_mistakes_are_named(rules, message):
 
 
 def test_a_row_that_no_block_divides_is_named():
+    for name, shape, said in [
+        ("E8P_2", (64, 36), "36 weights are no multiple of E8P_2's block of 8"),
+        ("trellis2_L8_mul1", (40, 64), "trellis2_L8_mul1 holds 16 rows together, and it has 40"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            Plan((Rule("*", name),)).assign([Weight("x", shape)])
     with pytest.raises(UserError, match=r"blk.0.x.*40 weights are no multiple of Q8_0's block of 32"):
         Plan((Rule("*", "Q8_0"),)).assign([Weight("blk.0.x", (8, 40))])
 

@@ -53,6 +53,9 @@ def test_what_the_names_stand_for():
     assert recipe("best_gguf:Q3_K").format is qjax.format("Q3_K")
     assert recipe("best_gguf:Q3_K") == recipe("best_gguf").on("Q3_K") != recipe("best_gguf")
     assert recipes.gptq(3, group=64).format.levels.bits == 3 and recipes.gptq(3, group=64).format.block == 64
+    assert (
+        recipe("quip_sharp(3)").format.name == "E8P_3" and recipes.qtip(4, 10, "hyb").format.name == "trellis4_L10_hyb"
+    )
     assert recipes.gptaq(alpha=0.5).roundings[1].cross == 0.5
 
 
@@ -111,6 +114,7 @@ def test_orders_that_mean_nothing(parts, message, without_type_checks):
 
 @pytest.mark.parametrize("line, needs", [
     ("rtn", ""), ("imatrix", "h"), ("gptq", "H"), ("gptaq", "H cross"), ("best_gguf", "H cross h"),
+    ("quip_sharp", "H"), ("qtip(3, L=10, code='mul1')", "H"),
     ("nearest >> descend", "H"), ("nearest >> refit", "H"),
 ])  # fmt: skip
 def test_what_it_needs(line, needs):
@@ -136,6 +140,8 @@ MISTAKES = [
     ("nearest() >> ldlq(order=open('x'))", "arguments must be plain values"),
     ("nearest() >> ldlq(*[1])", "arguments must be plain values"),
     ("nearest() >> ldlq(**{'order': 'act'})", "ldlq"),
+    ("qtip(5)", "a trellis has 1 to 4 bits a weight"),
+    ("quip_sharp(5)", "unknown format 'E8P_5'"),
     ("nearest() >>", "is neither a format nor a stage"),
     ("nearest() >> 3", "is no stage"),
     ("nearest() >> a.b()", "is no stage"),

@@ -61,10 +61,11 @@ def _first(w: Array, x: Array, precision: str | None) -> Array:
 def strips(
     x: Shaped[Array, "m n"], leaves: Leaves, format: Format, precision: str | None = None
 ) -> Shaped[Array, "m *o"]:
-    """`first`, of STRIP weights at a time; the last strip begins early where it would not be full."""
+    """`first`, of about STRIP weights at a time, rows that a tile spans together; the last strip begins early where it
+    would not be full."""
     *outer, n = format.shape(leaves)
     out = math.prod(outer)
-    size = max(1, min(out, STRIP // n))
+    size = min(out, max(1, STRIP // n // format.rows) * format.rows)
     if size == out:
         return first(x, leaves, format, precision)
     flat = jax.tree.map(lambda leaf: leaf.reshape(out, *leaf.shape[len(outer) :]), leaves)
@@ -107,8 +108,8 @@ def sum_bits(format: Grid) -> int:
 
 
 def by_rows(format: Format, shape: tuple[int, ...]) -> bool:
-    """Whether each row of weights [*o, n] is decoded by what its leaves hold for it alone."""
-    return format.rows == 1 and len(shape) > 1
+    """Whether a few rows of weights [*o, n] are decoded by what their leaves hold for them alone."""
+    return format.rows > 0 and len(shape) > 1
 
 
 def in_whole_numbers(format: Format) -> bool:

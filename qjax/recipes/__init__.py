@@ -13,8 +13,10 @@ from qjax.recipes.methods import (
     imatrix,
     llm_int8,
     omniquant,
+    qtip,
     quarot,
     quip,
+    quip_sharp,
     rtn,
     smoothquant,
     spqr,
@@ -23,5 +25,6 @@ from qjax.recipes.methods import (
 
 __all__ = [
     "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "hqq", "imatrix",
-    "joined", "llm_int8", "omniquant", "quarot", "quip", "recipe", "reparam", "rtn", "smoothquant", "spqr", "w8a8",
+    "joined", "llm_int8", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam", "rtn",
+    "smoothquant", "spqr", "w8a8",
 ]  # fmt: skip

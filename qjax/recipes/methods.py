@@ -11,6 +11,8 @@
     awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
     spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
     quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
+    quip_sharp hadamard() >> E8P_2 >> nearest() >> ldlq("act") >> descend(10)         arXiv:2402.04396
+    qtip       hadamard() >> trellis2_L12_3inst >> nearest() >> ldlq("act") >> descend(3)    arXiv:2406.11235
 
 and smoothquant, llm_int8, w8a8, quarot, hqq, autoround, omniquant below.
 """
@@ -23,8 +25,9 @@ from typing import Any
 from qjax.formats import Format
 from qjax.formats import format as get_format
 from qjax.formats.integer import affine
+from qjax.formats.vectors.trellis import trellis
 from qjax.recipes.composed import Recipe
-from qjax.reparam import act, awq_scale, hadamard, kronecker, rescale, smooth
+from qjax.reparam import Reparam, act, awq_scale, hadamard, kronecker, rescale, smooth
 from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit
 from qjax.rounding import hqq as hqq_stage
 from qjax.rounding import spqr as spqr_stage
@@ -109,6 +112,21 @@ def quip(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | 
     return _recipe("quip", made, nearest(), ldlq("act"), descend(9), reparams=reparams)
 
 
+def quip_sharp(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | None = None) -> Recipe:
+    """QuIP# (arXiv:2402.04396) without its fine-tuning: both sides rotated, block LDLQ onto E8P, descent."""
+    made = f"E8P_{bits}" if format is None else format
+    return _recipe("quip_sharp", made, nearest(), ldlq("act"), descend(10), reparams=(_rotation(seed, best_of),))
+
+
+def qtip(
+    bits: int = 2, L: int = 12, code: str = "3inst", seed: int = 0, best_of: int = 1,
+    format: str | Format | None = None,
+) -> Recipe:  # fmt: skip
+    """QTIP (arXiv:2406.11235) without its fine-tuning: both sides rotated, block LDLQ onto a trellis; and descent."""
+    made = trellis(bits, L, code) if format is None else format
+    return _recipe("qtip", made, nearest(), ldlq("act"), descend(3), reparams=(_rotation(seed, best_of),))
+
+
 def quarot(bits: int = 4, group: int = 128, seed: int = 0, format: str | Format | None = None) -> Recipe:
     """Rotated inputs, then GPTQ: QuaRot's (arXiv:2404.00456) at run time; `qjax.models.fuse.rotated` folds it away."""
     made = affine(bits, group) if format is None else format
@@ -135,10 +153,14 @@ def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | F
 RECIPES: dict[str, Callable[..., Recipe]] = {
     f.__name__: f
     for f in (
-        rtn, imatrix, gptq, gptaq, best_gguf, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, quip, quarot, hqq,
-        autoround, omniquant,
+        rtn, imatrix, gptq, gptaq, best_gguf, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, quip, quip_sharp,
+        qtip, quarot, hqq, autoround, omniquant,
     )
 }  # fmt: skip
+
+
+def _rotation(seed: int, best_of: int) -> Reparam:
+    return hadamard(seed=seed, best_of=best_of)
 
 
 def _recipe(name: str, format: str | Format | None, *roundings: Rounding, **options: Any) -> Recipe:

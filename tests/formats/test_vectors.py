@@ -235,6 +235,20 @@ def test_what_is_no_number_is_refused_and_zeros_stay():
             qjax.quantize(1e6 * np.ones((16, 32), np.float32), name)
 
 
+@pytest.mark.parametrize("name", ["E8P_2", "trellis2_L8_mul1"])
+def test_under_jit_a_row_that_is_no_number_says_so_and_spoils_no_other(name):
+    def w_hat(value):
+        return np.asarray(
+            jax.jit(lambda w: qjax.dequantize(qjax.quantize(w, name)))(normals(16, 32).at[3, 5].set(value))
+        )
+
+    zero = np.asarray(qjax.dequantize(qjax.quantize(normals(16, 32).at[3].set(0), name)))
+    for bad in (np.nan, np.inf):
+        found = w_hat(bad)
+        assert np.isnan(found[3]).all()
+        np.testing.assert_array_equal(np.delete(found, 3, axis=0), np.delete(zero, 3, axis=0))
+
+
 @pytest.mark.parametrize("name, said", [
     ("trellis5_L12_mul1", "1 to 4 bits a weight"),
     ("trellis2_L17_mul1", "states of 8 to 16 bits"),

@@ -169,6 +169,8 @@ def test_a_program_for_another_platform_has_its_kernels(rng, monkeypatch):
         ("Q4_0", 1, jnp.bfloat16, "cpu", "strips"),
         ("Q8_0", 1, jnp.float32, "cpu", "strips"),
         ("Q4_K", 1, jnp.float32, "cpu", "strips"),
+        ("E8P_2", 1, jnp.float32, "cpu", "strips"),
+        ("trellis2_L8_mul1", 1, jnp.float32, "cpu", "strips"),
         ("FP8_E4M3_tensor", 1, jnp.float32, "cpu", "first"),
         ("Q4_0", 1, jnp.float32, "cuda", "mosaic_gpu"),
         ("Q4_0", 1, jnp.float32, "tpu", "mosaic_tpu"),
@@ -177,6 +179,15 @@ def test_a_program_for_another_platform_has_its_kernels(rng, monkeypatch):
 def test_which_kernel_is_chosen(name, rows, dtype, platform, kernel):
     found, passed = choice(Call(qjax.format(name), (64, 256), rows, jnp.dtype(dtype)), platform)
     assert found.name == kernel and all(why for _, why in passed)
+
+
+@pytest.mark.parametrize("name, strip", [("E8P_2", 7 * 64), ("trellis2_L8_mul1", 40 * 64)])
+def test_strips_of_vectors_are_whole_tiles(name, strip, rng, monkeypatch):
+    """80 rows by 7, or by 32, the last strip begun early."""
+    monkeypatch.setattr(xla, "STRIP", strip)
+    q, x = qjax.quantize(drawn(rng, 80, 64), name), drawn(rng, 3, 64)
+    want, got = exact(x, q)[0], xla.strips(x, q.leaves, q.format)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def of_few_rows(call):

@@ -111,11 +111,12 @@ class VectorGrid(Link):
     def round(
         self, columns: Columns, target: Float[Array, "*c r k"], metric: Float[Array, "k k"] | None = None
     ) -> tuple[Float[Array, "*c r k"], UInt8[Array, "*c r j"]]:
-        s = columns[0]
+        s = jnp.where(jnp.isfinite(columns[0]), columns[0], 0.0)  # a row that is none spoils no other of its tile
         top = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
         share = jnp.where(top > 0, over(s, top), 1.0)
-        points, codes = self.code.nearest(over(target, s[..., None]), share * share, metric)
-        return s[..., None] * points, codes
+        u = over(target, s[..., None])
+        points, codes = self.code.nearest(jnp.where(jnp.isfinite(u), u, 0.0), share * share, metric)
+        return columns[0][..., None] * points, codes
 
     def basis(self, codes: Integer[Array, "*b m"]) -> tuple[Array, ...]:
         flat = codes.reshape(-1, codes.shape[-1])

@@ -20,10 +20,11 @@ from jax import lax
 from qjax.formats.vectors.smallest import smallest
 from qjax.typing import Array, Float, Int
 
-MEMORY = 1 << 25
-"""Bytes of choices that are remembered at a time; a path has T 2^(L - k)."""
+AT_ONCE = 1 << 17
+"""States of all paths that are searched together: as many as a cache holds; 16 MB of choices for 256 steps."""
 
-LANES = 16
+LANES = 8  # paths of a vector; of large states one path alone, whose states are its vectors
+_UNROLL = 4  # steps at a time: a quarter less time where states are few
 
 
 def rings(
@@ -38,8 +39,8 @@ def rings(
       k: bits of a symbol, at most 8 and L - 1.
     """
     paths, T, _ = x.shape
-    seams = values.shape[0] >> k
-    lanes = max(1, min(LANES * -(-paths // LANES), MEMORY // (T * seams) // LANES * LANES, 256))
+    most = AT_ONCE // values.shape[0]
+    lanes = 1 if most < LANES else min(most, LANES * -(-paths // LANES))
     chunks = -(-paths // lanes)
 
     def chunked(a: Array) -> Array:
@@ -77,7 +78,7 @@ def best_path(
         least, choice = smallest(cost.reshape(2**k, seams, lanes))
         return least, choice.astype(jnp.uint8)
 
-    best, choices = lax.scan(step, first, (x, weight))
+    best, choices = lax.scan(step, first, (x, weight), unroll=_UNROLL)
     last = jnp.argmin(best, axis=0).astype(jnp.int32) if seam is None else seam
 
     def back(now: Array, choice: Array) -> tuple[Array, Array]:
