@@ -185,7 +185,7 @@ def search_odd(points: Points, x: Float[Array, "sub J N"], v: Array | None, of: 
 
     def one_round(i: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         _, d, sc = best
-        d = jnp.where(i == 0, d, refit(d, sc))
+        d = lax.cond(i == 0, lambda d, sc: d, refit, d, sc)
         e, sc = around(d, sc, jnp.where(i == 0, how.reach, 1))
         return keep(e < best[0], (e, d, sc), best)
 
