@@ -123,7 +123,7 @@ class OddScales(Scaling):
         return Shift("shift", self.shift, self.scale) if self.shift else None
 
     def fit(self, points: Points, w: Array, weight: Array | None) -> Scales:
-        """The scales of least squared error found."""
+        """The scales of least squared error found, d a little larger (4 above)."""
 
         def search(x: Array, v: Array | None) -> tuple[Array, ...]:
             return search_odd(points, x, v, self)
