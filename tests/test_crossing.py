@@ -19,7 +19,7 @@ DOCS = (Path(__file__).parents[1] / "docs" / "rounding.md").read_text()
 
 # Recipe -> (which formats it does not run on, the words of the table in docs/rounding.md).
 REFUSED = {
-    "hqq": (lambda fmt: not has_offset(fmt), "formats without an offset"),
+    "hqq": (lambda fmt: fmt.tile != (1, 1) or not has_offset(fmt), "formats without an offset"),
     "autoround": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
     "omniquant": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
 }

@@ -66,12 +66,13 @@ class HQQ(Rounding):
         return frozenset()
 
     def check(self, format: Format) -> None:
-        """Raise UserError where the format has no offset to fit."""
+        """Raise UserError where the format has no offset to fit, or no single levels to shift by it."""
 
         def offset(w: Array) -> Array | None:
             return format.columns(format.fit(w), w.shape)[-1]
 
-        if jax.eval_shape(offset, jax.ShapeDtypeStruct((format.rows or 1, format.block or 256), jnp.float32)) is None:
+        one = jax.ShapeDtypeStruct((format.rows or 1, format.block or 256), jnp.float32)
+        if format.tile != (1, 1) or jax.eval_shape(offset, one) is None:
             raise UserError(f"hqq: {format.name} has no offset to fit; take an affine format such as uint4_g64_zf16")
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:

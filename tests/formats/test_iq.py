@@ -92,8 +92,8 @@ def test_the_wrong_sign_of_a_pair_of_vectors_is_the_cheapest(rng):
     np.testing.assert_allclose(((x - T) ** 2).sum(axis=0), want, rtol=1e-5)
 
 
-# Our error over ggml's on N(0, 1) with importance: measured, plus 0.01.
-RATIO = {"IQ2_XXS": 0.87, "IQ2_XS": 0.86, "IQ2_S": 0.885, "IQ3_XXS": 0.905, "IQ3_S": 0.86, "IQ1_S": 0.84, "IQ1_M": 0.85}
+# Our error over ggml's on N(0, 1) with importance: measured, plus 0.02.
+RATIO = {"IQ2_XXS": 0.9, "IQ2_XS": 0.88, "IQ2_S": 0.915, "IQ3_XXS": 0.91, "IQ3_S": 0.87, "IQ1_S": 0.88, "IQ1_M": 0.89}
 
 
 @pytest.mark.sampled(2)

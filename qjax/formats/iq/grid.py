@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -23,7 +24,8 @@ from qjax.formats.protocol import Columns, Leaves, Scales, Tile
 from qjax.formats.storage import over
 from qjax.typing import Array, Float, Integer
 
-_LANES = 1024  # tiles side by side: what is made ready of them stays in cache
+_LANES = {"cpu": 1024}  # tiles side by side: what is made ready of them stays in cache
+_LANES_DEVICE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,6 @@ def _nearest(points: Points, t: Float[Array, "*t k"], v: Array | None, s: Float[
 
     rows = [s.reshape(-1), *(a.reshape(-1, points.tile) for a in (t, v) if a is not None)]
     count = rows[0].shape[0]
-    lanes = min(count, _LANES)
+    lanes = min(count, _LANES.get(jax.default_backend(), _LANES_DEVICE))
     turns = -(-count // lanes)
     return lax.map(some, tuple(planes(a) for a in rows)).reshape(-1)[:count].reshape(s.shape)

@@ -24,7 +24,7 @@ from jax import lax
 from qjax.formats.iq.points import Points
 from qjax.typing import Array, Float, Int, Integer
 
-_AT_ONCE = 8  # vectors that one step of the loop looks at
+_AT_ONCE = 4  # vectors that one step of the loop looks at
 
 Best = tuple[Array, Array]
 """Cost f32[*N] and which i32[*N]."""

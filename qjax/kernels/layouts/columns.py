@@ -25,7 +25,7 @@ import numpy as np
 
 from qjax.errors import UserError
 from qjax.formats.grid import Grid
-from qjax.formats.protocol import Leaves, Scales
+from qjax.formats.protocol import Format, Leaves, Scales
 from qjax.kernels.layouts.coding import Coding, coding
 from qjax.kernels.layouts.scales import entries, group_of, matrices, pad, padded_entries, restored, up
 
@@ -89,7 +89,7 @@ class Columns:
         return bits / (math.prod(self.codes.shape[:-2]) * self.rows * self.columns)
 
 
-def _signed(format: Grid) -> tuple[Coding, int]:
+def _signed(format: Format) -> tuple[Coding, int]:
     """A format's coding, and half the range of codes without a sign: stored is T' less that."""
     code = coding(format)
     if code.table:
@@ -107,7 +107,7 @@ def _type(code: Coding, half: int) -> Any:
     return jnp.int8 if code.table else next(fits, jnp.int8)
 
 
-def prepack(format: Grid, leaves: Leaves) -> Columns:
+def prepack(format: Format, leaves: Leaves) -> Columns:
     """A tensor's leaves in the kernels' layout; done once, at load.
 
     Args:
@@ -118,6 +118,7 @@ def prepack(format: Grid, leaves: Leaves) -> Columns:
       UserError: the format has no such layout, or the weights are no matrix.
     """
     code, half = _signed(format)
+    assert isinstance(format, Grid)  # what has a coding is one
     scales, codes = format.unpack(leaves)
     if codes.ndim < 2:
         raise UserError(f"a kernel takes a matrix (rows, columns), got {format.name} of shape {codes.shape}")

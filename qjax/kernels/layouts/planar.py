@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.grid import Grid
-from qjax.formats.protocol import Leaves, Scales
+from qjax.formats.protocol import Format, Leaves, Scales
 from qjax.kernels.layouts.coding import Coding, coding
 from qjax.kernels.layouts.planes import SPLIT, WORD, pack_plane, unpack_plane
 from qjax.kernels.layouts.scales import entries, file_type, group_of, matrices, pad, padded_entries, restored, up
@@ -95,7 +95,7 @@ class Planar:
         return 8 * sum(x.size * x.dtype.itemsize for x in leaves) / (lead * self.rows * self.columns)
 
 
-def prepack(format: Grid, leaves: Leaves) -> Planar:
+def prepack(format: Format, leaves: Leaves) -> Planar:
     """A tensor's leaves in the kernels' layout; done once, at load.
 
     Args:
@@ -106,6 +106,7 @@ def prepack(format: Grid, leaves: Leaves) -> Planar:
       UserError: the format has no such layout, or the weights are no matrix.
     """
     code = coding(format)
+    assert isinstance(format, Grid)  # what has a coding is one
     scales, codes = format.unpack(leaves)
     if codes.ndim < 2:
         raise UserError(f"a kernel takes a matrix (rows, columns), got {format.name} of shape {codes.shape}")
