@@ -129,6 +129,8 @@ MUTANTS = (
            "rounding/test_watersic.py::test_equal_spacings_lose_more_at_the_rate"),
     Mutant("coded-without-side", "rounding/entropy.py", "SIDE = 32", "SIDE = 0",
            "rounding/test_watersic.py::test_jitted_it_is_the_same_and_compiled_once"),
+    Mutant("walk-unguided", "pipeline/passes.py", "x.shape[:2], k, -1), axis=-1)", "x.shape[:2], -1, k), axis=-2)",
+           "pipeline/test_walk_guided.py::test_it_is_the_sensitivity_of_the_rows_and_lies_in_files"),
     Mutant("two-sided-unasked", "rounding/two_sided.py", "a, least / alone, size", "a, 0.5, size",
            "rounding/test_two_sided.py::test_held_out_tokens_say_how_far_g_is_believed"),
     Mutant("spqr-without-threshold", "rounding/spqr.py", "tau = self.threshold *", "tau = 0.2 *",
