@@ -1,5 +1,6 @@
 """Groups of rows with an H of their own in a walk: what tokens count, in memory and in files, and what comes of it."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_walks import CONFIG, tiny_calibration, tiny_model
@@ -7,6 +8,7 @@ from tiny_walks import CONFIG, tiny_calibration, tiny_model
 import qjax
 from qjax.models.stages import stages_of
 from qjax.pipeline.calibrated import quantize_model
+from qjax.pipeline.passes import block_step
 from qjax.pipeline.survey import survey
 from qjax.pipeline.walk_state import save_survey, saved_survey
 
@@ -42,6 +44,18 @@ def test_it_is_the_sensitivity_of_the_rows_and_lies_in_files(model, tmp_path):
     told = []
     assert saved_survey(tmp_path, CONFIG.layers, shape, told.append, guided=True) is None
     assert "row_sensitivity_1" in told[0]
+
+
+def apply(params, x):
+    return x @ params["w"]
+
+
+def test_groups_are_of_rows_that_follow_each_other():
+    rng = np.random.default_rng(0)
+    w, x, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 8), (2, 3, 5), (2, 3, 8)))
+    *_, found = block_step(apply, (("w",),), (), (("w", 4),), {"w": w}, x, g)
+    want = np.square(np.asarray(g, np.float64)).reshape(2, 3, 4, 2).mean(axis=-1)
+    np.testing.assert_allclose(found["w"], np.moveaxis(want, -1, 0), rtol=1e-5)
 
 
 def test_a_walk_rounds_each_group_of_rows_in_its_own(model):

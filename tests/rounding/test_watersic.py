@@ -40,6 +40,8 @@ def test_what_a_coder_takes_is_the_entropy_of_what_it_was_told(sigma):
     z = np.round(np.random.default_rng(1).standard_normal((20_000, 1)) * sigma).astype(np.int16)
     found, least = (float(f(jnp.asarray(z))[0]) for f in (coded, entropy))
     assert least - 1e-3 <= found - SIDE / len(z) <= least + 0.02
+    nothing = jnp.zeros((4, 1), jnp.int16)  # costs what is told of the column
+    assert (float(coded(nothing)[0]), float(entropy(nothing)[0])) == (pytest.approx(32 / 4, abs=1e-4), 0)
     z[0] = 3000
     assert np.isfinite(float(coded(jnp.asarray(z))[0]))
 
