@@ -112,7 +112,7 @@ def test_recipes_round_in_what_was_found():
     exact = jnp.matmul(mix, mix.T, precision="highest")[None]
     lost = {}
     for recipe, seen in (("yaqa", stats), ("gptq", plain)):
-        q, report = qjax.quantize_params({"w": w}, "int4_g64", seen, recipe=recipe)
+        q, _ = qjax.quantize_params({"w": w}, "int4_g64", seen, recipe=recipe)
         e = (w - qjax.dequantize(q["w"])).T
         lost[recipe] = float(two_sided_loss(e, plain["w"].H, exact))
     assert lost["yaqa"] < 0.7 * lost["gptq"]
@@ -125,7 +125,7 @@ def test_each_group_of_rows_is_rounded_in_its_own_h():
     H = jnp.stack([jnp.asarray((v := rng.normal(size=(200, 64)) * rng.lognormal(0, 1, 64)).T @ v / 200, jnp.float32)
                    for _ in range(4)])  # fmt: skip
     made = qjax.recipe("guided")
-    q, report = qjax.quantize_params({"w": w}, "int4_g64", {"w": Stats(H=H)}, recipe=made, axes={"w": -1})
+    q, _ = qjax.quantize_params({"w": w}, "int4_g64", {"w": Stats(H=H)}, recipe=made, axes={"w": -1})
     alone = [
         qjax.quantize_params(
             {"w": w[8 * k : 8 * k + 8]},

@@ -60,9 +60,9 @@ def test_at_high_resolution_it_is_a_quarter_of_a_bit_from_the_bound(normal, H):
     np.testing.assert_allclose(c, c.mean(), rtol=1e-3)
     by_column = 0.5 * np.log2(2 * np.pi * np.e) - np.log2(s)
     np.testing.assert_allclose(np.asarray(made.column_rate) - SIDE / ROWS, by_column, atol=0.05)
-    D = distortion(normal, made, H)
-    assert D == pytest.approx(N * c.mean() ** 2 / 12, rel=0.02)
-    bound = 0.5 * np.log2(N * np.exp(np.linalg.slogdet(damped64(H, SMALL))[1] / N) / D)
+    lost = distortion(normal, made, H)
+    assert lost == pytest.approx(N * c.mean() ** 2 / 12, rel=0.02)
+    bound = 0.5 * np.log2(N * np.exp(np.linalg.slogdet(damped64(H, SMALL))[1] / N) / lost)
     assert float(made.rate) - SIDE / ROWS - bound == pytest.approx(SHAPING, abs=0.02)
     assert float(made.rate) == pytest.approx(5.0, abs=0.01) and float(made.damping) == pytest.approx(SMALL)
 
