@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax.calibrate import guided, kronecker, load_stats, own_labels, save_stats
+from qjax.calibrate.gradients import _step
 from qjax.errors import UserError
 from qjax.rounding.curvature import two_sided_loss
 from qjax.stats import Stats
@@ -62,6 +63,9 @@ def reference(pairs, sketch, rounds):
 @pytest.mark.parametrize(("sketch", "rounds"), [("B", 1), ("A", 3)])
 def test_both_sketches_are_those_of_float64(params, x, sketch, rounds):
     found = kronecker(model, params, [x[:4], x[4:]], jax.random.key(0), sketch=sketch, rounds=rounds, loss=squares)
+    count = _step._cache_size()
+    kronecker(model, params, [2 * x[:4], x[4:]], jax.random.key(1), sketch=sketch, rounds=rounds + 1, loss=squares)
+    assert _step._cache_size() == count, "a second compilation"
     assert found["a"].axis == -2 and found["b"].axis == -1 and float(found["a"].count) == S * T
     for path, pairs in pairs64(params, x).items():
         H_O, H_I, samples = reference(pairs, sketch, rounds)
