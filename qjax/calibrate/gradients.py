@@ -9,6 +9,7 @@ Labels of the model's own make the second moment of W's gradient the curvature o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,24 +90,11 @@ def summed(
       UserError: no gradient at the output of a weight, or NaN.
     """
 
-    def one(params: Any, given: Any, place: Array, args: tuple[Array, ...]) -> Any:
-        args = tuple(a[None] for a in args)
-        pairs = _pairs(apply_fn, loss, given, params, args, jax.random.fold_in(key, place))
-        return {path: (of(given[path], x, g), jnp.float32(len(x))) for path, (x, g) in pairs.items()}
-
-    @jax.jit
-    @full_float32
-    def step(params: Any, given: Any, first: Array, *args: Array) -> Any:
-        places = first + jnp.arange(args[0].shape[0])
-        shapes = jax.eval_shape(one, params, given, places[0], tuple(a[0] for a in args))
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return lax.scan(lambda sums, at: (_add(sums, one(params, given, *at)), None), start, (places, args))[0]
-
     total: Any = None
     sequences = 0
     for batch in batches:
         args = _inputs(batch)
-        part = step(params, given, jnp.int32(sequences), *args)
+        part = _step(apply_fn, loss, of, params, given, key, jnp.int32(sequences), *args)
         total = part if total is None else _add(total, part)
         sequences += args[0].shape[0]
     for path, (sums, _) in total.items():
@@ -115,6 +103,24 @@ def summed(
             what = "no gradient of the loss" if 0.0 in sizes else "a gradient or an input that is NaN or infinite"
             raise UserError(f"{path}: there is {what} at its output; the model, the text or the loss is broken")
     return {path: s for path, (s, _) in total.items()}, {path: n for path, (_, n) in total.items()}, sequences
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+@full_float32
+def _step(
+    apply_fn: Callable[..., Any], loss: Loss, of: Of, params: Any, given: Any, key: Array, first: Array, *args: Array
+) -> dict[str, Any]:
+    """{path: (the sums of a batch, its tokens)}; `first` is the place of its first sequence."""
+
+    def one(place: Array, args: tuple[Array, ...]) -> dict[str, Any]:
+        args = tuple(a[None] for a in args)
+        pairs = _pairs(apply_fn, loss, given, params, args, jax.random.fold_in(key, place))
+        return {path: (of(given[path], x, g), jnp.float32(len(x))) for path, (x, g) in pairs.items()}
+
+    places = first + jnp.arange(args[0].shape[0])
+    shapes = jax.eval_shape(one, places[0], tuple(a[0] for a in args))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return lax.scan(lambda sums, at: (_add(sums, one(*at)), None), start, (places, args))[0]
 
 
 def _inputs(batch: Any) -> tuple[Array, ...]:

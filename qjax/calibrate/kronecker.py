@@ -67,15 +67,15 @@ def kronecker(
     of = by_sequence if sketch == "B" else by_token
     for _ in range(rounds):
         sums, tokens, sequences = summed(apply_fn, params, batches, key, loss, of, factors)
-        factors = {
-            path: tuple(
-                half / (samples * jnp.sum(jnp.square(other)))
-                for half, other in zip(both, factors[path][::-1], strict=True)
-            )
-            for path, both in sums.items()
-            for samples in (tokens[path] if sketch == "A" else sequences,)
-        }
+        samples = tokens if sketch == "A" else dict.fromkeys(tokens, sequences)
+        factors = {path: _beside(both, factors[path], samples[path]) for path, both in sums.items()}
     return {p: Stats(H=H_I, G=H_O[None], count=tokens[p], axis=axes[p]) for p, (H_O, H_I) in factors.items()}
+
+
+def _beside(sums: Factors, before: Factors, samples: Array | int) -> Factors:
+    """Each half as the best there is beside the other as it was: a mean over samples, over |other|^2."""
+    H_O, H_I = (jnp.sum(jnp.square(H)) for H in before)
+    return sums[0] / (samples * H_I), sums[1] / (samples * H_O)
 
 
 def by_sequence(factors: Factors, x: Float[Array, "t n"], g: Float[Array, "t m"]) -> Factors:

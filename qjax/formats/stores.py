@@ -87,7 +87,7 @@ class Multiple:
         return {self.key: jnp.where(unit == 0, now.reshape(x.shape), x).reshape(now.shape)}
 
     def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
-        return _next(scales[self.key], self.key, self.low, self.high)
+        return next_integers(scales[self.key], self.key, self.low, self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,9 @@ class Steps:
         return shared | self.put(shared, v)
 
     def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
-        return _next(scales[self.key], self.key, 0, self.high)
+        return next_integers(scales[self.key], self.key, 0, self.high)
 
 
-def _next(codes: Array, key: str, low: int, high: int) -> tuple[Scales, ...]:
+def next_integers(codes: Array, key: str, low: int, high: int) -> tuple[Scales, ...]:
     """The integers before and behind, within their range."""
     return tuple({key: jnp.clip(codes.astype(jnp.int32) + d, low, high).astype(codes.dtype)} for d in (-1, 1))

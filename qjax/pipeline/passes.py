@@ -125,18 +125,27 @@ def embedded(
     return out.done()
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 @full_float32
 def block_step(
     apply: Apply,
     keys: tuple[tuple[str, ...], ...],
     rows: tuple[tuple[str, int], ...],
+    guided: tuple[tuple[str, int], ...],
     params: Any,
     x: Array,
     g: Array,
-) -> tuple[Array, Array, dict[str, Array]]:
-    """dL/dx; |dL/dy|^2 of each group of weights, of all its experts, token by token: f32[groups, b, t]; and the sums of
-    G at the output of each weight of `rows`, (key, rows of a block), see output_curvature.py."""
+) -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
+    """What the loss says of a block.
+
+    Args:
+      keys: of the weights of each input.
+      rows: (key, rows of a block) of the weights whose G is wanted.
+      guided: (key, groups) of those whose rows are told apart.
+
+    Returns: dL/dx; |dL/dy|^2 of the weights of each input, of all their experts, token by token: f32[groups, b, t]; the
+      sums of G, see output_curvature.py; and the mean of (dL/dy_i)^2 over each group of rows: f32[k, b, t].
+    """
     taps = {k: jnp.zeros(s.shape, s.dtype) for k, s in tap_shapes(apply, params, x).items()}
     _, back = jax.vjp(lambda taps, x: tap(apply)(params, taps, x), taps, x)
     by_output, by_input = back(g)
@@ -148,8 +157,12 @@ def block_step(
         tokens = y.reshape(*y.shape[:-3], x.shape[0] * x.shape[1], y.shape[-1])
         return summed_curvature(tokens, m)
 
+    def by_rows(y: Array, k: int) -> Array:
+        return jnp.moveaxis(jnp.mean(jnp.square(y).reshape(*x.shape[:2], k, -1), axis=-1), -1, 0)
+
     sizes = [sum(size(by_output[k]) for k in group) for group in keys]
-    return by_input, jnp.stack(sizes), {k: curvature(by_output[k], m) for k, m in rows}
+    found_G = {key: curvature(by_output[key], m) for key, m in rows}
+    return by_input, jnp.stack(sizes), found_G, {key: by_rows(by_output[key], k) for key, k in guided}
 
 
 @partial(jax.jit, static_argnums=0)

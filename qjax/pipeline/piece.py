@@ -29,8 +29,8 @@ from qjax.typing import Array
 
 EMBEDDING = "embed/embedding"
 
-Weights = tuple[np.ndarray, np.ndarray | None, Mapping[str, np.ndarray]]
-"""What the survey says of a piece: sensitivity, alike, G of its weights' outputs."""
+Weights = tuple[np.ndarray, np.ndarray | None, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+"""What the survey says of a piece: sensitivity, alike, G of its weights' outputs, sensitivity of groups of rows."""
 
 Formats = Mapping[str, tuple[Format, Recipe]]
 Round = Callable[[str, Any, int, "Seen"], Array]  # path, weight, axis, its input -> the rounded weight, dense
@@ -117,26 +117,27 @@ def rounded_piece(
     pieces = cut(apply, floats, example) if len(wanted) > 1 and not how.at_once else ()
     at = 0
 
-    def look(some: list[tuple[int, dict[str, Use]]]) -> dict[int, Seen]:
-        """What is known of the inputs of some groups behind the weights as they are now."""
+    def look(some: list[tuple[int, dict[str, Use]]]) -> dict[int | str, Seen]:
+        """What is known of the inputs of some groups behind the weights as they are now; of a weight whose groups of
+        rows have an H each, by its name."""
         nonlocal here, at
         while pieces and some[0][0] not in pieces[at].groups:
             here, at = how.advance(pieces[at], pieces[at + 1], now, floats, here), at + 1
-        counts = [_token_weight(g, todo, weights, how) for g, todo in some]
-        uses, names = [next(iter(todo.values())) for _, todo in some], [next(iter(todo)) for _, todo in some]
-        seen = [_use_there(pieces[at], floats, g, use) for (g, _), use in zip(some, uses, strict=True)] if at else uses
+        asked = [wish for g, todo in some for wish in wishes(g, todo, weights, how)]
+        uses, names, counts = [w.use for w in asked], [w.name for w in asked], [w.weight for w in asked]
+        seen = [_use_there(pieces[at], floats, w.group, w.use) for w in asked] if at else uses
         found = how.observe(here, seen, whole, uses, now, floats, counts, names)
-        known = [None if v is None else effective(v[: how.makes_codes]) for v in counts]
-        return {
-            g: Seen(stats, heldout, tokens, sent)
-            for (g, _), tokens, (stats, heldout, sent) in zip(some, known, found, strict=True)
-        }
+        known: dict[int | str, list[Seen]] = {}
+        for wish, (stats, heldout, sent) in zip(asked, found, strict=True):
+            tokens = None if wish.weight is None else effective(wish.weight[: how.makes_codes])
+            known.setdefault(wish.key, []).append(Seen(stats, heldout, tokens, sent))
+        return {key: together(of) if isinstance(key, str) else of[0] for key, of in known.items()}
 
-    ahead = look(wanted) if how.at_once and wanted else {}
+    ahead: dict[int | str, Seen] = look(wanted) if how.at_once and wanted else {}
     for g, todo in groups:
         found = ahead if how.at_once or (g, todo) not in wanted else look([(g, todo)])
-        seen = found.get(g, Seen())
         for name, use in todo.items():
+            seen = found.get(name, found.get(g, Seen()))
             own = seen if weights is None else _with_curvature(seen, weights[2].get(use.path))
             w_hat = how.round_one(name, _get(floats, use.path), _axis(use), own)
             now = _put(now, use.path, w_hat) if how.sequential else now
@@ -154,13 +155,43 @@ def _asks(todo: Mapping[str, Use], how: How) -> bool:
     return any(how.formats[name][1].requires for name in todo if name not in how.earlier)
 
 
-def _token_weight(g: int, todo: Mapping[str, Use], weights: Weights | None, how: How) -> np.ndarray | None:
-    """How much each token counts at the input of a group; None: alike."""
-    power = float(max(how.formats[name][1].sensitive for name in todo))
-    if weights is None or not power:
-        return None
-    sensitivity, alike, _ = weights
-    return tempered(sensitivity[g], power, how.counted, alike)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wish:
+    """Statistics that are wanted at the input of a group: for all its weights (key: the group), or for one group of the
+    rows of one of them (key: its name)."""
+
+    key: int | str
+    group: int
+    name: str
+    use: Use
+    weight: np.ndarray | None
+
+
+def wishes(g: int, todo: Mapping[str, Use], weights: Weights | None, how: How) -> list[Wish]:
+    """What the weights of an input ask for, and how much each token counts in it; None: alike."""
+    sensitivity, alike, _, by_rows = weights or (np.zeros(0), None, {}, {})
+    apart = {name: use for name, use in todo.items() if how.formats[name][1].guided and use.path in by_rows}
+    rest = {name: use for name, use in todo.items() if name not in apart}
+    made: list[Wish] = []
+    for name, use in apart.items():
+        power = float(how.formats[name][1].sensitive or 1)
+        each = (tempered(s, power, how.counted, alike) for s in by_rows[use.path])
+        made += [Wish(name, g, name, use, weight) for weight in each]
+    if rest:
+        power = float(max(how.formats[name][1].sensitive for name in rest))
+        weight = tempered(sensitivity[g], power, how.counted, alike) if weights is not None and power else None
+        made.append(Wish(g, g, *next(iter(rest.items())), weight))
+    return made
+
+
+def together(seen: list[Seen]) -> Seen:
+    """Of the groups of rows of a weight: their statistics stacked, and the fewest tokens that one of them stands on."""
+
+    def stacked(of: list[Stats | None]) -> Any:
+        return jax.tree.map(lambda *a: jnp.stack(a), *of)
+
+    fewest = min(s.effective for s in seen if s.effective is not None)
+    return Seen(stacked([s.stats for s in seen]), stacked([s.heldout for s in seen]), fewest)
 
 
 def _with_curvature(seen: Seen, G: np.ndarray | None) -> Seen:
@@ -176,7 +207,7 @@ def for_embedding(recipe: Recipe) -> Recipe:
     """Without a cross term, for it has no input that could have changed; not shrunk, for no tokens are held out of its
     curvature; rows alone, for they are tokens; as it is, for it is looked up."""
     roundings = tuple(dataclasses.replace(r, cross=0.0) if isinstance(r, LDLQ) else r for r in recipe.roundings)
-    return of_embedding(dataclasses.replace(recipe, roundings=roundings, shrink=False, two_sided=0))
+    return of_embedding(dataclasses.replace(recipe, roundings=roundings, shrink=False, two_sided=0, guided=0))
 
 
 def _axis(use: Use) -> int:

@@ -8,17 +8,19 @@ Backwards block by block from the stored inputs of every block, so only one bloc
     head = E[(1 - sum_v p_v^2) x x^T]: the same for a row of the head, on the mean row; a tied row pays C + head
     sensitivity = |g|^2 at the output of a weight, token by token: how much each token should count in its H
     G = E[g g^T / |g|] there: how much an error in one of its rows is made better or worse by one in another
+    s = the mean of g_i^2 over groups of a weight's rows: how much each token should count in the H of each
 
 Sources: Fisher information with labels sampled from the model, as in YAQA (arXiv:2505.22988); token weights:
-GuidedQuant (arXiv:2505.07004) with one group; G: YAQA, its sketch A.
+GuidedQuant (arXiv:2505.07004), in |g|^2 with one group; G: YAQA, its sketch A.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -31,7 +33,7 @@ from qjax.models.stages import Stages
 from qjax.pipeline.activations import Activations
 from qjax.pipeline.head import head_step
 from qjax.pipeline.massive import Found, Massive, massive_at, summed
-from qjax.pipeline.output_curvature import OutputCurvature, heights_of
+from qjax.pipeline.output_curvature import BY_ROWS, OutputCurvature, guided_of, heights_of
 from qjax.pipeline.passes import Checked, block_step, embed_step, embedded, groups_of, head_weights, run_piece
 from qjax.pipeline.windows import Calibration
 
@@ -51,6 +53,7 @@ class Survey:
       alike: bool[blocks, windows, context], the tokens that are massive in front of a block or behind it.
       massive: the channels that make them so.
       outputs: G of the blocks' weights, empty where nobody asked for it.
+      by_rows: s of groups of rows, f32[k, windows, context], each group's mean 1, of the weights that are rounded so.
     """
 
     embedding: np.ndarray
@@ -61,6 +64,7 @@ class Survey:
     alike: np.ndarray
     massive: tuple[Massive, ...] = ()
     outputs: OutputCurvature = dataclasses.field(default_factory=OutputCurvature)
+    by_rows: OutputCurvature = dataclasses.field(default_factory=OutputCurvature)
 
 
 def survey(
@@ -70,6 +74,7 @@ def survey(
     folder: Path | None = None,
     notify: Notify = lambda message: None,
     two_sided: bool = True,
+    guided: Mapping[str, int] = MappingProxyType({}),
 ) -> Survey:
     """Run the float model forwards and backwards over the calibration windows.
 
@@ -81,6 +86,7 @@ def survey(
       folder: where the inputs of all blocks are kept meanwhile; None: in memory.
       notify: told the name of each piece.
       two_sided: whether G is wanted, of tokens that are used and of those that a recipe with `shrink` holds out.
+      guided: {path: in how many groups its rows are to be told apart}.
 
     Raises:
       UserError: NaN or Inf in a weight.
@@ -104,6 +110,7 @@ def survey(
     inputs[-1].drop()
     sensitivity: list[np.ndarray] = []
     outputs = OutputCurvature(folder if two_sided else None)
+    by_rows = OutputCurvature(folder if guided else None, BY_ROWS)
     for i in reversed(range(len(stages.blocks))):
         notify(f"float model: layers_{i}, backwards")
         params, apply = parts.part(f"layers_{i}"), stages.blocks[i]
@@ -112,18 +119,26 @@ def survey(
         keys = tuple(tuple(use.key for use in group) for group in groups)
         uses = [use for group in groups for use in group if two_sided and len(use.axes) == 1]
         heights = heights_of(uses, stages.head_dim)
+        every = [use for group in groups for use in group]
+        parts_of = guided_of(every, f"layers_{i}", guided)
+        of_rows = {key: np.empty((k, *tokens.shape), np.float32) for key, k in parts_of}
         seen = np.empty((len(keys), *tokens.shape), np.float32)
         xg = inputs[i].array, gradient
         sums: tuple[dict[str, Any], ...] = {}, {}
-        for at, (back, sizes, found_G) in each_step(block_step, (apply, keys, heights), (params,), xg, steps):
+        static = apply, keys, heights, parts_of
+        for at, (back, sizes, found_G, found_rows) in each_step(block_step, static, (params,), xg, steps):
             gradient[at], seen[:, at] = np.asarray(back), np.asarray(sizes)
+            for key, s in found_rows.items():
+                of_rows[key][:, at] = np.asarray(s)
             total = sums[int(at.start >= split)]
             total |= {key: total[key] + G if key in total else G for key, G in found_G.items()}
         if uses:
             outputs.put(i, {use.path: _means(use.key, sums, split, tokens.shape) for use in uses})
+        if guided:
+            by_rows.put(i, {use.path: _mean_one(of_rows[use.key], counted) for use in every if use.key in of_rows})
         del xg, params  # before the next block's are read
         inputs[i].drop()
-        sensitivity.append(seen / np.maximum(seen[:, :counted].mean(axis=(1, 2), keepdims=True), 1e-30))
+        sensitivity.append(_mean_one(seen, counted))
     table = parts.embedding()
     C = np.zeros((dim, dim), np.float32)
     for at in steps:
@@ -135,7 +150,12 @@ def survey(
     mean = max(float(head_sensitivity[:counted].mean()), 1e-30)
     alike = np.stack([a.tokens | b.tokens for a, b in pairwise(found)])
     means = C / count, head / count, count
-    return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found), outputs)
+    return Survey(*means, tuple(reversed(sensitivity)), head_sensitivity / mean, alike, summed(found), outputs, by_rows)
+
+
+def _mean_one(of: np.ndarray, counted: int) -> np.ndarray:
+    """f32[groups, windows, context], the mean of each 1 over the windows that are used."""
+    return of / np.maximum(of[:, :counted].mean(axis=(1, 2), keepdims=True), 1e-30)
 
 
 def _means(key: str, sums: tuple[dict[str, Any], ...], used: int, shape: tuple[int, ...]) -> np.ndarray:

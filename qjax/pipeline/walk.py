@@ -154,7 +154,9 @@ def walk(
     how = How(formats, earlier, calibration.used, makes_codes, sequential, at_once, observe, advance, round_one)
     for i in range(start, len(stages.blocks)):
         apply, block = stages.blocks[i], parts.part(stages.names[i])
-        weights = None if seen is None else (seen.sensitivity[i], seen.alike[i], seen.outputs.of(i))
+        weights = None
+        if seen is not None:
+            weights = seen.sensitivity[i], seen.alike[i], seen.outputs.of(i), seen.by_rows.of(i)
         now, end = rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
         before, steps = streams, calibration.steps
         x = run_piece(end.apply, now, end.x, shape, steps, folder, f"x_{i + 1}")
@@ -165,7 +167,7 @@ def walk(
         commit(folder, i + 1, streams, before)
         del block, now, end  # before the next one is read
     if not stages.tied:
-        weights = None if seen is None else (seen.head_sensitivity[None], None, {})
+        weights = None if seen is None else (seen.head_sensitivity[None], None, {}, {})
         rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)
     streams.drop()
     return told
@@ -183,11 +185,12 @@ def _surveyed(
     """The survey, where a recipe looks at curvature; read back if an earlier run has made it."""
     curved = EMBEDDING in formats and "H" in formats[EMBEDDING][1].requires
     two_sided = any(r.two_sided for _, r in formats.values())
-    if not (curved or two_sided or any(r.sensitive and r.requires for _, r in formats.values())):
+    guided = {path: r.guided for path, (_, r) in formats.items() if r.guided}
+    if not (curved or two_sided or guided or any(r.sensitive and r.requires for _, r in formats.values())):
         return None
-    made = saved_survey(folder, len(stages.blocks), shape, notify, two_sided)
+    made = saved_survey(folder, len(stages.blocks), shape, notify, two_sided, bool(guided))
     if made is None:
-        made = survey(stages, model, calibration, folder, notify, two_sided)
+        made = survey(stages, model, calibration, folder, notify, two_sided, guided)
         if folder is not None:
             save_survey(folder, made)
     return made

@@ -2,7 +2,7 @@
 
 state.json              {"blocks": how many are done, "crc32": {stream: its checksum}}, written last
 x_<i>.f32               the residual stream in front of block i; float_x_<i>.f32 the float model's, where it is needed
-survey.npz              see `survey`; output_curvature_<i>.npz: G of block i
+survey.npz              see `survey`; output_curvature_<i>.npz: G of block i; row_sensitivity_<i>.npz: of groups of rows
 
 What is damaged is named, and done again.
 """
@@ -22,7 +22,7 @@ from qjax.io.atomic import atomic_file, write_text
 from qjax.io.npz import read_arrays
 from qjax.pipeline.activations import Activations, Streams, reopen
 from qjax.pipeline.massive import Massive
-from qjax.pipeline.output_curvature import OutputCurvature
+from qjax.pipeline.output_curvature import BY_ROWS, OutputCurvature
 from qjax.pipeline.survey import Survey
 
 Notify = Callable[[str], None]
@@ -90,6 +90,7 @@ def saved_survey(
     shape: tuple[int, ...],
     notify: Notify = lambda message: None,
     two_sided: bool = False,
+    guided: bool = False,
 ) -> Survey | None:
     """The survey that an earlier run has kept.
 
@@ -99,6 +100,7 @@ def saved_survey(
       shape: of a stream: windows, context, dim.
       notify: told if a file is damaged.
       two_sided: whether G is wanted.
+      guided: whether what tokens count by groups of rows is.
     """
     if folder is None or not (folder / "survey.npz").is_file():
         return None
@@ -117,10 +119,11 @@ def saved_survey(
         notify(f"{folder / 'survey.npz'}: damaged; made again")
         return None
     outputs = OutputCurvature(folder if two_sided else None)
+    by_rows = OutputCurvature(folder if guided else None, BY_ROWS)
     try:
-        for i in range(blocks if two_sided else 0):
-            outputs.of(i)
+        for i in range(blocks):
+            outputs.of(i), by_rows.of(i)
     except UserError as e:
         notify(f"{e}; made again")
         return None
-    return Survey(*parts, tuple(lines), outputs)
+    return Survey(*parts, tuple(lines), outputs, by_rows)

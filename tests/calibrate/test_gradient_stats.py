@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax.calibrate import guided, kronecker, load_stats, own_labels, save_stats
+from qjax.calibrate.gradients import _step
 from qjax.errors import UserError
 from qjax.rounding.curvature import two_sided_loss
 from qjax.stats import Stats
@@ -62,6 +63,9 @@ def reference(pairs, sketch, rounds):
 @pytest.mark.parametrize(("sketch", "rounds"), [("B", 1), ("A", 3)])
 def test_both_sketches_are_those_of_float64(params, x, sketch, rounds):
     found = kronecker(model, params, [x[:4], x[4:]], jax.random.key(0), sketch=sketch, rounds=rounds, loss=squares)
+    count = _step._cache_size()
+    kronecker(model, params, [2 * x[:4], x[4:]], jax.random.key(1), sketch=sketch, rounds=rounds + 1, loss=squares)
+    assert _step._cache_size() == count, "a second compilation"
     assert found["a"].axis == -2 and found["b"].axis == -1 and float(found["a"].count) == S * T
     for path, pairs in pairs64(params, x).items():
         H_O, H_I, samples = reference(pairs, sketch, rounds)
@@ -112,7 +116,7 @@ def test_recipes_round_in_what_was_found():
     exact = jnp.matmul(mix, mix.T, precision="highest")[None]
     lost = {}
     for recipe, seen in (("yaqa", stats), ("gptq", plain)):
-        q, report = qjax.quantize_params({"w": w}, "int4_g64", seen, recipe=recipe)
+        q, _ = qjax.quantize_params({"w": w}, "int4_g64", seen, recipe=recipe)
         e = (w - qjax.dequantize(q["w"])).T
         lost[recipe] = float(two_sided_loss(e, plain["w"].H, exact))
     assert lost["yaqa"] < 0.7 * lost["gptq"]
@@ -125,7 +129,7 @@ def test_each_group_of_rows_is_rounded_in_its_own_h():
     H = jnp.stack([jnp.asarray((v := rng.normal(size=(200, 64)) * rng.lognormal(0, 1, 64)).T @ v / 200, jnp.float32)
                    for _ in range(4)])  # fmt: skip
     made = qjax.recipe("guided")
-    q, report = qjax.quantize_params({"w": w}, "int4_g64", {"w": Stats(H=H)}, recipe=made, axes={"w": -1})
+    q, _ = qjax.quantize_params({"w": w}, "int4_g64", {"w": Stats(H=H)}, recipe=made, axes={"w": -1})
     alone = [
         qjax.quantize_params(
             {"w": w[8 * k : 8 * k + 8]},

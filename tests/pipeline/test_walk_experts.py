@@ -121,7 +121,7 @@ def test_an_experts_gradient_counts_for_its_token():
     x, g = jax.random.normal(jax.random.key(0), (2, 2, 6, 64))
     groups = groups_of(block, params, x)
     assert [len(group) for group in groups] == [3, 1, 1, 2, 1]
-    _, sizes, _ = block_step(block, tuple(tuple(use.key for use in group) for group in groups), (), params, x, g)
+    _, sizes, *_ = block_step(block, tuple(tuple(use.key for use in group) for group in groups), (), (), params, x, g)
     uses = {use.path: use.source for use in report(block, params, x)}
     read = watch(block, lambda use, v: v if use.kind == "dot" else None)(params, x)[1][uses["mlp/router/kernel"]]
     _, share = routed(model.config, read @ params["mlp"]["router"]["kernel"])

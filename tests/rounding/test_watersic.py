@@ -40,6 +40,8 @@ def test_what_a_coder_takes_is_the_entropy_of_what_it_was_told(sigma):
     z = np.round(np.random.default_rng(1).standard_normal((20_000, 1)) * sigma).astype(np.int16)
     found, least = (float(f(jnp.asarray(z))[0]) for f in (coded, entropy))
     assert least - 1e-3 <= found - SIDE / len(z) <= least + 0.02
+    nothing = jnp.zeros((4, 1), jnp.int16)  # costs what is told of the column
+    assert (float(coded(nothing)[0]), float(entropy(nothing)[0])) == (pytest.approx(32 / 4, abs=1e-4), 0)
     z[0] = 3000
     assert np.isfinite(float(coded(jnp.asarray(z))[0]))
 
@@ -58,9 +60,9 @@ def test_at_high_resolution_it_is_a_quarter_of_a_bit_from_the_bound(normal, H):
     np.testing.assert_allclose(c, c.mean(), rtol=1e-3)
     by_column = 0.5 * np.log2(2 * np.pi * np.e) - np.log2(s)
     np.testing.assert_allclose(np.asarray(made.column_rate) - SIDE / ROWS, by_column, atol=0.05)
-    D = distortion(normal, made, H)
-    assert pytest.approx(N * c.mean() ** 2 / 12, rel=0.02) == D
-    bound = 0.5 * np.log2(N * np.exp(np.linalg.slogdet(damped64(H, SMALL))[1] / N) / D)
+    lost = distortion(normal, made, H)
+    assert lost == pytest.approx(N * c.mean() ** 2 / 12, rel=0.02)
+    bound = 0.5 * np.log2(N * np.exp(np.linalg.slogdet(damped64(H, SMALL))[1] / N) / lost)
     assert float(made.rate) - SIDE / ROWS - bound == pytest.approx(SHAPING, abs=0.02)
     assert float(made.rate) == pytest.approx(5.0, abs=0.01) and float(made.damping) == pytest.approx(SMALL)
 

@@ -28,6 +28,7 @@ from qjax.formats.iq.nearest import nearest, tiles
 from qjax.formats.iq.points import Points
 from qjax.formats.protocol import Scales
 from qjax.formats.storage import quotient
+from qjax.formats.stores import next_integers
 from qjax.formats.superblock import by_chunks, keep, reciprocal, store, unless_beyond
 from qjax.typing import Float
 
@@ -56,6 +57,10 @@ class Odd:
         sc = jnp.clip(jnp.round((odd - 1.0) * 0.5), 0, self.high).astype(now.dtype)
         return {self.key: jnp.where(d == 0, now, sc)}
 
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        """The odd numbers before and behind."""
+        return next_integers(scales[self.key], self.key, 0, self.high)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
@@ -74,6 +79,10 @@ class Shift:
         now = scales[self.key]
         shift = (v.reshape(now.shape) < 0).astype(now.dtype)
         return {self.key: jnp.where(self.under.get(scales).reshape(now.shape) == 0, now, shift)}
+
+    def neighbours(self, scales: Scales) -> tuple[Scales, ...]:
+        """The other one."""
+        return ({self.key: 1 - scales[self.key]},)
 
 
 @dataclasses.dataclass(frozen=True)
