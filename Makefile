@@ -32,6 +32,7 @@ test-env: .venv/.test
 results: .venv/.run
 	$(BIN)/qjax report experiments/results/quickstart.json --figure kl -o docs/img/kl.svg
 	$(BIN)/qjax report experiments/results/smollm2_text.json --figure amount -o docs/img/amount.svg
+	$(BIN)/qjax report experiments/results/budget.json --figure sum -o docs/img/budget.svg
 	$(BIN)/qjax fill README.md docs paper
 
 notebooks: test-env
