@@ -32,8 +32,8 @@ SUFFICES = frozenset({"h", "H", "absmean", "absmax", "samples"})
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for a recipe whose rounding of one weight depends on that of others."""
     beyond = recipe.requires - SUFFICES
-    if beyond or recipe.reparams or recipe.shrink or recipe.two_sided:
-        what = sorted(beyond) or [r.name for r in recipe.reparams] or ["shrink or two_sided"]
+    if beyond or recipe.reparams or recipe.shrink or recipe.two_sided or recipe.guided:
+        what = sorted(beyond) or [r.name for r in recipe.reparams] or ["shrink, two_sided or guided"]
         raise UserError(
             f"the recipe {recipe.name or recipe} cannot try formats one weight at a time: it asks for {what[0]}; take "
             "rtn, imatrix or gptq here, and any recipe to write the file"

@@ -9,6 +9,7 @@ from qjax.recipes.methods import (
     best_gguf,
     gptaq,
     gptq,
+    guided,
     hqq,
     imatrix,
     llm_int8,
@@ -21,10 +22,11 @@ from qjax.recipes.methods import (
     smoothquant,
     spqr,
     w8a8,
-)  # fmt: skip
+    yaqa,
+)
 
 __all__ = [
-    "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "hqq", "imatrix",
-    "joined", "llm_int8", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam", "rtn",
-    "smoothquant", "spqr", "w8a8",
+    "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "guided", "hqq",
+    "imatrix", "joined", "llm_int8", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam", "rtn",
+    "smoothquant", "spqr", "w8a8", "yaqa",
 ]  # fmt: skip
