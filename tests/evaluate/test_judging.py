@@ -179,11 +179,12 @@ def test_a_vocabulary_in_chunks_says_the_same(rng, size):
     readers, weights, x = (Table("z"), Table("base")), ({"z": z}, {"base": base}), (jnp.zeros((6, 1)),) * 2
     for c, start in enumerate((0, 16, 32, 37)):
         seen, apart = network_module._tally(readers, 16, weights, x, target, start, 16 * c, (seen, apart))
-    got = network_module._settled((seen, apart))
+    got = network_module._settled((seen, apart), target)
     p, q = log_softmax64(base), log_softmax64(z)
     np.testing.assert_allclose(got["nll"], -q[np.arange(6), target], rtol=1e-5)
     np.testing.assert_allclose(got["nll_base"], -p[np.arange(6), target], rtol=1e-5)
     np.testing.assert_allclose(got["kl"], (np.exp(p) * (p - q)).sum(1), rtol=2e-4)
+    np.testing.assert_array_equal(got["top"], z.argmax(1) == target)
     np.testing.assert_array_equal(got["same_top"], base.argmax(1) == z.argmax(1))
 
 
