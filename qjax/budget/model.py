@@ -45,7 +45,7 @@ def plan_for(
       tokens: i32[windows, context]; the first half are measured on, the rest tell which plan is best.
       bits: per weight, of the whole model, kept weights included.
       nbytes: of all its tensors, in place of `bits`.
-      like: the size of this file type of llama-quantize, in place of `bits`.
+      like: the size of this file type of llama-quantize with an importance matrix, in place of `bits`.
       target: what reads the file: a name of `TARGETS`.
       formats: to choose from, in place of the target's.
       recipe: how weights are rounded while formats are tried.
