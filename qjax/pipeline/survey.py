@@ -101,13 +101,14 @@ def survey(
     head = np.zeros((dim, dim), np.float32)
     head_sensitivity = np.empty(tokens.shape, np.float32)
     notify("float model: head, backwards")
-    whole, rows = (head_params, calibration.seed), (inputs[-1].array, np.arange(len(tokens), dtype=np.int32))
+    last = inputs.pop()
+    whole, rows = (head_params, calibration.seed), (last.array, np.arange(len(tokens), dtype=np.int32))
     for at, (g, gram, mass) in each_step(_head_step, (stages,), whole, rows, steps):
         gradient[at], head_sensitivity[at] = np.asarray(g), np.asarray(mass)
         if at.start < counted:
             head += np.asarray(gram)
-    del head_params, whole, rows
-    inputs[-1].drop()
+    last.drop()
+    del head_params, whole, rows, last
     sensitivity: list[np.ndarray] = []
     outputs = OutputCurvature(folder if two_sided else None)
     by_rows = OutputCurvature(folder if guided else None, BY_ROWS)
@@ -123,7 +124,8 @@ def survey(
         parts_of = guided_of(every, f"layers_{i}", guided)
         of_rows = {key: np.empty((k, *tokens.shape), np.float32) for key, k in parts_of}
         seen = np.empty((len(keys), *tokens.shape), np.float32)
-        xg = inputs[i].array, gradient
+        x = inputs.pop()  # the list's own hold on the pages would keep all of them resident
+        xg = x.array, gradient
         sums: tuple[dict[str, Any], ...] = {}, {}
         static = apply, keys, heights, parts_of
         for at, (back, sizes, found_G, found_rows) in each_step(block_step, static, (params,), xg, steps):
@@ -136,8 +138,8 @@ def survey(
             outputs.put(i, {use.path: _means(use.key, sums, split, tokens.shape) for use in uses})
         if guided:
             by_rows.put(i, {use.path: _mean_one(of_rows[use.key], counted) for use in every if use.key in of_rows})
-        del xg, params  # before the next block's are read
-        inputs[i].drop()
+        x.drop()
+        del x, xg, params  # before the next block's are read
         sensitivity.append(_mean_one(seen, counted))
     table = parts.embedding()
     C = np.zeros((dim, dim), np.float32)

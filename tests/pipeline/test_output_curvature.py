@@ -1,5 +1,8 @@
 """G at the outputs of a decoder's weights: against gradients of the whole model, in memory, in files, and damaged."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from qjax.errors import UserError
 from qjax.models.decoder import Decoder
 from qjax.models.stages import stages_of
 from qjax.pipeline import inputs
+from qjax.pipeline.activations import Activations
 from qjax.pipeline.calibrated import quantize_model
 from qjax.pipeline.output_curvature import OutputCurvature, rows_of_block, summed_curvature
 from qjax.pipeline.survey import survey
@@ -130,3 +134,17 @@ def test_vectors_are_taken_in_one_pass_and_matrices_one_behind_the_other(model, 
         looks.clear()
         quantize_model(model, plan, recipe, tiny_calibration())
         assert looks == expected
+
+
+def test_what_a_block_read_is_let_go_before_the_next(tmp_path, model, monkeypatch):
+    """Mapped pages that somebody holds stay resident: a survey would take memory for all blocks."""
+    held, alive = [], []
+
+    def drop(self):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in held))
+        held.append(weakref.ref(self.array))
+
+    monkeypatch.setattr(Activations, "drop", drop)
+    survey(stages_of(CONFIG), model, tiny_calibration(), tmp_path)
+    assert len(alive) == CONFIG.layers + 1 and not any(alive)
