@@ -131,7 +131,7 @@ def test_a_tile_in_its_own_metric_is_near_the_best_of_all(name, rng):
     shift = 0.0 if fmt.scaling.offset is None else s / 8
     columns = jnp.full((rows, 1), s, jnp.float32), None if fmt.scaling.offset is None else jnp.full((rows, 1), s / 8)
     losses = []
-    for metric in (None, jnp.broadcast_to(jnp.asarray(M, jnp.float32), (rows, k, k))):
+    for metric in (None, jnp.asarray(M, jnp.float32)):
         q, code = jax.jit(fmt.round)(columns, jnp.asarray(t[:, None], jnp.float32), metric)
         np.testing.assert_allclose(q[:, 0] - shift, s * points.value(code[:, 0]), rtol=1e-5, atol=1e-6)
         e = np.float64(q)[:, 0] - t

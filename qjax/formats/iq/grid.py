@@ -85,7 +85,7 @@ class PointGrid(Link):
         return self.scaling.columns(scales, shape)
 
     def round(
-        self, columns: Columns, target: Float[Array, "*c 1 k"], metric: Float[Array, "*c k k"] | None = None
+        self, columns: Columns, target: Float[Array, "*c 1 k"], metric: Float[Array, "k k"] | None = None
     ) -> tuple[Float[Array, "*c 1 k"], Integer[Array, "*c 1 1"]]:
         assert columns[0] is not None
         s, m = columns[0][..., None], None if columns[1] is None else columns[1][..., None]
@@ -93,12 +93,16 @@ class PointGrid(Link):
         if metric is None:
             codes = _nearest(self.points, t, None, s[..., 0])
         else:
-            codes = nearest_in(self.points, over(t, s), metric[..., None, :, :])
+            codes = nearest_in(self.points, over(t, s), metric)
         q = s * self.points.value(codes[..., None])
         return (q if m is None else q + m), codes[..., None]
 
     def basis(self, codes: Integer[Array, "*b m"]) -> tuple[Array, ...]:
         return (self.points.value(codes),)
+
+    def neighbours(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Columns, ...]:
+        """See `Stepped`."""
+        return tuple(self.scaling.columns(near, shape) for near in self.scaling.neighbours(scales))
 
     def store(self, scales: Scales, columns: Columns) -> Scales:
         s, m = columns

@@ -23,12 +23,12 @@ from qjax.typing import Array, Float, Integer
 _TURNS = 2
 
 
-def nearest_in(points: Points, u: Float[Array, "*t k"], metric: Float[Array, "*t k k"]) -> Integer[Array, "*t"]:
+def nearest_in(points: Points, u: Float[Array, "*t k"], metric: Float[Array, "k k"]) -> Integer[Array, "*t"]:
     """Codes of tiles, in units of their scales.
 
     Args:
       u: the weights over their scale.
-      metric: H among the tile's weights.
+      metric: H among a tile's weights, the same for all.
     """
     signed, k = points.signs != "none", points.length
     sigma = _signs(points, u, metric) if signed else jnp.ones_like(u)
@@ -55,13 +55,9 @@ def nearest_in(points: Points, u: Float[Array, "*t k"], metric: Float[Array, "*t
 def _vector(points: Points, r: Array, metric: Array, sigma: Array, at: slice) -> Integer[Array, "*t"]:
     """The best vector of a part for its signs, the others' being what r is without."""
     i, j = np.triu_indices(points.length)
-    own, signs = metric[..., at, at], sigma[..., at]
-    N = (
-        own[..., i, j]
-        * signs[..., i]
-        * signs[..., j]
-        * np.where(i == j, 1, 2).astype(np.float32).reshape((1,) * (r.ndim - 1) + (-1,))
-    )
+    signs = sigma[..., at]
+    own = metric[at, at][i, j] * np.where(i == j, 1, 2).astype(np.float32)
+    N = _for_all(own, r) * signs[..., i] * signs[..., j]
     b = _row(r, metric)[..., at] * signs
     g = _shifted(points)
     table = jnp.asarray(np.concatenate([g[:, i] * g[:, j], -2 * g], axis=1))
@@ -72,9 +68,9 @@ def _vector(points: Points, r: Array, metric: Array, sigma: Array, at: slice) ->
 def _turned(points: Points, u: Array, q: Array, metric: Array) -> Float[Array, "*t k"]:
     """-1 where the one or two signs stand that are best turned, else 1."""
     k = u.shape[-1]
-    alone = 4.0 * q * (_row(u - q, metric) + q * jnp.diagonal(metric, axis1=-2, axis2=-1))
-    both = alone[..., :, None] + alone[..., None, :] + 8.0 * q[..., :, None] * q[..., None, :] * metric
-    same = jnp.eye(k, dtype=bool).reshape((1,) * (u.ndim - 1) + (k, k))
+    alone = 4.0 * q * (_row(u - q, metric) + q * _for_all(jnp.diagonal(metric), u))
+    both = alone[..., :, None] + alone[..., None, :] + 8.0 * q[..., :, None] * q[..., None, :] * _for_all(metric, u)
+    same = _for_all(jnp.eye(k, dtype=bool), u)
     change = jnp.where(same, jnp.inf if points.signs == "even" else alone[..., None], both).reshape(
         *u.shape[:-1], k * k
     )
@@ -89,7 +85,7 @@ def _signs(points: Points, u: Array, metric: Array) -> Float[Array, "*t k"]:
     sigma = jnp.where(u < 0, -1.0, 1.0)
     if points.signs == "free":
         return sigma
-    cost = jnp.abs(u) * jnp.diagonal(metric, axis1=-2, axis2=-1)
+    cost = jnp.abs(u) * _for_all(jnp.diagonal(metric), u)
     least = jnp.argmin(cost, axis=-1)[..., None] == lax.broadcasted_iota(jnp.int32, u.shape, u.ndim - 1)
     odd = jnp.prod(sigma, axis=-1, keepdims=True) < 0
     return jnp.where(least & odd, -sigma, sigma)
@@ -100,5 +96,10 @@ def _shifted(points: Points) -> np.ndarray:
     return np.concatenate([points.vectors + np.float32(a) for a in points.shifts])
 
 
-def _row(e: Float[Array, "*t k"], metric: Float[Array, "*t k k"]) -> Float[Array, "*t k"]:
-    return jnp.einsum("...k,...kl->...l", e, metric, precision=lax.Precision.HIGHEST)
+def _row(e: Float[Array, "*t k"], metric: Float[Array, "k k"]) -> Float[Array, "*t k"]:
+    return jnp.einsum("...k,kl->...l", e, metric, precision=lax.Precision.HIGHEST)
+
+
+def _for_all(a: Array, u: Float[Array, "*t k"]) -> Array:
+    """With the axes in front that tiles have."""
+    return a.reshape((1,) * (u.ndim - 1) + a.shape)
