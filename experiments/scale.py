@@ -92,7 +92,7 @@ def llama_programs(config: Config) -> list[dict[str, Any]]:
     for what, group in (("H of q, k and v", groups[0]), ("H of down", groups[-1])):
         static = (block, ((group[0].source, group[0].batch),), ("H",), 1)
         made.append((what, observe_step, (*static, weights, None, x, None, None)))
-    made.append(("a block backwards", block_step, (block, keys, heights, weights, x, x)))
+    made.append(("a block backwards", block_step, (block, keys, heights, (), weights, x, x)))
     made.append(("the head and its gradient", jax.jit(_head_step, static_argnums=0), (stages, head, seed, x, numbers)))
     rows = [_held("Llama 3 70B", what, program, *args) for what, program, args in made]
     recipe = qjax.recipe("gptq:Q4_K")

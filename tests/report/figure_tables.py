@@ -63,8 +63,9 @@ def found():
     parts = [{"name": f"plan {n}", "predicted": 0.01 * 1.4**n, "kl": 0.01 * 1.4**n * float(rng.uniform(0.9, 1.2))}
              for n in range(12)]  # fmt: skip
     return {
-        "parts": parts, "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
+        "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
         "tokens": tokens, "curve": curve, "roofline": roofline, "amount": amount,
+        "parts": parts,
     }  # fmt: skip
 
 
