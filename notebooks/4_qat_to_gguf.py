@@ -51,12 +51,12 @@ def loss(params, x, y):
 
 
 # %% [markdown]
-# A training loop of our own, 400 steps of Adam. It trains whatever tree the loss takes.
+# A training loop of our own, 600 steps of Adam. It trains whatever tree the loss takes.
 
 
 # %%
 def trained(tree, loss):
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 400))
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 600))
 
     def step(carry, i):
         tree, state = carry
@@ -64,7 +64,7 @@ def trained(tree, loss):
         updates, state = optimizer.update(jax.grad(loss)(tree, x, y), state)
         return (optax.apply_updates(tree, updates), state), None
 
-    return jax.jit(lambda tree: jax.lax.scan(step, (tree, optimizer.init(tree)), jnp.arange(400))[0][0])(tree)
+    return jax.jit(lambda tree: jax.lax.scan(step, (tree, optimizer.init(tree)), jnp.arange(600))[0][0])(tree)
 
 
 floats = trained(params, loss)
