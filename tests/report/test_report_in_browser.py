@@ -83,7 +83,7 @@ def meet(a, b):
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
 def test_what_is_visible(browser, report, width, scheme):
-    pictures.look(browser, report, width, scheme, 12_000)  # all of it is on the screen
+    pictures.look(browser, report, width, scheme, 14_000)  # all of it is on the screen
     page = browser.execute_script(MEASURE)
     assert page["across"] <= page["room"] == width, "the page scrolls sideways"
     shown = [n for n, box in enumerate(page["figures"]) if box]
