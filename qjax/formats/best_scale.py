@@ -46,7 +46,9 @@ def _one_sign(size: Array, v: Array, up: Array, below: int, above: int) -> tuple
     """What the best scale gains, (sum v x T)^2 / sum v T^2, and the scale; `up`: weights on the levels above 0."""
     steps = range(1, max(below, above) + 1)
     there = [jnp.where(up, k <= above, k <= below) & (size > 0) for k in steps]
-    at = jnp.concatenate([jnp.where(t, size * (1 / (k - 0.5)), 0.0) for k, t in zip(steps, there, strict=True)], axis=-1)
+    at = jnp.concatenate(
+        [jnp.where(t, size * (1 / (k - 0.5)), 0.0) for k, t in zip(steps, there, strict=True)], axis=-1
+    )
     xT = jnp.concatenate([jnp.where(t, v * size, 0.0) for t in there], axis=-1)
     TT = jnp.concatenate([jnp.where(t, (2.0 * k - 1.0) * v, 0.0) for k, t in zip(steps, there, strict=True)], axis=-1)
     order = jnp.argsort(-at, axis=-1)
