@@ -5,7 +5,7 @@
 For each calibration text and mix `qjax plan` chooses formats for the mix's bytes, and both, plan and mix, are rounded
 by the same recipe on the same text. Files are unpacked to F32 and run by llama.cpp; KL divergence is that to the float
 model's file. `ratio` is the plan's mean KL over the mix's of the same text. Beside them stand random plans of the same
-formats, rounded to nearest: what the sum of their parts promised, and the KL that was measured.
+formats, rounded as formats are tried: what the sum of their parts promised, and the KL that was measured.
 
 A killed run goes on with the same command and its --out.
 """
@@ -145,7 +145,6 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         half = half_interval(ratios)
         made.append(
             {"mix": key[0], "formats": key[1], "seeds": len(mine), **means,
-
              "ratio": statistics.fmean(ratios), "ratio_half_width": half}
         )  # fmt: skip
     return made

@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 
 from qjax.evaluate.blocks import Blocks
-from qjax.evaluate.network import token_values
+from qjax.evaluate.network import batch_of, token_values
 from qjax.evaluate.perplexity import Windows
 from qjax.models.config import DecoderConfig
 from qjax.models.parts import batches, embed, run, run_windows
 
 Params = Mapping[str, Any]
 """{part: tree}: "embed", "layers_0" ..., "final_norm" and, where it is not tied, "head"."""
-
-STEP_TOKENS = 2048
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +33,7 @@ class Runs:
       windows: what it reads.
       params: of the float model.
       hidden: what the float model's head reads, f32[windows, scored, dim]; None until `with_baseline`.
-      step: windows that pass a block together; None: 2048 tokens of them.
+      step: windows that pass a block together; None: as many as the judge takes.
     """
 
     config: DecoderConfig
@@ -52,7 +50,7 @@ class Runs:
     @property
     def steps(self) -> list[slice]:
         """Batches of windows."""
-        return list(batches(len(self.windows), self.step or max(1, STEP_TOKENS // self.windows.context)))
+        return list(batches(len(self.windows), batch_of(self.windows.context, len(self.windows), self.step)))
 
     def first(self, params: Params) -> np.ndarray:
         """x_0, f32[windows, context, dim]."""

@@ -113,8 +113,10 @@ def _group(name: str, weights: tuple[Weight, ...], known: Sequence[Format]) -> G
     return Group(name, weights[0].path.split("/")[0], weights, fits)
 
 
-def stored_size(format: Format, shape: tuple[int, ...]) -> int:
-    """Bytes of a weight [*b, n] in a format, scales and padding included."""
+def stored_size(format: Format | None, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight [*b, n] in a format, scales and padding included; of one that is kept (None), in float32."""
+    if format is None:
+        return 4 * math.prod(shape)
     if isinstance(format, BlockFormat):
         return math.prod(shape) // format.block * format.block_bytes
     made = jax.eval_shape(lambda w: quantize(w, format), jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -14,7 +14,6 @@ from qjax.budget.rounding import Rounder, check_recipe
 from qjax.budget.search import Found, Progress, search
 from qjax.errors import UserError
 from qjax.evaluate.perplexity import Windows
-from qjax.formats import Format
 from qjax.models.model import Model
 from qjax.plan import FILE_TYPES, Plan, Weight, decoder_weights, mix
 from qjax.recipes import Recipe
@@ -84,7 +83,7 @@ def plan_for(
 def size_of_mix(model: Model, name: str) -> int:
     """Bytes of all tensors in a file type of llama-quantize."""
     assigned = mix(name, model.config, has_imatrix=True).assign(decoder_weights(model.config))
-    return sum(_stored(a.format, a.weight) for a in assigned)
+    return sum(stored_size(a.format, a.weight.shape) for a in assigned)
 
 
 def _room(
@@ -99,12 +98,7 @@ def _room(
     else:
         assert nbytes is not None
         whole = nbytes
-    return math.floor(whole - sum(_stored(None, w) for w in kept))
-
-
-def _stored(format: Format | None, w: Weight) -> int:
-    """Bytes of a tensor; of one that is kept, in float32."""
-    return 4 * math.prod(w.shape) if format is None else stored_size(format, w.shape)
+    return math.floor(whole - sum(stored_size(None, w.shape) for w in kept))
 
 
 def _runs(model: Model, tokens: np.ndarray) -> Runs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 from qjax.budget.groups import stored_size
@@ -21,13 +20,7 @@ def rows_of(config: DecoderConfig, plan: Plan, found: Found) -> dict[str, Rows]:
       one's, by layer and kind; "formats": how many it has of each; "costs": every format of every group.
     """
     assigned = plan.assign(decoder_weights(config))
-    sizes = {
-        a.weight.path: (
-            4 * math.prod(a.weight.shape) if a.format is None else stored_size(a.format, a.weight.shape),
-            math.prod(a.weight.shape),
-        )
-        for a in assigned
-    }
+    sizes = {a.weight.path: (stored_size(a.format, a.weight.shape), math.prod(a.weight.shape)) for a in assigned}
     kept = sum(nbytes for path, (nbytes, _) in sizes.items() if path not in found.best.formats)
     every = sum(weights for _, weights in sizes.values())
     plans = [
@@ -42,13 +35,12 @@ def rows_of(config: DecoderConfig, plan: Plan, found: Found) -> dict[str, Rows]:
         nbytes, weights = sizes[a.weight.path]
         name = "F32" if a.format is None else a.format.name
         tensors.append({**_place(a.weight.path), "format": name, "bits": 8 * nbytes / weights, "bytes": nbytes})
-    chosen = [a for a in assigned if a.format is not None]
-    counted = Counter(a.format.name for a in chosen if a.format is not None)
-    held = {
-        name: sum(math.prod(a.weight.shape) for a in chosen if a.format is not None and a.format.name == name)
-        for name in counted
-    }
-    formats = [{"format": name, "tensors": n, "weights": held[name]} for name, n in counted.most_common()]
+    held: dict[str, list[int]] = {}
+    for a in assigned:
+        if a.format is not None:
+            held.setdefault(a.format.name, []).append(sizes[a.weight.path][1])
+    formats = [{"format": name, "tensors": len(each), "weights": sum(each)} for name, each in held.items()]
+    formats.sort(key=lambda row: -row["weights"])
     costs = [
         {
             "group": s.group.name, "format": c.format.name, "bytes": c.nbytes, "error": c.error, "predicted": c.cost,
