@@ -39,8 +39,8 @@ def rows_of(config: DecoderConfig, plan: Plan, found: Found) -> dict[str, Rows]:
     for a in assigned:
         if a.format is not None:
             held.setdefault(a.format.name, []).append(sizes[a.weight.path][1])
-    formats = [{"format": name, "tensors": len(each), "weights": sum(each)} for name, each in held.items()]
-    formats.sort(key=lambda row: -row["weights"])
+    most = sorted(held.items(), key=lambda item: -sum(item[1]))
+    formats = [{"format": name, "tensors": len(each), "weights": sum(each)} for name, each in most]
     costs = [
         {
             "group": s.group.name, "format": c.format.name, "bytes": c.nbytes, "error": c.error, "predicted": c.cost,

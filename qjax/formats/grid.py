@@ -149,19 +149,11 @@ class Scaling:
         return x.reshape(*x.shape[:-1], self.columns(scales, x.shape)[0].shape[-1], -1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid(Link):
-    """Single levels times scales; see the module's docstring. Two are equal when their parts are."""
+class Scaled(Link):
+    """What a format has of its scaling and of its layout alone, whatever is scaled."""
 
-    name: str
-    levels: Levels
     scaling: Scaling
     layout: Layout
-    about: str = ""
-
-    @property
-    def tile(self) -> Tile:
-        return 1, 1
 
     @property
     def block(self) -> int:
@@ -174,6 +166,41 @@ class Grid(Link):
     @property
     def bits_per_weight(self) -> float:
         return self.layout.bits
+
+    def columns(self, scales: Scales, shape: tuple[int, ...]) -> Columns:
+        return self.scaling.columns(scales, shape)
+
+    def store(self, scales: Scales, columns: Columns) -> Scales:
+        s, m = columns
+        assert s is not None
+        return self.scaling.store(scales, s, m)
+
+    def neighbours(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Columns, ...]:
+        return tuple(self.scaling.columns(near, shape) for near in self.scaling.neighbours(scales))
+
+    def pack(self, scales: Scales, codes: Integer[Array, "*b m"]) -> Leaves:
+        return self.layout.pack(scales, codes)
+
+    def unpack(self, leaves: Leaves) -> tuple[Scales, Integer[Array, "*b m"]]:
+        return self.layout.unpack(leaves)
+
+    def shape(self, leaves: Leaves) -> tuple[int, ...]:
+        return self.layout.shape(leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid(Scaled):
+    """Single levels times scales; see the module's docstring. Two are equal when their parts are."""
+
+    name: str
+    levels: Levels
+    scaling: Scaling
+    layout: Layout
+    about: str = ""
+
+    @property
+    def tile(self) -> Tile:
+        return 1, 1
 
     def fit(self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None) -> Scales:
         return self.scaling.fit(self.levels, w, weight)
@@ -192,9 +219,6 @@ class Grid(Link):
     def level(self, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
         return self.levels.round(u)[0]
 
-    def columns(self, scales: Scales, shape: tuple[int, ...]) -> Columns:
-        return self.scaling.columns(scales, shape)
-
     def round(
         self, columns: Columns, target: Float[Array, "*c 1 1"], metric: Array | None = None
     ) -> tuple[Float[Array, "*c 1 1"], Integer[Array, "*c 1 1"]]:
@@ -205,23 +229,6 @@ class Grid(Link):
 
     def basis(self, codes: Integer[Array, "*b n"]) -> tuple[Array, ...]:
         return (self.levels.value(codes),)
-
-    def store(self, scales: Scales, columns: Columns) -> Scales:
-        s, m = columns
-        assert s is not None
-        return self.scaling.store(scales, s, m)
-
-    def neighbours(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Columns, ...]:
-        return tuple(self.scaling.columns(near, shape) for near in self.scaling.neighbours(scales))
-
-    def pack(self, scales: Scales, codes: Integer[Array, "*b n"]) -> Leaves:
-        return self.layout.pack(scales, codes)
-
-    def unpack(self, leaves: Leaves) -> tuple[Scales, Integer[Array, "*b n"]]:
-        return self.layout.unpack(leaves)
-
-    def shape(self, leaves: Leaves) -> tuple[int, ...]:
-        return self.layout.shape(leaves)
 
 
 @dataclasses.dataclass(frozen=True)

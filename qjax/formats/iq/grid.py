@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.chain import Link
 from qjax.formats.fields import Blocks
-from qjax.formats.grid import Scaling
+from qjax.formats.grid import Scaled, Scaling
 from qjax.formats.iq.in_metric import nearest_in
 from qjax.formats.iq.nearest import nearest, tiles
 from qjax.formats.iq.points import Points
@@ -29,7 +28,7 @@ _LANES_DEVICE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class PointGrid(Link):
+class PointGrid(Scaled):
     """Points times scales; see the module's docstring. Two are equal when their parts are."""
 
     name: str
@@ -41,18 +40,6 @@ class PointGrid(Link):
     @property
     def tile(self) -> Tile:
         return 1, self.points.tile
-
-    @property
-    def block(self) -> int:
-        return self.scaling.block
-
-    @property
-    def rows(self) -> int:
-        return 1
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.layout.bits
 
     @property
     def ggml_type(self) -> int:
@@ -81,9 +68,6 @@ class PointGrid(Link):
         scales = self.fit(w, weight)
         return scales, self._codes(scales, w, weight)
 
-    def columns(self, scales: Scales, shape: tuple[int, ...]) -> Columns:
-        return self.scaling.columns(scales, shape)
-
     def round(
         self, columns: Columns, target: Float[Array, "*c 1 k"], metric: Float[Array, "k k"] | None = None
     ) -> tuple[Float[Array, "*c 1 k"], Integer[Array, "*c 1 1"]]:
@@ -100,23 +84,9 @@ class PointGrid(Link):
     def basis(self, codes: Integer[Array, "*b m"]) -> tuple[Array, ...]:
         return (self.points.value(codes),)
 
-    def neighbours(self, scales: Scales, shape: tuple[int, ...]) -> tuple[Columns, ...]:
-        """See `Stepped`."""
-        return tuple(self.scaling.columns(near, shape) for near in self.scaling.neighbours(scales))
-
-    def store(self, scales: Scales, columns: Columns) -> Scales:
-        s, m = columns
-        return self.scaling.store(scales, s, m)
-
-    def pack(self, scales: Scales, codes: Integer[Array, "*b m"]) -> Leaves:
-        return self.layout.pack(scales, codes)
-
     def unpack(self, leaves: Leaves) -> tuple[Scales, Integer[Array, "*b m"]]:
         scales, codes = self.layout.unpack(leaves)
         return scales, codes.astype(jnp.uint32)
-
-    def shape(self, leaves: Leaves) -> tuple[int, ...]:
-        return self.layout.shape(leaves)
 
     def _codes(self, scales: Scales, w: Array, weight: Array | None) -> Array:
         s, m = self.columns(scales, w.shape)
