@@ -128,6 +128,7 @@ def walk(
         line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
+        hand_back()
         return dequantize(q)
 
     if seen is None:
@@ -165,7 +166,6 @@ def walk(
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
         del block, now, end  # before the next one is read
-        hand_back()
     if not stages.tied:
         weights = None if seen is None else (seen.head_sensitivity[None], None, {}, {})
         rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)
