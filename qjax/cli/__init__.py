@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from qjax import __version__
-from qjax.cli.process import drop_output, give_memory_back, signals, streams
+from qjax.cli.process import drop_output, one_heap, signals, streams
 from qjax.compiled import threads_whatever_the_cores
 from qjax.errors import UserError, exit_status
 from qjax.terminal import say
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        give_memory_back()
+        one_heap()
         with signals(), streams():
             status = _dispatch(args)
             sys.stdout.flush()

@@ -64,12 +64,21 @@ def signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def give_memory_back() -> None:
-    """Have freed arrays leave the process: glibc keeps those below a size that grows up to 32 MB with every larger one
-    freed (mallopt(3), M_MMAP_THRESHOLD), in pieces that a model's many parts of many sizes seldom fit again."""
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)
+def one_heap() -> None:
+    """Have all threads share one heap that keeps what is freed until it is handed back (`qjax.pipeline.heap`).
+
+    glibc gives threads heaps of their own, in none of which the pieces of another's fit, and maps and unmaps what is
+    larger than 128 kB: pages that the system clears anew for every product. From 16 MB on arrays stay maps of their own,
+    for holes of a large model's many sizes seldom fit again (mallopt(3)). Settings of the environment win.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        arena_max, mmap_threshold, trim_threshold = -8, -3, -1
+        mallopt(arena_max, 1)
+        mallopt(mmap_threshold, 1 << 24)
+        mallopt(trim_threshold, 1 << 30)
 
 
 def drop_output() -> None:
