@@ -68,8 +68,8 @@ def one_heap() -> None:
     """Have all threads share one heap that keeps what is freed until it is handed back (`qjax.pipeline.heap`).
 
     glibc gives threads heaps of their own, in none of which the pieces of another's fit, and maps and unmaps what is
-    larger than 128 kB: pages that the system clears anew for every product. From 16 MB on arrays stay maps of their own,
-    for holes of a large model's many sizes seldom fit again (mallopt(3)). Settings of the environment win.
+    larger than 128 kB: pages that the system clears anew for every product. From 16 MB on arrays stay maps of their
+    own, for holes of a large model's many sizes seldom fit again (mallopt(3)). Settings of the environment win.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
