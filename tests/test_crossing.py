@@ -21,6 +21,7 @@ DOCS = (Path(__file__).parents[1] / "docs" / "rounding.md").read_text()
 REFUSED = {
     "hqq": (lambda fmt: fmt.tile != (1, 1) or not has_offset(fmt), "formats without an offset"),
     "autoround": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
+    "gsq": (lambda fmt: fmt.tile != (1, 1) or fmt.name in FLOATS, "points of several weights"),
     "omniquant": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
 }
 

@@ -9,6 +9,7 @@ from qjax.recipes.methods import (
     best_gguf,
     gptaq,
     gptq,
+    gsq,
     guided,
     hqq,
     imatrix,
@@ -26,7 +27,7 @@ from qjax.recipes.methods import (
 )
 
 __all__ = [
-    "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "guided", "hqq",
+    "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "gsq", "guided", "hqq",
     "imatrix", "joined", "llm_int8", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam", "rtn",
     "smoothquant", "spqr", "w8a8", "yaqa",
 ]  # fmt: skip

@@ -6,6 +6,7 @@
     gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
     best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)
                    >> options(sensitive=0.5, shrink=True, two_sided=8)                ours
+    gsq        best_gguf >> relaxed(300) >> refit(2, sweeps=2)                        arXiv:2604.18556
     yaqa       nearest(weight="h") >> ldlq(order="act") >> options(sensitive=True, two_sided=64)   arXiv:2505.22988
     guided     nearest(weight="h") >> ldlq(order="act") >> descend(4) >> options(guided=4)         arXiv:2505.07004
     awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
@@ -19,6 +20,7 @@ and smoothquant, llm_int8, w8a8, quarot, hqq, autoround, omniquant below.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,7 @@ from qjax.formats.integer import affine
 from qjax.formats.vectors.trellis import trellis
 from qjax.recipes.composed import Recipe
 from qjax.reparam import Reparam, act, awq_scale, hadamard, kronecker, rescale, smooth
-from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit
+from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit, relaxed
 from qjax.rounding import hqq as hqq_stage
 from qjax.rounding import spqr as spqr_stage
 
@@ -63,6 +65,13 @@ def best_gguf(format: str | Format | None = None) -> Recipe:
     where that pays (rounding/two_sided.py)."""
     stages = nearest("h"), ldlq("act", cross=1.0), refit(2, 2)
     return _recipe("best_gguf", format, *stages, sensitive=0.5, shrink=True, two_sided=8)
+
+
+def gsq(steps: int = 300, format: str | Format | None = None) -> Recipe:
+    """GSQ (arXiv:2604.18556) on each layer's output, its noise in closed form: best_gguf's codes, then codes and scales
+    by relaxation (rounding/relaxed.py), then descent once more."""
+    best = best_gguf(format)
+    return dataclasses.replace(best, roundings=(*best.roundings, relaxed(steps), refit(2, 2)), name="gsq")
 
 
 def yaqa(format: str | Format | None = None) -> Recipe:
@@ -153,8 +162,8 @@ def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | F
 RECIPES: dict[str, Callable[..., Recipe]] = {
     f.__name__: f
     for f in (
-        rtn, imatrix, gptq, gptaq, best_gguf, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, quip, quip_sharp,
-        qtip, quarot, hqq, autoround, omniquant,
+        rtn, imatrix, gptq, gptaq, best_gguf, gsq, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, quip,
+        quip_sharp, qtip, quarot, hqq, autoround, omniquant,
     )
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from qjax.rounding.nearest import nearest
 from qjax.rounding.neighbours import neighbours
 from qjax.rounding.protocol import Rounded, Rounding, check_chain, check_grid, round_weight
 from qjax.rounding.refit import refit
+from qjax.rounding.relaxed import relaxed
 from qjax.rounding.spqr import spqr
 from qjax.rounding.two_sided import round_two_sided
 
@@ -26,6 +27,7 @@ __all__ = [
     "nearest",
     "neighbours",
     "refit",
+    "relaxed",
     "round_two_sided",
     "round_weight",
     "spqr",
