@@ -44,7 +44,7 @@ STATS = Stats(
 
 
 def has_offset(fmt):
-    return jax.eval_shape(lambda w: fmt.columns(fmt.fit(w), w.shape), f32(rows_of(fmt), N))[1] is not None
+    return jax.eval_shape(lambda w: fmt.columns(fmt.fit(w), w.shape), f32(rows_of(fmt), N))[-1] is not None
 
 
 def traced(fmt, made):

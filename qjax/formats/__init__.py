@@ -19,7 +19,7 @@ FAMILIES: tuple[ModuleType, ...] = tuple(
     import_module(f"qjax.formats.{name}")
     for name in (
         *("ggml_dense", "ggml_simple", "kquants", "iq4", "iq", "ggml_low", "ggml_fp4"),
-        *("integer", "offset", "bilevel", "codebook", "float8"),
+        *("integer", "offset", "bilevel", "codebook", "lookup", "float8"),
         *("vectors.e8p", "vectors.trellis"),
     )
 )

@@ -32,6 +32,18 @@ def _group_of(format: Format, n: int) -> int:
     return max(n // groups[0].shape[-1], format.tile[1])
 
 
+def tabled(format: Format) -> bool:
+    """Whether levels are the entries of a table that is learned, so that there are no levels of a unit scale."""
+    grid: Any = format  # hashable, which its protocol cannot say
+    return _tabled(grid)
+
+
+@lru_cache(maxsize=256)
+def _tabled(format: Format) -> bool:
+    shape = jax.ShapeDtypeStruct((format.rows or 1, format.block or 256), jnp.float32)
+    return len(jax.eval_shape(lambda w: format.columns(format.fit(w), w.shape), shape)) > 2
+
+
 def unit_of(format: Format) -> int:
     """A row's length is a multiple of this: of whole blocks and whole tiles."""
     return lcm(format.block or 1, format.tile[1])

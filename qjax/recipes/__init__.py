@@ -14,6 +14,7 @@ from qjax.recipes.methods import (
     hqq,
     imatrix,
     llm_int8,
+    lnq,
     omniquant,
     qtip,
     quarot,
@@ -22,12 +23,13 @@ from qjax.recipes.methods import (
     rtn,
     smoothquant,
     spqr,
+    squeezellm,
     w8a8,
     yaqa,
 )
 
 __all__ = [
     "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "gsq", "guided", "hqq",
-    "imatrix", "joined", "llm_int8", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam", "rtn",
-    "smoothquant", "spqr", "w8a8", "yaqa",
+    "imatrix", "joined", "llm_int8", "lnq", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam",
+    "rtn", "smoothquant", "spqr", "squeezellm", "w8a8", "yaqa",
 ]  # fmt: skip

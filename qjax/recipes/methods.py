@@ -11,6 +11,8 @@
     guided     nearest(weight="h") >> ldlq(order="act") >> descend(4) >> options(guided=4)         arXiv:2505.07004
     awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
     spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
+    squeezellm sparse(0.0045) >> lut3 >> nearest(weight="h") >> options(sensitive=True)            arXiv:2306.07629
+    lnq        lut3 >> nearest(weight="h") >> refit(3, sweeps=4)                      arXiv:2505.07004
     quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
     quip_sharp hadamard() >> E8P_2 >> nearest() >> ldlq("act") >> descend(10)         arXiv:2402.04396
     qtip       hadamard() >> trellis2_L12_3inst >> nearest() >> ldlq("act") >> descend(3)    arXiv:2406.11235
@@ -29,7 +31,7 @@ from qjax.formats import format as get_format
 from qjax.formats.integer import affine
 from qjax.formats.vectors.trellis import trellis
 from qjax.recipes.composed import Recipe
-from qjax.reparam import Reparam, act, awq_scale, hadamard, kronecker, rescale, smooth
+from qjax.reparam import Reparam, act, awq_scale, hadamard, kronecker, rescale, smooth, sparse
 from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit, relaxed
 from qjax.rounding import hqq as hqq_stage
 from qjax.rounding import spqr as spqr_stage
@@ -114,6 +116,21 @@ def spqr(threshold: float = 0.2, format: str | Format | None = None) -> Recipe:
     return _recipe("spqr", made, spqr_stage(threshold))
 
 
+def squeezellm(bits: int = 3, share: float = 0.0045, format: str | Format | None = None) -> Recipe:
+    """SqueezeLLM (arXiv:2306.07629): a table of levels a row by k-means weighted with sensitivity, the most sensitive
+    weights in CSR. Tokens count by their gradient; all rows of a weight share the result, where the paper has a Fisher
+    diagonal for each weight."""
+    reparams = (sparse(share),) if share else ()
+    made = f"lut{bits}" if format is None else format
+    return _recipe("squeezellm", made, nearest("h"), reparams=reparams, sequential=False, sensitive=True)
+
+
+def lnq(bits: int = 3, format: str | Format | None = None) -> Recipe:
+    """LNQ (GuidedQuant, arXiv:2505.07004, section 4): tables by least squares in the metric of H and codes by descent,
+    in turns, from weighted k-means. Tables are solved for before every pass of descent, three rounds of four."""
+    return _recipe("lnq", f"lut{bits}" if format is None else format, nearest("h"), refit(3, 4))
+
+
 def quip(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | None = None) -> Recipe:
     """QuIP (arXiv:2307.13304): incoherence by rescaling and two Kronecker rotations, LDLQ, greedy descent."""
     made = f"int{bits}_row_mid_mse" if format is None else format
@@ -162,8 +179,8 @@ def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | F
 RECIPES: dict[str, Callable[..., Recipe]] = {
     f.__name__: f
     for f in (
-        rtn, imatrix, gptq, gptaq, best_gguf, gsq, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, quip,
-        quip_sharp, qtip, quarot, hqq, autoround, omniquant,
+        rtn, imatrix, gptq, gptaq, best_gguf, gsq, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, squeezellm,
+        lnq, quip, quip_sharp, qtip, quarot, hqq, autoround, omniquant,
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rounding_problems import damped64, losses, marked, problem, second_moment, staged
-from rounding_toys import Few, Learned
+from rounding_toys import Few
 
 import qjax
 from qjax.errors import UserError
@@ -77,10 +77,10 @@ def test_the_relaxed_loss_is_the_expected_one():
     assert (w - mean) @ H @ (w - mean) + np.diag(H) @ variance == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", marked(("Q3_K", "uint3_g64_mse", "NF4", "FP8_E4M3_b128", "table"), ("Q3_K", "table")))
+@pytest.mark.parametrize("name", marked(("Q3_K", "uint3_g64_mse", "NF4", "FP8_E4M3_b128", "lut2"), ("Q3_K", "lut2")))
 def test_candidates_are_the_levels_beside(name):
     w = jnp.asarray(np.random.default_rng(0).standard_normal((4, 256)), jnp.float32)
-    fmt = Learned() if name == "table" else qjax.format(name)
+    fmt = qjax.format(name)
     scales, codes = fmt.encode(w)
     state = State(scales, codes, w, jnp.float32(DAMPING))
     found, real = map(np.asarray, jax.jit(lambda s: candidates(s, fmt))(state))
