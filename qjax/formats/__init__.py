@@ -20,7 +20,7 @@ FAMILIES: tuple[ModuleType, ...] = tuple(
     for name in (
         *("ggml_dense", "ggml_simple", "kquants", "iq4", "iq", "ggml_low", "ggml_fp4"),
         *("integer", "offset", "bilevel", "codebook", "lookup", "float8"),
-        *("vectors.e8p", "vectors.trellis"),
+        *("vectors.e8p", "vectors.trellis", "vectors.additive"),
     )
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.formats.protocol import Columns, Format, Tile
+from qjax.formats.protocol import Columns, Format, Scales, Shared, Tile, TileGrid
 from qjax.typing import Array, Float, Integer, Shaped
 
 
@@ -61,8 +61,13 @@ def untiled(x: Shaped[Array, "R C r k"]) -> Shaped[Array, "rows n"]:
     return x.transpose(0, 2, 1, 3).reshape(R * r, C * k)
 
 
+def bound(format: Format, scales: Scales) -> TileGrid:
+    """The grid that `round` and `basis` are asked of: the format, with what all rows of a matrix share at hand."""
+    return format.bound(scales) if isinstance(format, Shared) else format
+
+
 def round_tiles(
-    format: Format, columns: Columns, w: Float[Array, "rows n"]
+    format: TileGrid, columns: Columns, w: Float[Array, "rows n"]
 ) -> tuple[Float[Array, "rows n"], Integer[Array, "rows m"]]:
     """What the grid has near each tile of w, and its codes.
 

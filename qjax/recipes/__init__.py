@@ -4,6 +4,7 @@ from qjax.recipes.composed import Recipe, joined
 from qjax.recipes.lines import REPARAMS, STAGES, recipe, reparam
 from qjax.recipes.methods import (
     RECIPES,
+    aqlm,
     autoround,
     awq,
     best_gguf,
@@ -29,7 +30,7 @@ from qjax.recipes.methods import (
 )
 
 __all__ = [
-    "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "gsq", "guided", "hqq",
-    "imatrix", "joined", "llm_int8", "lnq", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam",
-    "rtn", "smoothquant", "spqr", "squeezellm", "w8a8", "yaqa",
+    "RECIPES", "REPARAMS", "STAGES", "Recipe", "aqlm", "autoround", "awq", "best_gguf", "gptaq", "gptq", "gsq",
+    "guided", "hqq", "imatrix", "joined", "llm_int8", "lnq", "omniquant", "qtip", "quarot", "quip",
+    "quip_sharp", "recipe", "reparam", "rtn", "smoothquant", "spqr", "squeezellm", "w8a8", "yaqa",
 ]  # fmt: skip

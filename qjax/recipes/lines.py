@@ -40,6 +40,7 @@ from qjax.reparam import (
 from qjax.rounding import (
     Rounding,
     clip,
+    codebooks,
     descend,
     hqq,
     ldlq,
@@ -54,7 +55,7 @@ from qjax.rounding import (
 
 STAGES: dict[str, Callable[..., Rounding]] = {
     f.__name__: f for f in (
-        nearest, ldlq, descend, refit, neighbours, relaxed, spqr, hqq, learned, learned_clipping, clip,
+        nearest, ldlq, descend, refit, neighbours, relaxed, codebooks, spqr, hqq, learned, learned_clipping, clip,
     )
 }  # fmt: skip
 REPARAMS: dict[str, Callable[..., Reparam]] = {

@@ -13,6 +13,7 @@
     spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
     squeezellm sparse(0.0045) >> lut3 >> nearest(weight="h") >> options(sensitive=True)            arXiv:2306.07629
     lnq        lut3 >> nearest(weight="h") >> refit(3, sweeps=4)                      arXiv:2505.07004
+    aqlm       aqlm_2x8_g8 >> nearest(weight="h") >> ldlq("act") >> codebooks(4)      arXiv:2401.06118
     quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
     quip_sharp hadamard() >> E8P_2 >> nearest() >> ldlq("act") >> descend(10)         arXiv:2402.04396
     qtip       hadamard() >> trellis2_L12_3inst >> nearest() >> ldlq("act") >> descend(3)    arXiv:2406.11235
@@ -29,10 +30,11 @@ from typing import Any
 from qjax.formats import Format
 from qjax.formats import format as get_format
 from qjax.formats.integer import affine
+from qjax.formats.vectors.additive import additive
 from qjax.formats.vectors.trellis import trellis
 from qjax.recipes.composed import Recipe
 from qjax.reparam import Reparam, act, awq_scale, hadamard, kronecker, rescale, smooth, sparse
-from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit, relaxed
+from qjax.rounding import Rounding, clip, codebooks, descend, ldlq, learned, learned_clipping, nearest, refit, relaxed
 from qjax.rounding import hqq as hqq_stage
 from qjax.rounding import spqr as spqr_stage
 
@@ -131,6 +133,13 @@ def lnq(bits: int = 3, format: str | Format | None = None) -> Recipe:
     return _recipe("lnq", f"lut{bits}" if format is None else format, nearest("h"), refit(3, 4))
 
 
+def aqlm(books: int = 2, bits: int = 8, rounds: int = 4, format: str | Format | None = None) -> Recipe:
+    """AQLM (arXiv:2401.06118) without its tuning of blocks: weighted residual k-means, feedback, then codebooks by
+    least squares in the metric of H and codes by beam search, in turns."""
+    made = additive(books, bits) if format is None else format
+    return _recipe("aqlm", made, nearest("h"), ldlq("act"), codebooks(rounds))
+
+
 def quip(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | None = None) -> Recipe:
     """QuIP (arXiv:2307.13304): incoherence by rescaling and two Kronecker rotations, LDLQ, greedy descent."""
     made = f"int{bits}_row_mid_mse" if format is None else format
@@ -180,7 +189,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     f.__name__: f
     for f in (
         rtn, imatrix, gptq, gptaq, best_gguf, gsq, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, squeezellm,
-        lnq, quip, quip_sharp, qtip, quarot, hqq, autoround, omniquant,
+        lnq, aqlm, quip, quip_sharp, qtip, quarot, hqq, autoround, omniquant,
     )
 }  # fmt: skip
 

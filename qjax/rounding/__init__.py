@@ -1,6 +1,7 @@
 """Round: how codes are chosen for a format, one algorithm a file; roundings chain."""
 
 from qjax.rounding.clip import clip
+from qjax.rounding.codebooks import codebooks
 from qjax.rounding.descend import descend
 from qjax.rounding.hqq import hqq
 from qjax.rounding.ldlq import ldlq
@@ -19,6 +20,7 @@ __all__ = [
     "check_chain",
     "check_grid",
     "clip",
+    "codebooks",
     "descend",
     "hqq",
     "ldlq",

@@ -10,8 +10,10 @@ from rounding_problems import damped64, losses, problem, staged
 
 import qjax
 from qjax.errors import UserError
+from qjax.formats.tiles import bound
 from qjax.pipeline.rounded import round_leaf
-from qjax.rounding import ldlq, nearest, refit
+from qjax.rounding import check_grid, codebooks, ldlq, nearest, refit
+from qjax.rounding.codebooks import solved
 from qjax.rounding.protocol import DAMPING
 from qjax.rounding.ranges import ends
 from qjax.stats import Stats
@@ -64,3 +66,50 @@ def test_training_goes_straight_through_and_what_wants_unit_levels_says_so():
         piecewise_affine(fmt)
     with pytest.raises(UserError, match="lut2 has levels of its own in each row"):
         ends(fmt)
+
+
+def test_books_are_those_of_least_squares():
+    """Conjugate gradients to the end, against the normal equations of float64; and each step is below the last."""
+    (w, H), fmt = problem(16, 64), qjax.format("aqlm_2x3_g8")
+    metric = jnp.asarray(damped64(H, DAMPING), jnp.float32)
+    state = staged(w, H, fmt, nearest())[0]
+
+    @jax.jit
+    def run(state):
+        return [solved(state, fmt, metric, steps).scales["books"] for steps in (1, 3, 9, 120)]
+
+    eye = jnp.eye(state.scales["books"].size, dtype=jnp.float32)
+    A = np.float64(jax.vmap(lambda books: fmt.decode(state.scales | {"books": books[None]}, state.codes))(eye))
+    normal = np.einsum("arj,jk,brk->ab", A, np.float64(metric), A)
+    right = np.einsum("arj,jk,rk->a", A, np.float64(metric), np.float64(w))
+    best = np.linalg.lstsq(normal, right, rcond=1e-10)[0]
+    loss = [
+        losses(w, np.tensordot(np.float64(b).reshape(-1), A, 1), metric).sum()
+        for b in (state.scales["books"], *run(state), best)
+    ]
+    assert (np.diff(loss[:5]) < 0).all() and loss[4] < 1.002 * loss[5] < 0.9 * loss[0]
+
+
+def test_aqlm_gains_in_turns_and_is_never_worse():
+    (w, H), fmt = problem(32, 256), qjax.format("aqlm_2x4_g8")
+    states = staged(w, H, fmt, nearest("h"), ldlq(), codebooks(1), codebooks(2), refit(1))
+    loss = [losses(w, fmt.decode(s.scales, s.codes), damped64(H, DAMPING)).sum() for s in states]
+    assert loss[1] < 0.9 * loss[0] and loss[2] < 0.9 * loss[1] and loss[3] < 0.99 * loss[2] and loss[4] <= loss[3]
+    again = fmt.unpack(fmt.pack(states[-1].scales, states[-1].codes))
+    for a, b in zip(jax.tree.leaves((states[-1].scales, states[-1].codes)), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(UserError, match="codebooks: Q4_0 has no codebook to solve for"):
+        check_grid((nearest(), codebooks()), qjax.format("Q4_0"))
+    with pytest.raises(UserError, match="rounds and steps must be at least 1"):
+        codebooks(0)
+
+
+def test_a_tile_is_summed_in_its_own_metric():
+    fmt = qjax.format("aqlm_2x3_g8")
+    w, H = problem(16, 64)
+    scales, _ = fmt.encode(w)
+    M, u, s = H[:8, :8], w.reshape(-1, 1, 8), jnp.ones((128, 1), jnp.float32)
+    grid = bound(fmt, scales)
+    plain, own = (np.float64(grid.round((s, None), u, metric)[0] - u)[:, 0] for metric in (None, M))
+    loss = [np.einsum("ti,ij,tj->", e, np.float64(M), e) for e in (plain, own)]
+    assert loss[1] < 0.95 * loss[0]
