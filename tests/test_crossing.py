@@ -8,6 +8,7 @@ import pytest
 
 import qjax
 from qjax.errors import UserError
+from qjax.formats.protocol import Shared
 from qjax.recipes import RECIPES, REPARAMS, recipe
 from qjax.reparam import Site, reparametrize, settle
 from qjax.rounding.protocol import check_chain, requires, round_weight
@@ -21,6 +22,8 @@ DOCS = (Path(__file__).parents[1] / "docs" / "rounding.md").read_text()
 REFUSED = {
     "hqq": (lambda fmt: fmt.tile != (1, 1) or not has_offset(fmt), "formats without an offset"),
     "autoround": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
+    "aqlm": (lambda fmt: not isinstance(fmt, Shared), "formats without a codebook"),
+    "gsq": (lambda fmt: fmt.tile != (1, 1) or fmt.name in FLOATS, "points of several weights"),
     "omniquant": (lambda fmt: fmt.name in FLOATS, "F32, F16, BF16"),
 }
 
@@ -43,7 +46,7 @@ STATS = Stats(
 
 
 def has_offset(fmt):
-    return jax.eval_shape(lambda w: fmt.columns(fmt.fit(w), w.shape), f32(rows_of(fmt), N))[1] is not None
+    return jax.eval_shape(lambda w: fmt.columns(fmt.fit(w), w.shape), f32(rows_of(fmt), N))[-1] is not None
 
 
 def traced(fmt, made):

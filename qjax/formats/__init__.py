@@ -19,8 +19,8 @@ FAMILIES: tuple[ModuleType, ...] = tuple(
     import_module(f"qjax.formats.{name}")
     for name in (
         *("ggml_dense", "ggml_simple", "kquants", "iq4", "iq", "ggml_low", "ggml_fp4"),
-        *("integer", "offset", "bilevel", "codebook", "float8"),
-        *("vectors.e8p", "vectors.trellis"),
+        *("integer", "offset", "bilevel", "codebook", "lookup", "float8"),
+        *("vectors.e8p", "vectors.trellis", "vectors.additive"),
     )
 )
 

@@ -13,7 +13,8 @@ is its exact inverse.
 The second pair is the same grid seen tile by tile: all that a rounding asks for. Error feedback and descent `round` one
 tile of weights after another, in the tile's own metric where there is one, and the codes they get are those that are
 stored; a refit solves for the columns, in which w_hat is linear, and stores them. For levels times a scale K is 1:
-theta_1 = s, B_1 = T. A learned table has its entries as columns, a lattice or a trellis its points as the basis.
+theta_1 = s, B_1 = T. A learned table has its entries as columns, a lattice or a trellis its points as the basis; what a
+whole matrix shares is bound to the grid before (`Shared`).
 
 All are jittable, vmappable and work on abstract shapes. `Grid` (grid.py) derives most of them.
 """
@@ -100,6 +101,37 @@ class Format(Protocol):
 
     def shape(self, leaves: Leaves) -> tuple[int, ...]:
         """(*b, n), from the leaves' shapes alone."""
+
+
+@runtime_checkable
+class TileGrid(Protocol):
+    """What a sweep over tiles asks of a grid: any `Format`, or what a `Shared` one is bound to."""
+
+    @property
+    def tile(self) -> Tile:
+        """As of `Format`."""
+
+    def round(self, columns: Columns, target: Array, metric: Array | None = None) -> tuple[Array, Array]:
+        """As of `Format`."""
+
+    def basis(self, codes: Array) -> tuple[Array, ...]:
+        """As of `Format`."""
+
+
+@runtime_checkable
+class Shared(Format, Protocol):
+    """A format whose levels are learned for a whole matrix, so that columns, which are of rows, cannot hold them; its
+    `decode` is linear in them."""
+
+    @property
+    def shared(self) -> str:
+        """Their name among the scales."""
+
+    def with_shared(self, scales: Scales, levels: Array) -> Scales:
+        """The scales with other levels, as they can be stored."""
+
+    def bound(self, scales: Scales) -> TileGrid:
+        """The grid with the levels at hand; `round` and `basis` are asked of it, not of the format."""
 
 
 @runtime_checkable

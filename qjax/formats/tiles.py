@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.formats.protocol import Columns, Format, Tile
+from qjax.formats.protocol import Columns, Format, Scales, Shared, Tile, TileGrid
 from qjax.typing import Array, Float, Integer, Shaped
 
 
@@ -32,6 +32,18 @@ def _group_of(format: Format, n: int) -> int:
     return max(n // groups[0].shape[-1], format.tile[1])
 
 
+def tabled(format: Format) -> bool:
+    """Whether levels are the entries of a table that is learned, so that there are no levels of a unit scale."""
+    grid: Any = format  # hashable, which its protocol cannot say
+    return _tabled(grid)
+
+
+@lru_cache(maxsize=256)
+def _tabled(format: Format) -> bool:
+    shape = jax.ShapeDtypeStruct((format.rows or 1, format.block or 256), jnp.float32)
+    return len(jax.eval_shape(lambda w: format.columns(format.fit(w), w.shape), shape)) > 2
+
+
 def unit_of(format: Format) -> int:
     """A row's length is a multiple of this: of whole blocks and whole tiles."""
     return lcm(format.block or 1, format.tile[1])
@@ -49,8 +61,13 @@ def untiled(x: Shaped[Array, "R C r k"]) -> Shaped[Array, "rows n"]:
     return x.transpose(0, 2, 1, 3).reshape(R * r, C * k)
 
 
+def bound(format: Format, scales: Scales) -> TileGrid:
+    """The grid that `round` and `basis` are asked of: the format, with what all rows of a matrix share at hand."""
+    return format.bound(scales) if isinstance(format, Shared) else format
+
+
 def round_tiles(
-    format: Format, columns: Columns, w: Float[Array, "rows n"]
+    format: TileGrid, columns: Columns, w: Float[Array, "rows n"]
 ) -> tuple[Float[Array, "rows n"], Integer[Array, "rows m"]]:
     """What the grid has near each tile of w, and its codes.
 

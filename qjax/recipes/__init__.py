@@ -4,15 +4,18 @@ from qjax.recipes.composed import Recipe, joined
 from qjax.recipes.lines import REPARAMS, STAGES, recipe, reparam
 from qjax.recipes.methods import (
     RECIPES,
+    aqlm,
     autoround,
     awq,
     best_gguf,
     gptaq,
     gptq,
+    gsq,
     guided,
     hqq,
     imatrix,
     llm_int8,
+    lnq,
     omniquant,
     qtip,
     quarot,
@@ -21,12 +24,13 @@ from qjax.recipes.methods import (
     rtn,
     smoothquant,
     spqr,
+    squeezellm,
     w8a8,
     yaqa,
 )
 
 __all__ = [
-    "RECIPES", "REPARAMS", "STAGES", "Recipe", "autoround", "awq", "best_gguf", "gptaq", "gptq", "guided", "hqq",
-    "imatrix", "joined", "llm_int8", "omniquant", "qtip", "quarot", "quip", "quip_sharp", "recipe", "reparam", "rtn",
-    "smoothquant", "spqr", "w8a8", "yaqa",
+    "RECIPES", "REPARAMS", "STAGES", "Recipe", "aqlm", "autoround", "awq", "best_gguf", "gptaq", "gptq", "gsq",
+    "guided", "hqq", "imatrix", "joined", "llm_int8", "lnq", "omniquant", "qtip", "quarot", "quip",
+    "quip_sharp", "recipe", "reparam", "rtn", "smoothquant", "spqr", "squeezellm", "w8a8", "yaqa",
 ]  # fmt: skip

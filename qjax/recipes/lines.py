@@ -40,6 +40,7 @@ from qjax.reparam import (
 from qjax.rounding import (
     Rounding,
     clip,
+    codebooks,
     descend,
     hqq,
     ldlq,
@@ -48,12 +49,15 @@ from qjax.rounding import (
     nearest,
     neighbours,
     refit,
+    relaxed,
     spqr,
 )
 
 STAGES: dict[str, Callable[..., Rounding]] = {
-    f.__name__: f for f in (nearest, ldlq, descend, refit, neighbours, spqr, hqq, learned, learned_clipping, clip)
-}
+    f.__name__: f for f in (
+        nearest, ldlq, descend, refit, neighbours, relaxed, codebooks, spqr, hqq, learned, learned_clipping, clip,
+    )
+}  # fmt: skip
 REPARAMS: dict[str, Callable[..., Reparam]] = {
     f.__name__: f
     for f in (

@@ -6,10 +6,14 @@
     gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
     best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)
                    >> options(sensitive=0.5, shrink=True, two_sided=8)                ours
+    gsq        best_gguf >> relaxed(300) >> refit(2, sweeps=2)                        arXiv:2604.18556
     yaqa       nearest(weight="h") >> ldlq(order="act") >> options(sensitive=True, two_sided=64)   arXiv:2505.22988
     guided     nearest(weight="h") >> ldlq(order="act") >> descend(4) >> options(guided=4)         arXiv:2505.07004
     awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
     spqr       spqr(threshold=0.2)                                                    arXiv:2306.03078
+    squeezellm sparse(0.0045) >> lut3 >> nearest(weight="h") >> options(sensitive=True)            arXiv:2306.07629
+    lnq        lut3 >> nearest(weight="h") >> refit(3, sweeps=4)                      arXiv:2505.07004
+    aqlm       aqlm_2x8_g8 >> nearest(weight="h") >> ldlq("act") >> codebooks(4)      arXiv:2401.06118
     quip       rescale() >> kronecker() >> nearest() >> ldlq("act") >> descend(9)     arXiv:2307.13304
     quip_sharp hadamard() >> E8P_2 >> nearest() >> ldlq("act") >> descend(10)         arXiv:2402.04396
     qtip       hadamard() >> trellis2_L12_3inst >> nearest() >> ldlq("act") >> descend(3)    arXiv:2406.11235
@@ -19,16 +23,18 @@ and smoothquant, llm_int8, w8a8, quarot, hqq, autoround, omniquant below.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from qjax.formats import Format
 from qjax.formats import format as get_format
 from qjax.formats.integer import affine
+from qjax.formats.vectors.additive import additive
 from qjax.formats.vectors.trellis import trellis
 from qjax.recipes.composed import Recipe
-from qjax.reparam import Reparam, act, awq_scale, hadamard, kronecker, rescale, smooth
-from qjax.rounding import Rounding, clip, descend, ldlq, learned, learned_clipping, nearest, refit
+from qjax.reparam import Reparam, act, awq_scale, hadamard, kronecker, rescale, smooth, sparse
+from qjax.rounding import Rounding, clip, codebooks, descend, ldlq, learned, learned_clipping, nearest, refit, relaxed
 from qjax.rounding import hqq as hqq_stage
 from qjax.rounding import spqr as spqr_stage
 
@@ -63,6 +69,13 @@ def best_gguf(format: str | Format | None = None) -> Recipe:
     where that pays (rounding/two_sided.py)."""
     stages = nearest("h"), ldlq("act", cross=1.0), refit(2, 2)
     return _recipe("best_gguf", format, *stages, sensitive=0.5, shrink=True, two_sided=8)
+
+
+def gsq(steps: int = 300, format: str | Format | None = None) -> Recipe:
+    """GSQ (arXiv:2604.18556) on each layer's output, its noise in closed form: best_gguf's codes, then codes and scales
+    by relaxation (rounding/relaxed.py), then descent once more."""
+    best = best_gguf(format)
+    return dataclasses.replace(best, roundings=(*best.roundings, relaxed(steps), refit(2, 2)), name="gsq")
 
 
 def yaqa(format: str | Format | None = None) -> Recipe:
@@ -103,6 +116,28 @@ def spqr(threshold: float = 0.2, format: str | Format | None = None) -> Recipe:
     """SpQR (arXiv:2306.03078): error feedback with outliers in CSR, groups of 16 with 3-bit scales and zeros."""
     made = "uint3_g16_bilevel3x16" if format is None else format
     return _recipe("spqr", made, spqr_stage(threshold))
+
+
+def squeezellm(bits: int = 3, share: float = 0.0045, format: str | Format | None = None) -> Recipe:
+    """SqueezeLLM (arXiv:2306.07629): a table of levels a row by k-means weighted with sensitivity, the most sensitive
+    weights in CSR. Tokens count by their gradient; all rows of a weight share the result, where the paper has a Fisher
+    diagonal for each weight."""
+    reparams = (sparse(share),) if share else ()
+    made = f"lut{bits}" if format is None else format
+    return _recipe("squeezellm", made, nearest("h"), reparams=reparams, sequential=False, sensitive=True)
+
+
+def lnq(bits: int = 3, format: str | Format | None = None) -> Recipe:
+    """LNQ (GuidedQuant, arXiv:2505.07004, section 4): tables by least squares in the metric of H and codes by descent,
+    in turns, from weighted k-means. Tables are solved for before every pass of descent, three rounds of four."""
+    return _recipe("lnq", f"lut{bits}" if format is None else format, nearest("h"), refit(3, 4))
+
+
+def aqlm(books: int = 2, bits: int = 8, rounds: int = 4, format: str | Format | None = None) -> Recipe:
+    """AQLM (arXiv:2401.06118) without its tuning of blocks: weighted residual k-means, feedback, then codebooks by
+    least squares in the metric of H and codes by beam search, in turns."""
+    made = additive(books, bits) if format is None else format
+    return _recipe("aqlm", made, nearest("h"), ldlq("act"), codebooks(rounds))
 
 
 def quip(bits: int = 2, seed: int = 0, best_of: int = 1, format: str | Format | None = None) -> Recipe:
@@ -153,8 +188,8 @@ def omniquant(bits: int = 4, group: int = 128, steps: int = 200, format: str | F
 RECIPES: dict[str, Callable[..., Recipe]] = {
     f.__name__: f
     for f in (
-        rtn, imatrix, gptq, gptaq, best_gguf, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, quip, quip_sharp,
-        qtip, quarot, hqq, autoround, omniquant,
+        rtn, imatrix, gptq, gptaq, best_gguf, gsq, yaqa, guided, awq, smoothquant, llm_int8, w8a8, spqr, squeezellm,
+        lnq, aqlm, quip, quip_sharp, qtip, quarot, hqq, autoround, omniquant,
     )
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Round: how codes are chosen for a format, one algorithm a file; roundings chain."""
 
 from qjax.rounding.clip import clip
+from qjax.rounding.codebooks import codebooks
 from qjax.rounding.descend import descend
 from qjax.rounding.hqq import hqq
 from qjax.rounding.ldlq import ldlq
@@ -9,6 +10,7 @@ from qjax.rounding.nearest import nearest
 from qjax.rounding.neighbours import neighbours
 from qjax.rounding.protocol import Rounded, Rounding, check_chain, check_grid, round_weight
 from qjax.rounding.refit import refit
+from qjax.rounding.relaxed import relaxed
 from qjax.rounding.spqr import spqr
 from qjax.rounding.two_sided import round_two_sided
 
@@ -18,6 +20,7 @@ __all__ = [
     "check_chain",
     "check_grid",
     "clip",
+    "codebooks",
     "descend",
     "hqq",
     "ldlq",
@@ -26,6 +29,7 @@ __all__ = [
     "nearest",
     "neighbours",
     "refit",
+    "relaxed",
     "round_two_sided",
     "round_weight",
     "spqr",

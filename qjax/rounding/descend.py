@@ -16,6 +16,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
+from qjax.formats.tiles import bound
 from qjax.rounding.curvature import descent, order_of, proxy, tiles_of
 from qjax.rounding.protocol import Rounding, State, errors_of, metric
 from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
@@ -51,12 +52,13 @@ class Descend(Rounding):
         order = order_of(jnp.diagonal(H), "act", tile, 1)
         H = H[order][:, order]
         coupling, own = descent(H, tile), tiles_of(H, tile)
+        levels = bound(format, state.scales)
         grid = fixed_grid(format.columns(state.scales, target.shape), order, outer_of(tile))
         w, first = target.T[order], errors_of(state, format).T[order]
         reach = None if state.outliers is None else exactly(state.outliers[0]).T[order]
 
         def once(e: Array) -> tuple[Array, Array]:
-            return sweep(format, w, e, coupling, grid, outer_of(tile), metric=own, reach=reach)[:2]
+            return sweep(levels, w, e, coupling, grid, outer_of(tile), metric=own, reach=reach)[:2]
 
         codes = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(once, first)[1])
         e, codes = lax.fori_loop(0, self.sweeps, lambda _, now: once(now[0]), (first, codes))

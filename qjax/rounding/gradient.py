@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats.protocol import Columns, Format
-from qjax.formats.tiles import round_tiles
+from qjax.formats.protocol import Columns, Format, TileGrid
+from qjax.formats.tiles import bound, round_tiles
 from qjax.rounding.descend import keep_better, losses
 from qjax.rounding.protocol import State
 from qjax.rounding.ranges import between, ends, gap, grouped, shrunk, single, span, units
@@ -63,7 +63,8 @@ def trained(
         if columns_of is not None:
             free = lax.stop_gradient(free)
             columns = jax.tree.map(passed, columns, format.columns(format.store(kept, free), shape))
-        w_hat, codes = on_grid(format, columns, state.target, None if offset_of is None else offset_of(p))
+        offset = None if offset_of is None else offset_of(p)
+        w_hat, codes = on_grid(format, columns, state.target, offset, bound(format, kept))
         return (w_hat if state.outliers is None else jnp.where(*state.outliers, w_hat)), (codes, free)
 
     def turn(t: Array, now: tuple) -> tuple:
@@ -86,22 +87,28 @@ def trained(
 
 
 def on_grid(
-    format: Format, columns: Columns, w: Float[Array, "rows n"], offset: Float[Array, "rows G size"] | None
+    format: Format,
+    columns: Columns,
+    w: Float[Array, "rows n"],
+    offset: Float[Array, "rows G size"] | None,
+    levels: TileGrid | None = None,
 ) -> tuple[Float[Array, "rows n"], Array]:
     """w, moved by the offset, on a grid: values with gradients by all three, and codes.
 
     The gradient by a column is its basis; what goes straight through is w in units of the one scale, if there is one.
+    `levels` is what the format is bound to, where rows share some.
     """
+    levels = format if levels is None else levels
     *theta, m = columns
     one = len(theta) == 1
     s = theta[0] if one else jnp.ones_like(theta[0])
     u = units(grouped(w, s), s, m)
     u = u if offset is None else u + offset
     still = (jnp.ones_like(s), None) if one else lax.stop_gradient(columns)
-    T, codes = round_tiles(format, still, lax.stop_gradient(u).reshape(w.shape))
+    T, codes = round_tiles(levels, still, lax.stop_gradient(u).reshape(w.shape))
     inside = jnp.clip(u, *cells(format)) if single(format, columns) else u
     q = s[..., None] * passed(inside, T.reshape(u.shape))
-    for t, B in zip(theta, () if one else format.basis(codes), strict=False):
+    for t, B in zip(theta, () if one else levels.basis(codes), strict=False):
         q = q + (t - lax.stop_gradient(t))[..., None] * B.reshape(u.shape)
     return (q if m is None else q + m[..., None]).reshape(w.shape), codes
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Columns, Format, Scales
-from qjax.formats.tiles import group_of
+from qjax.formats.protocol import Columns, Format, Scales, TileGrid
+from qjax.formats.tiles import bound, group_of
 from qjax.rounding.curvature import Factor, Order, feedback, ordered, own_metric
 from qjax.rounding.protocol import Rounding, State
 from qjax.rounding.sweep import fixed_grid, in_place, outer_of, sweep
@@ -83,12 +83,13 @@ class LDLQ(Rounding):
         if self.grid == "dynamic":
             tiles, scales = _fitted_on_the_way(target.T[order], f, format, jnp.diagonal(H))
             return State(scales, in_place(tiles, order, tile), target, f.damping)
-        _, codes = fed_back(format, target, format.columns(state.scales, target.shape), f)
+        grid = bound(format, state.scales)
+        _, codes = fed_back(grid, target, format.columns(state.scales, target.shape), f)
         return State(state.scales, codes, target, f.damping)
 
 
 def fed_back(
-    format: Format,
+    format: TileGrid,
     w: Float[Array, "rows n"],
     columns: Columns,
     factor: Factor,

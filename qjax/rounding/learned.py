@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Columns, Format
-from qjax.formats.tiles import round_tiles
+from qjax.formats.tiles import bound, round_tiles
 from qjax.rounding.gradient import Parameters, shares, trained
 from qjax.rounding.protocol import Rounding, State, metric
 from qjax.rounding.ranges import ends, gap, grouped, single, units
@@ -172,16 +172,17 @@ def _around_codes(state: State, format: Format) -> tuple[Array, Array]:
     V's unit is the distance to the next level; where a level is a point of several weights, sqrt(12) times the rms miss
     of its group, which is that distance where levels lie an even step apart.
     """
-    assert state.codes is not None
+    assert state.scales is not None and state.codes is not None
     columns = _columns(state, format)
     *theta, m = columns
     one = len(theta) == 1
     s = theta[0] if one else jnp.ones_like(theta[0])
     still = (jnp.ones_like(s), None) if one else columns
     u = units(grouped(state.target, s), s, m)
-    nearest, codes = round_tiles(format, still, u.reshape(state.target.shape))
+    levels = bound(format, state.scales)
+    nearest, codes = round_tiles(levels, still, u.reshape(state.target.shape))
     nearest = nearest.reshape(u.shape)
-    B = [b.reshape(u.shape) for b in format.basis(state.codes)]
+    B = [b.reshape(u.shape) for b in levels.basis(state.codes)]
     t = B[0] if one else sum(c[..., None] * b for c, b in zip(theta, B, strict=True))
     same = _in_tiles(state.codes == codes, format, state.target.shape[1]).reshape(u.shape)
     if not single(format, columns):

@@ -16,6 +16,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Columns, Format
+from qjax.formats.tiles import tabled
 from qjax.typing import Array, Float
 
 _FAR = 1e5  # beyond the levels of every format with scales, near enough to tell them apart by their distance
@@ -26,11 +27,13 @@ def level(format: Format, u: Float[Array, "*u"]) -> Float[Array, "*u"]:
     """The unit level nearest to u, of a format of single levels under one scale: T for (w - m) / s.
 
     Raises:
-      UserError: the format rounds several weights together.
+      UserError: the format rounds several weights together, or its levels are learned.
     """
     if format.tile != (1, 1):
         tile = " x ".join(map(str, format.tile))
         raise UserError(f"{format.name} rounds {tile} weights together, and one of them alone has no levels")
+    if tabled(format):
+        raise UserError(f"{format.name} has levels of its own in each row, and none of a unit scale")
     value, _ = format.round((jnp.ones_like(u)[..., None], None), u[..., None, None])
     return value[..., 0, 0]
 

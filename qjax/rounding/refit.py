@@ -24,6 +24,7 @@ from jax import lax
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Columns, Format, Scales
+from qjax.formats.tiles import bound
 from qjax.rounding.curvature import descent, over_tiles, tiles_of
 from qjax.rounding.descend import Descend, exactly, keep_better, losses
 from qjax.rounding.protocol import Rounding, State, errors_of, metric
@@ -82,7 +83,7 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"], sweeps: int) 
     """
     scales, codes, e = state.scales, state.codes, errors_of(state, format)
     assert scales is not None and codes is not None
-    (rows, n), tile = e.shape, format.tile[1]
+    (rows, n), tile, levels = e.shape, format.tile[1], bound(format, scales)
     columns = format.columns(scales, e.shape)
     groups, offset = columns[0].shape[-1], columns[-1] is not None
     size = n // groups
@@ -132,7 +133,7 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"], sweeps: int) 
 
     def basis_of(codes: Array, taken: Array | None) -> list[Array]:
         """B_1 ... B_K and the offset's 1, f32[outer, rows or 1]; 0 for outliers, which no grid moves."""
-        B = [b.T for b in format.basis(codes)] + ([jnp.ones((outer, 1), jnp.float32)] if offset else [])
+        B = [b.T for b in levels.basis(codes)] + ([jnp.ones((outer, 1), jnp.float32)] if offset else [])
         return B if taken is None else [jnp.where(taken, 0.0, b) for b in B]
 
     def one_unit(e: Array, at: tuple) -> tuple:
@@ -152,7 +153,7 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"], sweeps: int) 
             e_u = e_u + moved
             if sweeps:
                 grid = fixed_grid(columns, jnp.arange(outer), width)
-                e_u, tiles, _ = sweep(format, w, e_u, coupling, grid, width, pull=pull, metric=own, reach=reach)
+                e_u, tiles, _ = sweep(levels, w, e_u, coupling, grid, width, pull=pull, metric=own, reach=reach)
                 codes = in_place(tiles, jnp.arange(outer), tile)
             return e_u, codes, kept, columns
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format
-from qjax.formats.tiles import group_of
+from qjax.formats.tiles import bound, group_of
 from qjax.rounding.curvature import Factor, Order, ordered
 from qjax.rounding.ldlq import fed_back
 from qjax.rounding.protocol import Rounding, State
@@ -77,7 +77,7 @@ class SpQR(Rounding):
         tau = self.threshold * jnp.mean(jnp.var(w, axis=0) * D, where=live)
         reach = jnp.where(live, jnp.sqrt(tau / jnp.where(D > 0, D, 1.0)), jnp.inf)
         scales = format.fit(without_outliers(w, reach, group_of(format, w.shape[1]), format) if self.loo else w)
-        w_hat, codes = fed_back(format, w, format.columns(scales, w.shape), f, reach)
+        w_hat, codes = fed_back(bound(format, scales), w, format.columns(scales, w.shape), f, reach)
         # Rounded weights lie on the grid up to float32; outliers farther from it than their column's reach.
         missed = jnp.abs(w_hat - format.decode(scales, codes)) > 0.5 * reach[None, :]
         return State(scales, codes, w, f.damping, (missed, w_hat))

@@ -22,7 +22,7 @@ MADE = ["uint8_g128", "uint4_g16", "int3_g64_mid_mse", "uint5_g32", "int6_g64_bf
 
 def test_which_formats_have_a_coding():
     without = set(format_names()) - set(READ)
-    vectors = {"IQ1", "IQ2", "IQ3", "E8P", "trellis2", "trellis3", "trellis4"}
+    vectors = {"IQ1", "IQ2", "IQ3", "E8P", "trellis2", "trellis3", "trellis4", "lut2", "lut3", "lut4", "aqlm"}
     assert {n.split("_")[0] for n in without} <= {"F32", "F16", "BF16", "FP8", "NF4", "FP4", "uint3", "Q1"} | vectors
     assert {n for n in without if n.startswith(("NF4", "FP4", "uint3"))} == {
         *("NF4_dq", "FP4_dq", "uint3_g16_bilevel3x16"),

@@ -1,4 +1,4 @@
-"""Small formats by the protocol alone: a few scalar levels, lattices, a trellis over rows, tables that are learned.
+"""Small formats by the protocol alone: a few scalar levels, lattices, a trellis over rows.
 
 None of them is known to any rounding. What is not of the format itself, codes stored as they are, is `Toy`.
 """
@@ -223,35 +223,6 @@ class Trellis(Toy):
         tiles = jnp.moveaxis(codes.reshape(*b, rows // 16, 16, n // 16, 16), -3, -2)
         values = self.values()[self._windows(tiles.reshape(*tiles.shape[:-2], 256))].reshape(tiles.shape)
         return (jnp.moveaxis(values, -2, -3).reshape(codes.shape),)
-
-
-@dataclasses.dataclass(frozen=True)
-class Learned(Toy):
-    """A table of four levels for each row: {"table": f32[*b, rows, 4]}; codes u8[*b, n]."""
-
-    name: str = "learned table"
-    block: int = 0
-    bits_per_weight: float = 2.0
-
-    def fit(self, w, weight=None):
-        rms = jnp.sqrt(jnp.mean(w * w, axis=-1, keepdims=True))
-        return {"table": rms[..., None] * jnp.array([-1.5, -0.45, 0.45, 1.5]).reshape(*[1] * w.ndim, 4)}
-
-    def columns(self, scales, shape):
-        return *(scales["table"][..., k] for k in range(4)), None
-
-    def round(self, columns, target, metric=None):
-        table = jnp.stack(columns[:-1], axis=-1)[..., None, :]
-        code = jnp.argmin(jnp.abs(target[..., None] - table), axis=-1)
-        return jnp.take_along_axis(jnp.broadcast_to(table, (*target.shape, 4)), code[..., None], -1)[
-            ..., 0
-        ], code.astype(jnp.uint8)
-
-    def basis(self, codes):
-        return tuple((codes == k).astype(jnp.float32) for k in range(4))
-
-    def store(self, scales, columns):
-        return {"table": jnp.stack(columns[:-1], axis=-1)}
 
 
 def even_integers(u: np.ndarray) -> np.ndarray:

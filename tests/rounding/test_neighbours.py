@@ -14,7 +14,7 @@ from qjax.rounding.protocol import DAMPING, State, rounded_of
 from qjax.stats import Stats
 
 NONE = {"F32", "F16", "BF16", "NF4_dq", "FP4_dq", "FP8_E4M3_tensor", "FP8_E5M2_tensor"}  # of no block's own
-NONE |= {name for name in qjax.format_names() if name.startswith(("E8P", "trellis"))}
+NONE |= {name for name in qjax.format_names() if name.startswith(("E8P", "trellis", "lut", "aqlm"))}
 NESTED = ("uint4_g32_u6x16", "uint3_g16_bilevel3x16", "int4_g32_u4xrow")
 HAVE = [name for name in (*qjax.format_names(), *NESTED) if name not in NONE]
 LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float64)

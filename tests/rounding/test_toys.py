@@ -1,11 +1,11 @@
-"""Formats that no rounding knows, by the protocol alone through every stage: lattice, trellis, table of a row."""
+"""Formats that no rounding knows, by the protocol alone through every stage: lattice, trellis; and lut2's tables."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rounding_problems import damped64, losses, problem
-from rounding_toys import E8, Few, Learned, Trellis
+from rounding_toys import E8, Few, Trellis
 
 import qjax
 from qjax.errors import UserError
@@ -15,7 +15,7 @@ from qjax.rounding.refit import refitted
 from qjax.stats import Stats
 
 ROWS, N = 32, 128
-TOYS = {"E8": E8(), "trellis": Trellis(), "table": Learned()}
+TOYS = {"E8": E8(), "trellis": Trellis(), "table": qjax.format("lut2")}
 STAGES = {  # what stands before it, and the stage
     "nearest": ("", nearest()),
     "clip": ("nearest", clip(5)),
@@ -109,7 +109,7 @@ def test_a_table_is_refitted_to_what_least_squares_says(states, w_H):
     """Four entries a row, free as stored: the refit's table is the solution of float64 for its codes."""
     w, H = w_H
     state = states["table"]["descend"][0]
-    new = jax.jit(lambda s: refitted(s, Learned(), jnp.asarray(damped64(H, DAMPING), jnp.float32), 0))(state)
+    new = jax.jit(lambda s: refitted(s, TOYS["table"], jnp.asarray(damped64(H, DAMPING), jnp.float32), 0))(state)
     codes, H64 = np.asarray(state.codes), damped64(H, DAMPING)
     for row in range(0, ROWS, 8):
         B = np.float64(codes[row] == np.arange(4)[:, None])

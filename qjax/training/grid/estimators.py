@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from qjax.errors import UserError
 from qjax.formats.protocol import Format, Scales
+from qjax.formats.tiles import tabled
 from qjax.rounding.gradient import cells
 from qjax.rounding.ranges import by_inverse, ends, gap, level
 from qjax.typing import Array, Float
@@ -39,7 +40,8 @@ class Position:
     Attributes:
       format: its levels.
       w, w_hat: the weights before and after, in groups along the contracted axis, wherever that is: f32[.., G, g, ..].
-      s, m: the grid as stored, for each group: f32[.., G, 1, ..]; m is None where there is no offset.
+      s, m: the grid as stored, for each group: f32[.., G, 1, ..]; s is 1 where levels are learned; m is None where
+        there is no offset.
     """
 
     format: Format
@@ -59,9 +61,9 @@ class Position:
         return level(self.format, self._units(self.w_hat))
 
     def inside(self, reach: Reach) -> Array:
-        """Whether u lies between the ends of the grid, which count as inside: bool; all do where s is 0, and where
-        weights are rounded together, whose levels have no ends."""
-        if self.format.tile != (1, 1):
+        """Whether u lies between the ends of the grid, which count as inside: bool; all do where s is 0, where weights
+        are rounded together, whose levels have no ends, and where levels are learned, which go as far as weights do."""
+        if self.format.tile != (1, 1) or tabled(self.format):
             return jnp.ones(self.w.shape, bool)
         lo, hi = cells(self.format) if reach == "cells" else ends(self.format)
         # The ends in the weights' own units: a comparison per weight and no division.
@@ -92,7 +94,8 @@ def position_of(
       axis: the contracted axis.
     """
     shape = (*(n for i, n in enumerate(w.shape) if i != axis % w.ndim), w.shape[axis])
-    s, m = fmt.columns(scales, shape)
+    theta, *_, m = fmt.columns(scales, shape)
+    s = jnp.ones_like(theta) if tabled(fmt) else theta
     w, w_hat = (in_groups(x, s.shape[-1], axis) for x in (w, w_hat))
     return Position(fmt, w, w_hat, per_group(s, axis), None if m is None else per_group(m, axis))
 

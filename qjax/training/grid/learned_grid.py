@@ -25,8 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.errors import UserError
 from qjax.formats import sound
 from qjax.formats.protocol import Format, Scales
+from qjax.formats.tiles import tabled
 from qjax.rounding.ranges import by_inverse
 from qjax.training.grid.estimators import Clipped, Estimator, Position, Reach, over_groups, position_of
 from qjax.training.grid.fake_quant import decoded, rounded
@@ -44,7 +46,12 @@ def start(
       kept: the format's scales.
       shape: of the weights, contracted axis last.
       threshold: p, f32[*b, G], where levels are chosen on another grid than they stand on.
+
+    Raises:
+      UserError: a table of levels, which has no one scale.
     """
+    if tabled(fmt):
+        raise UserError(f"{fmt.name} has a table of levels and no scale to learn; take scales = refit or frozen")
     s, m = fmt.columns(kept, shape)
     at: GridArrays = {"s": s} | ({} if m is None else {"m": m}) | ({} if threshold is None else {"p": threshold})
     names = {"s": "scale", "m": "offset", "p": "threshold"}

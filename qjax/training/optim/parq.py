@@ -33,6 +33,7 @@ import optax
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
+from qjax.formats.tiles import tabled
 from qjax.rounding.ranges import gap, level, units
 from qjax.tensor import QTensor, dequantize, quantize
 from qjax.typing import Array, Float, Int
@@ -115,6 +116,8 @@ def piecewise_affine(format: str | Format, axis: int = -1) -> Prox:
     if fmt.tile != (1, 1):
         tile = " x ".join(map(str, fmt.tile))
         raise UserError(f"{fmt.name} rounds tiles of {tile} weights, which have no neighbouring levels; use relaxed")
+    if tabled(fmt):
+        raise UserError(f"{fmt.name} fits a table of levels to each row and has none of a unit scale; use relaxed")
 
     def prox(u: Array, rho: Array) -> Array:
         q = quantize(u, fmt, axis)
