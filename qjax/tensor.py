@@ -270,7 +270,11 @@ def _encode(w: Array, weight: Array | None, fmt: Format) -> tuple[Leaves, Array]
 @jax.jit
 def dequantize(q: QTensor) -> Float[Array, "*w"]:
     """The values a QTensor stands for: f32 of its logical shape, whatever the type of the weights that were packed."""
-    w = q.format.decode(*q.format.unpack(q.leaves))
+    return placed(q, q.format.decode(*q.format.unpack(q.leaves)))
+
+
+def placed(q: QTensor, w: Float[Array, "*b n"]) -> Float[Array, "*w"]:
+    """Values of q's codes, contracted axis last, in the variables and the order of axes of the weight."""
     if q.applied:
         back = restore
         for _ in range(w.ndim - 2):  # a stack of matrices
