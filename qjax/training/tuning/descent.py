@@ -12,16 +12,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from qjax.compiled import full_float32
 from qjax.errors import UserError
 from qjax.training.losses.objectives import Objective
-from qjax.training.optim.groups import Group, labels, partitioned
+from qjax.training.optim.groups import Group, partitioned
 from qjax.training.optim.schedules import warmup_cosine
 from qjax.training.run.state import TrainStep, init_state, make_step
 from qjax.training.tuning.continuous import Parameters
@@ -63,6 +64,9 @@ class Tuning:
         return step * self.looks // self.steps > (step - 1) * self.looks // self.steps
 
 
+OptimizerOf = Callable[[Tuning, tuple[str, ...]], optax.GradientTransformation]  # how, and the keys of what trains
+
+
 @dataclasses.dataclass(frozen=True)
 class Descent:
     """What became of a descent.
@@ -102,6 +106,7 @@ def descend(
     judge: Callable[[Parameters], float],
     name: str,
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    optimizer_of: OptimizerOf | None = None,
 ) -> tuple[Parameters, Descent]:
     """Tune parameters.
 
@@ -115,6 +120,7 @@ def descend(
       judge: the loss on others, of what would be stored.
       name: of what is tuned, for messages.
       progress: called as (step, the last loss that was looked at).
+      optimizer_of: what makes the optimizer; None: Adam, see `Tuning`.
 
     Returns: the parameters of least loss, and how they were found.
 
@@ -124,7 +130,7 @@ def descend(
     first = judge(trained)
     if not math.isfinite(first):
         raise UserError(f"{name}: its loss is {first} before any tuning; the model or the windows are broken")
-    step, optimizer = _compiled(objective, tuning, tuple(trained))
+    step, optimizer = _compiled(objective, tuning, tuple(trained), optimizer_of or _adam)
     state = init_state(trained, optimizer, constants)
     order = _order(windows, tuning)
     best, looks, broken, done = (trained, 0, first), [(0, first)], None, 0
@@ -151,12 +157,18 @@ def _order(windows: int, tuning: Tuning) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def _compiled(objective: Objective, tuning: Tuning, kinds: tuple[str, ...]) -> tuple[TrainStep, Any]:
+def _compiled(
+    objective: Objective, tuning: Tuning, kinds: tuple[str, ...], optimizer_of: OptimizerOf
+) -> tuple[TrainStep, Any]:
     """The step of equal objectives, and its optimizer."""
+    optimizer = optimizer_of(tuning, kinds)
+    return make_step(full_float32(objective), optimizer), optimizer
+
+
+def _adam(tuning: Tuning, kinds: tuple[str, ...]) -> optax.GradientTransformation:
     each = {"scales": tuning.rate, "vectors": tuning.vector_rate}
     groups = [Group(kind, f"{kind}/*", each[kind], clip=tuning.clip) for kind in kinds]
-    optimizer = partitioned(groups, warmup_cosine(1.0, tuning.steps, 0))
-    return make_step(full_float32(objective), optimizer, labels=partial(labels, groups=groups)), optimizer
+    return partitioned(groups, warmup_cosine(1.0, tuning.steps, 0))
 
 
 def mean_over(windows: int, batch: int, loss: Callable[[slice], Array]) -> float:

@@ -27,6 +27,7 @@ from qjax.models.model import Model, check_tokens
 from qjax.pipeline.windows import Calibration
 from qjax.tensor import is_qtensor
 from qjax.training.decoder.forward import Forward
+from qjax.training.decoder.quantization import Activations
 from qjax.training.losses.distill import forward_kl
 from qjax.training.losses.objectives import Losses, Readout, away, language_loss
 from qjax.training.tuning.continuous import Parameters, start, stored, values
@@ -64,17 +65,15 @@ def tune(
         raise UserError("tuning compares with the float model, and this one is packed; give its float weights first")
     if dataclasses.replace(model.config, tied=quantized.config.tied) != quantized.config:
         raise UserError("the float model and the quantized one are of two architectures; they must be one model")
-    if not calibration.heldout or calibration.tokens.shape[1] < 2:
-        raise UserError("tuning needs a calibration window held out, to decide which step is kept, of two tokens")
-    check_tokens(model.config, calibration.tokens)
+    check_windows(model.config, calibration)
     tokens = np.asarray(calibration.tokens, np.int32)
     used, held = tokens[: calibration.used], tokens[calibration.used :]
-    teacher, student = _readout(model.config), _readout(quantized.config)
+    teacher, student = readout(model.config), readout(quantized.config)
     constants = {"model": quantized.params, "teacher": jax.tree.map(jnp.asarray, model.dense)}
 
     def judge(trained: Parameters) -> float:
         dense = dataclasses.replace(quantized, params=stored(quantized.params, trained)).dense
-        return mean_over(len(held), tuning.batch, lambda at: _kl(
+        return mean_over(len(held), tuning.batch, lambda at: kl_of(
             teacher, student, constants["teacher"], dense, held[at, :-1]))  # fmt: skip
 
     best, found = descend(
@@ -84,15 +83,24 @@ def tune(
     return dataclasses.replace(quantized, params=stored(quantized.params, best)), found
 
 
+def check_windows(config: DecoderConfig, calibration: Calibration) -> None:
+    """Raise UserError where no step could be judged, or a token is none of the model's."""
+    if not calibration.heldout or calibration.tokens.shape[1] < 2:
+        raise UserError("tuning needs a calibration window held out, to decide which step is kept, of two tokens")
+    check_tokens(config, calibration.tokens)
+
+
 def _run_on(trained: Parameters, constants: Any) -> Any:
     return values(constants["model"], trained)
 
 
-def _readout(config: DecoderConfig) -> Readout:
-    return Readout(config, Forward(config, readout=False), min(_CHUNK, config.vocab))
+def readout(config: DecoderConfig, activations: Activations | None = None) -> Readout:
+    """A decoder's forward in float32, whose logits exist a chunk at a time."""
+    return Readout(config, Forward(config, activations or Activations(), readout=False), min(_CHUNK, config.vocab))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
-def _kl(teacher: Readout, student: Readout, floats: Any, dense: Any, tokens: Array) -> Array:
+def kl_of(teacher: Readout, student: Readout, floats: Any, dense: Any, tokens: Array) -> Array:
+    """The mean KL of tokens i32[b, t], nats."""
     return away(forward_kl, teacher(floats, tokens), student(dense, tokens), None, 1.0)
