@@ -4,7 +4,7 @@
 
 Of each format: `gptq` as the model is; `quarot`, residual stream and values in random Hadamard coordinates, folded into
 the weights; `spinquant`, rotations that learned from there for this very format. All three are rounded by one recipe on
-one text; with `inputs` the blocks' inputs are rounded too, while rotations learn and when the model is judged.
+one text; with `inputs` the blocks' inputs are rounded too, and rotations learn for those alone, as the paper's do.
 `ratio` is the KL over quarot's on the same windows, with half its 95 % interval over them, as in tuning.py. A killed
 run goes on with the formats that it had not finished.
 """
@@ -79,7 +79,7 @@ def models_of(
     """One format by all methods, and what the learning says of itself."""
     act = f"act({config.inputs!r}) >> " if config.inputs else ""
     line = f"{act}{format} >> {config.recipe}"
-    learned_on = Plan.from_dict({"rules": {"layers_*": format, "*": config.outside}})
+    learned_on = None if config.inputs else Plan.from_dict({"rules": {"layers_*": format, "*": config.outside}})
     plan = Plan.from_dict({"rules": {"layers_*": line, "*": f"rtn:{config.outside}"}})
     clock = time.perf_counter()
     spun, found = learn_rotations(

@@ -81,6 +81,8 @@ class Quantize:
     def execute(self) -> None:
         from qjax.processes import joined
 
+        if self.join is not None and (self.tune or self.tune_blocks):
+            raise UserError("--tune and --tune-blocks run in one process; leave --join out")
         with joined(self.join):
             self._execute()
 
@@ -107,8 +109,6 @@ class Quantize:
             )
         if "act" in changes:
             raise UserError(f"--recipe {self.recipe}: a folder of floats cannot say that inputs are rounded too")
-        if self.join is not None and (self.tune or self.tune_blocks):
-            raise UserError("--tune and --tune-blocks run in one process; leave --join out")
         if self.plan is None and not made.requires and self.calib and not self.tune:
             raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
         texts = texts_of(self.calib)
