@@ -34,7 +34,7 @@ _TINY = 1e-8
 class CayleyState(NamedTuple):
     """Steps taken, and the momentum of each matrix."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     momentum: Any
 
 
@@ -61,14 +61,14 @@ def cayley_sgd(rate: float | optax.Schedule = 1.5, momentum: float = 0.0) -> opt
         return CayleyState(jnp.int32(0), jax.tree.map(jnp.zeros_like, matrices))
 
     def update(grads: Any, state: CayleyState, matrices: Any = None) -> tuple[Any, CayleyState]:
-        longest = jnp.float32(rate(state.count) if callable(rate) else rate)
+        longest = jnp.float32(rate(state.step) if callable(rate) else rate)
         moved = [
             cayley_step(X, jnp.float32(momentum) * M - G, longest)
             for X, M, G in zip(*map(jax.tree.leaves, (matrices, state.momentum, grads)), strict=True)
         ]
         tree = jax.tree.structure(matrices)
         new, kept = (jax.tree.unflatten(tree, leaves) for leaves in zip(*moved, strict=True))
-        return jax.tree.map(jnp.subtract, new, matrices), CayleyState(state.count + 1, kept)
+        return jax.tree.map(jnp.subtract, new, matrices), CayleyState(state.step + 1, kept)
 
     return optax.GradientTransformation(init, update)
 

@@ -28,8 +28,9 @@ from qjax.formats.grid import Scaled
 from qjax.formats.protocol import Format, Scales
 from qjax.formats.storage import fp16
 from qjax.formats.stores import Multiple, Steps
+from qjax.reparam.protocol import restore_all
 from qjax.reparam.rotate import Rotated
-from qjax.tensor import QTensor, is_qtensor, placed
+from qjax.tensor import QTensor, is_qtensor
 from qjax.training.grid.weights import leaves_by_path, mapped, replaced
 from qjax.typing import Array, Float
 
@@ -110,7 +111,8 @@ def value(q: QTensor, p: Numbers) -> Float[Array, "*w"]:
     at = {k: _straight_through(v, wanted[k]) for k, v in numbers_of(new).items()}
     scales, codes = new.format.unpack(new.leaves)
     w = new.format.decode(scales | {k: v for k, v in at.items() if k in scales}, codes)
-    return placed(dataclasses.replace(new, applied=_with(new.applied, at, exact=False)), w)
+    w = restore_all(_with(new.applied, at, exact=False), w)
+    return jnp.moveaxis(w, -1, q.axis).reshape(q.shape)
 
 
 @jax.custom_jvp
