@@ -65,8 +65,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             b = kl["quarot"]
             ratio = a.sum() / b.sum()
             half = half_interval(list((a - ratio * b) / b.mean()))
-            row = {"format": format, "method": method, "kl": float(a.mean()), "kl_ci": half_interval(list(a)),
-                   "ratio": float(ratio), "ratio_ci": half, **(said if method == "spinquant" else {})}  # fmt: skip
+            whole = {"kl": float(a.mean()), "kl_half_interval": half_interval(list(a)), "ratio": float(ratio)}
+            learned = said if method == "spinquant" else {}
+            row = {"format": format, "method": method, **whole, "ratio_half_width": half, **learned}
             done[format, method] = row
             rundir.log(out, row)
             print(f"{format} {method}: KL {row['kl']:.5f}, {ratio:.3f} of quarot's", file=sys.stderr)

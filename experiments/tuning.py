@@ -92,6 +92,11 @@ def rows_of(
         a, b = kl[way], kl["rounded"]
         ratio = a.sum() / b.sum()
         half = half_interval(list((a - ratio * b) / b.mean()))
-        whole = {"kl": float(a.mean()), "kl_ci": half_interval(list(a)), "ratio": float(ratio), "ratio_ci": half}
+        whole = {
+            "kl": float(a.mean()),
+            "kl_half_interval": half_interval(list(a)),
+            "ratio": float(ratio),
+            "ratio_half_width": half,
+        }
         rows.append({"recipe": line, "format": recipe.format.name, "way": way, **whole, **made[way][1]})
     return rows
