@@ -49,6 +49,7 @@ def test_a_tuned_file_is_an_ordinary_one(folder, text, tmp_path):
     assert sum(t["error"] is not None for t in said["tensors"]) == sum(t["error"] is not None for t in plain["tensors"])
 
 
+@pytest.mark.slow
 def test_without_a_recipe_that_looks_the_text_is_for_tuning_alone(folder, text, tmp_path):
     said = quantized(folder, tmp_path / "tuned", text, "--type", "int4_g32", "--tune", 2)
     assert said["ledger"]["tuned"]["steps"] == 2

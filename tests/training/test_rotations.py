@@ -42,6 +42,7 @@ def calibration():
     return Calibration(tokens, heldout=8, batch=8)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_float_model_stays(model, calibration):
     made, found = learn_rotations(model, PLAN, calibration, TUNING, inputs="int4", seed=SEED)
     assert found.loss < 0.9 * found.first_loss and found.kept > 0

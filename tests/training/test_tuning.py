@@ -70,6 +70,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("format", CASES)
 def test_what_moves_is_stored_by_the_format_itself(format):
     """At the start it is the rounded weight, bit for bit; anywhere, what trains is what is stored, and codes stay."""
@@ -175,6 +176,7 @@ def test_bad_input(model, rounded, calibration):
 BLOCKS = TuneBlocks(Tuning(steps=12, batch=8, rate=2e-2, looks=3))
 
 
+@pytest.mark.slow
 def test_blocks_are_tuned_as_the_walk_comes_by(model, calibration):
     plain, _ = quantize_model(model, PLAN, "gptq", calibration)
     tuned, report = quantize_model(model, PLAN, "gptq", calibration, tune=BLOCKS)
