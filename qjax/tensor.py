@@ -22,7 +22,7 @@ from qjax.formats.protocol import BlockFormat, Format, Leaves
 from qjax.formats.storage import stored_bytes
 from qjax.formats.tiles import unit_of
 from qjax.reparam.inputs import RoundedInput
-from qjax.reparam.protocol import restore, through
+from qjax.reparam.protocol import restore_all, through
 from qjax.tables import html_table, size
 from qjax.typing import Array, Float, Shaped
 
@@ -270,12 +270,7 @@ def _encode(w: Array, weight: Array | None, fmt: Format) -> tuple[Leaves, Array]
 @jax.jit
 def dequantize(q: QTensor) -> Float[Array, "*w"]:
     """The values a QTensor stands for: f32 of its logical shape, whatever the type of the weights that were packed."""
-    w = q.format.decode(*q.format.unpack(q.leaves))
-    if q.applied:
-        back = restore
-        for _ in range(w.ndim - 2):  # a stack of matrices
-            back = jax.vmap(back)
-        w = back(q.applied, w)
+    w = restore_all(q.applied, q.format.decode(*q.format.unpack(q.leaves)))
     return jnp.moveaxis(w, -1, q.axis).reshape(q.shape)
 
 

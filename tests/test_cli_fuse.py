@@ -15,13 +15,19 @@ def folder(tmp_path):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
-    "options", [["--rotate", "3"], ["--scale", "smooth(0.5)"], ["--scale", "awq_scale(4)", "--format", "Q4_0"]]
+    "options",
+    [
+        ["--rotate", "3"],
+        ["--scale", "smooth(0.5)"],
+        ["--scale", "awq_scale(4)", "--format", "Q4_0"],
+        ["--rotate", "3", "--learn", "Q4_0", "--learn-steps", "2"],
+    ],
 )
 @pytest.mark.parametrize("out", ["fused.gguf", "fused"])
 def test_the_same_model(options, out, folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a text to look at activations with. " * 60)
-    calib = ["--calib", str(text), "--calib-ctx", "16"] if "--scale" in options else []
+    calib = ["--calib", str(text), "--calib-ctx", "16"] if {"--scale", "--learn"} & {*options} else []
     status = main(["fuse", str(folder), "-o", str(tmp_path / out), "--untie", *options, *calib])
     assert status == 0, capsys.readouterr().err
     tokens = np.arange(12, dtype=np.int32)[None] % 7
@@ -32,7 +38,9 @@ def test_the_same_model(options, out, folder, tmp_path, capsys):
 
 WRONG = [
     ([], "needs --rotate SEED, --scale SEARCH"),
-    (["--scale", "smooth()"], "goes with --calib"),
+    (["--scale", "smooth()"], "go with --calib"),
+    (["--learn", "Q4_0", "--rotate", "1", "--untie"], "go with --calib"),
+    (["--learn", "Q4_0", "--scale", "smooth()", "--calib", "TEXT"], "--rotate SEED begins with"),
     (["--scale", "nearest()", "--calib", "TEXT"], "not one reparametrization"),
     (["--scale", "hadamard()", "--calib", "TEXT"], "no channel scaling"),
 ]

@@ -68,7 +68,7 @@ def test_imports_run_downhill(name):
         assert LEVEL[other] <= LEVEL[part], f"{name} imports qjax.{other}, which lies above it"
 
 
-ROOMS = ["grid", "optim", "losses", "adapters", "run", "decoder"]  # of qjax.training, downhill
+ROOMS = ["grid", "optim", "losses", "adapters", "run", "decoder", "tuning"]  # of qjax.training, downhill
 
 
 def test_rooms_of_training_run_downhill():

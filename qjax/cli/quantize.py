@@ -16,6 +16,7 @@ from qjax.cli.model import MODEL_HELP
 from qjax.cli.process import JOIN_HELP
 from qjax.cli.progress import bytes_bar, in_turn, steps_bar
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
+from qjax.cli.tuning import BlockSteps, Steps, block_tuner, check_steps, tuned
 from qjax.errors import UserError
 from qjax.terminal import say, shown
 
@@ -40,6 +41,11 @@ class Quantize:
     llama.cpp. Any other OUT becomes a Hugging Face directory that holds the quantized values as floats. What is printed
     is a line a type; --verbose prints a line a tensor, and --json has them always.
 
+    Behind the rounding --tune 100 moves what is continuous, scales, offsets and norms, toward the float model's
+    predictions; codes and sizes stay. It holds both models in memory, and starts over after a kill. --tune-blocks 50
+    does so for each block's scales on its output, as the walk comes by, and continues with it. Windows held out decide
+    which step is kept, the start among them.
+
     Several processes, on one machine or many, share the windows of the text and the rows of each weight: the same
     command in each, with --join HOST:PORT/PROCESSES/PROCESS, and OUT in a folder that all of them see. Process 0 writes
     it, to the bytes of one process.
@@ -62,6 +68,8 @@ class Quantize:
     calib_windows: Annotated[
         int | None, tyro.conf.arg(metavar="N", help="calibration windows at most: 128, or 32,768 tokens of self")
     ] = None
+    tune: Steps = 0
+    tune_blocks: BlockSteps = 0
     seed: Annotated[int, tyro.conf.arg(metavar="N", help="of labels, and of a text, drawn from the model")] = 0
     imatrix: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="llama.cpp's importance matrix")] = None
     requantize: Annotated[bool, tyro.conf.arg(help="allow a MODEL that is quantized already")] = False
@@ -73,6 +81,8 @@ class Quantize:
     def execute(self) -> None:
         from qjax.processes import joined
 
+        if self.join is not None and (self.tune or self.tune_blocks):
+            raise UserError("--tune and --tune-blocks run in one process; leave --join out")
         with joined(self.join):
             self._execute()
 
@@ -80,6 +90,7 @@ class Quantize:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
         check_windows(self.calib_windows)
+        check_steps(self.tune, self.tune_blocks)
         from qjax.io.checkpoint import locate
         from qjax.pipeline.ledger import ledger, said
         from qjax.processes import chief
@@ -98,7 +109,7 @@ class Quantize:
             )
         if "act" in changes:
             raise UserError(f"--recipe {self.recipe}: a folder of floats cannot say that inputs are rounded too")
-        if self.plan is None and not made.requires and self.calib:
+        if self.plan is None and not made.requires and self.calib and not self.tune:
             raise UserError(f"--calib: recipe {self.recipe!r} takes no calibration text; leave the option out")
         texts = texts_of(self.calib)
         if self.imatrix is not None and made.requires - {"h"}:
@@ -111,7 +122,7 @@ class Quantize:
             check_output(self.out, inputs, self.force)
             check_json(self.json, (*inputs, self.out))
         clock = time.perf_counter()
-        streams = self.out.suffix == ".gguf" and path.suffix != ".bin"
+        streams = self.out.suffix == ".gguf" and path.suffix != ".bin" and not self.tune
         report = self._stream(path) if streams else self._in_memory(path)
         seconds = time.perf_counter() - clock
         if not writes:
@@ -145,7 +156,7 @@ class Quantize:
             return quantize_file(
                 path, self.out, plan,
                 recipe=self.recipe, calibration=calibration, importance=importance, requantize=self.requantize,
-                metadata=self._said(), progress=progress, walked=walked, notify=say,
+                metadata=self._said(), tune=block_tuner(self.tune_blocks), progress=progress, walked=walked, notify=say,
             )  # fmt: skip
 
     def _said(self) -> dict[str, Any]:
@@ -171,8 +182,10 @@ class Quantize:
         plan = Plan.from_toml(self.plan) if self.plan is not None else plan_named(str(self.type), model.config, known)
         if self.requantize:
             model = dataclasses.replace(model, params=model.dense)
-        calibration = self._calibration(model)
-        if calibration is None:
+        floats, calibration = model, self._calibration(model)
+        if self.tune_blocks and not self._looks:
+            raise UserError(f"--tune-blocks: recipe {self.recipe!r} looks at no text; take gptq or best_gguf")
+        if not self._looks:
             stats = {p: jnp.asarray(h) for p, h in self._importance(model.config).items()}
             with in_turn(bytes_bar(f"quantize {self.model}")) as (progress,):
                 qparams, report = quantize_params(model.params, plan, stats, recipe=self.recipe, progress=progress)
@@ -183,17 +196,23 @@ class Quantize:
             with in_turn(steps_bar(f"{self.recipe} {self.model}")) as (walked,):
                 model, report = quantize_model(
                     model, plan, self.recipe, calibration,
-                    progress=walked, notify=say,
+                    tune=block_tuner(self.tune_blocks), progress=walked, notify=say,
                 )  # fmt: skip
+        if self.tune:
+            model, report = tuned(floats, model, report, calibration, self.tune, self.model)
         by_chief("model", lambda: save(model, self.out))
         return report
 
-    def _calibration(self, model: Any) -> Any:
-        """Windows of the texts; of the model's own where a recipe needs some and none is given."""
+    @property
+    def _looks(self) -> bool:
+        """Whether rounding looks at a text."""
         from qjax.recipes import recipe
 
-        needs = recipe(self.recipe).requires
-        if not self.calib and (not needs or self.imatrix is not None):
+        return bool(self.calib) or bool(recipe(self.recipe).requires and self.imatrix is None)
+
+    def _calibration(self, model: Any) -> Any:
+        """Windows of the texts; of the model's own where they are needed and none is given."""
+        if not self._looks and not self.tune:
             return None
         return windows_of(
             model, self.model, self.calib, context=self.calib_ctx, windows=self.calib_windows, seed=self.seed

@@ -19,7 +19,7 @@ All weights come back as float32 arrays, whatever they were stored in.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,9 @@ from qjax.models.config import DecoderConfig
 from qjax.models.families import weight_names
 from qjax.models.graph import Edge, edges
 from qjax.models.model import Model, Params
+from qjax.models.turned import Rotation, turned_residual, turned_values
 from qjax.reparam.hadamard import randomized
 from qjax.tensor import is_qtensor
-
-Rotation = Callable[[Array], Array]
-"""x f32[..., n] -> x R^T f32[..., n], with R orthogonal."""
 
 _TOLERANCE = 1e-5
 """How far a rotation may be from orthogonal, relative to the vectors it is tried on."""
@@ -129,24 +127,22 @@ def rotate_residual(
       UserError: a map that is not orthogonal or not of length dim, norms behind attention and MLP (Gemma 2/3), a tied
         head without `untie`, a packed weight.
     """
+    check_residual(config)
+    _check_orthogonal(rotate, config.dim, "dim")
+    folded, config = fold_norms(params, config, untie)
+    return unflatten_dict(turned_residual(_flat(folded, config), config, rotate), sep="/"), config
+
+
+def check_residual(config: DecoderConfig) -> None:
+    """Raise UserError where a residual stream cannot be rotated, whatever the rotation."""
     if config.post_norms:
         raise UserError(
             f"the residual stream of {config.family} cannot be rotated: norms with gains lie between o or down and the "
             "stream (post_norms)"
         )
-    _check_orthogonal(rotate, config.dim, "dim")
-    folded, config = fold_norms(params, config, untie)
-    flat = _flat(folded, config)
-    for path in flat:
-        if path == "embed/embedding" or path.endswith(("/o/kernel", "/o/bias", "/down/kernel", "/down/bias")):
-            flat[path] = rotate(flat[path])
-    for edge in edges(config):
-        if edge.is_residual:
-            flat |= {sink: rotate(flat[sink].swapaxes(-1, -2)).swapaxes(-1, -2) for sink in edge.sinks}
-    return unflatten_dict(flat, sep="/"), config
 
 
-def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Params:
+def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation | Sequence[Rotation]) -> Params:
     """Rotate each head's values, v' = R v, and o's input back (R2).
 
     Attention adds positions, not channels, and the query heads of a group share their values: the same R in every head
@@ -155,13 +151,22 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
     Args:
       params: floats, the tree of `Decoder(config)`; not modified.
       config: the architecture.
-      rotate: x f32[..., head_dim] -> x R^T.
+      rotate: x f32[..., head_dim] -> x R^T; one for all layers, or one for each.
 
     Raises:
       UserError: a map that is not orthogonal or not of length head_dim, weights of other shapes than the config's, a
         packed weight, values in one weight with q and k (fused_qkv), heads of two sizes, values that are keys (k_eq_v),
         gates.
     """
+    check_values(config)
+    each = list(rotate) if isinstance(rotate, Sequence) else [rotate] * config.layers
+    for one in dict.fromkeys(each):
+        _check_orthogonal(one, config.head_dim, "head_dim")
+    return unflatten_dict(turned_values(_flat(params, config), config, each), sep="/")
+
+
+def check_values(config: DecoderConfig) -> None:
+    """Raise UserError where the values of heads cannot be rotated, whatever the rotation."""
     if config.fused_qkv:
         raise UserError(f"the values of {config.family} cannot be rotated alone: q, k and v are one weight (fused_qkv)")
     if config.kv_rank:
@@ -172,17 +177,6 @@ def rotate_values(params: Params, config: DecoderConfig, rotate: Rotation) -> Pa
         )
     if config.attn_gate or config.linear:
         raise UserError(f"the values of {config.family} cannot be rotated: gates multiply them number by number")
-    _check_orthogonal(rotate, config.head_dim, "head_dim")
-    flat = _flat(params, config)
-    for i in range(config.layers):
-        attn, d = f"layers_{i}/attn", config.head_dim
-        for path in (f"{attn}/v/kernel", f"{attn}/v/bias")[: 2 if config.qkv_bias else 1]:
-            v = flat[path]
-            flat[path] = rotate(v.reshape(*v.shape[:-1], config.kv_heads, d)).reshape(v.shape)
-        o = flat[f"{attn}/o/kernel"]
-        by_head = o.T.reshape(config.dim, config.heads, d)
-        flat[f"{attn}/o/kernel"] = rotate(by_head).reshape(o.T.shape).T
-    return unflatten_dict(flat, sep="/")
 
 
 def rotated(model: Model, seed: int, values: bool = True, untie: bool = False) -> Model:

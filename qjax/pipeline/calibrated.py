@@ -18,6 +18,7 @@ from qjax.models.stages import stages_of
 from qjax.pipeline.encode import check_finite
 from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.survey import Survey, survey
+from qjax.pipeline.tuned import Tuner
 from qjax.pipeline.walk import WeightDone, walk
 from qjax.pipeline.windows import Calibration
 from qjax.plan import Plan, decoder_weights
@@ -35,6 +36,7 @@ def quantize_model(
     calibration: Calibration,
     *,
     seen: Survey | None = None,
+    tune: Tuner | None = None,
     progress: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> tuple[Model, Report]:
@@ -46,7 +48,7 @@ def quantize_model(
       recipe: for the others.
       calibration: the text.
       seen: `survey_model` of the same model and text, so that several recipes need it only once.
-      progress, notify: as for `walk`.
+      tune, progress, notify: as for `walk`.
 
     Returns: the model with packed weights, and a report of every weight.
 
@@ -89,7 +91,7 @@ def quantize_model(
 
     told = walk(
         stages_of(model.config), model, formats, calibration, emit,
-        seen=seen, progress=progress, notify=notify,
+        seen=seen, tune=tune, progress=progress, notify=notify,
     )  # fmt: skip
     report = [lines[a.weight.path] if a.weight.path in lines else _kept(a, params) for a in assigned]
     notes = tuple(filter(None, (plan.note, *told)))

@@ -19,7 +19,8 @@ def ledger(report: Report) -> dict[str, Any]:
 
     Returns: {"quantized_bits": 8 bytes / weights of the quantized tensors, None where there are none;
       "whole_bits": of all; "kept": {reason: names}; "tokens", "damping": least and most of any calibrated weight,
-      None where none was; "notes": {note: names}}.
+      None where none was; "notes": {note: names}; "tuned": of the whole model behind its rounding, None where it was
+      not}.
     """
     quantized = [t for t in report.tensors if t.kept is None]
     lines = [t.calibration for t in quantized if t.calibration is not None]
@@ -32,6 +33,7 @@ def ledger(report: Report) -> dict[str, Any]:
         "tokens": [min(seen), max(seen)] if seen else None,
         "damping": [min(c.damping for c in lines), max(c.damping for c in lines)] if lines else None,
         "notes": _grouped((t, t.calibration.note if t.calibration is not None else None) for t in quantized),
+        "tuned": None if report.tuned is None else dict(report.tuned),
     }
 
 
@@ -46,6 +48,8 @@ def said(report: Report) -> list[str]:
         lines += [f"{head}: {_names(names)}: {why}" for why, names in found[key].items()]
     if found["tokens"]:
         lines.append(f"tokens at a weight's input: {_range(found['tokens'])}; damping: {_range(found['damping'])}")
+    if found["tuned"]:
+        lines.append(f"tuned: {found['tuned']['said']}")
     return lines
 
 

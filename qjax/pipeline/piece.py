@@ -20,6 +20,7 @@ from qjax.pipeline.passes import Checked, Here, groups_of
 from qjax.pipeline.rounded import of_embedding
 from qjax.pipeline.survey import Survey
 from qjax.pipeline.token_weights import effective, tempered
+from qjax.pipeline.tuned import get, put
 from qjax.recipes import Recipe
 from qjax.rounding.ldlq import LDLQ
 from qjax.rounding.shrinkage import Split
@@ -139,8 +140,8 @@ def rounded_piece(
         for name, use in todo.items():
             seen = found.get(name, found.get(g, Seen()))
             own = seen if weights is None else _with_curvature(seen, weights[2].get(use.path))
-            w_hat = how.round_one(name, _get(floats, use.path), _axis(use), own)
-            now = _put(now, use.path, w_hat) if how.sequential else now
+            w_hat = how.round_one(name, get(floats, use.path), _axis(use), own)
+            now = put(now, use.path, w_hat) if how.sequential else now
     return now, here
 
 
@@ -218,15 +219,3 @@ def _axis(use: Use) -> int:
 
 def _join(prefix: str, path: str) -> str:
     return f"{prefix}/{path}" if prefix else path
-
-
-def _get(tree: Any, path: str) -> Any:
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: Any, path: str, leaf: Any) -> Any:
-    """The tree with one leaf replaced."""
-    key, _, rest = path.partition("/")
-    return {**tree, key: _put(tree[key], rest, leaf) if rest else leaf}

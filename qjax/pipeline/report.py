@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -102,10 +102,12 @@ class Report:
     Attributes:
       tensors: a line each.
       notes: what a reader should know of the whole, as that types were replaced because rows do not fit them.
+      tuned: what tuning the whole model behind its rounding did; {"said": one line, ...}.
     """
 
     tensors: tuple[TensorReport, ...]
     notes: tuple[str, ...] = ()
+    tuned: Mapping[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -48,6 +48,7 @@ from qjax.pipeline.report import CalibrationReport, Report, TensorReport
 from qjax.pipeline.shared import Shared, shared_file, shared_folder
 from qjax.pipeline.source import Source, open_source
 from qjax.pipeline.source_tensor import SourceTensor
+from qjax.pipeline.tuned import Tuner
 from qjax.pipeline.walk import WeightDone, walk
 from qjax.pipeline.walk_folder import key_of
 from qjax.pipeline.windows import Calibration
@@ -76,6 +77,7 @@ def quantize_file(
     requantize: bool = False,
     pre: str | None = None,
     metadata: Mapping[str, Any] = MappingProxyType({}),
+    tune: Tuner | None = None,
     progress: Progress = lambda name, done, total: None,
     walked: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
@@ -94,6 +96,7 @@ def quantize_file(
       requantize: allow a source whose weights are quantized already.
       pre: llama.cpp's name of the pre-tokenizer, where the tokenizer does not know it.
       metadata: further keys of the file, as `qjax.io.imatrix.said_of` has them.
+      tune: what each block goes through behind its rounding, see `qjax.pipeline.tuned`.
       progress: called as (tensor, bytes of the source done, of all) after each tensor that is not calibrated.
       walked: called after each tensor that is.
       notify: told in one line when earlier work is continued or dropped, and of a weight without its importance.
@@ -116,10 +119,15 @@ def quantize_file(
     plan = as_plan(plan, source.config)
     jobs = jobs_of(source, plan, recipe, requantize)
     formats = walked_formats(jobs, importance, calibration, notify)
+    if tune is not None and not any(path.startswith("layers_") for path in formats):
+        raise UserError(
+            f"recipe {recipe.name or recipe} rounds no block behind its input, so none can be tuned; take gptq or "
+            "best_gguf"
+        )
     if plan.note:
         notify(plan.note)
     place = layout(metadata_of_file(source, plan, jobs, metadata), [job.info for job in jobs])
-    recipes = key_of(formats, calibration if formats else None)
+    recipes = key_of(formats, calibration if formats else None, tune)
     key = key_of_file(source, place, importance, recipes)
     check_alike(f"{place.header.hex()} {recipes}", "the model, plan, recipe, text or number of cores")
     with shared_file(out, key, place.size, notify) as partial:
@@ -131,15 +139,15 @@ def quantize_file(
         told: tuple[str, ...] = ()
         if formats:
             assert calibration is not None
-            told = _walk(source, out, key, jobs, formats, calibration, place, partial, walked, notify)
+            told = _walk(source, out, key, jobs, formats, calibration, place, partial, tune, walked, notify)
         lines = tuple(_line(job, partial.finished[job.info.name]) for job in jobs)
         return Report(lines, tuple(filter(None, (plan.note, *told))))
 
 
 def _walk(
     source: Source, out: Path, key: str, jobs: Sequence[Job], formats: Mapping[str, tuple[Format, Recipe]],
-    calibration: Calibration, place: Layout, partial: Shared, walked: Callable[[WeightDone], None],
-    notify: Callable[[str], None],
+    calibration: Calibration, place: Layout, partial: Shared, tune: Tuner | None,
+    walked: Callable[[WeightDone], None], notify: Callable[[str], None],
 ) -> tuple[str, ...]:  # fmt: skip
     names = {"/".join(w.path): w for w in weight_names(source.config)}
 
@@ -153,7 +161,7 @@ def _walk(
     with shared_folder(out, key, notify) as folder:
         return walk(
             stages_of(source.config), source, formats, calibration, emit,
-            folder=folder, earlier=earlier, progress=walked, notify=notify,
+            folder=folder, earlier=earlier, tune=tune, progress=walked, notify=notify,
         )  # fmt: skip
 
 

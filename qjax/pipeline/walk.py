@@ -2,7 +2,7 @@
 
     x_0 = embed_q(tokens)
     block i:  for q k v | o | gate up | down:   H = E[x x^T] behind what is rounded already  ->  round  ->  put in place
-              x_{i+1} = block_i(x_i) with the rounded weights
+              x_{i+1} = block_i(x_i) with the rounded weights, tuned where that is asked for (tuned.py)
 
 One block's weights are in memory, and the residual stream of the calibration windows, which may lie on disk. A folder
 makes the walk resumable: what a block leaves there is all that the next one needs.
@@ -23,18 +23,17 @@ from qjax.pipeline.activations import Streams
 from qjax.pipeline.few_tokens import NOTE, saw_few
 from qjax.pipeline.heap import hand_back
 from qjax.pipeline.inputs import observe_inputs
-from qjax.pipeline.passes import Checked, advanced, embedded, head_weights, run_piece
+from qjax.pipeline.passes import Checked, Here, advanced, embedded, head_weights, run_piece
 from qjax.pipeline.piece import EMBEDDING, Formats, How, Seen, for_embedding, rounded_embedding, rounded_piece
 from qjax.pipeline.report import CalibrationReport
 from qjax.pipeline.rounded import LOOKED_UP, plain, round_leaf
 from qjax.pipeline.survey import Survey, survey
+from qjax.pipeline.tuned import Emit, Pending, Tuner, whole
 from qjax.pipeline.walk_state import commit, resumed, save_survey, saved_survey
 from qjax.pipeline.windows import Calibration
 from qjax.stats import Stats
 from qjax.tensor import QTensor, dequantize
 from qjax.typing import Array
-
-Emit = Callable[[str, Any, QTensor, CalibrationReport | None], None]  # path, float weight, what became of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +62,7 @@ def walk(
     folder: Path | None = None,
     earlier: Mapping[str, QTensor] = MappingProxyType({}),
     seen: Survey | None = None,
+    tune: Tuner | None = None,
     progress: Callable[[WeightDone], None] = lambda step: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> tuple[str, ...]:
@@ -78,6 +78,7 @@ def walk(
       earlier: what another run with these arguments has emitted: not rounded again. Where one behind the state is
         missing, the walk begins at the first block.
       seen: the survey of this calibration, where one has been made already.
+      tune: what each block goes through behind its rounding; its weights are emitted then.
       progress: called after each weight.
       notify: told in one line what the walk is doing before it reaches the blocks.
 
@@ -93,7 +94,7 @@ def walk(
     calibration = calibration.to_shrink() if any(r.shrink for r in recipes) else calibration
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
-    both = "cross" in kinds
+    both = "cross" in kinds or tune is not None
     shape = (*calibration.tokens.shape, stages.dim)
     start, streams = resumed(folder, shape, both, notify)
     order = ["embed", *stages.names]
@@ -101,16 +102,16 @@ def walk(
     if not all(path in earlier for path in behind):
         notify("earlier weights are gone; starting over")
         start, streams, behind = 0, None, []
-    done = len(behind)
+    done, known, pending = len(behind), earlier, Pending()
     if start:
         notify(f"continuing behind block {start} of {len(stages.blocks)}")
 
     def round_one(path: str, leaf: Any, axis: int, seen: Seen) -> Array:
         nonlocal done
         done += 1
-        if path in earlier:
+        if path in known:
             progress(WeightDone(path, done, len(formats)))
-            return dequantize(earlier[path])
+            return dequantize(known[path])
         format, recipe = formats[path]
         blind = seen.stats is None and bool(recipe.requires)  # an embedding under a recipe that knows inputs only
         note = LOOKED_UP if path == EMBEDDING and recipe.reparams else ""
@@ -126,7 +127,10 @@ def walk(
             note = "; ".join(filter(None, (line.note, few, NOTE)))
         tokens, windows = seen.effective or (None, None)
         line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
-        emit(path, leaf, q, line)
+        if tune is not None and path.startswith(tuple(f"{name}/" for name in stages.names)):
+            pending.weights[path] = leaf, q, line
+        else:
+            emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
         hand_back()
         return dequantize(q)
@@ -157,17 +161,27 @@ def walk(
         weights = None
         if seen is not None:
             weights = seen.sensitivity[i], seen.alike[i], seen.outputs.of(i), seen.by_rows.of(i)
-        now, end = rounded_piece(stages.names[i], (apply, stages.to_all[i]), block, streams, weights, how)
-        before, steps = streams, calibration.steps
-        x = run_piece(end.apply, now, end.x, shape, steps, folder, f"x_{i + 1}")
+        name, before, steps = stages.names[i], streams, calibration.steps
+        known = earlier if tune is None else whole(earlier, (p for p in formats if p.startswith(f"{name}/")))
+        own = dataclasses.replace(how, earlier=known)
+        now, end = rounded_piece(name, (apply, stages.to_all[i]), block, streams, weights, own)
+        if tune is not None:  # from the beginning, for what stands behind the first inputs is not tuned
+            end = Here(apply, (before.x.array,), None if before.x_float is None else (before.x_float.array,))
         x_float = None
         if end.x_float is not None:
             x_float = run_piece(end.apply, block, end.x_float, shape, steps, folder, f"float_x_{i + 1}")
+        if tune is not None and x_float is not None and pending.weights:
+            made = pending.tuned(
+                tune, name, apply, block, streams.x.array, x_float.array, calibration.used, emit
+            )  # fmt: skip
+            now = made if sequential else now
+        x = run_piece(end.apply, now, end.x, shape, steps, folder, f"x_{i + 1}")
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
         del block, now, end  # before the next one is read
     if not stages.tied:
         weights = None if seen is None else (seen.head_sensitivity[None], None, {}, {})
+        known = earlier
         rounded_piece("", (stages.head, stages.head), head_weights(stages, parts), streams, weights, how)
     streams.drop()
     return told

@@ -25,8 +25,8 @@ from qjax.pipeline.windows import Calibration
 from qjax.recipes import Recipe
 
 
-def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration | None) -> str:
-    """Identifies what calibration and recipes make of a model.
+def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration | None, tune: Any = None) -> str:
+    """Identifies what calibration, recipes and the tuning of blocks make of a model.
 
     XLA's threads are a part: it cuts sums over tokens into as many pieces, which shows in the last digits of every
     statistic, and those in the codes. So is the number of accelerators, which share the rows of a weight.
@@ -34,6 +34,8 @@ def key_of(formats: Mapping[str, tuple[Any, Recipe]], calibration: Calibration |
     h = hashlib.sha256()
     for path in sorted(formats):
         h.update(f"{path} {formats[path][0].name} {formats[path][1]}\n".encode())
+    if tune is not None:
+        h.update(f"{tune!r}\n".encode())
     if calibration is not None:
         c = calibration
         backend = jax.default_backend()

@@ -164,6 +164,16 @@ def restore(applied: Sequence[Applied], w: Float[Array, "out n"]) -> Float[Array
     return w
 
 
+def restore_all(applied: tuple[Applied, ...], w: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
+    """`restore` of a matrix, or of a stack of them; an array of any shape behind no change of variables."""
+    if not applied:
+        return w
+    back = restore
+    for _ in range(w.ndim - 2):
+        back = jax.vmap(back)
+    return back(applied, w)
+
+
 def settle(applied: Sequence[Applied], found: Sequence[Array], w_hat: Float[Array, "out n"]) -> tuple[Applied, ...]:
     """The chain once its weight is rounded: what was split off makes up for the rounding where it can.
 

@@ -132,12 +132,12 @@ def started(params: Any, rounded: Any, quantizers: Quantizers) -> Any:
 
 def fake_params(params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath) -> Any:
     """The tree with every quantized weight at its stored value, f32; gradients reach weights and what trains."""
-    return replaced(params, _mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, constants))
+    return replaced(params, mapped(Quantizer.fake, leaves_by_path(params), quantizers, trained, constants))
 
 
 def packed_params(params: Any, quantizers: Quantizers, trained: ByPath, constants: ByPath) -> Any:
     """The tree with every quantized weight as a QTensor of exactly the values that `fake_params` gives."""
-    return replaced(params, _mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, constants))
+    return replaced(params, mapped(Quantizer.pack, leaves_by_path(params), quantizers, trained, constants))
 
 
 def refit(params: Any, quantizers: Quantizers, constants: ByPath) -> ByPath:
@@ -148,7 +148,7 @@ def refit(params: Any, quantizers: Quantizers, constants: ByPath) -> ByPath:
     def fitted(q: Quantizer, w: Array, t: ByPath, k: ByPath) -> ByPath:
         return k | q.init(w, k.get("importance"))[1]
 
-    new = _mapped(fitted, leaves, frozen, {}, constants)
+    new = mapped(fitted, leaves, frozen, {}, constants)
     return constants | new
 
 
@@ -169,7 +169,7 @@ def statistics(
         error = x - q.format.decode(scales, codes)
         return jnp.sum(error * error), jnp.sum(x * x), q.saturated(w, scales, codes), codes
 
-    all_of = _mapped(one, leaves, quantizers, trained, constants)
+    all_of = mapped(one, leaves, quantizers, trained, constants)
     noise, power, saturated = (sum(r[i] for r in all_of.values()) for i in range(3))
     out = {"quant_noise": jnp.sqrt(noise / power), "saturated": saturated / len(all_of)}
     moved = [t["scale"] for t in trained.values() if "scale" in t]  # s = s0 exp(scale)
@@ -208,10 +208,13 @@ def check_paths(named: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
             raise UserError(f"no weight is called {path!r}; they are called like {next(iter(leaves))!r}")
 
 
-def _mapped(
-    fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Quantizers, trained: ByPath, constants: ByPath
+def mapped(
+    fn: Callable[..., Any], leaves: Mapping[str, Any], quantizers: Mapping[str, Any], trained: ByPath, constants: ByPath
 ) -> dict[str, Any]:
-    """{path: fn(quantizer, weight, trained, constants)}, weights alike in all of these in one call."""
+    """{path: fn(quantizer, weight, trained, constants)}, weights alike in all of these in one call.
+
+    `quantizers` may be any records that say which packed weights are alike.
+    """
     check_paths(quantizers, leaves)
     groups: dict[Any, list[str]] = {}
     for path, quantizer in quantizers.items():

@@ -1,0 +1,1 @@
+"""Tuning after rounding: codes stay, what is continuous beside them moves by gradients."""
