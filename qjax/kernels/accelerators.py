@@ -20,6 +20,10 @@ def _gpu() -> Any:
     return import_module("qjax.kernels.mosaic_gpu")
 
 
+def _supers() -> Any:
+    return import_module("qjax.kernels.mosaic_gpu.supers")
+
+
 def _vectors() -> Any:
     return import_module("qjax.kernels.mosaic_gpu.vectors")
 
@@ -57,6 +61,11 @@ def _on_tpu(call: Call) -> str:
 
 
 LINES: tuple[Kernel, ...] = (
+    Kernel(
+        "cuda", "pallas", "mosaic_gpu_supers", lambda x, packed, format, precision: _supers().matmul(x, packed),
+        _on_hopper(_supers), "laid out by qjax.prepack; codes times their integer scales, decoded on their way",
+        layout=_layout("supers"),
+    ),
     Kernel(
         "cuda", "pallas", "mosaic_gpu", lambda x, packed, format, precision: _gpu().matmul(x, packed), _on_hopper(_gpu),
         "laid out by qjax.prepack; codes decoded on their way to the matrix unit", layout=_layout("planar"),

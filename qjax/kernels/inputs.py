@@ -70,6 +70,12 @@ def unfit(dtype: Any) -> str:
     return "" if jnp.dtype(dtype) in PARTS else f"x is {jnp.dtype(dtype).name}, not bfloat16, float16 or float32"
 
 
+def crowded(rows: int, dtype: Any) -> str:
+    """Why x has no `halves` for a kernel of up to 64 rows; "" where it has."""
+    most = 64 // 3 if jnp.dtype(dtype) == jnp.float32 else 64
+    return unfit(dtype) or ("" if 0 < rows <= most else f"{rows} rows of {jnp.dtype(dtype).name}, not 1 to {most}")
+
+
 def rounded(x: Float[Array, "m in"]) -> tuple[Integer[Array, "m in"], Float[Array, "m"]]:
     """int8 inputs and their scales.
 

@@ -22,6 +22,9 @@ class Counted:
     def fma(self, a, b, c):
         return self._one("fma", a, b, c)
 
+    def fma16(self, a, b, c):
+        return self._one("fma16", a, b, c)
+
     def mad(self, a, b, c):
         return self._one("mad", a, b, c)
 

@@ -45,6 +45,9 @@ class Machine(Protocol):
     def above(self, words: Any) -> Any:
         """u16[N, P], the row above in place of each; of sixteen rows the first has the last."""
 
+    def spread(self, words: Any, part: int, selects: tuple[int, int]) -> Any:
+        """u16[N, 16] of eight of u16[N, 16], the `part`-th: pairs of words and 0, by one `prmt` and by another."""
+
     def products(self, terms: Sequence[Term], shape: tuple[int, int]) -> Sequence[Any]:
         """f32[N, batch] of each, all under way before the first is awaited."""
 
@@ -102,6 +105,21 @@ class Warpgroup:
 
         return inline(words)
 
+    def spread(self, words: Any, part: int, selects: tuple[int, int]) -> Any:
+        shape = plgpu.ShapeDtypeStruct(words.shape, words.dtype, layout=plgpu.Layout.WGMMA)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=shape)
+        def inline(_: Any, array: Any) -> Any:
+            i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
+            out, ops = np.empty_like(array.registers), Registers()
+            for at in np.ndindex(out.shape):
+                given = array.registers[(*at[:_COLUMNS], part, *at[_COLUMNS + 1 :])]
+                word = ops.prmt(mgpu.utils.bitcast(given, i32), ops.word(0), ops.word(selects[at[_COLUMNS]]))
+                out[at] = mgpu.utils.bitcast(word, pair)
+            return mgpu.FragmentedArray(_registers=out, _layout=array.layout, _is_signed=False)
+
+        return inline(words)
+
     def products(self, terms: Sequence[Term], shape: tuple[int, int]) -> Sequence[Any]:
         def run(*sums: Any) -> Sequence[Any]:
             for sum_, (weights, x, first) in zip(sums, terms, strict=True):
@@ -133,6 +151,11 @@ class Simulated:
 
     def above(self, words: Any) -> Any:
         return jnp.roll(words.reshape(-1, 16, words.shape[1]), 1, axis=1).reshape(words.shape)
+
+    def spread(self, words: Any, part: int, selects: tuple[int, int]) -> Any:
+        given = lax.bitcast_convert_type(words[:, 8 * part : 8 * part + 8].reshape(-1, 4, 2), jnp.uint32)
+        made = (Arrays().prmt(given, jnp.uint32(0), jnp.uint32(select)) for select in selects)
+        return jnp.concatenate([lax.bitcast_convert_type(w, jnp.uint16).reshape(-1, 8) for w in made], axis=1)
 
     def products(self, terms: Sequence[Term], shape: tuple[int, int]) -> Sequence[Any]:
         def one(weights: Callable[[], Any], x: Any, first: int) -> jax.Array:

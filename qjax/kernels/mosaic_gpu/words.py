@@ -4,6 +4,7 @@
     lop3(a, b, c, truth)         any function of three words, bit by bit: its truth table
     prmt(a, b, select)           byte i = byte (nibble i of select) of b:a
     fma(a, b, c)                 a b + c of two bfloat16 each
+    fma16(a, b, c)               the same of two float16 each
     mad(a, b, c)                 a b + c modulo 2^32
     bytes(a, c)                  c plus the sum of the four bytes of a
     look(i, first)               word first + i of the table that the decode has, if it has one
@@ -45,6 +46,8 @@ class Words(Protocol):
 
     def fma(self, a: Any, b: Any, c: Any) -> Any: ...
 
+    def fma16(self, a: Any, b: Any, c: Any) -> Any: ...
+
     def mad(self, a: Any, b: Any, c: Any) -> Any: ...
 
     def bytes(self, a: Any, c: Any) -> Any: ...
@@ -61,6 +64,17 @@ def pair(value: float) -> int:
     half = int(np.float32(value).view(np.uint32)) >> 16
     assert np.uint32(half << 16).view(np.float32) == value, f"{value} is no bfloat16"
     return half << 16 | half
+
+
+def pair16(value: float) -> int:
+    """The word of two equal float16; the value must be one.
+
+    >>> hex(pair16(-1024.0))
+    '0xe400e400'
+    """
+    half = np.float16(value)
+    assert float(half) == value, f"{value} is no float16"
+    return int(half.view(np.uint16)) * 0x10001
 
 
 class Registers:
@@ -88,6 +102,9 @@ class Registers:
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return _asm("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c)
+
+    def fma16(self, a: Any, b: Any, c: Any) -> Any:
+        return _asm("fma.rn.f16x2 $0, $1, $2, $3;", a, b, c)
 
     def mad(self, a: Any, b: Any, c: Any) -> Any:
         return _asm("mad.lo.u32 $0, $1, $2, $3;", a, b, c)
@@ -144,10 +161,10 @@ class Arrays:
         return out
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
-        a, b, c = (_halves(jnp.broadcast_to(x, shape)) for x in (a, b, c))
-        out = a * b + c
-        return lax.bitcast_convert_type(out.astype(jnp.bfloat16), jnp.uint32)
+        return _fma(jnp.bfloat16, a, b, c)
+
+    def fma16(self, a: Any, b: Any, c: Any) -> Any:
+        return _fma(jnp.float16, a, b, c)
 
     def mad(self, a: Any, b: Any, c: Any) -> Any:
         return a * b + c
@@ -164,6 +181,8 @@ def _asm(code: str, *words: Any) -> Any:
     return llvm.inline_asm(i32, list(words), code, "=r" + ",r" * len(words))
 
 
-def _halves(w: Any) -> Any:
-    """The two bfloat16 of each word, f32[*w, 2]."""
-    return lax.bitcast_convert_type(w, jnp.bfloat16).astype(jnp.float32)
+def _fma(kind: Any, *words: Any) -> Any:
+    """a b + c of both numbers of 16 bits of each word."""
+    shape = jnp.broadcast_shapes(*(w.shape for w in words))
+    a, b, c = (lax.bitcast_convert_type(jnp.broadcast_to(w, shape), kind).astype(jnp.float32) for w in words)
+    return lax.bitcast_convert_type((a * b + c).astype(kind), jnp.uint32)

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qjax.kernels.layouts.planar import ROWS
 from qjax.kernels.layouts.points import RUN, UNIT, Points
 from qjax.kernels.mosaic_gpu.machines import Machine
+from qjax.kernels.mosaic_gpu.skeleton import tiled
 from qjax.kernels.mosaic_gpu.tiles import Plan
 from qjax.kernels.mosaic_gpu.vectors.code import Code
 from qjax.typing import Array, Float
@@ -35,12 +36,6 @@ def placed(x: Float[Array, "batch K"], code: Code) -> Float[Array, "batch wide_K
     if code.scales:
         pairs = pairs * jnp.asarray(code.scales, x.dtype).reshape(1, 1, 1, -1, 1)
     return pairs.swapaxes(-2, -3).reshape(x.shape[0], -1)
-
-
-def tiled(columns: int) -> tuple[Any, Any]:
-    """How a matrix lies in shared memory of which `columns` columns are read at a time."""
-    swizzle = plgpu.find_swizzle(min(columns, 64) * 16)
-    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
 def run(

@@ -24,8 +24,6 @@ from qjax.kernels.mosaic_gpu.vectors import kernel, lattice, trellis
 from qjax.kernels.mosaic_gpu.vectors.code import Code
 from qjax.typing import Array, Float
 
-BATCH = 64
-
 
 def matmul(
     x: Float[Array, "m in"], packed: Points, plan: Plan | None = None, interpret: bool = False
@@ -86,7 +84,7 @@ def unfit(format: Format, shape: tuple[int, ...], rows: int, dtype: Any) -> str:
     except UserError as error:
         return str(error)
     matrix = "" if len(shape) == 2 else f"a kernel takes a matrix (rows, columns), got {format.name} of shape {shape}"
-    return matrix or inputs.unfit(dtype) or _crowded(rows, dtype)
+    return matrix or inputs.crowded(rows, dtype)
 
 
 @cache
@@ -105,12 +103,7 @@ def _check(x: Array, packed: Points) -> int:
         raise UserError(f"a kernel takes one matrix, got a stack of {packed.format.name}; scan over it")
     if x.ndim != 2 or x.shape[1] != packed.columns:
         raise UserError(f"a kernel of these weights takes x [m, {packed.columns}], got {list(x.shape)}")
-    why = inputs.unfit(x.dtype) or _crowded(x.shape[0], x.dtype)
+    why = inputs.crowded(x.shape[0], x.dtype)
     if why:
         raise UserError(f"the kernel does not take this x: {why}")
     return x.shape[0]
-
-
-def _crowded(rows: int, dtype: Any) -> str:
-    most = BATCH // 3 if jnp.dtype(dtype) == jnp.float32 else BATCH
-    return "" if 0 < rows <= most else f"{rows} rows of {jnp.dtype(dtype).name}, not 1 to {most}"
