@@ -14,7 +14,12 @@ from qjax.reparam.hadamard import hadamard_matrix, randomized, signs
 
 @pytest.mark.parametrize(
     "rows, n, last, dtype",
-    [(3, 512, 128, jnp.bfloat16), (40, 1792, 896, jnp.float32), (1, 128, 128, jnp.float16), (5, 1536, 384, jnp.bfloat16)],
+    [
+        (3, 512, 128, jnp.bfloat16),
+        (40, 1792, 896, jnp.float32),
+        (1, 128, 128, jnp.float16),
+        (5, 1536, 384, jnp.bfloat16),
+    ],
 )  # fmt: skip
 def test_codes_are_those_of_the_transform(rows, n, last, dtype, rng):
     """Of the library's own: a code apart where y / a lies within a rounding of a half."""

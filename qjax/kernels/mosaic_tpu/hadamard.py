@@ -2,9 +2,9 @@
 
     y = (x s) (H_b (x) L)^T / sqrt(n)        q = round(y / a),  a = max|y| / 127 of each row
 
-The factor L of 128 or more is a product on the matrix unit, H_b of a power of two a butterfly of sums over whole vectors:
-a butterfly within the lanes would turn them, and a product with all of H_n costs n multiplications an entry. x is read
-once and a byte an entry written, where transform and rounding apart write and read four bytes of each between them.
+The factor L of 128 or more is a product on the matrix unit, H_b of a power of two a butterfly of sums over whole
+vectors: a butterfly within the lanes would turn them, and a product with all of H_n costs n multiplications an entry. x
+is read once and a byte an entry written, where transform and rounding apart write and read four bytes more of each.
 
 Bundles for 32 rows are listed in tests/kernels/test_tpu_hadamard.py.
 Source: QuIP#, arXiv:2402.04396, section 3; the rounding is `inputs.rounded`'s.
