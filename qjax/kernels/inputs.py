@@ -82,12 +82,12 @@ def rounded(x: Float[Array, "m in"]) -> tuple[Integer[Array, "m in"], Float[Arra
     Args:
       x: inputs, one row a token.
 
-    Returns: q in [-127, 127] and a in float32, 1 where the row is zero.
+    Returns: q in [-127, 127] and a in float32, 1 where the row is zero, no number where it has none.
 
     Source: the dynamic per-token rounding of LLM.int8(), arXiv:2208.07339, section 2, without outliers.
     """
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=-1)
-    a = jnp.where(absmax > 0, absmax / 127, 1.0)
+    a = jnp.where(absmax == 0, 1.0, absmax / 127)
     q = lax.round(x / a[:, None], lax.RoundingMethod.TO_NEAREST_EVEN)
     return jnp.clip(q, -127, 127).astype(jnp.int8), a

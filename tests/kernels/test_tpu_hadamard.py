@@ -41,9 +41,10 @@ def test_codes_are_those_of_the_transform(rows, n, last, dtype, rng):
     np.testing.assert_allclose(scale, a, rtol=1e-6)
 
 
-def test_a_row_of_zeros_has_a_scale():
-    q, a = rotated(jnp.zeros((2, 256)), jnp.ones(256), jnp.asarray(hadamard_matrix(128)), interpret=True)
-    assert not np.any(np.asarray(q)) and np.array_equal(a, np.ones(2))
+def test_rows_of_zeros_and_of_what_is_no_number_show_in_their_scales():
+    x = jnp.zeros((2, 256)).at[1, 5].set(jnp.nan)
+    q, a = rotated(x, jnp.ones(256), jnp.asarray(hadamard_matrix(128)), interpret=True)
+    assert not np.any(np.asarray(q[0])) and a[0] == 1 and not np.isfinite(a[1])
 
 
 def test_what_has_no_kernel_says_why(without_type_checks):

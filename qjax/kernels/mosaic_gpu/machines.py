@@ -6,6 +6,7 @@ Both run the same program; they differ in how a decode meets its words and in ho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from qjax.kernels import inputs
 from qjax.kernels.mosaic_gpu.words import Arrays, Registers, Words
 
 Decode = Callable[[Words, Sequence[Any], int], Any]
@@ -48,8 +50,11 @@ class Machine(Protocol):
     def spread(self, words: Any, part: int, selects: tuple[int, int]) -> Any:
         """u16[N, 16] of eight of u16[N, 16], the `part`-th: pairs of words and 0, by one `prmt` and by another."""
 
-    def products(self, terms: Sequence[Term], shape: tuple[int, int]) -> Sequence[Any]:
-        """f32[N, batch] of each, all under way before the first is awaited."""
+    def split(self, x: Any) -> Sequence[Any]:
+        """f32[N, P] as three bfloat16 that add up to it, the largest first."""
+
+    def products(self, sums: Sequence[Sequence[Term]], shape: tuple[int, int]) -> Sequence[Any]:
+        """f32[N, batch] of each sum of terms, all under way before the first is awaited."""
 
 
 _COLUMNS, _HALF = 1, 4
@@ -120,14 +125,22 @@ class Warpgroup:
 
         return inline(words)
 
-    def products(self, terms: Sequence[Term], shape: tuple[int, int]) -> Sequence[Any]:
-        def run(*sums: Any) -> Sequence[Any]:
-            for sum_, (weights, x, first) in zip(sums, terms, strict=True):
-                w = weights()
-                plgpu.wgmma(sum_, w, x.at[:, pl.ds(first, w.shape[1])].T)
-            return [sum_[...] for sum_ in sums]
+    def split(self, x: Any) -> Sequence[Any]:
+        found = []
+        for _ in range(3):
+            found.append(x.astype(jnp.bfloat16))
+            x = x - found[-1].astype(jnp.float32)
+        return found
 
-        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for _ in terms))
+    def products(self, sums: Sequence[Sequence[Term]], shape: tuple[int, int]) -> Sequence[Any]:
+        def run(*accumulators: Any) -> Sequence[Any]:
+            for accumulator, terms in zip(accumulators, sums, strict=True):
+                for weights, x, first in terms:
+                    w = weights()
+                    plgpu.wgmma(accumulator, w, x.at[:, pl.ds(first, w.shape[1])].T)
+            return [accumulator[...] for accumulator in accumulators]
+
+        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for _ in sums))
 
 
 class Simulated:
@@ -157,12 +170,15 @@ class Simulated:
         made = (Arrays().prmt(given, jnp.uint32(0), jnp.uint32(select)) for select in selects)
         return jnp.concatenate([lax.bitcast_convert_type(w, jnp.uint16).reshape(-1, 8) for w in made], axis=1)
 
-    def products(self, terms: Sequence[Term], shape: tuple[int, int]) -> Sequence[Any]:
+    def split(self, x: Any) -> Sequence[Any]:
+        return jnp.split(inputs.parts(x), 3)  # XLA would drop a pair of casts
+
+    def products(self, sums: Sequence[Sequence[Term]], shape: tuple[int, int]) -> Sequence[Any]:
         def one(weights: Callable[[], Any], x: Any, first: int) -> jax.Array:
             w = weights()
             return jnp.dot(w, x[:, first : first + w.shape[1]].T, preferred_element_type=jnp.float32)
 
-        return [one(*term) for term in terms]
+        return [reduce(lambda total, term: total + term, (one(*term) for term in terms)) for terms in sums]
 
 
 def _address(table: Any) -> Any:

@@ -74,7 +74,7 @@ def run(
 
             for first in range(0, groups, under_way):
                 some = range(first, min(first + under_way, groups))
-                terms = [term(g * each) for g in some]
+                terms = [[term(g * each)] for g in some]
                 for g, product in zip(some, machine.products(terms, shape), strict=True):
                     s, o = scale_and_offset(code, lambda key, g=g: _row(scales[key], g, groups))
                     acc += product * lax.broadcast_in_dim(s, shape, (0,))

@@ -55,16 +55,10 @@ def run(x: Float[Array, "batch K"], packed: Supers, plan: Plan, machine: Machine
                     (decode.scaled, UNIT, x_tile, s * SUPER),
                     (decode.minima, PARTS, sums, s * PARTS * UNIT),
                 )
-                terms = [
-                    (
-                        partial(
-                            machine.decode, partial(of, bits=bits), [(units, i) for i in range(count)], jnp.float16
-                        ),
-                        ref,
-                        at,
-                    )
-                    for of, count, ref, at in made
-                ]
+                terms = []
+                for of, count, ref, at in made:
+                    runs = [(units, i) for i in range(count)]
+                    terms.append([(partial(machine.decode, partial(of, bits=bits), runs, jnp.float16), ref, at)])
                 for product, ref, factor in zip(machine.products(terms, shape), (d, dmin), (1.0, least), strict=True):
                     scale = ref[s].astype(jnp.float32) * factor
                     acc += product * lax.broadcast_in_dim(scale, shape, (0,))

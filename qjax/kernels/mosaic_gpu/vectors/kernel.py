@@ -68,7 +68,7 @@ def run(
                     parts = [(units, i) for i in range(start, start + together)]
                     first = (block * len(code.places) + start) * RUN
                     terms = [
-                        (partial(machine.decode, d, parts, jnp.float16, table), x_tile, first) for d, _ in code.terms
+                        [(partial(machine.decode, d, parts, jnp.float16, table), x_tile, first)] for d, _ in code.terms
                     ]
                     for factor, product in zip(factors, machine.products(terms, shape), strict=True):
                         acc += product if factor == 1.0 else product * factor
