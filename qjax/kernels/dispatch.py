@@ -12,6 +12,7 @@ import dataclasses
 import jax
 
 from qjax.errors import UserError
+from qjax.formats.grid import Grid
 from qjax.kernels import accelerators, xla
 from qjax.kernels.kernel import (
     FLOAT32,
@@ -37,6 +38,12 @@ def _strips(call: Call) -> str:
     return "" if xla.by_rows(call.format, call.shape) else "its rows of weights do not stand alone"
 
 
+def _points(call: Call) -> str:
+    if isinstance(call.format, Grid):
+        return "levels times scales, which a compiler decodes as it multiplies"
+    return _strips(call)
+
+
 def _always(call: Call) -> str:
     return ""
 
@@ -49,14 +56,14 @@ def _lies_otherwise(kernel: Kernel, call: Call) -> str:
 
 ELSEWHERE = Kernel("cuda", "xla", "whole", xla.whole, _always, "decoded in the program, then one product", stack="vmap")
 """What any platform runs that the table does not name."""
+WIDE = Kernel("cuda", "xla", "strips", xla.wide_strips, _points, "vectors of a table, a few rows of weights at a time")
 
 TABLE: tuple[Kernel, ...] = (
     *accelerators.LINES,
     Kernel("cpu", "xla", "sums", xla.sums, _sums, "one row of x in whole numbers: int32 sums over the codes"),
     Kernel("cpu", "xla", "strips", xla.strips, _strips, "a few rows of weights at a time, decoded in the cache"),
     Kernel("cpu", "xla", "first", xla.first, _always, "decoded in the program, then one product with weights first"),
-    ELSEWHERE,
-    dataclasses.replace(ELSEWHERE, platform="tpu"),
+    *(dataclasses.replace(kernel, platform=platform) for kernel in (WIDE, ELSEWHERE) for platform in ("cuda", "tpu")),
 )
 
 

@@ -9,6 +9,7 @@ Left to itself XLA brings the rows that a loop takes one after another to every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def over_a_mesh(format: Format, stack: int, run: Run) -> Run:
     def rule(mesh: Any, values: Any, results: Any) -> Any:
         """Shardy's: a name for each axis, of which those behind "need replication" are not cut."""
         outer = [f"o{k}" for k in range(len(results[0].shape) - stack - 1)]
-        own, whole, operands = outer if format.rows == 1 else [], ["e" if blocks else "n"], []
+        own, whole, operands = outer if format.rows else [], ["e" if blocks else "n"], []
         for k, leaf in enumerate(values[1:]):
             rest = [f"l{k}x{j}" for j in range(len(leaf.shape) - stack - len(own))]
             rest = ["g", *rest[1:]] if blocks else rest
@@ -59,8 +60,11 @@ def over_a_mesh(format: Format, stack: int, run: Run) -> Run:
             )
         x, leaves = args
         first = jax.tree.leaves(leaves)[0]
-        count = len(result.shape) - stack - 1 if format.rows == 1 else 0
         spec = _entries(first)
+        count = len(result.shape) - stack - 1 if format.rows else 0
+        pieces = math.prod(mesh.shape[name] for name in _names(spec[stack + count - 1])) if count else 1
+        if count and result.shape[-1] // pieces % format.rows:  # rows of a tile lie together
+            count = 0
         lead, outer = spec[:stack], spec[stack : stack + count]
         along = spec[stack + count] if blocks else None
         used = {name for entry in (*lead, *outer, along) for name in _names(entry)}

@@ -2,7 +2,7 @@
 
     whole     y = x W^T, W decoded at once; a GPU's or a TPU's compiler decodes it as it multiplies, or stores it
     first     y = (W x^T)^T: a CPU's compiler would turn W in memory before it multiplies x with W^T
-    strips    `first` of a few rows of W after another, decoded where they lie in the cache
+    strips    `first` of a few rows of W after another, decoded where they lie in the cache; `wide_strips` of more rows
     sums      y = sum_G s_G u_G sum_j c_Gj k_Gj + m_G sum_j x_Gj,   x_Gj ~ u_Gj k_Gj: whole numbers k, int32 sums
 
 The last turns the one row of x into whole numbers of as many bits as a group's sum leaves of 31 (at least 20, where a
@@ -12,6 +12,7 @@ float32 has 24): CPUs add integers many at a time, where floats must be added in
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +60,13 @@ def _first(w: Array, x: Array, precision: str | None) -> Array:
 
 
 def strips(
-    x: Shaped[Array, "m n"], leaves: Leaves, format: Format, precision: str | None = None
+    x: Shaped[Array, "m n"], leaves: Leaves, format: Format, precision: str | None = None, times: int = 1
 ) -> Shaped[Array, "m *o"]:
-    """`first`, of about STRIP weights at a time, rows that a tile spans together; the last strip begins early where it
-    would not be full."""
+    """`first`, of about `times` STRIP weights at a time, rows that a tile spans together; the last strip begins early
+    where it would not be full."""
     *outer, n = format.shape(leaves)
     out = math.prod(outer)
-    size = min(out, max(1, STRIP // n // format.rows) * format.rows)
+    size = min(out, max(1, times * STRIP // n // format.rows) * format.rows)
     if size == out:
         return first(x, leaves, format, precision)
     flat = jax.tree.map(lambda leaf: leaf.reshape(out, *leaf.shape[len(outer) :]), leaves)
@@ -78,6 +79,10 @@ def strips(
 
     y = lax.fori_loop(0, -(-out // size), step, jnp.zeros((out, x.shape[0]), x.dtype))
     return y.T.reshape(x.shape[0], *outer)
+
+
+wide_strips = partial(strips, times=16)
+"""For the caches of accelerators: 8 MiB in bfloat16, whose kernels a shorter strip would not fill."""
 
 
 def sums(x: Float[Array, "1 n"], leaves: Leaves, format: Grid, precision: str | None = None) -> Float[Array, "1 *o"]:

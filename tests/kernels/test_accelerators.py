@@ -13,11 +13,15 @@ import qjax
     jax.__version_info__ >= (0, 11), reason="this JAX lowers no custom partitioning for a device that is not there"
 )
 @pytest.mark.parametrize(
-    "platform, kind, target, call",
-    [("gpu", "NVIDIA H100", "cuda", "mosaic_gpu"), ("tpu", "TPU v5e", "tpu", "tpu_custom_call")],
+    "name, platform, kind, target, call",
+    [
+        ("Q4_0", "gpu", "NVIDIA H100", "cuda", "mosaic_gpu"),
+        ("Q4_0", "tpu", "TPU v5e", "tpu", "tpu_custom_call"),
+        ("E8P_2", "gpu", "NVIDIA H100", "cuda", "mosaic_gpu"),
+    ],
 )
-def test_dot_is_lowered_to_the_kernel(rng, platform, kind, target, call):
-    q = qjax.quantize(jnp.asarray(rng.standard_normal((256, 256)), jnp.float32), "Q4_0")
+def test_dot_is_lowered_to_the_kernel(rng, name, platform, kind, target, call):
+    q = qjax.quantize(jnp.asarray(rng.standard_normal((64, 256)), jnp.float32), name)
     chip = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
     ready, inputs = qjax.prepack(q, platform=target), (jnp.ones((4, 256), jnp.bfloat16), jnp.ones((4, 256)))
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=chip)):

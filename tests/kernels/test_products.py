@@ -1,5 +1,6 @@
 """Products with packed weights: every form against float64, and the operation under grad, vmap and a mesh."""
 
+import cuda_ahead
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +122,7 @@ def test_vmap_over_weights_decodes_one_after_another(rng):
         ("int4_g64", P("d"), P(), P(None, "d"), set()),
         ("int4_g64", P(), P("d"), P("d"), set()),
         ("FP8_E4M3_tensor", P(), P("d"), P("d"), set()),
+        ("E8P_2", P("d"), P(), P(None, "d"), set()),
     ],
 )
 def test_a_mesh_multiplies_where_the_packed_weights_lie(rng, name, weights, inputs, output, moved):
@@ -136,6 +138,23 @@ def test_a_mesh_multiplies_where_the_packed_weights_lie(rng, name, weights, inpu
     y = program(put(x, inputs), put(q, weights))
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, output), 2)
     np.testing.assert_allclose(y, exact(x, q)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, cut", [(128, True), (80, False)])
+def test_a_mesh_cuts_no_tile_of_rows(rng, rows, cut):
+    """Of sixteen rows; where pieces would be of ten, all of the weights come to each device."""
+    mesh = Mesh(np.array(jax.devices()[:8]), ("d",))
+    there = NamedSharding(mesh, P("d"))
+    fmt = qjax.format("trellis2_L12_3inst")
+    leaves = {
+        "codes": jnp.asarray(rng.integers(0, 256, (rows, 16), np.uint8)),
+        "scale": jnp.ones((rows, 1), jnp.float16),
+    }
+    q, x = QTensor(leaves, fmt), drawn(rng, 3, 64)
+    on_mesh = jax.tree.map(lambda a: jax.device_put(a, there), q)
+    program = jax.jit(qjax.dot).lower(x, on_mesh).compile()
+    assert ("all-gather" in program.as_text()) != cut
+    np.testing.assert_allclose(program(x, on_mesh), exact(x, q)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_experts_on_a_mesh_stay_where_they_lie(rng):
@@ -188,6 +207,39 @@ def test_strips_of_vectors_are_whole_tiles(name, strip, rng, monkeypatch):
     q, x = qjax.quantize(drawn(rng, 80, 64), name), drawn(rng, 3, 64)
     want, got = exact(x, q)[0], xla.strips(x, q.leaves, q.format)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def of_points(name, rows, n):
+    """Shapes of the leaves of weights; no search is traced for it."""
+    fmt = qjax.format(name)
+    if hasattr(fmt, "layout"):
+        return fmt, {"blocks": jax.ShapeDtypeStruct((rows, n // fmt.block, fmt.block_bytes), jnp.uint8)}
+    codes = jax.ShapeDtypeStruct((rows, n * fmt.code.bits // 8), jnp.uint8)
+    return fmt, {"codes": codes, "scale": jax.ShapeDtypeStruct((rows, 1), jnp.float16)}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    "name", ["E8P_2", "E8P_4", "trellis2_L12_3inst", "trellis2_L16_hyb", "IQ2_XXS", "IQ3_S", "IQ1_M"]
+)
+def test_no_more_than_a_strip_of_vectors_is_decoded(name, rows):
+    """However many rows of weights there are."""
+    fmt, leaves = of_points(name, 4096, 1024)
+    x = jax.ShapeDtypeStruct((rows, 1024), jnp.float32)
+    program = jax.jit(lambda x, leaves: qjax.dot(x, QTensor(leaves, fmt))).lower(x, leaves).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 4 * xla.STRIP  # W is sixteen of them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["E8P_2", "trellis2_L12_3inst", "IQ2_XXS"])
+def test_a_gpu_without_a_kernel_decodes_strips_of_vectors(name):
+    fmt, leaves = of_points(name, 32768, 1024)
+    x = jax.ShapeDtypeStruct((4, 1024), jnp.bfloat16)
+    program = cuda_ahead.compiled(
+        lambda x, *a: qjax.dot(x, QTensor(dict(zip(leaves, a, strict=True)), fmt)), x, *leaves.values()
+    )
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 4 * 16 * xla.STRIP  # W in bfloat16 is twice that
 
 
 def of_few_rows(call):

@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counted import Counted
 from jax import lax
 
 from qjax.formats import format
@@ -31,32 +32,6 @@ def test_every_code_in_every_run_is_its_level(name, rng):
         out = decoder(code)(Arrays(), [lax.bitcast_convert_type(w, jnp.uint32) for w in words], run)
         made = lax.bitcast_convert_type(out, jnp.bfloat16).reshape(64, RUN).astype(jnp.float32)
         np.testing.assert_array_equal(made, expected[:, RUN * run : RUN * run + RUN], err_msg=f"run {run}")
-
-
-class Counted:
-    """Words as the expressions that make them: equal ones are one, as a compiler sees it."""
-
-    def __init__(self):
-        self.made = set()
-
-    def word(self, value):
-        return value
-
-    def shift(self, w, n):
-        return w if n == 0 else self._one("shift", w, n)
-
-    def lop3(self, a, b, c, truth):
-        return self._one("lop3", a, b, c, truth)
-
-    def prmt(self, a, b, select):
-        return self._one("prmt", a, b, select)
-
-    def fma(self, a, b, c):
-        return self._one("fma", a, b, c)
-
-    def _one(self, *instruction):
-        self.made.add(instruction)
-        return instruction
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ class Planar:
         """How many scales of each kind a row has, padding included."""
         return tuple(x.shape[-2] for x in self.scales.values())
 
+    def buffers(self, columns: int, batch: int) -> list[int]:
+        """Bytes of what a step of so many columns reads besides x: words, scales, and sums of x, if any."""
+        K = self.padded[1]
+        found = [ROWS * columns * x.shape[-1] * 2 // K for x in self.planes]
+        found += [ROWS * entries(x.shape[-2], K, columns) * x.dtype.itemsize for x in self.scales.values()]
+        return found + ([4 * batch * max(columns // self.group, 1)] if self.coding.ranged else [])
+
     @property
     def bits_per_weight(self) -> float:
         """Bits that a kernel reads for a weight, padding included."""

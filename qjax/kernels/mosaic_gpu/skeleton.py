@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qjax.kernels.layouts.planar import ROWS, Planar
 from qjax.kernels.layouts.planes import SPLIT, WORD
 from qjax.kernels.layouts.scales import entries, scale_and_offset
-from qjax.kernels.mosaic_gpu.machines import Decode, Machine
+from qjax.kernels.mosaic_gpu.machines import Decode, Machine, Term
 from qjax.kernels.mosaic_gpu.tiles import Plan
 from qjax.typing import Array, Float
 
@@ -65,13 +65,16 @@ def run(
             def words(plane: int, block: int) -> Any:
                 return tiles[plane].at[:, pl.ds(block * packed.run, packed.run)][...]
 
-            def term(run: int) -> tuple[Any, Any, int]:
-                planes = [words(p, run // (WORD // plane)) for p, plane in enumerate(bits)]
-                return partial(machine.decode, decode, planes, run), x_tile, run * packed.run
+            def term(first: int) -> Term:
+                parts = [
+                    ([words(p, run // (WORD // plane)) for p, plane in enumerate(bits)], run)
+                    for run in range(first, first + each)
+                ]
+                return partial(machine.decode, decode, parts), x_tile, first * packed.run
 
             for first in range(0, groups, under_way):
                 some = range(first, min(first + under_way, groups))
-                terms = [[term(g * each + i) for i in range(each)] for g in some]
+                terms = [[term(g * each)] for g in some]
                 for g, product in zip(some, machine.products(terms, shape), strict=True):
                     s, o = scale_and_offset(code, lambda key, g=g: _row(scales[key], g, groups))
                     acc += product * lax.broadcast_in_dim(s, shape, (0,))
@@ -105,11 +108,9 @@ def run(
 def _specs(packed: Planar, plan: Plan, rows: Any, base: Any) -> list[Any]:
     """The blocks of a step, in the order of the kernel's inputs."""
     K, columns = packed.padded[1], plan.columns
-    swizzle = plgpu.find_swizzle(packed.run * 16)
-    tiles = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
 
     def along(shape: tuple[int, int]) -> Any:
-        return plgpu.BlockSpec(shape, lambda k: (rows, base + k), transforms=tiles)
+        return plgpu.BlockSpec(shape, lambda k: (rows, base + k), transforms=tiled(packed.run))
 
     def under(count: int, width: int, at: Any) -> Any:
         """`count` entries for all columns, of which a step needs some, or several steps one."""
@@ -118,11 +119,19 @@ def _specs(packed: Planar, plan: Plan, rows: Any, base: Any) -> list[Any]:
         return plgpu.BlockSpec((some, width), lambda k: (lax.div(base + k, jnp.int32(steps)), at))
 
     specs = [along((ROWS, words.shape[-1] * columns // K)) for words in packed.planes]
-    specs.append(plgpu.BlockSpec((plan.batch, columns), lambda k: (0, base + k), transforms=tiles))
+    specs.append(
+        plgpu.BlockSpec((plan.batch, columns), lambda k: (0, base + k), transforms=tiled(min(packed.group, columns)))
+    )
     specs += [under(x.shape[-2], ROWS, rows) for x in packed.scales.values()]
     if packed.coding.ranged:
         specs.append(under(K // min(packed.group, columns), plan.batch, 0))
     return specs
+
+
+def tiled(columns: int) -> tuple[Any, Any]:
+    """How a matrix lies in shared memory of which `columns` columns are read at a time: a power of two, 64, or more."""
+    swizzle = plgpu.find_swizzle(min(columns, 64) * 16)
+    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
 def _row(ref: Any, group: int, groups: int) -> Any:

@@ -8,16 +8,19 @@ loads are under way: some 512 programs for a Hopper's 132 SMs, two or more on ea
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 from qjax.errors import UserError
-from qjax.kernels.layouts.planar import ROWS, Planar
-from qjax.kernels.layouts.scales import entries, whole
+from qjax.formats.protocol import Format
+from qjax.kernels.layouts.planar import ROWS
+from qjax.kernels.layouts.scales import whole
 
 SHARED = 232448
 """Bytes of shared memory that a program may have on sm_90."""
 _PROGRAMS = 512
 _STEPS = 4  # a program's least, if it has them: else filling the buffers is most of its time
-_COLUMNS = 256
+_COLUMNS = 512
+_STAGES = 4  # a power of two: which buffer is next is then no division
 _TWO = SHARED // 2 - 4096  # with room for what two programs on an SM need besides
 
 
@@ -38,25 +41,54 @@ class Plan:
     split: int
 
 
-def plan_for(batch: int, packed: Planar) -> Plan:
+@runtime_checkable
+class Laid(Protocol):
+    """What tiles ask of a layout: its padded shape, the columns of a block, how many scales of each kind a row has, and
+    the bytes that a step reads."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def padded(self) -> tuple[int, int]: ...
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def entries(self) -> tuple[int, ...]: ...
+
+    def buffers(self, columns: int, batch: int) -> list[int]: ...
+
+
+def plan_for(batch: int, packed: Laid, wide: int = 1) -> Plan:
     """The tiles for a batch of `batch` rows.
+
+    Args:
+      batch: rows of x, parts of them counted each.
+      packed: the weights.
+      wide: numbers of 16 bits of x that meet a weight.
 
     Raises:
       UserError: not even two stages fit into shared memory.
     """
     N, K = packed.padded
     batch = -(-batch // 8) * 8
+
+    def fit(columns: int, stages: int, split: int = 1) -> bool:
+        return shared(packed, Plan(batch, columns, stages, split), wide) <= _TWO
+
     columns = packed.block
-    while columns < _COLUMNS and K % (2 * columns) == 0:
+    while columns < _COLUMNS and K % (2 * columns) == 0 and fit(2 * columns, _STAGES):
         columns *= 2
     steps = K // columns
     wanted = min(_PROGRAMS * ROWS // N, steps // _STEPS)
     split = max(s for s in range(1, max(wanted, 1) + 1) if steps % s == 0)
-    fits = [s for s in (6, 4, 3, 2) if shared(packed, Plan(batch, columns, s, split)) <= _TWO]
-    return check(packed, Plan(batch, columns, fits[0] if fits else 2, split))
+    stages = next((s for s in (_STAGES, 3) if fit(columns, s, split)), 2)
+    return check(packed, Plan(batch, columns, stages, split), wide)
 
 
-def check(packed: Planar, plan: Plan) -> Plan:
+def check(packed: Laid, plan: Plan, wide: int = 1) -> Plan:
     """The same plan.
 
     Raises:
@@ -69,7 +101,7 @@ def check(packed: Planar, plan: Plan) -> Plan:
             f"{plan} does not fit {packed.format.name} of {packed.padded}: batch a multiple of 8, columns of "
             f"{packed.block} and of whole scales, columns times split a divisor of {K}, at least two stages"
         )
-    need = shared(packed, plan)
+    need = shared(packed, plan, wide)
     if need > SHARED:
         raise UserError(
             f"{plan.stages} stages of {plan.columns} columns of {packed.format.name} at batch {plan.batch} need {need} "
@@ -78,13 +110,8 @@ def check(packed: Planar, plan: Plan) -> Plan:
     return plan
 
 
-def shared(packed: Planar, plan: Plan) -> int:
+def shared(packed: Laid, plan: Plan, wide: int = 1) -> int:
     """Bytes of shared memory that a program takes, each buffer on a whole kilobyte."""
-    K = packed.padded[1]
-    step = [ROWS * plan.columns * x.shape[-1] * 2 // K for x in packed.planes]
-    step += [2 * plan.batch * plan.columns]
-    step += [ROWS * entries(x.shape[-2], K, plan.columns) * x.dtype.itemsize for x in packed.scales.values()]
-    if packed.coding.ranged:
-        step += [4 * plan.batch * max(plan.columns // packed.group, 1)]
-    stages = min(plan.stages, K // plan.columns // plan.split)
+    step = [*packed.buffers(plan.columns, plan.batch), 2 * wide * plan.batch * plan.columns]
+    stages = min(plan.stages, packed.padded[1] // plan.columns // plan.split)
     return sum(-(-stages * part // 1024) * 1024 for part in step) + 4 * ROWS * plan.batch + 1024
