@@ -63,7 +63,8 @@ def test_float32_inputs_lose_nothing_and_splits_add_up(rng):
     fmt, leaves = products.weights(rng, "Q2_K", 64, 1024)
     x, packed = products.exact(rng, 2, 1024) * jnp.array([[1e-25], [1e25]]), prepack(fmt, leaves)
     y = accumulate(x, packed, Plan(8, 512, 2, 2), interpret=True)
-    products.assert_rounded_sums(y, x, fmt, leaves)
+    want, size = products.product(x, fmt, leaves)
+    assert np.all(np.abs(np.asarray(y, np.float64) - want) <= 2.0**-19 * size)  # a part less leaves 2^-17
     assert matmul(x.astype(jnp.bfloat16), packed, interpret=True).dtype == jnp.bfloat16
 
 

@@ -115,7 +115,7 @@ def test_float32_inputs_lose_nothing_whatever_their_size(rng):
     x, packed = x.at[1, :4].set(0.0).at[1, 7].set(1e-5), prepack(fmt, leaves)
     y = accumulate(x, packed, Plan(16, 256, 2, 3), interpret=True)
     want, size = product(x, fmt, leaves)
-    assert np.all(np.abs(np.asarray(y, np.float64) - want) <= 772 * 2.0**-24 * size)
+    assert np.all(np.abs(np.asarray(y, np.float64) - want) <= 2.0**-19 * size)  # a part less leaves 2^-17
 
 
 def test_zero_and_infinite_rows_of_x(rng):
