@@ -12,8 +12,10 @@ randomness; the levels are a local optimum, not the best partition of all.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from qjax.formats.storage import over
 from qjax.typing import Array, Float, Int
 
 STEPS = 30
@@ -45,7 +47,9 @@ def spread(x: Float[Array, "*b n"], v: Float[Array, "*b n"], count: int) -> Floa
     gap = x[..., 1:] - x[..., :-1]
     share = jnp.cbrt(0.5 * (v[..., 1:] + v[..., :-1])) * jnp.square(jnp.cbrt(gap))
     mass = jnp.cumsum(jnp.pad(share, [(0, 0)] * (x.ndim - 1) + [(1, 0)]), axis=-1)
-    wanted = mass[..., -1:] * ((jnp.arange(count, dtype=jnp.float32) + 0.5) / count).reshape(*[1] * (x.ndim - 1), -1)
+    wanted = mass[..., -1:] * jnp.asarray((np.arange(count) + 0.5) / count, jnp.float32).reshape(
+        *[1] * (x.ndim - 1), -1
+    )
     at = jnp.sum((mass[..., None, :] < wanted[..., None]).astype(jnp.int32), axis=-1)
     return jnp.take_along_axis(x, at, axis=-1)
 
@@ -55,7 +59,7 @@ def lloyd(x: Float[Array, "*b n"], v: Float[Array, "*b n"], levels: Float[Array,
     own = jnp.where(_own(x, levels), v[..., None, :], 0.0)
     mass = jnp.sum(own, axis=-1)
     off = jnp.sum(own * (x[..., None, :] - levels[..., None]), axis=-1)
-    return levels + jnp.where(mass > 0, off / jnp.where(mass > 0, mass, 1.0), 0.0)
+    return levels + over(off, mass)
 
 
 def repaired(x: Float[Array, "*b n"], v: Float[Array, "*b n"], levels: Float[Array, "*b k"]) -> Float[Array, "*b k"]:

@@ -94,7 +94,7 @@ def test_aqlm_gains_in_turns_and_is_never_worse():
     (w, H), fmt = problem(32, 256), qjax.format("aqlm_2x4_g8")
     states = staged(w, H, fmt, nearest("h"), ldlq(), codebooks(1), codebooks(2), refit(1))
     loss = [losses(w, fmt.decode(s.scales, s.codes), damped64(H, DAMPING)).sum() for s in states]
-    assert loss[1] < 0.9 * loss[0] and loss[2] < 0.9 * loss[1] and loss[3] < 0.99 * loss[2] and loss[4] <= loss[3]
+    assert loss[1] < 0.9 * loss[0] and loss[2] < 0.88 * loss[1] and loss[3] < 0.99 * loss[2] and loss[4] <= loss[3]
     again = fmt.unpack(fmt.pack(states[-1].scales, states[-1].codes))
     for a, b in zip(jax.tree.leaves((states[-1].scales, states[-1].codes)), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -82,7 +82,7 @@ class Additive(Link):
             return jax.tree.map(lambda a: a[0], self.fit(w[None], None if weight is None else weight[None]))
         if w.ndim > 2:
             return jax.vmap(self.fit)(w, weight) if weight is not None else jax.vmap(self.fit)(w)
-        s = stored(jnp.sqrt(jnp.mean(jnp.square(w), axis=-1, keepdims=True)), "f16")
+        s = stored(jnp.sqrt(jnp.sum(jnp.square(w), axis=-1, keepdims=True) * (1.0 / w.shape[-1])), "f16")
         v = jnp.square(s) * (jnp.ones_like(w) if weight is None else weight)
         books = additive_kmeans(_vectors(over(w, s)), _vectors(over(v, jnp.max(v))), self.books, 2**self.bits, BEAM)
         return {"scale": s, "books": stored(books.reshape(1, -1), "f16")}

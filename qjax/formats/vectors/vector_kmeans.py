@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax.formats.storage import over
 from qjax.typing import Array, Float, Int, UInt8
 
 LANES = 1024  # vectors side by side
@@ -63,7 +64,7 @@ def means(
         own = codes[:, m].astype(jnp.int32)
         off = v * (x - summed(C, codes))
         mass, pull = (jax.ops.segment_sum(a, own, C.shape[1]) for a in (v, off))
-        C = C.at[m].add(jnp.where(mass > 0, pull / jnp.where(mass > 0, mass, 1.0), 0.0))
+        C = C.at[m].add(over(pull, mass))
     return C
 
 
