@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import products
 import pytest
-import test_vectors
+import test_point_kernels
 
 from qjax.kernels.layouts import points, supers
 from qjax.kernels.layouts.planar import prepack
@@ -16,7 +16,7 @@ from qjax.kernels.mosaic_gpu.vectors import product as vectors
 
 NAMES = ("int4_g128", "Q4_0", "Q8_0", "Q4_K", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "NF4", "uint4_g64_zf16")
 NAMES += ("uint8_g128", "int3_g64_mid_mse", "uint2_g64", "int8_row", "TQ2_0", "Q4_1", "MXFP4", "int3_g16_mse_u6x16")
-NAMES_OF_VECTORS = tuple(test_vectors.CEILINGS)
+NAMES_OF_VECTORS = tuple(test_point_kernels.CEILINGS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,12 +52,12 @@ def test_integer_scales_too(name, rng):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES_OF_VECTORS)
 def test_vectors_too(name, rng):
-    fmt, leaves = test_vectors.leaves_of(rng, name, 208, 1280)
+    fmt, leaves = test_point_kernels.leaves_of(rng, name, 208, 1280)
     packed = points.prepack(fmt, leaves)
     for batch in (1, 9, 64):
         x = products.inputs(rng, batch, 1280)
         y = jax.jit(vectors.accumulate)(x, packed)
-        test_vectors.assert_rounded_sums(np.asarray(y), x, fmt, leaves)
+        test_point_kernels.assert_rounded_sums(np.asarray(y), x, fmt, leaves)
 
 
 @pytest.mark.gpu
