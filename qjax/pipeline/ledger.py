@@ -19,8 +19,8 @@ def ledger(report: Report) -> dict[str, Any]:
 
     Returns: {"quantized_bits": 8 bytes / weights of the quantized tensors, None where there are none;
       "whole_bits": of all; "kept": {reason: names}; "tokens", "damping": least and most of any calibrated weight,
-      None where none was; "notes": {note: names}; "tuned": of the whole model behind its rounding, None where it was
-      not}.
+      None where none was; "notes": {note: names}; "tuned": what gradients on the whole model did, None where
+      there were none}.
     """
     quantized = [t for t in report.tensors if t.kept is None]
     lines = [t.calibration for t in quantized if t.calibration is not None]

@@ -102,7 +102,8 @@ class Report:
     Attributes:
       tensors: a line each.
       notes: what a reader should know of the whole, as that types were replaced because rows do not fit them.
-      tuned: what tuning the whole model behind its rounding did; {"said": one line, ...}.
+      tuned: what gradients on the whole model did, tuning behind the rounding or rotations in front of it; {"said": one
+        line, ...}.
     """
 
     tensors: tuple[TensorReport, ...]

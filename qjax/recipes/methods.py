@@ -134,8 +134,8 @@ def lnq(bits: int = 3, format: str | Format | None = None) -> Recipe:
 
 
 def aqlm(books: int = 2, bits: int = 8, rounds: int = 4, format: str | Format | None = None) -> Recipe:
-    """AQLM (arXiv:2401.06118) without its tuning of blocks: weighted residual k-means, feedback, then codebooks by
-    least squares in the metric of H and codes by beam search, in turns."""
+    """AQLM (arXiv:2401.06118): weighted residual k-means, feedback, then codebooks by least squares in the metric of H
+    and codes by beam search, in turns. Its tuning of blocks is `TuneBlocks`, behind any recipe."""
     made = additive(books, bits) if format is None else format
     return _recipe("aqlm", made, nearest("h"), ldlq("act"), codebooks(rounds))
 

@@ -84,3 +84,10 @@ def test_names_and_what_needs_the_books_at_hand():
     with pytest.raises(TypeError, match=r"bound\(scales\)"):
         fmt.basis(codes)
     np.testing.assert_array_equal(scales["scale"] * bound(fmt, scales).basis(codes)[0], fmt.decode(scales, codes))
+
+
+def test_a_vector_is_the_only_row_of_its_matrix_weights_and_all():
+    fmt, w, v = qjax.format("aqlm_2x2_g8"), normals(0, 1, 256), jnp.exp(2 * normals(1, 1, 256))
+    (scales, codes), (of_row, one) = fmt.encode(w, v), fmt.encode(w[0], v[0])
+    assert all((scales[key][0] == of_row[key]).all() for key in scales)
+    assert (codes[0] == one).all() and (one != fmt.nearest(of_row, w[0])).any()

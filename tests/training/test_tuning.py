@@ -64,7 +64,8 @@ BEHIND = (
 )
 CASES = {
     "Q4_0": {"d"}, "Q2_K": {"d", "dmin", "mn", "sc"}, "uint2_g64": {"scale", "zero"}, "E8P_2": {"scale"},
-    "trellis2_L12_3inst": {"scale"}, "NF4_dq": {"nested_absmax", "offset"}, "IQ2_XS": {"d"}, "NVFP4": {"d"},
+    "trellis2_L12_3inst": {"scale"}, "lut2": {"table"}, "aqlm_1x4_g8": {"scale", "books"},
+    "NF4_dq": {"nested_absmax", "offset"}, "IQ2_XS": {"d"}, "NVFP4": {"d"},
     "uint3_g16_bilevel3x16": {"scale", "scale_low", "scale_step", "zero", "zero_low", "zero_step"},
     "int4_g32": {"scale", "applied_0.A", "applied_0.B", "applied_2.s"},
 }  # fmt: skip

@@ -13,7 +13,7 @@ Leaves, for weights [*b, n], n a multiple of 8; a matrix is the last two axes:
     books   f16[*b[:-1], 1, M 2^B 8]     M 2^(B + 7) bits, which `bits_per_weight` leaves out: a whole bit a weight in a
                                          matrix of 256 x 256 at 2x8, 1/16 in one of 1024 x 1024
 
-Source: AQLM, arXiv:2401.06118; a scale a row, groups of eight of a row, no tuning of blocks or models.
+Source: AQLM, arXiv:2401.06118; a scale a row, groups of eight of a row. Its tuning is training/tuning's, of any format.
 """
 
 from __future__ import annotations
@@ -105,8 +105,11 @@ class Additive(Link):
         self, w: Float[Array, "*b n"], weight: Float[Array, "*b n"] | None = None
     ) -> tuple[Scales, UInt8[Array, "*b m"]]:
         """The sums near in the metric of `weight`, which single levels do not depend on and vectors do."""
+        if w.ndim == 1:
+            made = self.encode(w[None], None if weight is None else weight[None])
+            return jax.tree.map(lambda a: a[0], made)
         scales = self.fit(w, weight)
-        if weight is None or w.ndim == 1:
+        if weight is None:
             return scales, self.nearest(scales, w)
 
         def one(scales: Scales, w: Array, weight: Array) -> Array:

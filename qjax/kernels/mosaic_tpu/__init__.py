@@ -1,6 +1,6 @@
 """Matrix products with packed weights on TPUs, written in Pallas.
 
-product.py is the function, kernel.py the kernel, tiles.py its tiles.
+product.py is the function, kernel.py the kernel, tiles.py its tiles; hadamard.py rotates and rounds x.
 """
 
 from qjax.kernels.mosaic_tpu.product import matmul, twin, unfit

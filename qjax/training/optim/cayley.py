@@ -5,7 +5,7 @@
     M  <- W X
     a  =  min(rate, 2 q / |W|),   q = 1/2
     Y  <- X + a/2 W (X + Y),   twice, from Y = X + a M          towards X' = (I - a/2 W)^-1 (I + a/2 W) X
-    X' <- Y (3 I - Y^T Y) / 2                                   Newton-Schulz: what the iteration leaves is taken back
+    Y  <- Y (3 I - Y^T Y) / 2,   twice: X'                      Newton-Schulz: what the iteration leaves is taken back
 
 Of a direction that is no descent there is none: d/da L(X') at 0 is <G, W X>, and without momentum that is - |W|^2.
 The iteration is a contraction as long as a |W| < 2. Leaves are matrices, or stacks of them, each a rotation of its own.

@@ -65,7 +65,8 @@ def learn_rotations(
       model: float weights.
       plan: how weights are rounded while rotations learn, to nearest; None: not at all.
       calibration: windows to learn on; those held out decide which step is kept, and there must be one.
-      tuning: how long; `rate` is the longest Cayley step, 1.5 by default, and falls to 0.
+      tuning: how long; its `rate` is the longest Cayley step, and falls to 0. None: the paper's, 100 steps of 1.5; say
+        `rate=1.5` in one of your own, for the default of `Tuning` is Adam's.
       inputs: how the inputs of the blocks' weights are rounded.
       seed: of the Hadamard matrices at the start.
       values: learn R_2 too.
