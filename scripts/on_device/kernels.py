@@ -2,7 +2,7 @@
 
 from qjax.bench.products import Contest, contest
 
-FORMATS = ("Q4_0", "int4_g128", "Q4_K", "Q8_0", "NF4")
+FORMATS = ("Q4_0", "int4_g128", "Q4_K", "Q2_K", "Q8_0", "NF4")
 ERROR = 2e-2  # of bfloat16 inputs, of the largest result
 
 
