@@ -255,8 +255,8 @@ SLOW = ("gptq", "gptaq", "best_gguf", "spqr")
 def test_every_recipe_walks(name):
     model, calibration = tiny_model(), tiny_calibration()
     seen = survey_model(model, calibration) if name == "best_gguf" else None
-    # 8 bits where the inputs are rounded too, an offset where that is what is fitted
-    format = {"hqq": "uint4_g32_zf16"}.get(
+    # 8 bits where the inputs are rounded too, an offset or books where those are what is fitted
+    format = {"hqq": "uint4_g32_zf16", "aqlm": "aqlm_2x8_g8"}.get(
         name, "int8_row" if name in ("smoothquant", "llm_int8", "w8a8") else "int4_g32"
     )
     out, report = quantize_model(model, plan_of(("*", format)), name, calibration, seen=seen)
