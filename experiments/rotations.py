@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qjax import rundir
-from qjax.evaluate.intervals import half_interval
+from qjax.evaluate.intervals import half_interval, ratio_of_means
 from qjax.evaluate.judge import baseline_of, kl_by_token
 from qjax.io.checkpoint import load_float
 from qjax.models import stdlib_text
@@ -62,10 +62,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         models, said = models_of(config, format, model, calibration)
         kl = {k: np.asarray(kl_by_token(q, baseline), np.float64).mean(axis=1) for k, q in models.items()}
         for method, a in kl.items():
-            b = kl["quarot"]
-            ratio = a.sum() / b.sum()
-            half = half_interval(list((a - ratio * b) / b.mean()))
-            whole = {"kl": float(a.mean()), "kl_half_interval": half_interval(list(a)), "ratio": float(ratio)}
+            ratio, half = ratio_of_means(a, kl["quarot"])
+            whole = {"kl": float(a.mean()), "kl_half_interval": half_interval(list(a)), "ratio": ratio}
             learned = said if method == "spinquant" else {}
             row = {"format": format, "method": method, **whole, "ratio_half_width": half, **learned}
             done[format, method] = row

@@ -23,7 +23,7 @@ import numpy as np
 
 from qjax import recipes, rundir
 from qjax.evaluate.divergence import Baseline
-from qjax.evaluate.intervals import half_interval
+from qjax.evaluate.intervals import half_interval, ratio_of_means
 from qjax.evaluate.judge import baseline_of, kl_by_token
 from qjax.io.checkpoint import load_float
 from qjax.models import stdlib_text
@@ -89,13 +89,12 @@ def rows_of(
     kl = {way: np.asarray(kl_by_token(made[way][0], baseline), np.float64).mean(axis=1) for way in ways}
     rows = []
     for way in ways:
-        a, b = kl[way], kl["rounded"]
-        ratio = a.sum() / b.sum()
-        half = half_interval(list((a - ratio * b) / b.mean()))
+        a = kl[way]
+        ratio, half = ratio_of_means(a, kl["rounded"])
         whole = {
             "kl": float(a.mean()),
             "kl_half_interval": half_interval(list(a)),
-            "ratio": float(ratio),
+            "ratio": ratio,
             "ratio_half_width": half,
         }
         rows.append({"recipe": line, "format": recipe.format.name, "way": way, **whole, **made[way][1]})

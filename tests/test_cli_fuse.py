@@ -40,6 +40,8 @@ WRONG = [
     ([], "needs --rotate SEED, --scale SEARCH"),
     (["--scale", "smooth()"], "go with --calib"),
     (["--learn", "Q4_0", "--rotate", "1", "--untie"], "go with --calib"),
+    (["--rotate", "1", "--learn-steps", "5"], "beside --learn FORMAT"),
+    (["--learn", "Q4_0", "--learn-steps", "0", "--rotate", "1", "--calib", "TEXT"], "at least 1"),
     (["--learn", "Q4_0", "--scale", "smooth()", "--calib", "TEXT"], "--rotate SEED begins with"),
     (["--scale", "nearest()", "--calib", "TEXT"], "not one reparametrization"),
     (["--scale", "hadamard()", "--calib", "TEXT"], "no channel scaling"),

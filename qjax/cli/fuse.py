@@ -51,7 +51,7 @@ class Fuse:
     )
     format: Annotated[str, tyro.conf.arg(metavar="NAME", help="the grid that awq_scale searches with")] = "Q4_K"
     learn: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help="learn the rotations for this format")] = None
-    learn_steps: Annotated[int, tyro.conf.arg(metavar="N", help="Cayley steps")] = 100
+    learn_steps: Annotated[int | None, tyro.conf.arg(metavar="N", help="of --learn, Cayley's: 100")] = None
     calib: Annotated[Path | None, tyro.conf.arg(metavar="TEXT", help="calibration text, for --scale and --learn")] = (
         None
     )
@@ -64,6 +64,8 @@ class Fuse:
             raise UserError("fuse needs --rotate SEED, --scale SEARCH, or both")
         if self.learn is not None and (self.rotate is None or self.scale is not None):
             raise UserError("--learn moves the rotations that --rotate SEED begins with, and goes without --scale")
+        if self.learn_steps is not None and (self.learn is None or self.learn_steps < 1):
+            raise UserError(f"--learn-steps {self.learn_steps}: at least 1, beside --learn FORMAT")
         if (self.scale is None and self.learn is None) != (self.calib is None):
             raise UserError(
                 "--scale and --learn look at a text: they go with --calib TEXT, and --calib with one of them"
@@ -106,14 +108,14 @@ class Fuse:
         if model.config.tied and not self.untie:
             raise UserError("--learn: the head of this model is the embedding; --untie gives it one of its own")
         plan = Plan.from_dict({"rules": {"layers_*": self.learn, "*": "keep"}}, "--learn")
+        tuning = Tuning(self.learn_steps or 100, rate=1.5)
         with bar(f"rotations of {self.model}") as update:
 
             def progress(step: int, loss: float) -> None:
-                update(step, self.learn_steps, f"KL held out {loss:.4g}")
+                update(step, tuning.steps, f"KL held out {loss:.4g}")
 
             model, found = learn_rotations(
-                model, plan, calibration, Tuning(self.learn_steps, rate=1.5), seed=self.rotate or 0, values=self.values,
-                progress=progress,
+                model, plan, calibration, tuning, seed=self.rotate or 0, values=self.values, progress=progress,
             )  # fmt: skip
         print(f"rotations: {found}")
         return model

@@ -26,6 +26,16 @@ def half_interval(values: Sequence[float]) -> float | None:
     return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
+def ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float | None]:
+    """mean(a) / mean(b) of paired values, and half its 95 % interval, to first order: that of (a - ratio b) / mean(b).
+
+    >>> ratio_of_means(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    (0.5, 0.0)
+    """
+    ratio = float(a.sum() / b.sum())
+    return ratio, half_interval(list((a - ratio * b) / b.mean()))
+
+
 def chance_of_gain(differences: Sequence[float] | np.ndarray) -> float:
     """How likely paired differences would have so low a mean if each could as well have had the other sign.
 

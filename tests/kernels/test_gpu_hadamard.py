@@ -12,11 +12,16 @@ from qjax.reparam.hadamard import hadamard_matrix, signs
 
 @pytest.mark.parametrize("rows, last, dtype", [(3, 16, jnp.bfloat16), (2, 48, jnp.float32), (1, 32, jnp.float16)])
 def test_codes_are_those_of_the_transform(rows, last, dtype, rng):
-    """In float64: a code is the nearest but where rounding of sums decides."""
     n = 64 * last
     x, s = jnp.asarray(rng.standard_t(3, (rows, n)), dtype), signs(7, n)
     q, a = rotated(x, s, jnp.asarray(hadamard_matrix(last)), interpret=True)
-    H = np.kron(np.array(hadamard_matrix(64)), np.array(hadamard_matrix(last))) / np.sqrt(n)
+    assert_codes(q, a, x, s)
+
+
+def assert_codes(q, a, x, s):
+    """In float64: a code is the nearest but where rounding of sums decides."""
+    n = x.shape[1]
+    H = np.kron(np.array(hadamard_matrix(64)), np.array(hadamard_matrix(n // 64))) / np.sqrt(n)
     y = (np.asarray(x, np.float64) * np.asarray(s, np.float64)) @ H.T
     assert q.dtype == jnp.int8 and q.shape == x.shape
     np.testing.assert_allclose(a, np.abs(y).max(1) / 127, rtol=1e-6)

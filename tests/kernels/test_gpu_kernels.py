@@ -5,14 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import products
 import pytest
+import test_gpu_hadamard
 import test_point_kernels
 
 from qjax.kernels.layouts import points, supers
 from qjax.kernels.layouts.planar import prepack
 from qjax.kernels.mosaic_gpu import Plan, matmul
+from qjax.kernels.mosaic_gpu.hadamard import rotated
 from qjax.kernels.mosaic_gpu.product import accumulate
 from qjax.kernels.mosaic_gpu.supers import product as super_products
 from qjax.kernels.mosaic_gpu.vectors import product as vectors
+from qjax.reparam.hadamard import hadamard_matrix, signs
 
 NAMES = ("int4_g128", "Q4_0", "Q8_0", "Q4_K", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL", "NF4", "uint4_g64_zf16")
 NAMES += ("uint8_g128", "int3_g64_mid_mse", "uint2_g64", "int8_row", "TQ2_0", "Q4_1", "MXFP4", "int3_g16_mse_u6x16")
@@ -58,6 +61,14 @@ def test_vectors_too(name, rng):
         x = products.inputs(rng, batch, 1280)
         y = jax.jit(vectors.accumulate)(x, packed)
         test_point_kernels.assert_rounded_sums(np.asarray(y), x, fmt, leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [16, 64, 128])
+def test_the_transform_too(last, rng):
+    x, s = products.inputs(rng, 5, 64 * last), signs(7, 64 * last)
+    q, a = jax.jit(rotated)(x, s, jnp.asarray(hadamard_matrix(last)))
+    test_gpu_hadamard.assert_codes(q, a, x, s)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.errors import UserError
 from qjax.formats.protocol import Format
 from qjax.kernels import inputs
 from qjax.kernels.layouts import fits
@@ -22,6 +21,7 @@ from qjax.kernels.layouts.coding import Coding
 from qjax.kernels.layouts.planar import Planar, prepack, unpack
 from qjax.kernels.mosaic_gpu import integers, signed_bytes, skeleton, tables
 from qjax.kernels.mosaic_gpu.machines import Decode, Simulated, Warpgroup
+from qjax.kernels.mosaic_gpu.matrices import dense, rows_of
 from qjax.kernels.mosaic_gpu.tiles import Plan, check, plan_for
 from qjax.typing import Array, Float
 
@@ -68,8 +68,7 @@ def accumulate(
 def twin(x: Float[Array, "m in"], packed: Planar) -> Float[Array, "m out"]:
     """`accumulate` as jnp writes it, from the same bits by the format's own decode: f32[m, out]."""
     _check(x, packed)
-    w = packed.format.decode(*packed.format.unpack(unpack(packed)))
-    return jnp.dot(x.astype(jnp.float32), w.T, precision="highest")
+    return dense(x, packed.format, unpack(packed))
 
 
 def unfit(format: Format, shape: tuple[int, ...], rows: int, dtype: Any) -> str:
@@ -105,14 +104,7 @@ def decoder(code: Coding) -> Decode:
 
 def _check(x: Array, packed: Planar) -> int:
     """Rows of x."""
-    if packed.planes[0].ndim != 2:
-        raise UserError(f"a kernel takes one matrix, got a stack of {packed.format.name}; scan over it")
-    if x.ndim != 2 or x.shape[1] != packed.columns:
-        raise UserError(f"a kernel of these weights takes x [m, {packed.columns}], got {list(x.shape)}")
-    why = inputs.unfit(x.dtype) or _crowded(x.shape[0], x.dtype)
-    if why:
-        raise UserError(f"the kernel does not take this x: {why}")
-    return x.shape[0]
+    return rows_of(x, packed, packed.planes[0], inputs.unfit(x.dtype) or _crowded(x.shape[0], x.dtype))
 
 
 def _crowded(rows: int, dtype: Any) -> str:

@@ -11,6 +11,7 @@ batch of 8 costs what a batch of 1 does. Splits of the columns are programs of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -90,19 +91,11 @@ def run(
             init_carry=machine.zeros(shape),
             in_specs=_specs(packed, plan, rows, part * steps),
         )(*inputs)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, out.at[part, pl.ds(rows * ROWS, ROWS), :])
-        plgpu.wait_smem_to_gmem(0)
+        keep(staged, out, rows, part)
 
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((plan.split, N, plan.batch), jnp.float32),
-        grid=(N // ROWS, plan.split),
-        grid_names=("rows", "split"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        scratch_types={"staged": plgpu.SMEM(shape, jnp.float32)},
-        interpret=machine.interpret,
-    )(*packed.planes, x, *packed.scales.values(), *([sums] if code.ranged else []))
+    return launched(kernel, N, plan, machine)(
+        *packed.planes, x, *packed.scales.values(), *([sums] if code.ranged else [])
+    )
 
 
 def _specs(packed: Planar, plan: Plan, rows: Any, base: Any) -> list[Any]:
@@ -137,3 +130,31 @@ def tiled(columns: int) -> tuple[Any, Any]:
 def _row(ref: Any, group: int, groups: int) -> Any:
     """f32[N]: the entry of a group of the step."""
     return ref[group * ref.shape[0] // groups].astype(jnp.float32)
+
+
+def keep(staged: Any, out: Any, rows: Any, part: Any) -> None:
+    """Write a program's sums [ROWS, batch] into its place among all."""
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged, out.at[part, pl.ds(rows * ROWS, ROWS), :])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def launched(
+    kernel: Callable[..., None], N: int, plan: Plan, machine: Machine, **scratch: Any
+) -> Callable[..., Float[Array, "split N batch"]]:
+    """The kernel over all rows and splits, as a function of its inputs.
+
+    Args:
+      kernel: (*inputs, out, staged=, **scratch), a program for ROWS rows of the weights and one split.
+      N: rows of the weights.
+      scratch: what a program has beside `staged`, f32[ROWS, batch] in shared memory.
+    """
+    return plgpu.kernel(  # type: ignore[no-any-return]
+        kernel,
+        out_type=jax.ShapeDtypeStruct((plan.split, N, plan.batch), jnp.float32),
+        grid=(N // ROWS, plan.split),
+        grid_names=("rows", "split"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        scratch_types={"staged": plgpu.SMEM((ROWS, plan.batch), jnp.float32), **scratch},
+        interpret=machine.interpret,
+    )

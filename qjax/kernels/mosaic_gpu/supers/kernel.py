@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,7 +19,7 @@ from qjax.formats.storage import stored
 from qjax.kernels.layouts.planar import ROWS
 from qjax.kernels.layouts.supers import SUPER, UNIT, Supers
 from qjax.kernels.mosaic_gpu.machines import Machine
-from qjax.kernels.mosaic_gpu.skeleton import tiled
+from qjax.kernels.mosaic_gpu.skeleton import keep, launched, tiled
 from qjax.kernels.mosaic_gpu.supers import decode
 from qjax.kernels.mosaic_gpu.tiles import Plan
 from qjax.typing import Array, Float
@@ -84,19 +83,11 @@ def run(x: Float[Array, "batch K"], packed: Supers, plan: Plan, machine: Machine
                 along(plan.batch, supers * PARTS * UNIT, 0, UNIT),
             ],
         )(*inputs)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, out.at[part, pl.ds(rows * ROWS, ROWS), :])
-        plgpu.wait_smem_to_gmem(0)
+        keep(staged, out, rows, part)
 
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((plan.split, N, plan.batch), jnp.float32),
-        grid=(N // ROWS, plan.split),
-        grid_names=("rows", "split"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        scratch_types={"staged": plgpu.SMEM(shape, jnp.float32)},
-        interpret=machine.interpret,
-    )(packed.words, packed.scales, packed.d, packed.dmin, _placed(x, bits), _sums(x))
+    return launched(kernel, N, plan, machine)(
+        packed.words, packed.scales, packed.d, packed.dmin, _placed(x, bits), _sums(x)
+    )
 
 
 def _placed(x: Float[Array, "batch K"], bits: int) -> Float[Array, "batch K"]:

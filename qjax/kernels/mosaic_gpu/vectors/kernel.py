@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qjax.kernels.layouts.planar import ROWS
 from qjax.kernels.layouts.points import RUN, UNIT, Points
 from qjax.kernels.mosaic_gpu.machines import Machine
-from qjax.kernels.mosaic_gpu.skeleton import tiled
+from qjax.kernels.mosaic_gpu.skeleton import keep, launched, tiled
 from qjax.kernels.mosaic_gpu.tiles import Plan
 from qjax.kernels.mosaic_gpu.vectors.code import Code
 from qjax.typing import Array, Float
@@ -89,20 +88,10 @@ def run(
                 ),
             ],
         )(words_in, x_in)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, out.at[part, pl.ds(rows * ROWS, ROWS), :])
-        plgpu.wait_smem_to_gmem(0)
+        keep(staged, out, rows, part)
 
     table = jnp.asarray(np.array(code.table, np.uint32).reshape(-1, 128)) if code.table else None
-    scratch: dict[str, Any] = {"staged": plgpu.SMEM(shape, jnp.float32)}
+    scratch = {}
     if table is not None:
-        scratch |= {"table": plgpu.SMEM(table.shape, jnp.uint32), "filled": plgpu.Barrier()}
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((plan.split, N, plan.batch), jnp.float32),
-        grid=(N // ROWS, plan.split),
-        grid_names=("rows", "split"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        scratch_types=scratch,
-        interpret=machine.interpret,
-    )(packed.words, x, *([] if table is None else [table]))
+        scratch = {"table": plgpu.SMEM(table.shape, jnp.uint32), "filled": plgpu.Barrier()}
+    return launched(kernel, N, plan, machine, **scratch)(packed.words, x, *([] if table is None else [table]))

@@ -19,6 +19,7 @@ from qjax.formats.vectors.trellis import Trellis
 from qjax.kernels import inputs
 from qjax.kernels.layouts.points import Points, unpack
 from qjax.kernels.mosaic_gpu.machines import Simulated, Warpgroup
+from qjax.kernels.mosaic_gpu.matrices import dense, rows_of
 from qjax.kernels.mosaic_gpu.tiles import Plan, check, plan_for
 from qjax.kernels.mosaic_gpu.vectors import kernel, lattice, trellis
 from qjax.kernels.mosaic_gpu.vectors.code import Code
@@ -64,8 +65,7 @@ def accumulate(
 def twin(x: Float[Array, "m in"], packed: Points) -> Float[Array, "m out"]:
     """`accumulate` as jnp writes it, from the same bits by the format's own decode: f32[m, out]."""
     _check(x, packed)
-    w = packed.format.decode(*packed.format.unpack(unpack(packed)))
-    return jnp.dot(x.astype(jnp.float32), w.T, precision="highest")
+    return dense(x, packed.format, unpack(packed))
 
 
 def unfit(format: Format, shape: tuple[int, ...], rows: int, dtype: Any) -> str:
@@ -99,11 +99,4 @@ def decoder(format: VectorGrid) -> Code:
 
 def _check(x: Array, packed: Points) -> int:
     """Rows of x."""
-    if packed.words.ndim != 2:
-        raise UserError(f"a kernel takes one matrix, got a stack of {packed.format.name}; scan over it")
-    if x.ndim != 2 or x.shape[1] != packed.columns:
-        raise UserError(f"a kernel of these weights takes x [m, {packed.columns}], got {list(x.shape)}")
-    why = inputs.crowded(x.shape[0], x.dtype)
-    if why:
-        raise UserError(f"the kernel does not take this x: {why}")
-    return x.shape[0]
+    return rows_of(x, packed, packed.words, inputs.crowded(x.shape[0], x.dtype))
