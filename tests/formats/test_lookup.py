@@ -60,6 +60,7 @@ def test_no_step_and_no_repair_makes_the_error_larger(rows):
 
     errors = np.array([error(x, v, levels) for levels in path(x, v)])
     assert (errors[1:] <= errors[:-1] * (1 + 1e-6)).all()
+    assert (errors[1, :12] < 0.9 * errors[0, :12]).all()  # the first repair, before any step
     assert errors[-1, :12].sum() < 0.2 * errors[0, :12].sum()
 
 
