@@ -45,9 +45,8 @@ from qjax.io.gguf_read import read_gguf
 from qjax.io.text import read_text, texts_at
 from qjax.models import stdlib_text
 from qjax.models.families import weight_names
-from qjax.models.generate import generate
 from qjax.models.model import Model, forward
-from qjax.models.own_text import own_tokens
+from qjax.models.own_text import own_tokens, written
 from qjax.pipeline.calibrated import quantize_model, survey_model
 from qjax.pipeline.report import Report
 from qjax.pipeline.windows import Calibration, calibration_of, calibration_text
@@ -181,7 +180,7 @@ class Contest:
             seconds += surveyed if name != THEIRS and self.chosen[name].sensitive else 0.0
             row = {**facts, "seconds": round(seconds, 1), "peak_mb": memory, **row_of(self.judge, file), **losses}
             if self.config.generated and seed == self.config.seeds[0]:
-                row["text"] = written(file, self.config.prompt, self.config.generated)
+                row["text"] = written(load(file), self.config.prompt, self.config.generated)
             theirs = self.scratch / f"{mix}.{THEIRS}.types"
             same_types(file, theirs)
             self.done[seed, windows, mix, name] = row
@@ -199,13 +198,6 @@ def means_of(report: Report) -> dict[str, float | None]:
         found = [getattr(c, key) for c in calibrated if getattr(c, key) is not None]
         made[key] = statistics.fmean(found) if found else None
     return {**made, "guarded": float(sum(c.guarded for c in calibrated))}
-
-
-def written(file: Path, prompt: str, count: int) -> str:
-    """What a file writes behind a prompt, greedily."""
-    model = load(file)
-    ids = model.tokenizer.encode(prompt, bos=True)
-    return model.tokenizer.decode([*ids, *generate(model, ids, count)])
 
 
 def texts(path: Path | None, seed: int | None) -> tuple[str, str]:

@@ -39,6 +39,7 @@ from qjax.io.text import read_text, read_texts
 from qjax.models import stdlib_text
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
+from qjax.models.own_text import written
 from qjax.pipeline.calibrated import quantize_model, survey_model
 from qjax.pipeline.survey import Survey
 from qjax.pipeline.windows import Calibration, calibration_text
@@ -63,7 +64,8 @@ class Config:
     calibration: Path | None = None  # UTF-8, or a JSON list of texts; none: the standard library's other modules, drawn
     calibration_windows: int = 32  # at most; an eighth is held out
     seeds: tuple[int, ...] = (0, 1, 2)  # calibration texts; a file is the same one for all
-    generated: int = 0  # tokens whose generation is timed; 0: none
+    generated: int = 0  # tokens that each writes behind `prompt`, greedily, and is timed at; 0: none
+    prompt: str = "The history of"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         for e in own:
             assert baseline is not None
             row = {"method": e.name, "recipe": str(e.recipe or FLOAT), "seed": seed}
-            row |= judged(e, model, calibration, seen, baseline, config.generated)
+            quantized, numbers = judged(e, model, calibration, seen, baseline)
+            row |= numbers
+            if config.generated:
+                prompt = baseline.windows.tokens[0, :32].tolist()
+                row["tokens_per_second"] = tokens_per_second(quantized, prompt, config.generated)
+                row["text"] = written(quantized, config.prompt, config.generated)
             done[seed, e.name] = row
             rundir.log(out, row)
             print(f"seed {seed} {e.name}: KL {row['kl_mean']:.5f}, {row['whole_bits']:.3f} bits in all, "
@@ -148,9 +155,9 @@ def baseline_on(config: Config, model: Model) -> Baseline:
 
 
 def judged(
-    e: Entry, model: Model, calibration: Calibration, seen: Survey | None, baseline: Baseline, generated: int
-) -> dict[str, Any]:
-    """The numbers of one entry; `peak_mb` is of its rounding."""
+    e: Entry, model: Model, calibration: Calibration, seen: Survey | None, baseline: Baseline
+) -> tuple[Model, dict[str, Any]]:
+    """(the model of one entry, its numbers); `peak_mb` is of its rounding."""
     peak, clock = watch_memory(), time.perf_counter()
     quantized, inside = model, []
     if e.plan is not None and e.recipe is not None:
@@ -162,10 +169,7 @@ def judged(
         numbers["layer_bits"] = 8 * sum(t.nbytes for t in inside) / sum(math.prod(t.shape) for t in inside)
     if memory is not None:
         numbers["peak_mb"] = memory
-    if generated:
-        prompt = baseline.windows.tokens[0, :32].tolist()
-        numbers["tokens_per_second"] = tokens_per_second(quantized, prompt, generated)
-    return numbers
+    return quantized, numbers
 
 
 def calibration_of(config: Config, model: Model, seed: int) -> Calibration:

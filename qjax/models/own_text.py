@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax.errors import UserError
 from qjax.models.cache import empty_cache
 from qjax.models.decoder import Decoder
-from qjax.models.generate import Sampling, sample
+from qjax.models.generate import Sampling, generate, sample
 from qjax.models.model import Model, Running
 from qjax.typing import Array
 
@@ -29,6 +30,21 @@ TOKENS = 32_768
 """Tokens that calibrate well enough."""
 TEMPERATURE = 0.8
 _STEPS = 64  # tokens between two lines of progress
+
+
+def written(model: Model, prompt: str, count: int) -> str:
+    """What a model writes behind a prompt, greedily, with the prompt: files that keep likelihood can fail to speak.
+
+    Args:
+      count: tokens behind the prompt, at most.
+
+    Raises:
+      UserError: a model without a tokenizer; what `generate` raises.
+    """
+    if model.tokenizer is None:
+        raise UserError("the model has no tokenizer, and a prompt is text: save its tokenizer beside its weights")
+    ids = model.tokenizer.encode(prompt, bos=True)
+    return model.tokenizer.decode([*ids, *generate(model, ids, count)])
 
 
 def own_tokens(

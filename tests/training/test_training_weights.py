@@ -183,3 +183,18 @@ def test_rotated_keys_lose_less_and_answer_rotated_queries(params, tokens, rng):
     np.testing.assert_allclose(ones, 1.0, atol=1e-5)
     with pytest.raises(UserError, match="only a rotation may stand in front"):
         quantized_cache("smooth() >> Q4_0")
+
+
+def test_what_quantization_computes_on_the_way_is_in_memory_for_few_weights():
+    """Of a real decoder all weights at once are forty times their size; one after another they are a few times."""
+    plan = Plan.from_dict({"rules": {"*/kernel": "int2_g64_mid_mse"}})
+    shapes = {f"layers_{i}": {"kernel": jax.ShapeDtypeStruct((1024, 2048), jnp.float32)} for i in range(16)}
+    quantizers = weights.quantizers_of(shapes, plan, scales="learned")
+    trained, constants = jax.eval_shape(lambda params: weights.init(params, quantizers), shapes)
+
+    def loss(params, trained, constants):
+        fake = weights.fake_params(params, quantizers, trained, constants)
+        return sum(jnp.sum(jnp.square(w)) for w in jax.tree.leaves(fake))
+
+    program = jax.jit(jax.grad(loss, argnums=1)).lower(shapes, trained, constants).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 6 * 16 * 4 * 1024 * 2048

@@ -4,17 +4,19 @@
     fake_params(params, ...)                  the tree that the model runs on: quantized weights at their stored values
     packed_params(params, ...)                the tree that is exported: QTensors of exactly these values
 
-Weights of one shape and one quantizer are stacked and quantized
-together: a search over scales is compiled once, not once a layer.
+Weights of one shape and one quantizer are stacked and quantized by one loop, small ones several at once: a search over
+scales is compiled once, not once a layer, and what it computes on the way is in memory for a few weights alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qjax.errors import UserError
 from qjax.pipeline.memory import contracted_axis, named_weight
@@ -27,6 +29,8 @@ from qjax.typing import Array, Float
 
 Quantizers = Mapping[str, Quantizer]
 ByPath = dict[str, Any]  # {path: {name: array}}
+
+_AT_ONCE = 1 << 22  # weights whose intermediates, a dozen times their size, are in memory together
 
 
 def quantizers_of(
@@ -227,10 +231,16 @@ def mapped(
             out[paths[0]] = fn(quantizer, *each[0])
             continue
         stack = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
-        whole = jax.vmap(lambda w, t, k, q=quantizer: fn(q, w, t, k))(*stack)
+        one = partial(fn, quantizer)
+        whole = lax.map(lambda parts, one=one: one(*parts), stack, batch_size=_at_once(leaves[paths[0]], len(paths)))
         for i, path in enumerate(paths):
             out[path] = jax.tree.map(lambda x, i=i: x[i], whole)
     return {path: out[path] for path in quantizers}
+
+
+def _at_once(weight: Any, count: int) -> int:
+    """How many of `count` weights pass at once: a whole number of times, and one where one is large enough."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and n * weight.size <= max(_AT_ONCE, weight.size))
 
 
 def replaced(params: Any, new: Mapping[str, Any]) -> Any:
