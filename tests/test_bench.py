@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,8 +70,9 @@ def test_every_product_of_a_program_has_weights_of_its_own(monkeypatch):
     seen = []
     monkeypatch.setattr(products, "seconds", lambda program, x, many, rounds: seen.append(many) or 1.0)
     list(products.contest(products.Contest(("Q8_0",), ((64, 256),), (1,), cold_bytes=100_000, rounds=1)))
-    stacks = [many["blocks"] if isinstance(many, dict) else many for many in seen]
-    assert [len(s) for s in stacks] == [4, 2, 6] and all(s.nbytes >= 100_000 for s in stacks)
+    stacks = [jax.tree.leaves(many)[0] for many in seen]
+    assert [len(s) for s in stacks] == [4, 2, 6]
+    assert all(sum(leaf.nbytes for leaf in jax.tree.leaves(many)) >= 100_000 for many in seen)
     assert all((s[0] != s[k]).any() for s in stacks for k in range(1, len(s)))
 
 
