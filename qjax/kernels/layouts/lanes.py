@@ -11,7 +11,8 @@ A run of U inputs (32, 16 or 8) lies under one scale. Of a plane of b bits it ha
 bits each, the codes of inputs r, r + R, r + 2 R ... of the run. Shifts, masks and scales are then those of whole
 vectors: along a row of a file's blocks a compiler would have to take vectors apart for them.
 
-Bytes: those of the file, and one byte for each 6-bit integer scale (Q4_K: 4.625 bits a weight for 4.5).
+Bytes: those of the file, but a whole one for each integer scale or zero (Q4_K: 4.625 bits a weight for 4.5, Q2_K 3.125
+for 2.625), and two bits for a trit.
 """
 
 from __future__ import annotations
