@@ -29,13 +29,15 @@ def prepack(
       platform: where; None: where JAX runs.
       implementation: as `qjax.dot` takes it.
 
-    Returns: the tree. A weight whose kernel reads it as it is, or that is prepacked already, stays as it is;
-      `dequantize` gives the same bits of each, `dot` the same products.
+    Returns: the tree. A weight whose kernel reads it as it is, that is prepacked already, or that rounds its inputs (no
+      kernel multiplies with it) stays as it is; `dequantize` gives the same bits of each, `dot` the same products.
     """
     where = running_on() if platform is None else platform
 
     def one(q: Any) -> Any:
         if not is_qtensor(q) or isinstance(q.format, Prepacked) or q.ndim < 2 or where not in PLATFORMS:
+            return q
+        if q.rounds_inputs:
             return q
         *_, out, n = q.format.shape(q.leaves)
         kernel, _ = choice(Call(bare(q.format), (out, n), rows, jnp.dtype(dtype)), where, implementation)

@@ -1,11 +1,13 @@
 """Benchmarks: the numbers belong together, the result file makes a roofline, mistakes are told."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from qjax.bench import clock, products
+from qjax.bench import clock, products, rivals
 from qjax.cli import main
 from qjax.errors import UserError
 from qjax.report.figures.roofline import measured
@@ -19,8 +21,8 @@ def test_products_make_a_result_file_and_a_roofline(tmp_path, capsys):
     assert main(["bench", "kernels", "--formats", "Q4_0", "NF4", *SMALL, "--json", str(made)]) == 0
     (table,) = read(made).tables
     assert [(r["name"], r["rows"], r["kernel"]) for r in table.rows] == [
-        ("bfloat16", 1, "dense"), ("float32", 1, "dense"), ("Q4_0", 1, "sums"), ("NF4", 1, "strips"),
-        ("bfloat16", 2, "dense"), ("float32", 2, "dense"), ("Q4_0", 2, "strips"), ("NF4", 2, "strips"),
+        ("bfloat16", 1, "dense"), ("float32", 1, "dense"), ("Q4_0", 1, "lanes"), ("NF4", 1, "strips"),
+        ("bfloat16", 2, "dense"), ("float32", 2, "dense"), ("Q4_0", 2, "lanes"), ("NF4", 2, "strips"),
     ]  # fmt: skip
     for row in table.rows:
         assert row["flops"] == 2 * row["rows"] * 64 * 256
@@ -37,15 +39,40 @@ def test_products_make_a_result_file_and_a_roofline(tmp_path, capsys):
 
 def test_all_kernels_side_by_side():
     c = products.Contest(("Q4_0",), ((64, 256),), (1,), cold_bytes=1 << 16, rounds=1, every=True)
-    assert [row["kernel"] for row in products.contest(c)] == ["dense", "dense", "sums", "strips", "first"]
+    assert [row["kernel"] for row in products.contest(c)] == ["dense", "dense", "lanes", "sums", "strips", "first"]
+
+
+def test_points_of_a_lattice_are_drawn_and_tiles_of_rows_are_whole():
+    """No search for the nearest: nothing that is timed depends on it."""
+    c = products.Contest(("E8P_2", "trellis2_L12_3inst"), ((64, 256),), (1,), cold_bytes=1 << 15, rounds=1)
+    rows = {row["name"]: row for row in products.contest(c)}
+    assert all(rows[name]["error"] < 1e-5 and rows[name]["kernel"] == "strips" for name in c.formats)
+    with pytest.raises(UserError, match="holds 16 rows together, and got 40"):
+        products.Contest(("trellis2_L12_3inst",), ((40, 256),), (1,))
+
+
+def test_a_rival_multiplies_the_same_weights(capsys, monkeypatch):
+    """torch's int4 product: in float32 as exact as ours; where it cannot run, the reason is told."""
+    pytest.importorskip("torch")
+    (rival,) = rivals.RIVALS
+    c = products.Contest((), ((64, 256),), (2,), cold_bytes=1 << 15, rounds=1, rivals=(rival,))
+    *_, row = products.contest(c)
+    assert row["kernel"] == "torch int4pack" and row["error"] < 1e-5 and row["seconds"] > 0
+    gone = dataclasses.replace(rival, unfit=lambda platform: f"torch is not installed on {platform}")
+    monkeypatch.setattr(rivals, "RIVALS", (gone,))
+    assert main(["bench", "kernels", "--formats", "Q8_0", "--rivals", *SMALL]) == 0
+    assert "without torch int4pack: torch is not installed on cpu" in capsys.readouterr().err
+    with pytest.raises(UserError, match="torch int4pack: torch is not installed on cpu; leave it out"):
+        products.Contest((), ((64, 256),), (2,), rivals=(gone,))
 
 
 def test_every_product_of_a_program_has_weights_of_its_own(monkeypatch):
     seen = []
     monkeypatch.setattr(products, "seconds", lambda program, x, many, rounds: seen.append(many) or 1.0)
     list(products.contest(products.Contest(("Q8_0",), ((64, 256),), (1,), cold_bytes=100_000, rounds=1)))
-    stacks = [many["blocks"] if isinstance(many, dict) else many for many in seen]
-    assert [len(s) for s in stacks] == [4, 2, 6] and all(s.nbytes >= 100_000 for s in stacks)
+    stacks = [jax.tree.leaves(many)[0] for many in seen]
+    assert [len(s) for s in stacks] == [4, 2, 6]
+    assert all(sum(leaf.nbytes for leaf in jax.tree.leaves(many)) >= 100_000 for many in seen)
     assert all((s[0] != s[k]).any() for s in stacks for k in range(1, len(s)))
 
 

@@ -200,9 +200,9 @@ def test_kernels_says_what_runs_where_and_why(capsys):
     assert main(["kernels", "--json", "-"]) == 0
     rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["formats"]}
     assert set(rows) == set(qjax.format_names())
-    assert [rows["Q4_0"][p]["kernel"] for p in ("cpu", "cuda", "tpu")] == ["sums", "mosaic_gpu", "mosaic_tpu"]
-    assert main(["kernels", "Q4_0", "--rows", "8"]) == 0
-    assert "8 rows of x, not 1" in " ".join(capsys.readouterr().out.split())
+    assert [rows["Q4_0"][p]["kernel"] for p in ("cpu", "cuda", "tpu")] == ["lanes", "mosaic_gpu", "mosaic_tpu"]
+    assert main(["kernels", "NF4", "--rows", "8"]) == 0
+    assert "levels are a table" in " ".join(capsys.readouterr().out.split())
     for argv, message in (
         (["--rows", "0"], "--rows 0: expected at least 1"),
         (["Q4_K", "--shape", "64", "100"], "--shape 64 100"),

@@ -18,14 +18,16 @@ import numpy as np
 from jax import lax
 
 from qjax.bench.clock import Roof, roof, seconds
+from qjax.bench.rivals import Rival
 from qjax.errors import UserError
 from qjax.formats import format as get_format
 from qjax.formats.protocol import Format
+from qjax.formats.vectors.grid import VectorGrid
 from qjax.kernels import TABLE, Call, Kernel
 from qjax.kernels.dispatch import chosen, running_on
 from qjax.kernels.kernel import Implementation
 from qjax.kernels.prepacked import laid_out
-from qjax.tensor import check_length, dequantize, quantize
+from qjax.tensor import QTensor, check_length, dequantize, quantize
 from qjax.typing import Array
 
 Shape = tuple[int, int]
@@ -50,6 +52,7 @@ class Contest:
       rounds: calls that are timed; the median counts.
       seed: of weights and x.
       every: time all kernels that fit, not only the one that `dot` takes.
+      rivals: other libraries' products, too (rivals.py).
     """
 
     formats: tuple[str, ...]
@@ -61,6 +64,7 @@ class Contest:
     rounds: int = 7
     seed: int = 0
     every: bool = False
+    rivals: tuple[Rival, ...] = ()
 
     def __post_init__(self) -> None:
         if min((1, *self.rows, *(n for shape in self.shapes for n in shape), self.rounds, self.cold_bytes)) < 1:
@@ -69,10 +73,17 @@ class Contest:
             raise UserError(f"dtype {self.dtype!r}; expected one of {', '.join(DENSE)}")
         for name in self.formats:
             fmt = get_format(name)
-            if fmt.rows != 1:
+            if fmt.rows == 0:
                 raise UserError(f"{fmt.name}: rows of a matrix share scales, and none can be moved to make another")
-            for shape in self.shapes:
-                check_length(fmt, shape[1], f"shape {shape[0]} x {shape[1]}")
+            for out, n in self.shapes:
+                check_length(fmt, n, f"shape {out} x {n}")
+                if out % fmt.rows:
+                    raise UserError(f"{fmt.name} holds {fmt.rows} rows together, and got {out} (shape {out} x {n})")
+        for rival in self.rivals:
+            if why := rival.unfit(running_on()):
+                raise UserError(f"{rival.name}: {why}; leave it out")
+            for out, n in self.shapes:
+                check_length(get_format(rival.format), n, f"shape {out} x {n}")
 
 
 def contest(c: Contest) -> Iterator[dict[str, Any]]:
@@ -101,12 +112,26 @@ def _rows(c: Contest, w: Array, x: Array, top: Roof) -> Iterator[dict[str, Any]]
         dense = w.astype(dtype)
         yield {"name": name, "kernel": "dense"} | _timed(c, _dense, x.astype(dtype), dense, dense, top)
     for name in c.formats:
-        q = quantize(w, name)
+        q = _packed(w, get_format(name), c.seed)
         for kernel in _kernels(c, Call(q.format, w.shape, len(x), jnp.dtype(c.dtype))):
             multiply = partial(_multiply, kernel, q.format)
             packed = laid_out(kernel.layout, q.format, q.leaves)
             row = _timed(c, multiply, x.astype(DENSE[c.dtype]), packed, dequantize(q), top)
             yield {"name": name, "kernel": kernel.name} | row
+    for rival in c.rivals:
+        q = quantize(w, rival.format)
+        yield {"name": rival.format, "kernel": rival.name} | _rival_timed(c, rival, x, q, top)
+
+
+def _packed(w: Array, format: Format, seed: int) -> QTensor:
+    """The weights in a format; of vectors, random points: a search for the nearest takes longer than all that is
+    timed, and a product does not depend on them."""
+    if not isinstance(format, VectorGrid):
+        return quantize(w, format)
+    leaves = jax.eval_shape(lambda: quantize(w, format).leaves)
+    drawn = np.random.default_rng(seed)
+    codes = jnp.asarray(drawn.integers(0, 256, leaves["codes"].shape, np.uint8))
+    return QTensor({**jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), leaves), "codes": codes}, format)
 
 
 def _dense(x: Array, w: Array) -> Array:
@@ -131,13 +156,29 @@ def _multiply(kernel: Kernel, format: Format, x: Array, packed: Any) -> Array:
 
 def _timed(c: Contest, multiply: Multiply, x: Array, packed: Any, w: Array, top: Roof) -> dict[str, Any]:
     """One matrix's time in a program over many; w [out, n] is what it stands for."""
-    (out, n), m, nbytes = w.shape, len(x), sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
     count = max(2, -(-c.cold_bytes // nbytes))
     many = jax.tree.map(lambda leaf: jnp.stack([jnp.roll(leaf, k, axis=0) for k in range(count)]), packed)
     each = jax.jit(lambda x, many: lax.scan(lambda none, one: (none, multiply(x, one)), None, many)[1])
     time = seconds(each, x, many, rounds=c.rounds) / count
+    return _row(x, w, nbytes, time, jax.jit(multiply)(x, packed)[:, :_CHECKED], top)
+
+
+def _rival_timed(c: Contest, rival: Rival, x: Array, q: QTensor, top: Roof) -> dict[str, Any]:
+    """One matrix's time among many, one call after another."""
+    count = max(2, -(-c.cold_bytes // q.nbytes))
+    many, nbytes = rival.packed(q, count, c.dtype)
+    theirs = rival.inputs(x, c.dtype)
+    time = seconds(lambda: [rival.product(theirs, one) for one in many], rounds=c.rounds) / count
+    y = rival.array(rival.product(theirs, many[0]))[:, :_CHECKED]
+    return _row(x.astype(DENSE[c.dtype]), dequantize(q), nbytes, time, y, top)
+
+
+def _row(x: Array, w: Array, nbytes: int, time: float, y: Any, top: Roof) -> dict[str, Any]:
+    """What is told of a product y of x with the first rows of w."""
+    (out, n), m = w.shape, len(x)
     exact = np.asarray(x, np.float64) @ np.asarray(w[:_CHECKED], np.float64).T
-    error = np.abs(np.asarray(jax.jit(multiply)(x, packed)[:, :_CHECKED], np.float64) - exact).max()
+    error = np.abs(np.asarray(y, np.float64) - exact).max()
     flops, moved = 2 * m * out * n, nbytes + x.nbytes + m * out * x.dtype.itemsize
     return {
         "out": out, "in": n, "rows": m, "seconds": time, "gb_per_second": moved / time / 1e9,

@@ -38,6 +38,7 @@ class Kernels:
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(help="of the activations")] = "float32"
     implementation: Annotated[Literal["auto", "xla", "pallas"], tyro.conf.arg(help="which kernels")] = "auto"
     every: Annotated[bool, tyro.conf.arg(help="all kernels that fit, not only the one that is taken")] = False
+    rivals: Annotated[bool, tyro.conf.arg(help="other libraries' products of four bits, where they run here")] = False
     cold_mb: Annotated[int, tyro.conf.arg(metavar="MB", help="of weights in a program; more than caches hold")] = 64
     rounds: Annotated[int, tyro.conf.arg(metavar="N", help="calls timed; the median counts")] = 7
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=JSON_HELP)] = None
@@ -45,10 +46,17 @@ class Kernels:
     def execute(self) -> None:
         check_json(self.json)
         from qjax.bench.products import Contest, contest
+        from qjax.bench.rivals import RIVALS
+        from qjax.kernels.dispatch import running_on
 
+        absent = {rival: rival.unfit(running_on()) for rival in RIVALS if self.rivals}
+        for rival, why in absent.items():
+            if why:
+                print(f"[without {rival.name}: {why}]", file=sys.stderr)
         c = Contest(
             self.formats, tuple(map(_shape, self.shapes)), self.rows, self.dtype, self.implementation,
             self.cold_mb << 20, self.rounds, every=self.every,
+            rivals=tuple(rival for rival, why in absent.items() if not why),
         )  # fmt: skip
         _tell(contest(c), "Products with packed weights", "kernels", self.json, {
             "product": lambda r: f"{r['name']} {r['out']}x{r['in']}, {r['rows']} rows", "kernel": lambda r: r["kernel"],

@@ -58,7 +58,10 @@ class Generate:
         import jax.numpy as jnp
 
         from qjax.models.generate import generate
+        from qjax.models.parts import Packed
 
+        if isinstance(model, Packed):
+            model = model.prepacked(dtype=jnp.dtype(self.dtype))
         tokenizer = model.tokenizer
         assert tokenizer is not None
         prompt = tokenizer.encode(self.prompt)

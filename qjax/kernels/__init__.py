@@ -5,6 +5,7 @@
     product     the one operation: its gradient, its vmap, how it is cut over a mesh
     prepacked   weights in a kernel's own layout, made once
     xla         what plain XLA does best: whole, by strips, in whole numbers
+    lanes       by strips of weights that were laid out for a CPU, outputs side by side
 
 A kernel is a line of `TABLE`, first that fits first; `qjax kernels` prints what it says.
 """

@@ -1,5 +1,9 @@
 """Which kernel multiplies with packed weights: the first line of TABLE that fits, on the platform a program is for.
 
+    Kernel(
+        "cpu", "xla", "lanes", lanes.matmul, _lanes,
+        "laid out by qjax.prepack; outputs side by side, some weights at a time, decoded in the cache", layout=LANES,
+    ),
     Kernel("cpu", "xla", "sums", xla.sums, fits, about)       a new kernel is such a line, above those it is better than
 
 `fits` sees all that is known when a program is traced, and answers with the reason why not, or "".
@@ -13,7 +17,7 @@ import jax
 
 from qjax.errors import UserError
 from qjax.formats.grid import Grid
-from qjax.kernels import accelerators, xla
+from qjax.kernels import accelerators, lanes, xla
 from qjax.kernels.kernel import (
     FLOAT32,
     IMPLEMENTATIONS,
@@ -24,6 +28,15 @@ from qjax.kernels.kernel import (
     Platform,
     device_in_force,
 )
+from qjax.kernels.layouts import fits
+from qjax.kernels.layouts import lanes as side_by_side
+from qjax.kernels.prepacked import Layout
+
+LANES = Layout("lanes", side_by_side.prepack, side_by_side.unpack, lambda packed: packed.shape)
+
+
+def _lanes(call: Call) -> str:
+    return fits.unfit(side_by_side.prepack, call.format, call.shape)
 
 
 def _sums(call: Call) -> str:
@@ -50,8 +63,11 @@ def _always(call: Call) -> str:
 
 def _lies_otherwise(kernel: Kernel, call: Call) -> str:
     """To lay weights out at each call costs more than to decode them."""
-    unpacked = kernel.layout is not None and not call.prepacked
-    return "weights lie as their format packs them: qjax.prepack lays them out, once" if unpacked else ""
+    if kernel.layout is None or call.prepacked is True or call.prepacked == kernel.layout:
+        return ""
+    if call.prepacked:
+        return "weights lie as another kernel reads them"
+    return "weights lie as their format packs them: qjax.prepack lays them out, once"
 
 
 ELSEWHERE = Kernel("cuda", "xla", "whole", xla.whole, _always, "decoded in the program, then one product", stack="vmap")
@@ -60,6 +76,15 @@ WIDE = Kernel("cuda", "xla", "strips", xla.wide_strips, _points, "vectors of a t
 
 TABLE: tuple[Kernel, ...] = (
     *accelerators.LINES,
+    Kernel(
+        "cpu",
+        "xla",
+        "lanes",
+        lanes.matmul,
+        _lanes,
+        "laid out by qjax.prepack; outputs side by side, some weights at a time, decoded in the cache",
+        layout=LANES,
+    ),
     Kernel("cpu", "xla", "sums", xla.sums, _sums, "one row of x in whole numbers: int32 sums over the codes"),
     Kernel("cpu", "xla", "strips", xla.strips, _strips, "a few rows of weights at a time, decoded in the cache"),
     Kernel("cpu", "xla", "first", xla.first, _always, "decoded in the program, then one product with weights first"),

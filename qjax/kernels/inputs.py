@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.errors import UserError
 from qjax.formats.storage import stored
 from qjax.typing import Array, Float, Integer
 
@@ -68,6 +69,12 @@ def whole(y: Float[Array, "parts_m out"], m: int) -> Float[Array, "m out"]:
 def unfit(dtype: Any) -> str:
     """Why x of a type has no parts; "" where it has."""
     return "" if jnp.dtype(dtype) in PARTS else f"x is {jnp.dtype(dtype).name}, not bfloat16, float16 or float32"
+
+
+def check_signs(signs: Any, n: int) -> None:
+    """Raise UserError unless there is a sign for each of n columns."""
+    if signs.shape != (n,):
+        raise UserError(f"signs of shape {list(signs.shape)} for x of {n} columns; expected [{n}]: signs(seed, {n})")
 
 
 def crowded(rows: int, dtype: Any) -> str:

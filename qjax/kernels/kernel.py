@@ -28,14 +28,15 @@ class Call:
       shape: of one matrix of them, (*o, n).
       rows: of x.
       dtype: of x.
-      prepacked: whether its weights may lie as a kernel wants them: they do, or are brought into its layout for this.
+      prepacked: whether its weights may lie as any kernel wants them, and are brought into its layout for this; or the
+        layout that they lie in.
     """
 
     format: Format
     shape: tuple[int, ...]
     rows: int
     dtype: Any = FLOAT32
-    prepacked: bool = True
+    prepacked: bool | Layout = True
 
 
 def device_in_force() -> Any:

@@ -117,8 +117,9 @@ def run(how: Product, x: Array, leaves: Leaves) -> Array:
     `xla.whole`."""
     *_, rows, n = x.shape
     format = bare(how.format)
-    prepacked = isinstance(how.format, Prepacked) or how.implementation == "pallas"
-    kernel = chosen(Call(format, (*how.outer(leaves), n), rows, x.dtype, prepacked), how.implementation)
+    anyhow = how.implementation == "pallas"
+    lies = how.format.layout if isinstance(how.format, Prepacked) and not anyhow else anyhow
+    kernel = chosen(Call(format, (*how.outer(leaves), n), rows, x.dtype, lies), how.implementation)
 
     def of(kernel: Kernel) -> Any:
         def one(x: Array, leaves: Leaves) -> Array:

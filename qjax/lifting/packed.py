@@ -121,6 +121,8 @@ def gather(q: QTensor, indices: Any, params: dict[str, Any]) -> QTensor:
       params: the equation's parameters.
     """
     d, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if _takes_matrices(q, d, sizes, indices.ndim):
+        return jax.tree.map(lambda leaf: jnp.take(leaf, indices[..., 0], axis=0, mode="clip"), q)
     if q.split:
         raise Dense("takes parts of a weight whose blocks run along several axes: index its first axis by a number")
     (at,), lead = quantized_axes(q), leads(q)
@@ -156,6 +158,20 @@ def gather(q: QTensor, indices: Any, params: dict[str, Any]) -> QTensor:
         )
 
     return _each(q, rows, position[at] - ndim)
+
+
+def _takes_matrices(q: QTensor, d: Any, sizes: Sequence[int], ndim: int) -> bool:
+    """Whether a gather takes whole entries of a stack's first axis, which comes first in every leaf: in a kernel's
+    layout and behind changes of variables, too."""
+    return (
+        q.ndim > 2
+        and q.axis in (-1, -2)
+        and not q.split
+        and tuple(sizes) == (1, *q.shape[1:])
+        and (d.collapsed_slice_dims, d.start_index_map) == ((0,), (0,))
+        and not d.operand_batching_dims
+        and tuple(d.offset_dims) == tuple(range(ndim - 1, ndim - 2 + q.ndim))
+    )
 
 
 def _in_blocks(q: QTensor) -> bool:

@@ -5,7 +5,7 @@
 A block is compiled once per kind of layer and cache size: its shapes do not depend on how far the text has come. Its
 weights are decoded to float32 when it runs; of a model that fits into `HELD_BYTES` they are kept from step to step, of
 a larger one the last blocks are decoded, or read from their file, at each step. Those of `Packed(model)` stay packed,
-prepacked once where a kernel has a layout of its own (`qjax.prepack`).
+prepacked once where a kernel has a layout of its own (`Packed.prepacked`).
 
 Prompts are padded to a multiple of 64 tokens and cache sizes likewise, so that few lengths are ever compiled; the
 padding lies behind the last real token, where the causal mask hides it until it is overwritten; its positions are -1,
@@ -15,6 +15,7 @@ by which linear attention passes it by.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from qjax.models.cache import Cache, empty_cache
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block
 from qjax.models.model import Params, Running, check_tokens
-from qjax.models.parts import Held, Parts, embed, head_of, run
+from qjax.models.parts import Held, Packed, Parts, dtype_of, embed, head_of, run
 from qjax.models.sampling import GREEDY, Sampling, sample
 from qjax.models.stages import stages_of
 from qjax.prepacking import prepack
@@ -64,7 +65,8 @@ def generate(
       sampling: greedy by default.
       key: a jax.random key; needed unless sampling is greedy.
       stop: token ids that end the text (the model's EOS); they are not yielded.
-      held_bytes: of weights that may be kept between steps; more is faster for a model that needs it.
+      held_bytes: of weights that may be kept between steps; more is faster for a model that needs it. Packed ones are
+        kept.
       cache: a format for keys and values, such as "Q8_0"; None: floats.
       dtype: of the arithmetic in blocks, and of those floats; the head's is float32.
 
@@ -147,7 +149,8 @@ def _continued(extend: Extend, prompts, cache, max_tokens, sampling, key, stop) 
 
 def _extender(model: Parts, held_bytes: int, batch: int, dtype: Any) -> Extend:
     stages, table = stages_of(model.config), model.table("embed")
-    part = Held(model, held_bytes, lambda name, part: prepack(part, batch, _head_or(dtype, name)))
+    held: float | int = math.inf if isinstance(model, Packed) else held_bytes
+    part = Held(model, held, lambda name, part: prepack(part, batch, dtype_of(name, dtype)))
     kinds = [stages.blocks.index(block) for block in stages.blocks]
     step, weights = head_of(model, stages, part, held_bytes // 8)
 
@@ -160,11 +163,6 @@ def _extender(model: Parts, held_bytes: int, batch: int, dtype: Any) -> Extend:
         return jnp.concatenate([_scores(model.config, count, weights(s, count), n) for s, count in chunks], axis=-1)
 
     return extend
-
-
-def _head_or(dtype: Any, name: str) -> Any:
-    """The type of what a part's matrices meet."""
-    return dtype if name.startswith("layers_") else jnp.float32
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="cache")

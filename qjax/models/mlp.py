@@ -7,7 +7,8 @@
 Experts are stacks of matrices, kernels [experts, in, out]. Every expert gets every token, those that are not its own as
 zeros: a token keeps its place whatever the routing, so what an expert saw is plain to see in one batched product, and a
 model and its quantized twin, which may choose differently, stay comparable token by token. The price is arithmetic,
-experts / k times that of the chosen ones.
+experts / k times that of the chosen ones. A single position, as text is generated, pays less: where its tokens choose
+fewer experts than there are, the matrices of these are picked from the stack, and no others are read.
 
 Sources: Mixtral, arXiv:2401.04088, section 2; DeepSeekMoE, arXiv:2401.06066, section 3, for shared experts; DeepSeek-V2
 and V3, arXiv:2405.04434, section 2.2, and arXiv:2412.19437, section 2.1, for groups, sigmoids and the choice's bias;
@@ -16,7 +17,9 @@ gpt-oss, arXiv:2508.10925, section 2.2, for clamps and biases.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,27 +42,31 @@ def gated(c: DecoderConfig, gate: Array, up: Array) -> Array:
 
 
 class Stacked(nn.Module):
-    """y_e = x_e W_e (+ b_e) for every expert: [experts, *b, in] -> [experts, *b, out]."""
+    """y_e = x_e W_e (+ b_e) of every expert, or of those of `entries`: [experts, *b, in] -> [experts, *b, out]."""
 
+    experts: int
     out: int
     bias: bool = False
     dtype: Any = jnp.float32
     dot_general: Callable = lax.dot_general
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, entries=None):
+        def some(stack):
+            return stack if entries is None else jnp.take(stack, entries, axis=0, mode="clip")
+
         init = nn.initializers.lecun_normal(batch_axis=(0,))
-        kernel = self.param("kernel", init, (x.shape[0], x.shape[-1], self.out), jnp.float32)
+        kernel = some(self.param("kernel", init, (self.experts, x.shape[-1], self.out), jnp.float32))
         dimensions = (((x.ndim - 2,), (0,)), ((), ()))
         y = jax.vmap(lambda x, w: self.dot_general(x, w, dimensions))(x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.bias:
             return y
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[0], self.out), jnp.float32)
+        bias = some(self.param("bias", nn.initializers.zeros, (self.experts, self.out), jnp.float32))
         return y + bias.astype(y.dtype).reshape(x.shape[0], *(1,) * (x.ndim - 2), self.out)
 
 
 class MLP(nn.Module):
-    """One gated MLP, or with `stacked` one for each entry of the input's first axis."""
+    """One gated MLP, or with `stacked` one for each entry of the input's first axis: all experts, or those named."""
 
     config: DecoderConfig
     hidden: int
@@ -68,12 +75,13 @@ class MLP(nn.Module):
     dot_general: Callable = lax.dot_general
 
     @nn.compact
-    def __call__(self, x, seen=None):
+    def __call__(self, x, seen=None, entries=None):
         c = self.config
 
         def dense(name, out):
             if self.stacked:
-                return Stacked(out, c.expert_bias, name=name, dtype=self.dtype, dot_general=self.dot_general)
+                how = {"dtype": self.dtype, "dot_general": self.dot_general, "name": name}
+                return partial(Stacked(c.experts, out, c.expert_bias, **how), entries=entries)
             return nn.Dense(out, use_bias=False, name=name, dtype=self.dtype, dot_general=self.dot_general)
 
         if c.fused_mlp and not self.stacked:
@@ -114,11 +122,28 @@ class Mixture(nn.Module):
 
 def added(c: DecoderConfig, experts: MLP, x: Array, chosen: Bool[Array, "*b e"], share: Float[Array, "*b e"]) -> Array:
     """The sum of what a token's experts make of it, [*b, dim]."""
+    tokens = math.prod(x.shape[:-1])
+    if x.shape[-2] == 1 and tokens * c.experts_used < c.experts:
+        return _picked(c, experts, x.reshape(tokens, -1), chosen.reshape(tokens, -1), share).reshape(x.shape)
     chosen, share = (jnp.moveaxis(a, -1, 0)[..., None] for a in (chosen, share))
     read = x[None] * share.astype(x.dtype) if c.expert_inputs else x[None]
     sent = jnp.where(chosen, read, jnp.zeros_like(x)[None])
     y = experts(sent, chosen if c.expert_bias else None).astype(jnp.float32)
     return jnp.sum(y if c.expert_inputs else y * share, axis=0).astype(x.dtype)
+
+
+def _picked(
+    c: DecoderConfig, experts: MLP, x: Float[Array, "t d"], chosen: Bool[Array, "t e"], share: Float[Array, "*b e"]
+) -> Float[Array, "t d"]:
+    """`added` of a few tokens, by the matrices of their experts alone."""
+    entries = jnp.argsort(~chosen, axis=-1, stable=True)[:, : c.experts_used]
+    share = jnp.take_along_axis(share.reshape(chosen.shape), entries, axis=-1)[..., None]
+    read = (
+        x[:, None] * share.astype(x.dtype) if c.expert_inputs else jnp.broadcast_to(x[:, None], (*entries.shape, c.dim))
+    )
+    y = experts(read.reshape(entries.size, 1, c.dim), entries=entries.reshape(-1)).astype(jnp.float32)
+    y = y.reshape(*entries.shape, c.dim)
+    return jnp.sum(y if c.expert_inputs else y * share, axis=1).astype(x.dtype)
 
 
 def routed(

@@ -23,6 +23,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.devices import each_step
 from qjax.models.model import Model, Running
 from qjax.models.stages import Apply, Stages
+from qjax.prepacking import prepack
 from qjax.tokenizer import Tokenizer
 from qjax.typing import Array, Float
 
@@ -77,10 +78,31 @@ class Packed:
         """A part of the params tree, packed leaves and arrays as they are."""
         return self.model.params[name]
 
+    def prepacked(self, rows: int = 1, dtype: Any = jnp.float32) -> Packed:
+        """The same model with its weights as the kernels read them that will multiply with them (`qjax.prepack`).
+
+        `generate` does so by itself, beside the arrays that it was given. Where nobody else has those, they are freed.
+        The embedding, of which rows are looked up, stays as it is.
+
+        Args:
+          rows: of x, as texts of a batch.
+          dtype: of the arithmetic in blocks.
+        """
+        params = {
+            name: part if name == "embed" else prepack(part, rows, dtype_of(name, dtype))
+            for name, part in self.model.params.items()
+        }
+        return Packed(dataclasses.replace(self.model, params=params))
+
     def table(self, name: str) -> Table:
         """See `Parts`: the rows that are looked up are decoded alone."""
         axis, part = 0 if name == "embed" else 1, self.model.params[name]
         return lambda tokens: _rows(axis, part, jnp.asarray(tokens))
+
+
+def dtype_of(name: str, dtype: Any) -> Any:
+    """The type of what a part's matrices meet where blocks compute in `dtype`: the head's is float32."""
+    return dtype if name.startswith("layers_") else jnp.float32
 
 
 @partial(jax.jit, static_argnums=0)
@@ -151,7 +173,7 @@ def head_of(parts: Parts, stages: Stages, part: Callable[[str], Any] | None = No
 class Held:
     """Parts of a model as `ready(name, part)` makes them; those asked for first are kept, as long as they fit."""
 
-    def __init__(self, parts: Parts, nbytes: int, ready: Callable[[str, Any], Any] = lambda name, part: part):
+    def __init__(self, parts: Parts, nbytes: float | int, ready: Callable[[str, Any], Any] = lambda name, part: part):
         self._parts, self._left, self._ready = parts, nbytes, ready
         self._kept: dict[str, Any] = {}
 

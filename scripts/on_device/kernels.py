@@ -2,12 +2,12 @@
 
 from qjax.bench.products import Contest, contest
 
-FORMATS = ("Q4_0", "int4_g128", "Q4_K", "Q2_K", "Q8_0", "NF4")
+FORMATS = ("Q4_0", "int4_g128", "Q4_K", "Q2_K", "Q8_0", "NF4", "E8P_2", "trellis2_L12_3inst")
 ERROR = 2e-2  # of bfloat16 inputs, of the largest result
 
 
 def measure(dry: bool) -> dict:
-    c = Contest(("Q4_0",), ((64, 256),), (1,), cold_bytes=1 << 16, rounds=1)
+    c = Contest(("Q4_0", "E8P_2", "trellis2_L12_3inst"), ((64, 256),), (1,), cold_bytes=1 << 16, rounds=1)
     if not dry:
         c = Contest(FORMATS, ((8192, 8192),), (1, 16, 64), "bfloat16", cold_bytes=512 << 20, rounds=5)
     rows = list(contest(c))

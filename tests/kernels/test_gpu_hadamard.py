@@ -40,6 +40,9 @@ def test_what_has_no_kernel_says_why(without_type_checks):
         UserError, match="a transform of 2048 is 64 times a last factor of 32, a multiple of 16 up to 128"
     ):
         rotated(jnp.ones((1, 2048)), jnp.ones(2048), H)
+    for signs_of in (1, 512):  # one would be broadcast
+        with pytest.raises(UserError, match=r"signs of shape .* for x of 1024 columns; expected \[1024\]"):
+            rotated(jnp.ones((1, 1024)), jnp.ones(signs_of), H)
     with pytest.raises(UserError, match="x is int8"):
         rotated(jnp.ones((1, 1024), jnp.int8), jnp.ones(1024), H)
 

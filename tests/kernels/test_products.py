@@ -196,8 +196,20 @@ def test_a_program_for_another_platform_has_its_kernels(rng, monkeypatch):
     ],
 )
 def test_which_kernel_is_chosen(name, rows, dtype, platform, kernel):
-    found, passed = choice(Call(qjax.format(name), (64, 256), rows, jnp.dtype(dtype)), platform)
+    lies = platform != "cpu"  # as any kernel wants them
+    found, passed = choice(Call(qjax.format(name), (64, 256), rows, jnp.dtype(dtype), lies), platform)
     assert found.name == kernel and all(why for _, why in passed)
+
+
+def test_what_a_cpu_prepacks():
+    """Integers of any rows of x; what has no layout, and what lies in another's, has the kernel that there was."""
+
+    def name(format, lies):
+        return choice(Call(qjax.format(format), (64, 256), 1, jnp.dtype(jnp.bfloat16), lies), "cpu")[0].name
+
+    assert [name(f, True) for f in ("Q4_K", "uint3_g64", "int8_row")] == ["lanes"] * 3
+    assert [name(f, True) for f in ("NF4", "IQ2_XXS", "FP8_E4M3_tensor")] == ["strips", "strips", "first"]
+    assert name("Q4_K", turned) == name("Q4_K", False) == "strips"
 
 
 @pytest.mark.parametrize("name, strip", [("E8P_2", 7 * 64), ("trellis2_L8_mul1", 40 * 64)])
@@ -311,7 +323,7 @@ def test_prepacked_weights_are_the_same_weights(rng, monkeypatch):
     np.testing.assert_allclose(lift(lambda p, x: x @ p["w"])(tree, x), once, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"in the layout of a kernel, turned: leave it out of qjax\.prepack"):
         lift(lambda p, x: x @ p["w"][:, :2])(tree, x)
-    assert qjax.prepack(q, rows=4) is q
+    assert qjax.prepack(q, rows=4).format.layout == dispatch.LANES
 
 
 def test_mistakes(rng, without_type_checks):

@@ -54,6 +54,9 @@ def test_what_has_no_kernel_says_why(without_type_checks):
             rotated(jnp.ones((1, n)), jnp.ones(n), factor)
     with pytest.raises(UserError, match="bytes of VMEM, of 16777216"):
         rotated(jnp.ones((1, 32768)), jnp.ones(32768), H)
+    for transform in (rotated, twin):
+        with pytest.raises(UserError, match=r"signs of shape \[1\] for x of 128 columns; expected \[128\]"):
+            transform(jnp.ones((1, 128)), jnp.ones(1), H)
     with pytest.raises(UserError, match="x is int8"):
         rotated(jnp.ones((1, 128), jnp.int8), jnp.ones(128), H)
 

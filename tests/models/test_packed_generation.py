@@ -31,7 +31,7 @@ def packed_model(config=CONFIG, format="Q4_0"):
     params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
     def pack(path, w):
-        return w if w.ndim < 2 else qjax.quantize(4 * w, format, axis=-1 if path[-1].key == "embedding" else 0)
+        return w if w.ndim < 2 else qjax.quantize(4 * w, format, axis=-1 if path[-1].key == "embedding" else -2)
 
     return Model(config, jax.tree_util.tree_map_with_path(pack, params))
 
@@ -61,7 +61,10 @@ def test_one_program_serves_every_layer_and_step(model):
 
 def test_a_step_stores_less_than_a_decoded_layer():
     config = dataclasses.replace(CONFIG, dim=512, heads=16, kv_heads=4, hidden=1536)
-    params = jax.eval_shape(lambda: packed_model(dataclasses.replace(config, layers=1), "Q4_K").params["layers_0"])
+    params = jax.eval_shape(
+        lambda: Packed(packed_model(dataclasses.replace(config, layers=1), "Q4_K")).prepacked().part("layers_0")
+    )
+    assert params["mlp"]["up"]["kernel"].format.layout.name == "lanes"
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 64)["layers_0"])
     x = jax.ShapeDtypeStruct((1, 1, config.dim), jnp.float32)
     used = generation._block.lower(config, 0, jnp.float32, params, x, cache, 0, 1).compile().memory_analysis()
@@ -84,6 +87,14 @@ def test_a_batch_makes_what_its_rows_make_alone(model):
         assert row[:end] == whole[:end] and set(row[end:]) <= {ENDED}
     drawn = np.stack(list(generate_batch(Packed(model), [PROMPT] * 3, 8, Sampling(2.0), jax.random.key(0))))
     assert (drawn[:, 0] != drawn[:, 1]).any()  # each text has luck of its own
+
+
+def test_packed_experts_make_the_tokens_of_decoded_ones():
+    """A step picks two experts of eight from their stacks, prepacked."""
+    config = dataclasses.replace(CONFIG, layers=1, experts=8, experts_used=2, expert_hidden=32)
+    model = Packed(packed_model(config)).prepacked()
+    assert model.part("layers_0")["mlp"]["experts"]["up"]["kernel"].format.layout.name == "lanes"
+    assert list(generate(model, PROMPT, 8)) == list(generate(model.model, PROMPT, 8))
 
 
 def test_a_packed_cache_is_what_its_format_makes_of_keys_and_values(model, rng):

@@ -1,13 +1,14 @@
-"""Which experts a token goes to, and with what shares: against a loop over tokens in numpy."""
+"""Which experts a token goes to, with what shares, and who is read: against a loop over tokens, and all experts."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax.models.config import DecoderConfig
-from qjax.models.mlp import routed
+from qjax.models.mlp import Mixture, routed
 
 PLAIN = DecoderConfig(vocab=8, dim=8, hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8, experts=6, experts_used=2)
 KINDS = {
@@ -56,3 +57,34 @@ def test_all_experts_may_be_used(kind):
     """Groups and all: what statistics of every token ask for."""
     c = dataclasses.replace(PLAIN, **KINDS[kind], experts_used=PLAIN.experts)
     assert bool(routed(c, jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.float32))[0].all())
+
+
+SINGLE = {
+    "mixtral": {},
+    "deepseek": {"shared_hidden": 4, **KINDS["deepseek_v3"]},
+    "gpt_oss": {"expert_bias": True, "activation": "clamped_swiglu"},
+    "llama4": {"expert_inputs": True, "router": "sigmoid", "experts_used": 1},
+}
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_a_position_by_itself_is_what_it_is_among_others(kind, rng):
+    """By the matrices of its tokens' experts, where among others all experts' are multiplied with."""
+    c = dataclasses.replace(PLAIN, expert_hidden=4, **SINGLE[kind])
+    mixture, x = Mixture(c), jnp.asarray(rng.standard_normal((2, 3, 8)), jnp.float32)
+    params = mixture.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32), params)
+    among, alone = mixture.apply(params, x), mixture.apply(params, x[:, 1:2])
+    np.testing.assert_allclose(alone, among[:, 1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_by_itself_reads_no_other_experts():
+    """One token of two experts among sixteen: a few percent of the work of all."""
+    c = dataclasses.replace(PLAIN, dim=64, experts=16, expert_hidden=64)
+
+    def flops(used):
+        mixture, x = Mixture(dataclasses.replace(c, experts_used=used)), jnp.ones((1, 1, 64))
+        params = jax.eval_shape(mixture.init, jax.random.key(0), x)
+        return jax.jit(mixture.apply).lower(params, x).compile().cost_analysis()["flops"]
+
+    assert flops(2) < 0.3 * flops(16)

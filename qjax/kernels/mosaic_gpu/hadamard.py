@@ -47,12 +47,13 @@ def rotated(
     Returns: int8[m, n] in [-127, 127] and f32[m]; the transform is about a q.
 
     Raises:
-      UserError: no such C, or x of another type.
+      UserError: no such C, x of another type, or signs that are not one for each of its columns.
     """
     (m, n), C = x.shape, last.shape[0]
     why = inputs.unfit(x.dtype)
     if why:
         raise UserError(f"the transform does not take this x: {why}")
+    inputs.check_signs(signs, n)
     if n != SIDE * C or C % 16 or C > WIDEST:
         raise UserError(
             f"a transform of {n} is {SIDE} times a last factor of {n / SIDE:g}, a multiple of 16 up to {WIDEST}, "

@@ -46,10 +46,11 @@ def rotated(
     Returns: int8[m, n] in [-127, 127] and f32[m]; y is about a q.
 
     Raises:
-      UserError: L is no multiple of 128 lanes, n / L no power of two, x of another type or too wide for VMEM.
+      UserError: L is no multiple of 128 lanes, n / L no power of two, x of another type or too wide for VMEM, or
+        signs that are not one for each of its columns.
     """
     rows, n = x.shape
-    count = _check(x, last)
+    count = _check(x, signs, last)
     x = inputs.parts(x).reshape(-1, rows, n)
     x = jnp.pad(x, ((0, 0), (0, -rows % ROWS), (0, 0)))
     q, a = _run(x, signs.astype(jnp.bfloat16)[None], last.astype(jnp.bfloat16), count, interpret)
@@ -60,7 +61,7 @@ def twin(
     x: Float[Array, "m n"], signs: Float[Array, "n"], last: Shaped[Array, "L L"]
 ) -> tuple[Integer[Array, "m n"], Float[Array, "m"]]:
     """`rotated` as jnp writes it, in float32: the transform whole, then the rounding."""
-    count = _check(x, last)
+    count = _check(x, signs, last)
     y = (x.astype(jnp.float32) * signs[None]).reshape(x.shape[0], count, -1)
     y = jnp.matmul(y, last.astype(jnp.float32).T, precision="highest")
     return inputs.rounded(jnp.stack(_butterfly([y[:, i] for i in range(count)]), axis=1).reshape(x.shape) * _unit(x))
@@ -114,13 +115,14 @@ def _unit(x: Array) -> float:
     return 1.0 / math.sqrt(x.shape[-1])
 
 
-def _check(x: Array, last: Array) -> int:
+def _check(x: Array, signs: Array, last: Array) -> int:
     """b."""
     n, L = x.shape[-1], last.shape[0]
     count = n // L
     why = inputs.unfit(x.dtype)
     if why:
         raise UserError(f"the transform does not take this x: {why}")
+    inputs.check_signs(signs, n)
     if L % LANES or n % L or count & (count - 1):
         raise UserError(
             f"a transform of {n} needs a last factor that is a multiple of {LANES}, times a power of two; got {L}"
