@@ -219,7 +219,7 @@ def test_a_chain_called_alone_is_refused_as_a_recipe_is(chain, name, word):
 
 def test_a_chain_called_alone_says_which_statistic_it_lacks():
     with pytest.raises(UserError, match="'H'"):
-        round_weight(problem(ROWS, N)[0], FORMAT, FEEDBACK[:1] + (descend(),), Stats(h=jnp.ones(N)))
+        round_weight(problem(ROWS, N)[0], FORMAT, (nearest(), descend()), Stats(h=jnp.ones(N)))
 
 
 def test_feedback_may_follow_what_chose_ranges_alone():
