@@ -189,3 +189,41 @@ def test_blocks_are_tuned_as_the_walk_comes_by(model, calibration):
     a, b = (leaves_by_path(m.params) for m in (plain, tuned))
     first = "layers_0/attn/q/kernel"  # in front of it nothing was tuned: its codes are those of the recipe
     assert same(a[first].leaves["codes"], b[first].leaves["codes"]) and not same(a[first], b[first])
+
+
+WITHIN = dataclasses.replace(BLOCKS, within=True)
+
+
+def ends_of(report):
+    """{what was tuned: (loss held out before, after)} of the first block."""
+    note = next(t.calibration.note for t in report.tensors if t.name == "layers_0/attn/q/kernel")
+    found = re.findall(
+        r"(layers_0 tuned on its output(?: with \d weights still to be rounded)?),[^;]*held out (\S+) -> (\S+)", note
+    )
+    return {what: (float(before), float(after)) for what, before, after in found}
+
+
+@pytest.mark.slow
+def test_within_a_block_what_is_still_float_makes_up_for_what_is_rounded(model, calibration):
+    """Behind q k v, o, and gate and up; what they end with is less than scales alone leave."""
+    _, alone = quantize_model(model, PLAN, "gptq", calibration, tune=BLOCKS)
+    tuned, report = quantize_model(model, PLAN, "gptq", calibration, tune=WITHIN)
+    ends, whole = ends_of(report), "layers_0 tuned on its output"
+    assert list(ends) == [*(f"{whole} with {n} weights still to be rounded" for n in (4, 3, 1)), whole]
+    assert all(after < 0.97 * before for before, after in ends.values()), ends
+    assert ends[whole][1] < ends_of(alone)[whole][1]
+    assert same(tuned.params["layers_0"]["attn_norm"], model.params["layers_0"]["attn_norm"])
+
+
+@pytest.mark.slow
+def test_within_a_block_what_does_not_help_moves_nothing(model, calibration):
+    far = TuneBlocks(Tuning(2, batch=8, rate=3.0, weight_rate=3.0, looks=2), within=True)
+    _, report = quantize_model(model, PLAN, "gptq", calibration, tune=far)
+    assert all(before == after for before, after in ends_of(report).values())
+    assert "none of 2 steps was better" in report.tensors[1].calibration.note
+
+
+def test_within_a_block_only_one_makes_up_for_what_is_rounded(model, calibration):
+    for recipe in ("gptaq", "best_gguf", "imatrix"):
+        with pytest.raises(UserError, match="as a recipe's cross term does: take a recipe that has none"):
+            quantize_model(model, PLAN, recipe, calibration, tune=WITHIN)
