@@ -73,8 +73,7 @@ def best_gguf(format: str | Format | None = None) -> Recipe:
 
 def gsq(rounds: int = 32, format: str | Format | None = None) -> Recipe:
     """GSQ (arXiv:2604.18556) on each layer's output, its noise in closed form: best_gguf, whose codes and scales are
-    annealed together (rounding/annealed.py) where it refits them. GSQ's own steps are `relaxed`, fifteen times as long
-    for as much."""
+    annealed together (rounding/annealed.py) where it refits them; `relaxed` has GSQ's own gradient steps."""
     best = best_gguf(format)
     return dataclasses.replace(best, roundings=(*best.roundings[:-1], annealed(rounds)), name="gsq")
 

@@ -8,10 +8,11 @@ L_t is known. With u the place of that weight's own target between a and b,
 
     u = (t_j - a) / (b - a),   t_j = w_j + sum_{k != j} e_k H_kj / H_jj        p = (u - t / 2) / (1 - t), within [0, 1]
 
-which rounds by a slope that grows: not at all at t = 0, to nearest at t = 1, where this is descent (descend.py). Before
-each pass over codes the scales are solved for as the mixtures have them (units.py), stored, so that a round costs what
-one of `refit` does, where gradients take hundreds of products with H to come as far. t = (i / rounds)^(3/2): most
-weights settle late. One pass of descent ends it.
+which rounds by a slope that grows: not at all at t = 0, to nearest at t = 1, where this is descent (descend.py). As in
+successive over-relaxation a weight goes further than there, by omega = 1 + 0.8 sqrt(1 - t) times the way. A round is a
+pass over all codes; before every fourth the scales are solved for as the mixtures have them, and stored (units.py). It
+costs one product with H, where gradients take hundreds of them to come as far. t = (i / rounds)^(3/2): most weights
+settle late. One pass of descent ends it.
 
 Source: the loss and the levels beside are GSQ's (arXiv:2604.18556), see relaxed.py; the way down is ours.
 Levels of single weights only: the points of lattices, trellises and importance grids have no next one.
@@ -36,6 +37,8 @@ from qjax.stats import Stats
 from qjax.typing import Array, Float
 
 _POWER = 1.5
+_FURTHER = 0.8  # omega - 1 at t = 0
+_EVERY = 4  # rounds for one in which scales are solved for, the last for certain
 _LEAST = 1e-6  # of 1 - t
 
 
@@ -65,7 +68,8 @@ class Annealed(Rounding):
         def one_round(i: Array, now: tuple[Any, ...]) -> tuple[Any, ...]:
             e, mixed, scales = now
             coding = Mixed(((i + 1).astype(jnp.float32) / self.rounds) ** _POWER)
-            e, mixed, scales = in_units(e, mixed, coding, dataclasses.replace(state, scales=scales), format, H, 1)
+            here, solves = dataclasses.replace(state, scales=scales), (self.rounds - 1 - i) % _EVERY == 0
+            e, mixed, scales = in_units(e, mixed, coding, here, format, H, 1, solves)
             mean = values(format.columns(scales, shape), [coding.basis(mixed)])[0]  # as it is stored
             missed = state.target - mean
             return missed if state.outliers is None else jnp.where(state.outliers[0], e, missed), mixed, scales
@@ -106,9 +110,9 @@ class Mixed:
         return tuple(b[..., 0] + up * (b[..., 1] - b[..., 0]) + down * (b[..., 2] - b[..., 0]) for b in bases)
 
     def on(self, columns: Columns, codes: Any) -> tuple[Slope, Columns]:
-        """The three levels of each weight."""
+        """The three levels of each weight, and its share."""
         q, above, below = values(columns, [tuple(b[..., c] for b in codes[1]) for c in range(3)])
-        return Slope(self.t), (q, above, below)
+        return Slope(self.t), (q, above, below, codes[0])
 
     def moved(self, codes: Any, swept: Array) -> Any:
         """With the shares that were found."""
@@ -117,7 +121,7 @@ class Mixed:
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """The grid that a sweep rounds mixtures on; its columns are the three levels of each weight.
+    """The grid that a sweep rounds mixtures on; its columns are the three levels of each weight, and its share.
 
     Attributes:
       t: f32[].
@@ -133,14 +137,22 @@ class Slope:
         self, columns: Columns, target: Float[Array, "*c 1 1"], metric: Array | None = None
     ) -> tuple[Float[Array, "*c 1 1"], Float[Array, "*c 1 1"]]:
         """mu, and the share."""
-        q, above, below = jax.tree.map(lambda c: c[..., None], columns)
-        up = target > q
-        far = jnp.where(up, above, below) - q
-        u = (target - q) / jnp.where(far == 0.0, 1.0, far)  # behind the last level it is 0
-        p = jnp.clip((u - 0.5 * self.t) / jnp.maximum(1.0 - self.t, _LEAST), 0.0, 1.0)
-        p = jnp.where(far == 0.0, 0.0, p)
-        return q + p * far, jnp.where(up, p, -p)
+        q, above, below, share = jax.tree.map(lambda c: c[..., None], columns)
+        best = best_share(target, q, above, below, self.t)
+        omega = 1.0 + _FURTHER * jnp.sqrt(jnp.maximum(1.0 - self.t, 0.0))
+        new = jnp.clip(share + omega * (best - share), -1.0, 1.0)
+        far = jnp.where(new > 0.0, above, below) - q
+        return q + jnp.abs(new) * far, jnp.where(far == 0.0, 0.0, new)
 
     def basis(self, codes: Array) -> tuple[Array, ...]:
         """Not of codes alone: see `Mixed`."""
         raise NotImplementedError
+
+
+def best_share(target: Array, q: Array, above: Array, below: Array, t: Array) -> Array:
+    """The share of least (target - mu)^2 + t v, all f32 of one shape: p of the level above, or -p of the one below."""
+    up = target > q
+    far = jnp.where(up, above, below) - q
+    u = (target - q) / jnp.where(far == 0.0, 1.0, far)
+    p = jnp.clip((u - 0.5 * t) / jnp.maximum(1.0 - t, _LEAST), 0.0, 1.0)
+    return jnp.where(far == 0.0, 0.0, jnp.where(up, p, -p))  # behind the last level there is none

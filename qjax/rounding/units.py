@@ -26,7 +26,7 @@ from qjax.rounding.curvature import descent, over_tiles, tiles_of
 from qjax.rounding.descend import exactly
 from qjax.rounding.protocol import State
 from qjax.rounding.sweep import OUTER, fixed_grid, in_place, outer_of, sweep
-from qjax.typing import Array, Float
+from qjax.typing import Array, Bool, Float
 
 _RIDGE = 1e-4  # a group whose levels are all equal has no slope of its own
 
@@ -53,6 +53,7 @@ def in_units(
     format: Format,
     H: Float[Array, "n n"],
     sweeps: int,
+    solves: Bool[Array, ""] | bool = True,
 ) -> tuple[Float[Array, "rows n"], Any, Scales]:
     """One pass over the units of columns: their groups solved for, then their codes swept, `sweeps` turns of both.
 
@@ -60,6 +61,7 @@ def in_units(
       e: target - w_hat.
       codes: of all weights, as `coding` understands them.
       state: its scales, its target, and which weights are outliers.
+      solves: False: codes are swept on the scales as they are.
 
     Returns: errors, codes and scales after it.
     """
@@ -131,7 +133,8 @@ def in_units(
             e_u, codes, kept, columns = now
             about = (outside + _dot(H_u, e_u), basis_of(codes, taken), H_u)
             start = (jnp.zeros_like(e_u), kept, columns)
-            moved, kept, columns = lax.fori_loop(0, per, lambda g, now: one_group(g, now, about), start)
+            last = per if solves is True else jnp.where(solves, per, 0)
+            moved, kept, columns = lax.fori_loop(0, last, lambda g, now: one_group(g, now, about), start)
             e_u = e_u + moved
             if sweeps:
                 levels, on = coding.on(columns, codes)

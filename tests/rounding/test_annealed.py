@@ -9,26 +9,31 @@ from rounding_problems import damped64, losses, marked, problem, second_moment, 
 import qjax
 from qjax.errors import UserError
 from qjax.rounding import annealed, check_grid, ldlq, nearest, refit, spqr
-from qjax.rounding.annealed import Slope
+from qjax.rounding.annealed import Slope, best_share
 from qjax.rounding.protocol import DAMPING, rounded_of
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.9, 1.0])
 def test_a_weight_takes_the_share_of_least_loss(t):
     """(t_j - mu)^2 + t v over all shares of both levels beside its own, looked for on a fine line."""
-    q, above, below = np.array([0.5]), np.array([2.0]), np.array([-0.25])
+    q, above, below = 0.5, 2.0, -0.25
     target = np.linspace(-1.0, 3.0, 41)
-    column = [jnp.full((41, 1), v[0], jnp.float32) for v in (q, above, below)]
-    mu, share = Slope(jnp.float32(t)).round(tuple(column), jnp.asarray(target, jnp.float32)[:, None, None])
+    column = [jnp.full(41, v, jnp.float32) for v in (q, above, below)]
+    s = np.float64(best_share(jnp.asarray(target, jnp.float32), *column, jnp.float32(t)))
     p = np.linspace(0.0, 1.0, 2001)[None]
     cost = [(target[:, None] - q - p * (far - q)) ** 2 + t * p * (1 - p) * (far - q) ** 2 for far in (above, below)]
-    least = np.minimum(*(c.min(axis=1) for c in cost))
-    s = np.float64(share)[:, 0, 0]
     far = np.where(s > 0, above - q, below - q)
-    np.testing.assert_allclose(np.float64(mu)[:, 0, 0], q + np.abs(s) * far, atol=1e-6)
-    found = (target - np.float64(mu)[:, 0, 0]) ** 2 + t * np.abs(s) * (1 - np.abs(s)) * far**2
-    np.testing.assert_allclose(found, least, atol=2e-6)
+    found = (target - q - np.abs(s) * far) ** 2 + t * np.abs(s) * (1 - np.abs(s)) * far**2
+    np.testing.assert_allclose(found, np.minimum(*(c.min(axis=1) for c in cost)), atol=2e-6)
     assert t < 1 or set(np.unique(s)) == {-1.0, 0.0, 1.0}
+
+
+def test_a_weight_goes_further_than_there_but_not_beyond_its_levels():
+    column = [jnp.full((4, 1), v, jnp.float32) for v in (0.0, 1.0, -2.0)]
+    share, target = jnp.asarray([[0.0], [0.5], [0.5], [-0.5]]), jnp.asarray([0.4, 0.9, -2.0, 0.5])[:, None, None]
+    mu, new = Slope(jnp.float32(0.0)).round((*column, share), target)
+    np.testing.assert_allclose(new[:, 0, 0], [0.72, 1.0, -1.0, 1.0], atol=1e-6)  # 1.8 times as far
+    np.testing.assert_allclose(mu[:, 0, 0], [0.72, 1.0, -2.0, 1.0], atol=1e-6)
 
 
 def test_it_gains_where_descent_has_stopped():

@@ -198,7 +198,8 @@ def ends_of(report):
     """{what was tuned: (loss held out before, after)} of the first block."""
     note = next(t.calibration.note for t in report.tensors if t.name == "layers_0/attn/q/kernel")
     found = re.findall(
-        r"(layers_0 tuned on its output(?: with \d weights still to be rounded)?),[^;]*held out (\S+) -> (\S+)", note
+        r"(layers_0 tuned on its output(?: with \d weights still to be rounded)?),[^;]*held out (\S+) -> ([^\s;]+)",
+        note,
     )
     return {what: (float(before), float(after)) for what, before, after in found}
 
