@@ -132,7 +132,7 @@ MUTANTS = (
            "(0 * i + 1).astype(jnp.float32)", "rounding/test_annealed.py::test_it_gains_where_descent_has_stopped"),
     Mutant("tuned-within-without-weights", "training/tuning/continuous.py",
            'trained.get("vectors", {}) | trained.get("weights", {})', 'trained.get("vectors", {})',
-           "training/test_tuning.py::test_within_a_block_what_is_still_float_makes_up_for_what_is_rounded"),
+           "training/test_tuning.py::test_what_is_still_float_makes_up_for_what_is_rounded"),
     Mutant("relaxed-only-upward", "rounding/relaxed.py", "for far in (_FAR, -_FAR)", "for far in (_FAR, _FAR)",
            "rounding/test_relaxed.py::test_candidates_are_the_levels_beside[Q3_K]"),
     Mutant("kmeans-without-repair", "formats/kmeans.py", "return jnp.where(~used &", "return jnp.where(used & ~used &",
