@@ -9,18 +9,21 @@ it is. What the model cannot take is refused before any work.
 
 Every entry runs once for each calibration text, and the table gives the mean over them with its 95 % interval
 (Student's t); entries that look at no text run once. Two methods whose intervals overlap are a tie. Beside it stands
-the standard error over the judged windows. A killed run goes on with the entries that it had not finished. Times of an
-entry hold what it compiles, and the peak of memory the float model and what earlier entries left compiled.
+the standard error over the judged windows. At each of `rates` the families of formats are put side by side, and told
+apart text by text (evaluate/equal_bits.py); rows of tuned or entropy-coded models are no entries here. A killed run
+goes on with the entries that it had not finished. Times of an entry hold what it compiles, and the peak of memory the
+float model and what earlier entries left compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from qjax import recipes, rundir
 from qjax.errors import UserError
 from qjax.evaluate.cost import tokens_per_second, watch_memory
 from qjax.evaluate.divergence import Baseline
+from qjax.evaluate.equal_bits import Member, at_equal_bits, claims
 from qjax.evaluate.intervals import half_interval
 from qjax.evaluate.judge import baseline_of, judge
 from qjax.formats import find
@@ -49,6 +53,8 @@ from qjax.recipes import Recipe
 from qjax.rounding import check_grid
 
 FLOAT = "float"
+FAMILIES = {"trellis": "trellis", "E8P": "E8P", "additive": "aqlm", "IQ": "IQ[123]_", "scalar": ""}
+"""How the names of their formats begin, the first that fits. In this order the KL at equal bits is claimed to rise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # calibration texts; a file is the same one for all
     generated: int = 0  # tokens that each writes behind `prompt`, greedily, and is timed at; 0: none
     prompt: str = "The history of"
+    generated: int = 0  # tokens whose generation is timed; 0: none
+    rates: tuple[float, ...] = ()  # bits of the layers at which families of formats are compared; none: not at all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +88,13 @@ class Entry:
     def looks(self) -> bool:
         """Whether its rounding depends on the calibration text."""
         return self.recipe is not None and bool(self.recipe.requires)
+
+    @property
+    def family(self) -> str:
+        """Of the layers' format; none where there is no single one, or where inputs are rounded too."""
+        if self.recipe is None or self.recipe.format is None or any(r.name == "act" for r in self.recipe.reparams):
+            return ""
+        return next(f for f, begins in FAMILIES.items() if re.match(begins, self.recipe.format.name))
 
     @property
     def sensitive(self) -> bool:
@@ -117,7 +132,26 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     rows = [summary(e.name, [r for r in runs if r["method"] == e.name]) for e in entries]
     rows.sort(key=lambda row: -row["kl"])
     Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(table(rows))
-    return {"rows": rows, "runs": runs}
+    found = {"rows": rows, "runs": runs}
+    if config.rates:
+        families = {e.name: e.family for e in entries if e.family}
+        rows[:] = [row | {"family": families[row["method"]]} if row["method"] in families else row for row in rows]
+        members = members_of(runs, families, len(config.seeds))
+        found |= {
+            "equal_bits": at_equal_bits(members, config.rates),
+            "claims": claims(members, config.rates, list(FAMILIES)),
+        }
+    return found
+
+
+def members_of(runs: Sequence[dict[str, Any]], families: Mapping[str, str], texts: int) -> list[Member]:
+    """The entries with a family; what looks at no text has one KL for all."""
+    made = []
+    for name, family in families.items():
+        own = [r for r in runs if r["method"] == name]
+        kl = tuple(r["kl_mean"] for r in own)
+        made.append(Member(name, family, own[0]["layer_bits"], kl if len(kl) == texts else kl[:1] * texts))
+    return made
 
 
 def entry(name: str, outside: str, decoder: DecoderConfig) -> Entry:

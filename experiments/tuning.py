@@ -3,7 +3,8 @@
     qjax run configs/tuning.toml
 
 An entry of `recipes` is a recipe with a format; embedding and head become `outside` to nearest. Every entry is judged
-as it is rounded, tuned end to end, and, where `blocks` names it, with its blocks tuned as the walk comes by. `ratio` is
+as it is rounded, tuned end to end, and, where `blocks` names it, with its blocks tuned as the walk comes by; where
+`within` names it, also behind each input of a block, with what is still to be rounded of it (QuIP#'s order). `ratio` is
 the KL over that of the untuned model on the same windows, with half its 95 % interval over them:
 
     r = sum a / sum b         +- t sd(a - r b) / (sqrt(n) mean b)         a, b: KL of a window, tuned and not
@@ -14,6 +15,7 @@ A killed run goes on with the entries that it had not finished.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,6 +31,7 @@ from qjax.io.checkpoint import load_float
 from qjax.models import stdlib_text
 from qjax.models.model import Model
 from qjax.pipeline.calibrated import quantize_model
+from qjax.pipeline.report import Report
 from qjax.pipeline.windows import Calibration, calibration_text
 from qjax.plan import Plan
 from qjax.training.tuning.blocks import TuneBlocks
@@ -43,6 +46,7 @@ class Config:
     model: str = "reference"
     recipes: tuple[str, ...] = ("gptq:uint2_g64", "best_gguf:Q2_K")
     blocks: tuple[str, ...] = ("gptq:uint2_g64",)  # of `recipes`, those whose blocks are tuned too
+    within: tuple[str, ...] = ()  # of `recipes`, those that are tuned within their blocks too
     outside: str = "Q8_0"
     windows: int = 128  # of calibration text
     context: int = 256  # tokens a window, of both texts
@@ -60,7 +64,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     baseline = baseline_of(model, stdlib_text.heldout_text(), context=config.context, limit=config.judged)
     done = {(r["recipe"], r["way"]): r for r in rundir.logged(out / "metrics.jsonl")}
     for line in config.recipes:
-        ways = ["rounded", "end to end", *(["blocks"] if line in config.blocks else [])]
+        ways = ["rounded", "end to end", *["blocks"] * (line in config.blocks), *["within"] * (line in config.within)]
         if all((line, way) in done for way in ways):
             continue
         for row in rows_of(config, line, ways, model, calibration, baseline):
@@ -83,9 +87,11 @@ def rows_of(
     seconds = time.perf_counter() - clock
     said = {"steps": found.steps, "kept": found.kept, "heldout": found.loss, "first_heldout": found.first_loss}
     made = {"rounded": (rounded, {}), "end to end": (tuned, said | {"seconds": seconds})}
-    if "blocks" in ways:
-        tuner = TuneBlocks(dataclasses.replace(config.tuning, steps=config.block_steps))
-        made["blocks"] = quantize_model(model, plan, recipe, calibration, tune=tuner)[0], {}
+    for way in ways[2:]:
+        tuner = TuneBlocks(dataclasses.replace(config.tuning, steps=config.block_steps), within=way == "within")
+        clock = time.perf_counter()
+        blocks, report = quantize_model(model, plan, recipe, calibration, tune=tuner)
+        made[way] = blocks, {"block_loss": last_block_loss(report), "seconds": time.perf_counter() - clock}
     kl = {way: np.asarray(kl_by_token(made[way][0], baseline), np.float64).mean(axis=1) for way in ways}
     rows = []
     for way in ways:
@@ -99,3 +105,10 @@ def rows_of(
         }
         rows.append({"recipe": line, "format": recipe.format.name, "way": way, **whole, **made[way][1]})
     return rows
+
+
+def last_block_loss(report: Report) -> float:
+    """The mean over blocks of the held-out distance of their outputs, as the last line of each says it."""
+    notes = {t.name.split("/")[0]: t.calibration.note for t in report.tensors if t.calibration is not None}
+    ends = [re.findall(r"held out \S+ -> ([^\s;]+)", note or "") for note in notes.values()]
+    return float(np.mean([float(found[-1]) for found in ends if found]))

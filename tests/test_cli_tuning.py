@@ -58,6 +58,7 @@ def test_without_a_recipe_that_looks_the_text_is_for_tuning_alone(folder, text, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--type", "Q4_0", "--recipe", "gptq", "--tune-within"), "say for how long, as in --tune-blocks 50"),
         (["--tune", "-1"], "--tune -1: a number of steps"),
         (["--tune-blocks", "3"], "rounds no block behind its input"),
         (["--tune", "3", "--join", "localhost:1/2/0"], "leave --join out"),

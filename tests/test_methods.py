@@ -25,11 +25,15 @@ def test_a_table_of_a_tiny_model_and_the_rest_of_a_killed_run(tmp_path, capsys):
     paths = {"model": make_folder(tmp_path / "tiny"), "text": text, "calibration": calib, "out": tmp_path / "run"}
     line = ["run", str(PTQ), "--smoke", *(part for key, path in paths.items() for part in (f"--{key}", str(path)))]
     line += ["--tokens", "64", "--context", "32", "--methods", "float", "rtn:uint4_g32", "rtn:uint2_g32"]
+    line += ["--rates", "3.5"]
     assert main(line) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = {r["method"]: r for r in results["rows"]}
     assert rows["float"]["kl"] == 0 < rows["rtn:uint4_g32"]["kl"] < rows["rtn:uint2_g32"]["kl"]
     assert "layer_bits" not in rows["float"] and 2.5 < rows["rtn:uint2_g32"]["layer_bits"] < 2.7
+    (between,) = results["equal_bits"]
+    assert rows["rtn:uint4_g32"]["kl"] < between["kl"] < rows["rtn:uint2_g32"]["kl"] and between["family"] == "scalar"
+    assert rows["rtn:uint2_g32"]["family"] == "scalar" and "family" not in rows["float"]
     for row in rows.values():
         assert row["tokens_per_second"] > 0 and row["kl_se_clustered"] >= 0
         assert row.get("peak_mb") is None or row["peak_mb"] > 100

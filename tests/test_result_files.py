@@ -253,7 +253,7 @@ def test_a_run_becomes_a_result_file_and_is_shown(tmp_path, capsys):
         (["a.json", "a.json", "-o", "b.json"], "holds one result, got 2"),
         (["a.json", "-o", "b.svg"], "say which figure, as in --figure kl"),
         (["a.json", "--figure", "kl"], "-o FILE.svg holds a figure alone"),
-        (["a.json", "-o", "b.svg", "--figure", "pie"], "--figure must be kl, perplexity, amount, bits"),
+        (["a.json", "-o", "b.svg", "--figure", "pie"], "--figure must be kl, perplexity, rates, amount"),
         (["a.json", "-o", "b.svg", "--figure", "kl"], "it needs rows with whole_bits, kl or kl_mean"),
     ],
 )

@@ -16,7 +16,7 @@ from qjax.cli.model import MODEL_HELP
 from qjax.cli.process import JOIN_HELP
 from qjax.cli.progress import bytes_bar, in_turn, steps_bar
 from qjax.cli.targets import FORCE_HELP, check_json, check_output
-from qjax.cli.tuning import BlockSteps, Steps, block_tuner, check_steps, tuned
+from qjax.cli.tuning import BlockSteps, Steps, Within, block_tuner, check_steps, tuned
 from qjax.errors import UserError
 from qjax.terminal import say, shown
 
@@ -43,8 +43,9 @@ class Quantize:
 
     Behind the rounding --tune 100 moves what is continuous, scales, offsets and norms, toward the float model's
     predictions; codes and sizes stay. It holds both models in memory, and starts over after a kill. --tune-blocks 50
-    does so for each block's scales on its output, as the walk comes by, and continues with it. Windows held out decide
-    which step is kept, the start among them.
+    does so for each block's scales on its output, as the walk comes by, and continues with it; with --tune-within also
+    while it is rounded, with its weights that are not yet. Windows held out decide which step is kept, the start among
+    them.
 
     Several processes, on one machine or many, share the windows of the text and the rows of each weight: the same
     command in each, with --join HOST:PORT/PROCESSES/PROCESS, and OUT in a folder that all of them see. Process 0 writes
@@ -70,6 +71,7 @@ class Quantize:
     ] = None
     tune: Steps = 0
     tune_blocks: BlockSteps = 0
+    tune_within: Within = False
     seed: Annotated[int, tyro.conf.arg(metavar="N", help="of labels, and of a text, drawn from the model")] = 0
     imatrix: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="llama.cpp's importance matrix")] = None
     requantize: Annotated[bool, tyro.conf.arg(help="allow a MODEL that is quantized already")] = False
@@ -90,7 +92,7 @@ class Quantize:
         if (self.type is None) == (self.plan is None):
             raise UserError("quantize needs either --type (as in --type Q4_K_M) or --plan FILE")
         check_windows(self.calib_windows)
-        check_steps(self.tune, self.tune_blocks)
+        check_steps(self.tune, self.tune_blocks, self.tune_within)
         from qjax.io.checkpoint import locate
         from qjax.pipeline.ledger import ledger, said
         from qjax.processes import chief
@@ -156,7 +158,8 @@ class Quantize:
             return quantize_file(
                 path, self.out, plan,
                 recipe=self.recipe, calibration=calibration, importance=importance, requantize=self.requantize,
-                metadata=self._said(), tune=block_tuner(self.tune_blocks), progress=progress, walked=walked, notify=say,
+                metadata=self._said(), tune=block_tuner(self.tune_blocks, self.tune_within), progress=progress,
+                walked=walked, notify=say,
             )  # fmt: skip
 
     def _said(self) -> dict[str, Any]:
@@ -196,7 +199,7 @@ class Quantize:
             with in_turn(steps_bar(f"{self.recipe} {self.model}")) as (walked,):
                 model, report = quantize_model(
                     model, plan, self.recipe, calibration,
-                    tune=block_tuner(self.tune_blocks), progress=walked, notify=say,
+                    tune=block_tuner(self.tune_blocks, self.tune_within), progress=walked, notify=say,
                 )  # fmt: skip
         if self.tune:
             model, report = tuned(floats, model, report, calibration, self.tune, self.model)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMATS = {".md": "md", ".tex": "latex", ".html": "html", ".json": "json", ".svg": "svg"}
 OUT_HELP = "file to write: .md, .tex, .html (one page that stands alone), .json (one result), .svg (one figure)"
 FIGURE_HELP = (
-    "one figure of all results, first on an .html page or alone as .svg: kl, perplexity, amount, bits, errors, "
+    "one figure of all results, first on an .html page or alone as .svg: kl, perplexity, rates, amount, bits, errors, "
     "weights, grid, outliers, tokens, training, drift, roofline, sum"
 )
 PATHS_HELP = "result files, folders of them, run directories"

@@ -15,24 +15,27 @@ if TYPE_CHECKING:
     from qjax.training.tuning.blocks import TuneBlocks
 
 Steps = Annotated[int, tyro.conf.arg(metavar="N", help="steps that tune scales and norms on the KL to the float model")]
+Within = Annotated[bool, tyro.conf.arg(help="with --tune-blocks: within blocks too, with what is not yet rounded")]
 BlockSteps = Annotated[int, tyro.conf.arg(metavar="N", help="steps that tune each block's scales on its own output")]
 
 
-def check_steps(tune: int, tune_blocks: int) -> None:
-    """Raise UserError for a number of steps below 0."""
+def check_steps(tune: int, tune_blocks: int, within: bool = False) -> None:
+    """Raise UserError for a number of steps below 0, and for a tuning within blocks of none."""
     for name, steps in (("--tune", tune), ("--tune-blocks", tune_blocks)):
         if steps < 0:
             raise UserError(f"{name} {steps}: a number of steps, 100 as a rule, or 0 for none")
+    if within and not tune_blocks:
+        raise UserError("--tune-within says where blocks are tuned too; say for how long, as in --tune-blocks 50")
 
 
-def block_tuner(steps: int) -> TuneBlocks | None:
+def block_tuner(steps: int, within: bool = False) -> TuneBlocks | None:
     """The stage of a walk that tunes blocks; None for no steps."""
     if not steps:
         return None
     from qjax.training.tuning.blocks import TuneBlocks
     from qjax.training.tuning.descent import Tuning
 
-    return TuneBlocks(Tuning(steps=steps))
+    return TuneBlocks(Tuning(steps=steps), within)
 
 
 def tuned(

@@ -65,6 +65,8 @@ class How:
       at_once: a piece is looked at in one pass: nothing is put in place before its end, and statistics are vectors.
       observe: takes what `observe_inputs` takes behind the kinds.
       advance: takes what `advanced` takes behind the folder.
+      settle: (the piece as it is, the weights still to be rounded) -> the same tuned, behind the weights of each input;
+        all inputs are looked at from the piece's beginning then. None: nothing moves.
     """
 
     formats: Formats
@@ -76,6 +78,7 @@ class How:
     observe: Callable[..., list[tuple[Stats, Stats | None, Sent | None]]]
     advance: Callable[..., Here]
     round_one: Round
+    settle: Callable[[Any, tuple[str, ...]], Any] | None = None
 
 
 def rounded_embedding(
@@ -115,7 +118,8 @@ def rounded_piece(
     wanted = [(g, todo) for g, todo in groups if _asks(todo, how)]
     x, x_float = (streams.x.array,), None if streams.x_float is None else (streams.x_float.array,)
     here, whole = Here(apply, x, x_float), Here(to_all, x, x_float)
-    pieces = cut(apply, floats, example) if len(wanted) > 1 and not how.at_once else ()
+    cuts = len(wanted) > 1 and not how.at_once and how.settle is None
+    pieces = cut(apply, floats, example) if cuts else ()
     at = 0
 
     def look(some: list[tuple[int, dict[str, Use]]]) -> dict[int | str, Seen]:
@@ -135,13 +139,15 @@ def rounded_piece(
         return {key: together(of) if isinstance(key, str) else of[0] for key, of in known.items()}
 
     ahead: dict[int | str, Seen] = look(wanted) if how.at_once and wanted else {}
+    left = [tuple(use.path for _, later in groups[g + 1 :] for use in later.values()) for g, _ in groups]
     for g, todo in groups:
         found = ahead if how.at_once or (g, todo) not in wanted else look([(g, todo)])
         for name, use in todo.items():
             seen = found.get(name, found.get(g, Seen()))
             own = seen if weights is None else _with_curvature(seen, weights[2].get(use.path))
-            w_hat = how.round_one(name, get(floats, use.path), _axis(use), own)
+            w_hat = how.round_one(name, get(now, use.path), _axis(use), own)
             now = put(now, use.path, w_hat) if how.sequential else now
+        now = how.settle(now, left[g]) if how.settle is not None and todo and left[g] else now
     return now, here
 
 

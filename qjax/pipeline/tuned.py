@@ -2,8 +2,9 @@
 
     tuner(name, block, packed, z, y, used) -> packed'        |block(z; packed') - y| is small; same codes, same bytes
 
-z is the block's input behind all that is rounded, y the float block's output on the float input. A block is one piece
-of work then: after a kill it is taken from the file whole, or rounded and tuned again.
+z is the block's input behind all that is rounded, y the float block's output on the float input. A tuner that works
+within blocks is called behind each of its inputs too, and moves what is still to be rounded with it. A block is one
+piece of work then: after a kill it is taken from the file whole, or rounded and tuned again.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ NOTHING: Mapping[str, QTensor] = MappingProxyType({})
 class Tuner(Protocol):
     """A frozen record whose repr says all that it does: files of another one are not continued."""
 
+    @property
+    def within(self) -> bool:
+        """Whether it is called behind each of a block's inputs."""
+
     def __call__(
-        self, name: str, apply: Apply, packed: Any, x: np.ndarray, y: np.ndarray, used: int
+        self, name: str, apply: Apply, packed: Any, x: np.ndarray, y: np.ndarray, used: int, rest: tuple[str, ...] = ()
     ) -> tuple[Any, str]:
         """Tune a block.
 
@@ -39,31 +44,57 @@ class Tuner(Protocol):
           packed: its params, with QTensors.
           x, y: f32[windows, context, dim].
           used: the first so many windows may train; the others are held out.
+          rest: paths in it of floats that are still to be rounded, and may move.
 
-        Returns: the params with QTensors of the same formats, everything else as it was; and a line for the report.
+        Returns: the params with QTensors of the same formats, everything else but `rest` as it was; and a line for the
+          report.
         """
 
 
 @dataclasses.dataclass
 class Pending:
-    """The weights of a block that are rounded and not yet emitted: path -> (float weight, packed, its line)."""
+    """The weights of a block that are rounded and not yet emitted.
 
-    weights: dict[str, tuple[Any, QTensor, CalibrationReport | None]] = dataclasses.field(default_factory=dict)
+    Attributes:
+      weights: path -> (packed, its line).
+      said: of tunings within the block.
+    """
+
+    weights: dict[str, tuple[QTensor, CalibrationReport | None]] = dataclasses.field(default_factory=dict)
+    said: list[str] = dataclasses.field(default_factory=list)
+
+    def settled(
+        self, tuner: Tuner, name: str, apply: Apply, x: np.ndarray, y: np.ndarray, used: int, now: Any,
+        rest: tuple[str, ...],
+    ) -> Any:  # fmt: skip
+        """Tune what is rounded of a block so far, and `rest` of it, still floats; returns it dense."""
+        if not self.weights:  # taken from an earlier run
+            return now
+        packed, said = tuner(name, apply, self._packed(name, now), x, y, used, rest)
+        self.said.append(said)
+        self.weights = {
+            path: (get(packed, path.removeprefix(f"{name}/")), line) for path, (_, line) in self.weights.items()
+        }
+        return dense_params(packed)
 
     def tuned(
         self, tuner: Tuner, name: str, apply: Apply, floats: Any, x: np.ndarray, y: np.ndarray, used: int, emit: Emit
     ) -> Any:
         """Tune the block, emit its weights, and return it dense."""
-        packed = floats
-        for path, (_, q, _) in self.weights.items():
-            packed = put(packed, path.removeprefix(f"{name}/"), q)
-        packed, said = tuner(name, apply, packed, x, y, used)
-        for path, (leaf, _, line) in self.weights.items():
-            note = said if line is None or not line.note else f"{line.note}; {said}"
-            q = get(packed, path.removeprefix(f"{name}/"))
-            emit(path, leaf, q, None if line is None else dataclasses.replace(line, note=note))
+        packed, said = tuner(name, apply, self._packed(name, floats), x, y, used)
+        for path, (_, line) in self.weights.items():
+            at = path.removeprefix(f"{name}/")
+            note = "; ".join([*([line.note] if line is not None and line.note else []), *self.said, said])
+            line = None if line is None else dataclasses.replace(line, note=note)
+            emit(path, get(floats, at), get(packed, at), line)
         self.weights.clear()
+        self.said.clear()
         return dense_params(packed)
+
+    def _packed(self, name: str, params: Any) -> Any:
+        for path, (q, _) in self.weights.items():
+            params = put(params, path.removeprefix(f"{name}/"), q)
+        return params
 
 
 def whole(earlier: Mapping[str, QTensor], paths: Iterable[str]) -> Mapping[str, QTensor]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qjax.errors import UserError
 from qjax.models.parts import Parts
 from qjax.models.stages import Stages
 from qjax.pipeline.activations import Streams
@@ -95,6 +96,11 @@ def walk(
     kinds = tuple(sorted(frozenset().union(*(r.requires for r in recipes))))
     sequential = any(r.sequential for r in recipes if r.requires)
     both = "cross" in kinds or tune is not None
+    if tune is not None and tune.within and not (sequential and "cross" not in kinds):
+        raise UserError(
+            "tuning within blocks makes up for what is rounded already, as a recipe's cross term does: take a recipe "
+            "that has none and follows rounded inputs, as gptq, quip_sharp and qtip; or tune blocks without it"
+        )
     shape = (*calibration.tokens.shape, stages.dim)
     start, streams = resumed(folder, shape, both, notify)
     order = ["embed", *stages.names]
@@ -128,7 +134,7 @@ def walk(
         tokens, windows = seen.effective or (None, None)
         line = dataclasses.replace(line, note=note or line.note, effective_tokens=tokens, effective_windows=windows)
         if tune is not None and path.startswith(tuple(f"{name}/" for name in stages.names)):
-            pending.weights[path] = leaf, q, line
+            pending.weights[path] = q, line
         else:
             emit(path, leaf, q, line)
         progress(WeightDone(path, done, len(formats), line))
@@ -163,13 +169,18 @@ def walk(
             weights = seen.sensitivity[i], seen.alike[i], seen.outputs.of(i), seen.by_rows.of(i)
         name, before, steps = stages.names[i], streams, calibration.steps
         known = earlier if tune is None else whole(earlier, (p for p in formats if p.startswith(f"{name}/")))
-        own = dataclasses.replace(how, earlier=known)
+        begin = Here(apply, (before.x.array,), None if before.x_float is None else (before.x_float.array,))
+        float_run = partial(run_piece, shape=shape, steps=steps, folder=folder, name=f"float_x_{i + 1}")
+        x_float, settle = None, None
+        if tune is not None and tune.within and begin.x_float is not None:
+            x_float = float_run(apply, block, begin.x_float)
+            settle = partial(pending.settled, tune, name, apply, before.x.array, x_float.array, calibration.used)
+        own = dataclasses.replace(how, earlier=known, settle=settle)
         now, end = rounded_piece(name, (apply, stages.to_all[i]), block, streams, weights, own)
-        if tune is not None:  # from the beginning, for what stands behind the first inputs is not tuned
-            end = Here(apply, (before.x.array,), None if before.x_float is None else (before.x_float.array,))
-        x_float = None
-        if end.x_float is not None:
-            x_float = run_piece(end.apply, block, end.x_float, shape, steps, folder, f"float_x_{i + 1}")
+        # Tuned: from the beginning, for what stands behind the first inputs is not tuned.
+        end = end if tune is None else begin
+        if x_float is None and end.x_float is not None:
+            x_float = float_run(end.apply, block, end.x_float)
         if tune is not None and x_float is not None and pending.weights:
             made = pending.tuned(
                 tune, name, apply, block, streams.x.array, x_float.array, calibration.used, emit
@@ -178,7 +189,7 @@ def walk(
         x = run_piece(end.apply, now, end.x, shape, steps, folder, f"x_{i + 1}")
         streams = Streams(x, x_float)
         commit(folder, i + 1, streams, before)
-        del block, now, end  # before the next one is read
+        del block, now, end, own, settle  # before the next one is read
     if not stages.tied:
         weights = None if seen is None else (seen.head_sensitivity[None], None, {}, {})
         known = earlier

@@ -39,6 +39,7 @@ from qjax.reparam import (
 )
 from qjax.rounding import (
     Rounding,
+    annealed,
     clip,
     codebooks,
     descend,
@@ -55,7 +56,8 @@ from qjax.rounding import (
 
 STAGES: dict[str, Callable[..., Rounding]] = {
     f.__name__: f for f in (
-        nearest, ldlq, descend, refit, neighbours, relaxed, codebooks, spqr, hqq, learned, learned_clipping, clip,
+        nearest, ldlq, descend, refit, neighbours, relaxed, annealed, codebooks, spqr, hqq, learned, learned_clipping,
+        clip,
     )
 }  # fmt: skip
 REPARAMS: dict[str, Callable[..., Reparam]] = {

@@ -1,5 +1,6 @@
 """Round: how codes are chosen for a format, one algorithm a file; roundings chain."""
 
+from qjax.rounding.annealed import annealed
 from qjax.rounding.clip import clip
 from qjax.rounding.codebooks import codebooks
 from qjax.rounding.descend import descend
@@ -17,6 +18,7 @@ from qjax.rounding.two_sided import round_two_sided
 __all__ = [
     "Rounded",
     "Rounding",
+    "annealed",
     "check_chain",
     "check_grid",
     "clip",

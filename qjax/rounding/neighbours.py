@@ -50,7 +50,8 @@ class Neighbours(Rounding):
         grid: Any = format  # hashable, which its protocol cannot say
         if not _has_neighbours(grid):
             raise UserError(
-                f"neighbours: no block of {format.name} has a scale of its own whose neighbours could be tried"
+                f"neighbours: no block of {format.name} has a scale of its own whose neighbours could be tried; leave "
+                "the stage out, or take refit(), which solves for the scales there are"
             )
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:

@@ -214,7 +214,12 @@ def round_weight(
       fit: what the first stage would make, where that is known: the chain begins behind it.
 
     Returns: scales, codes and losses. Rows are independent of each other unless the format ties them together.
+
+    Raises:
+      UserError: what `check_chain` raises: a stage that cannot run on the format, an order that undoes work, a missing
+        statistic.
     """
+    check_chain(roundings, format, stats)
     w = w.astype(jnp.float32)
     lam = jnp.float32(damping)
     if stats.H is not None and "H" in requires(roundings) and not any(r.factors for r in roundings):

@@ -1,38 +1,23 @@
-"""The columns of a grid refitted in the metric that counts: least squares of tr(E H E^T), codes fixed.
+"""The columns of a grid refitted in the metric that counts: least squares of tr(E H E^T), then descent of the codes.
 
-    w_hat = sum_k theta_k B_k + m      [B_k H B_l^T] d_theta = [G B_k^T],  G = E H      e <- e - sum_k d_theta_k B_k
-
-group after group, for all that a format is linear in: scales and offsets, or the entries of a table (m's basis is 1).
-The solution is rounded to what the format stores before the next group is looked at, which then makes up for that
-rounding, and is taken only where the loss with it is smaller. The weight's columns go in units of about 256; once the
-grid of a unit is done its codes are descended on it (descend.py), with the same G, so that a round over scales and
-codes is one product with H.
-
-Source: the H-metric refit of Spherical GPTQ (arXiv:2603.11021) and LNQ's codebook step (arXiv:2505.07004), here as
-Gauss-Seidel over groups with an offset, and with scales that are themselves quantized.
+Scales, offsets and tables for the present codes, codes on what the format stores of them, unit of columns after unit:
+see units.py, where the equations are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from math import lcm
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 
 from qjax.errors import UserError
-from qjax.formats.protocol import Columns, Format, Scales
+from qjax.formats.protocol import Columns, Format, TileGrid
 from qjax.formats.tiles import bound
-from qjax.rounding.curvature import descent, over_tiles, tiles_of
-from qjax.rounding.descend import Descend, exactly, keep_better, losses
+from qjax.rounding.descend import Descend, keep_better, losses
 from qjax.rounding.protocol import Rounding, State, errors_of, metric
-from qjax.rounding.sweep import OUTER, fixed_grid, in_place, outer_of, sweep
+from qjax.rounding.units import in_units
 from qjax.stats import Stats
 from qjax.typing import Array, Float
-
-_RIDGE = 1e-4  # a group whose levels are all equal has no slope of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,145 +66,27 @@ def refitted(state: State, format: Format, H: Float[Array, "n n"], sweeps: int) 
     Where the format holds rows together, groups are solved as if they were free and stored at the end, codes as they
     were (sweeps is 0).
     """
-    scales, codes, e = state.scales, state.codes, errors_of(state, format)
-    assert scales is not None and codes is not None
-    (rows, n), tile, levels = e.shape, format.tile[1], bound(format, scales)
-    columns = format.columns(scales, e.shape)
-    groups, offset = columns[0].shape[-1], columns[-1] is not None
-    size = n // groups
-
-    # Units of whole blocks, about OUTER columns each; a unit's scales are a slice of every leaf along the row.
-    block = format.block or n
-    if format.rows == 1:  # a super-scale may be the row's, whatever the block
-        block = lcm(block, *(n // leaf.shape[1] for leaf in scales.values()))
-    count = _units(n, lcm(max(block, size), tile))
-    per, outer = groups // count, n // count
-
-    def unit(a: Array) -> Array:
-        """[rows, x, ...] -> [count, rows, x / count, ...]."""
-        return jnp.moveaxis(a.reshape(rows, count, a.shape[1] // count, *a.shape[2:]), 1, 0)
-
-    def snap(kept: Scales, columns: Columns) -> tuple[Scales, Columns]:
-        if format.rows != 1:
-            return kept, columns
-        kept = format.store(kept, columns)
-        return kept, format.columns(kept, (rows, outer))
-
-    def one_group(g: Array, now: tuple, at: tuple) -> tuple:
-        moved, kept, columns = now
-        gradient, basis, H_u = at
-        j = g * size
-        B = [lax.dynamic_slice_in_dim(b, j, size, 0) for b in basis]
-        H_g = lax.dynamic_slice_in_dim(H_u, j, size, 0)
-        grad = lax.dynamic_slice_in_dim(gradient, j, size, 0) + _dot(H_g, moved)
-        H_gg = lax.dynamic_slice_in_dim(H_g, j, size, 1)
-        HB = [_dot(H_gg, b) for b in B]
-        A = [[jnp.sum(b * hb, axis=0) for hb in HB] for b in B]
-        p = [jnp.sum(b * grad, axis=0) for b in B]
-        here = (jnp.arange(per) == g)[None, :]
-        step = iter(solved(A, p))
-        new, new_columns = snap(kept, jax.tree.map(lambda c: c + jnp.where(here, next(step)[:, None], 0.0), columns))
-        change = jax.tree.map(lambda a, b: lax.dynamic_index_in_dim(a - b, g, 1, keepdims=False), new_columns, columns)
-        d = jax.tree.leaves(change)  # as stored
-        gain = 2 * sum(x * y for x, y in zip(d, p, strict=True)) - quadratic(A, d)
-        better = gain > 0
-
-        def choose(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda x, y: jnp.where(better.reshape((-1,) + (1,) * (y.ndim - 1)), x, y), new, old)
-
-        here_moved = jnp.where(better[None], -sum(x[None] * b for x, b in zip(d, B, strict=True)), 0.0)
-        moved = lax.dynamic_update_slice_in_dim(moved, here_moved, j, 0)
-        return moved, choose(new, kept), choose(new_columns, columns)
-
-    def basis_of(codes: Array, taken: Array | None) -> list[Array]:
-        """B_1 ... B_K and the offset's 1, f32[outer, rows or 1]; 0 for outliers, which no grid moves."""
-        B = [b.T for b in levels.basis(codes)] + ([jnp.ones((outer, 1), jnp.float32)] if offset else [])
-        return B if taken is None else [jnp.where(taken, 0.0, b) for b in B]
-
-    def one_unit(e: Array, at: tuple) -> tuple:
-        i, w, H_rows, kept, columns, codes, taken = at
-        H_u = lax.dynamic_slice_in_dim(H_rows, i * outer, outer, 1)
-        e_u = lax.dynamic_slice_in_dim(e, i * outer, outer, 0)
-        outside = _dot(H_rows, e) - _dot(H_u, e_u)  # what the other units ask for
-        width = min(outer_of(tile), outer)
-        coupling, pull, own = descent(H_u, tile), over_tiles(outside.T, H_u, tile).T, tiles_of(H_u, tile)
-        reach = None if taken is None else exactly(taken)
-
-        def turn(_: Array, now: tuple) -> tuple:
-            e_u, codes, kept, columns = now
-            about = (outside + _dot(H_u, e_u), basis_of(codes, taken), H_u)
-            start = (jnp.zeros_like(e_u), kept, columns)
-            moved, kept, columns = lax.fori_loop(0, per, lambda g, now: one_group(g, now, about), start)
-            e_u = e_u + moved
-            if sweeps:
-                grid = fixed_grid(columns, jnp.arange(outer), width)
-                e_u, tiles, _ = sweep(levels, w, e_u, coupling, grid, width, pull=pull, metric=own, reach=reach)
-                codes = in_place(tiles, jnp.arange(outer), tile)
-            return e_u, codes, kept, columns
-
-        e_u, *new = lax.fori_loop(0, max(sweeps, 1), turn, (e_u, codes, kept, columns))
-        return lax.dynamic_update_slice_in_dim(e, e_u, i * outer, 0), new
-
-    mask = None if state.outliers is None else state.outliers[0]
-    units = (
-        jnp.arange(count), state.target.T.reshape(count, outer, rows), H.reshape(count, outer, n),
-        jax.tree.map(unit, scales) if format.rows == 1 else {}, jax.tree.map(unit, columns), unit(codes),
-        None if mask is None else mask.T.reshape(count, outer, rows),
-    )  # fmt: skip
-    swept: tuple[Array, tuple[Array, Scales, Columns]] = lax.scan(one_unit, e.T, units)
-    e_new, (codes_new, kept, columns_new) = swept
-
-    def whole(a: Array, like: Array) -> Array:
-        return jnp.moveaxis(a, 0, 1).reshape(like.shape)
-
-    if format.rows == 1:
-        scales = jax.tree.map(whole, kept, scales)
-    else:
-        scales = format.store(scales, jax.tree.map(whole, columns_new, columns))
-    outliers = None if mask is None else (mask, state.target - e_new.T)
-    return dataclasses.replace(state, scales=scales, codes=whole(codes_new, codes), outliers=outliers)
+    assert state.scales is not None
+    single = Single(bound(format, state.scales))
+    e, codes, scales = in_units(errors_of(state, format), state.codes, single, state, format, H, sweeps)
+    outliers = None if state.outliers is None else (state.outliers[0], state.target - e)
+    return dataclasses.replace(state, scales=scales, codes=codes, outliers=outliers)
 
 
-def solved(A: list[list[Array]], p: list[Array]) -> list[Array]:
-    """d of A d = p for each row, A symmetric and perhaps singular; [rows] or [1] each.
+@dataclasses.dataclass(frozen=True)
+class Single:
+    """Single codes of a format's levels."""
 
-    One and two unknowns in closed form; where two cannot be told apart, the first alone.
-    """
-    (a, *_), first = A[0], p[0]
-    alone = jnp.where(a > 0, first / jnp.where(a > 0, a, 1.0), 0.0)
-    if len(p) == 1:
-        return [alone]
-    if len(p) == 2:
-        b, c = A[0][1], A[1][1]
-        det = a * c - b * b
-        ok = det > _RIDGE * a * c
-        inverse = jnp.where(ok, 1.0 / jnp.where(ok, det, 1.0), 0.0)
-        return [
-            jnp.where(ok, (first * c - p[1] * b) * inverse, alone),
-            jnp.where(ok, (p[1] * a - first * b) * inverse, 0.0),
-        ]
-    wide = jnp.broadcast_shapes(*(x.shape for x in p))
-    M = jnp.stack([jnp.stack([jnp.broadcast_to(x, wide) for x in line], axis=-1) for line in A], axis=-2)
-    size = jnp.diagonal(M, axis1=-2, axis2=-1)
-    M = M + jax.vmap(jnp.diag)(_RIDGE * size + jnp.where(size > 0, 0.0, 1.0))
-    return list(jnp.moveaxis(jnp.linalg.solve(M, jnp.stack(p, axis=-1)[..., None])[..., 0], -1, 0))
+    levels: TileGrid
 
+    def basis(self, codes: Array) -> tuple[Array, ...]:
+        """See `Coding`."""
+        return self.levels.basis(codes)
 
-def quadratic(A: list[list[Array]], d: list[Array]) -> Array:
-    """d A d^T of each row, A symmetric."""
-    squares = [x * x * A[i][i] for i, x in enumerate(d)]
-    twice = [2 * x * y * A[i][j] for i, x in enumerate(d) for j, y in enumerate(d[:i])]
-    return sum(squares[1:] + twice, squares[0])
+    def on(self, columns: Columns, codes: Array) -> tuple[TileGrid, Columns]:
+        """See `Coding`."""
+        return self.levels, columns
 
-
-def _units(n: int, block: int) -> int:
-    """How many parts of whole blocks, the largest of at most OUTER columns that divide the row."""
-    blocks = n // block
-    per = max(1, OUTER // block)
-    while blocks % per:
-        per -= 1
-    return blocks // per
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return lax.dot(a, b, precision=lax.Precision.HIGHEST)
+    def moved(self, codes: Array, swept: Array) -> Array:
+        """See `Coding`."""
+        return swept

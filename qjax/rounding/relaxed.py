@@ -61,11 +61,7 @@ class Relaxed(Rounding):
 
     def check(self, format: Format) -> None:
         """Raise UserError where single weights have no levels beside their own, or no scale."""
-        if format.tile != (1, 1):
-            tile = " x ".join(map(str, format.tile))
-            raise UserError(f"relaxed: {format.name} rounds {tile} weights together, and no point has a next one")
-        if not jax.eval_shape(format.fit, jax.ShapeDtypeStruct((1, format.block or 256), jnp.float32)):
-            raise UserError(f"relaxed: {format.name} has no scales, and its nearest values are the best")
+        check_levels("relaxed", format)
 
     def __call__(self, state: State, format: Format, stats: Stats) -> State:
         H, kept, shape = metric(state, stats), state.scales, state.target.shape
@@ -115,6 +111,15 @@ def relaxed(steps: int = 300, lr: float = 0.05) -> Relaxed:
       lr: the first step of the logits, by a cosine to 0; they start at 1 for the present codes and 0 beside them.
     """
     return Relaxed(steps, lr)
+
+
+def check_levels(stage: str, format: Format) -> None:
+    """Raise UserError where single weights have no levels beside their own, or no scale."""
+    if format.tile != (1, 1):
+        tile = " x ".join(map(str, format.tile))
+        raise UserError(f"{stage}: {format.name} rounds {tile} weights together, and no point has a next one")
+    if not jax.eval_shape(format.fit, jax.ShapeDtypeStruct((1, format.block or 256), jnp.float32)):
+        raise UserError(f"{stage}: {format.name} has no scales, and its nearest values are the best")
 
 
 def candidates(state: State, format: Format) -> tuple[Integer[Array, "3 rows n"], Bool[Array, "3 rows n"]]:

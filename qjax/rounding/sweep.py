@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.formats.protocol import Columns, TileGrid
-from qjax.typing import Array, Float, Int, Integer
+from qjax.typing import Array, Float, Int, Shaped
 
 OUTER, INNER = 256, 16
 
@@ -51,7 +51,7 @@ def sweep(
     lower: bool = False,
     metric: Float[Array, "t k k"] | None = None,
     reach: Float[Array, "n _"] | None = None,
-) -> tuple[Float[Array, "n rows"], Integer[Array, "t j rows"], Any]:
+) -> tuple[Float[Array, "n rows"], Shaped[Array, "t j rows"], Any]:
     """Round every column once, the last first.
 
     Args:
@@ -169,7 +169,7 @@ def fixed_grid(columns: Columns, order: Int[Array, "n"], outer: int) -> ColumnsO
     return columns_of
 
 
-def in_place(codes: Integer[Array, "t j rows"], order: Int[Array, "n"], tile: int) -> Integer[Array, "rows m"]:
+def in_place(codes: Shaped[Array, "t j rows"], order: Int[Array, "n"], tile: int) -> Shaped[Array, "rows m"]:
     """The codes of tiles that were rounded in `order`, where they belong."""
     tiles = jnp.zeros_like(codes).at[order[::tile] // tile].set(codes)
     return tiles.reshape(-1, codes.shape[2]).T

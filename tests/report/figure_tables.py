@@ -62,9 +62,14 @@ def found():
     ]  # fmt: skip
     parts = [{"name": f"plan {n}", "predicted": 0.01 * 1.4**n, "kl": 0.01 * 1.4**n * float(rng.uniform(0.9, 1.2))}
              for n in range(12)]  # fmt: skip
+    rates = [
+        {"method": f"{family}:{bits}", "family": family, "layer_bits": bits + 0.1, "kl": kl * 4.0**-bits,
+         "kl_half_interval": kl * 4.0**-bits / 10}
+        for family, kl in (("trellis", 1.0), ("E8P", 1.5), ("scalar", 2.5)) for bits in (2, 3, 4)
+    ]  # fmt: skip
     return {
         "rows": rows, "tensors": tensors, "weights": weights, "grid": grid, "outliers": outliers,
-        "tokens": tokens, "curve": curve, "roofline": roofline, "amount": amount,
+        "tokens": tokens, "curve": curve, "roofline": roofline, "amount": amount, "rates": rates,
         "parts": parts,
     }  # fmt: skip
 

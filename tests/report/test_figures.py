@@ -26,7 +26,7 @@ from qjax.report.schema import Column, Table
 TABLE_OF = {
     "kl": "rows", "perplexity": "rows", "bits": "tensors", "errors": "tensors", "weights": "weights", "grid": "grid",
     "outliers": "outliers", "tokens": "tokens", "training": "curve", "drift": "curve", "roofline": "roofline",
-    "amount": "amount", "sum": "parts",
+    "amount": "amount", "sum": "parts", "rates": "rates",
 }  # fmt: skip
 
 

@@ -11,7 +11,19 @@ import qjax
 from qjax.errors import UserError
 from qjax.pipeline.rounded import round_leaf
 from qjax.recipes import recipe
-from qjax.rounding import check_chain, clip, descend, ldlq, learned, learned_clipping, nearest, refit, round_weight
+from qjax.rounding import (
+    check_chain,
+    clip,
+    codebooks,
+    descend,
+    ldlq,
+    learned,
+    learned_clipping,
+    nearest,
+    neighbours,
+    refit,
+    round_weight,
+)
 from qjax.rounding.curvature import damped, descent
 from qjax.stats import Stats
 
@@ -189,6 +201,25 @@ def test_the_first_stage_must_fit_the_scales(chain):
 def test_feedback_does_not_throw_codes_away(before):
     with pytest.raises(UserError, match=f"up: LDLQ.*throw away the codes of {type(before).__name__}"):
         check_chain((nearest(), before, ldlq()), FORMAT, Stats(H=jnp.eye(N)), "up")
+
+
+@pytest.mark.parametrize(
+    "chain, name, word",
+    [
+        ((nearest(), neighbours()), "E8P_2", "no block of E8P_2 .* leave the stage out"),
+        ((nearest(), codebooks()), "Q4_0", "no codebook to solve for; take one such as aqlm_2x8_g8"),
+        ((nearest(), ldlq("natural", "dynamic")), "NF4_dq", "grid='dynamic' means nothing"),
+        ((ldlq(),), "Q4_0", "as nearest.. does"),
+    ],
+)
+def test_a_chain_called_alone_is_refused_as_a_recipe_is(chain, name, word):
+    with pytest.raises(UserError, match=word):
+        round_weight(problem(ROWS, N)[0], qjax.format(name), chain, Stats(H=jnp.eye(N)))
+
+
+def test_a_chain_called_alone_says_which_statistic_it_lacks():
+    with pytest.raises(UserError, match="'H'"):
+        round_weight(problem(ROWS, N)[0], FORMAT, (nearest(), descend()), Stats(h=jnp.ones(N)))
 
 
 def test_feedback_may_follow_what_chose_ranges_alone():

@@ -189,3 +189,59 @@ def test_blocks_are_tuned_as_the_walk_comes_by(model, calibration):
     a, b = (leaves_by_path(m.params) for m in (plain, tuned))
     first = "layers_0/attn/q/kernel"  # in front of it nothing was tuned: its codes are those of the recipe
     assert same(a[first].leaves["codes"], b[first].leaves["codes"]) and not same(a[first], b[first])
+
+
+WITHIN = dataclasses.replace(BLOCKS, within=True)
+
+
+def ends_of(report):
+    """{what was tuned: (loss held out before, after)} of the first block."""
+    note = next(t.calibration.note for t in report.tensors if t.name == "layers_0/attn/q/kernel")
+    found = re.findall(
+        r"(layers_0 tuned on its output(?: with \d weights still to be rounded)?),[^;]*held out (\S+) -> ([^\s;]+)",
+        note,
+    )
+    return {what: (float(before), float(after)) for what, before, after in found}
+
+
+def two_layers(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+def test_what_is_still_float_makes_up_for_what_is_rounded():
+    """Of the same steps, those that may move it come much further; it moves, and nothing else does but scales."""
+    a, b, x = (jax.random.normal(jax.random.key(n), s) for n, s in enumerate([(64, 32), (32, 16), (40, 8, 64)]))
+    floats = {"a": a / 8, "b": b / 6}
+    packed, y = floats | {"a": qjax.quantize(floats["a"], "uint2_g64", axis=0)}, np.asarray(two_layers(floats, x))
+    tuner = TuneBlocks(Tuning(steps=30, batch=8, rate=1e-2, weight_rate=2e-2, looks=3))
+    ends = {}
+    for rest in ((), ("b",)):
+        new, said = tuner("it", two_layers, packed, np.asarray(x), y, 32, rest)
+        ends[rest] = float(re.findall(r"-> (\S+)", said)[0])
+        assert same(new["a"].leaves["codes"], packed["a"].leaves["codes"])
+        assert bool((new["b"] == packed["b"]).all()) == (not rest) and ("1 weights still" in said) == bool(rest)
+    assert ends["b",] < 0.9 * ends[()]
+
+
+@pytest.mark.slow
+def test_within_a_block_each_input_is_tuned_in_its_turn(model, calibration):
+    """Behind q k v, o, and gate and up, and in the end."""
+    tuned, report = quantize_model(model, PLAN, "gptq", calibration, tune=WITHIN)
+    ends, whole = ends_of(report), "layers_0 tuned on its output"
+    assert list(ends) == [*(f"{whole} with {n} weights still to be rounded" for n in (4, 3, 1)), whole]
+    assert all(after < 0.97 * before for before, after in ends.values()), ends
+    assert same(tuned.params["layers_0"]["attn_norm"], model.params["layers_0"]["attn_norm"])
+
+
+@pytest.mark.slow
+def test_within_a_block_what_does_not_help_moves_nothing(model, calibration):
+    far = TuneBlocks(Tuning(2, batch=8, rate=3.0, weight_rate=3.0, looks=2), within=True)
+    _, report = quantize_model(model, PLAN, "gptq", calibration, tune=far)
+    assert all(before == after for before, after in ends_of(report).values())
+    assert "none of 2 steps was better" in report.tensors[1].calibration.note
+
+
+def test_within_a_block_only_one_makes_up_for_what_is_rounded(model, calibration):
+    for recipe in ("gptaq", "best_gguf", "imatrix"):
+        with pytest.raises(UserError, match="as a recipe's cross term does: take a recipe that has none"):
+            quantize_model(model, PLAN, recipe, calibration, tune=WITHIN)

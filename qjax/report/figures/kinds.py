@@ -6,7 +6,19 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from qjax.errors import UserError, check_word
-from qjax.report.figures import amount, by_layer, curve, front, histogram, outliers, pareto, roofline, scatter, tokens
+from qjax.report.figures import (
+    amount,
+    by_layer,
+    curve,
+    front,
+    histogram,
+    outliers,
+    pareto,
+    rates,
+    roofline,
+    scatter,
+    tokens,
+)
 from qjax.report.figures.drawing import SLIM, WIDE, Drawing, on_page
 from qjax.report.schema import Result, Table
 
@@ -27,6 +39,7 @@ class Kind:
 KINDS = {
     "kl": Kind(("whole_bits", "kl|kl_mean"), pareto.DRAW["kl"]),
     "perplexity": Kind(("whole_bits", "perplexity"), pareto.DRAW["perplexity"]),
+    "rates": Kind(("family", "layer_bits", "kl"), rates.draw),
     "amount": Kind(("calibration_tokens", "recipe", "kl_mean"), amount.draw),
     "bits": Kind(("layer", "kind", "bits", "bytes"), by_layer.draw_bits),
     "errors": Kind(("layer", "kind", "relative_rmse"), by_layer.draw_errors),

@@ -1,7 +1,7 @@
 """What is still continuous of a model once its codes are fixed, as a tree that trains.
 
     v = v_0 exp(p)        each number v that a format stores beside the codes, and each that a change of variables keeps
-    u = u_0 + rms(u_0) p  each vector of the model: gains of norms, biases
+    u = u_0 + rms(u_0) p  each vector of the model, gains of norms and biases, and weights that are still floats
     w_hat = decode(stored(v), codes)        dL/dp = sum over dw_hat/dv  dL/dw_hat v, straight through the storing
 
 Scales, offsets and the entries of tables are numbers v; so are a K-quant's six-bit scales under its fp16 ones, which
@@ -36,7 +36,7 @@ from qjax.typing import Array, Float
 
 Numbers = dict[str, Array]
 Parameters = dict[str, Any]
-"""{"scales": {path: {number: f32}}, "vectors": {path: f32}}, what there is of the two."""
+"""{"scales": {path: {number: f32}}, "vectors": {path: f32}, "weights": {path: f32}}, what there is of the three."""
 
 
 def start(params: Any) -> Parameters:
@@ -64,15 +64,15 @@ def values(params: Any, trained: Parameters) -> Any:
     """The tree that the model runs on: f32 at what is stored, with gradients by `trained`."""
     packed, scales = _packed(params), trained.get("scales", {})
     return replaced(params, mapped(lambda _, q, p, __: value(q, p), packed, _kinds(packed), scales, {})
-                    | _vectors(params, trained))  # fmt: skip
+                    | _floats(params, trained))  # fmt: skip
 
 
 @jax.jit
 def stored(params: Any, trained: Parameters) -> Any:
-    """The tree that is exported: QTensors of the same codes and sizes, and vectors, in their types."""
+    """The tree that is exported: QTensors of the same codes and sizes, and floats, in their types."""
     packed, scales = _packed(params), trained.get("scales", {})
     return replaced(params, mapped(lambda _, q, p, __: storable(q, moved(q, p)), packed, _kinds(packed), scales, {})
-                    | _vectors(params, trained))  # fmt: skip
+                    | _floats(params, trained))  # fmt: skip
 
 
 def numbers_of(q: QTensor) -> Numbers:
@@ -175,8 +175,8 @@ def _is_vector(leaf: Any) -> bool:
     return not is_qtensor(leaf) and leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _vectors(params: Any, trained: Parameters) -> dict[str, Array]:
-    """u = u_0 + rms(u_0) p, in the type of u_0."""
+def _floats(params: Any, trained: Parameters) -> dict[str, Array]:
+    """u = u_0 + rms(u_0) p, in the type of u_0: of vectors, and of weights that are still floats."""
     leaves = leaves_by_path(params)
 
     def at(u: Array, p: Array) -> Array:
@@ -184,4 +184,5 @@ def _vectors(params: Any, trained: Parameters) -> dict[str, Array]:
         size = jnp.sqrt(jnp.mean(jnp.square(wide)))
         return (wide + jnp.where(size > 0, size, 1.0) * p).astype(u.dtype)
 
-    return {path: at(leaves[path], p) for path, p in trained.get("vectors", {}).items()}
+    free = trained.get("vectors", {}) | trained.get("weights", {})
+    return {path: at(leaves[path], p) for path, p in free.items()}

@@ -38,6 +38,7 @@ class Tuning:
       batch: windows a step; fewer where there are fewer.
       rate: Adam's, of scales and other numbers, relative to each; it falls by half a cosine to 0.
       vector_rate: of vectors, relative to their root mean square.
+      weight_rate: of weights that are still floats, relative to theirs.
       clip: the largest norm of either's gradient.
       looks: how often the loss on windows held out is looked at, evenly; the start not counted.
       seed: of the order of the windows.
@@ -47,6 +48,7 @@ class Tuning:
     batch: int = 8
     rate: float = 1e-3
     vector_rate: float = 1e-3
+    weight_rate: float = 1e-3
     clip: float = 1.0
     looks: int = 10
     seed: int = 0
@@ -55,7 +57,7 @@ class Tuning:
         for name in ("steps", "batch", "looks"):
             if getattr(self, name) < 1:
                 raise UserError(f"tuning: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rate", "vector_rate", "clip"):
+        for name in ("rate", "vector_rate", "weight_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"tuning: {name} must be positive, got {getattr(self, name)}")
 
@@ -166,7 +168,7 @@ def _compiled(
 
 
 def _adam(tuning: Tuning, kinds: tuple[str, ...]) -> optax.GradientTransformation:
-    each = {"scales": tuning.rate, "vectors": tuning.vector_rate}
+    each = {"scales": tuning.rate, "vectors": tuning.vector_rate, "weights": tuning.weight_rate}
     groups = [Group(kind, f"{kind}/*", each[kind], clip=tuning.clip) for kind in kinds]
     return partitioned(groups, warmup_cosine(1.0, tuning.steps, 0))
 
