@@ -1,6 +1,7 @@
 """`qjax export`: from floats, from one container into the next, calibrated; what it refuses, in one line."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -11,12 +12,15 @@ from small_models import LLAMA, TEXT, random_params
 
 import qjax
 from qjax.cli import main
+from qjax.errors import UserError
 from qjax.io.exports import CONTAINERS
 from qjax.io.gguf_read import read_gguf
 from qjax.io.imatrix import Imatrix, write_imatrix
+from qjax.io.shards import Shards
 from qjax.io.text import texts_at
 from qjax.models.model import Model
 from qjax.pipeline import calibration_text, quantize_model
+from qjax.pipeline.export import export_model
 from qjax.plan import Plan, Rule
 from qjax.tensor import is_qtensor
 
@@ -117,6 +121,30 @@ def test_refusals_are_one_line_and_leave_nothing(floats, packed, mistake, tmp_pa
     assert export(floats, tmp_path / "nf4", "bitsandbytes", "--type", "NF4_b32") == 0
     assert "no grid of integers" in mistake(tmp_path / "nf4", to="gguf", out="m.gguf")
     assert "--type Q4_K_M --requantize" in mistake(tmp_path / "nf4", to="gguf", out="m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError(errno.ENOSPC, "no space"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_an_export_that_ends_early_leaves_nothing(packed, tmp_path, monkeypatch, error, told):
+    put, left = Shards.put, iter(range(5))
+
+    def fails(self, name, array):
+        if next(left, None) is None:
+            raise error
+        put(self, name, array)
+
+    monkeypatch.setattr(Shards, "put", fails)
+    with pytest.raises(told):
+        export_model(packed, tmp_path / "out", "gptq")
+    assert next(left, None) is None and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_goes_with_the_next(packed, tmp_path):
+    (dead := tmp_path / ".out.0123abcd.tmp").mkdir()
+    (dead / "shard-1").write_bytes(b"half")
+    assert export(packed, tmp_path / "out", "gptq") == 0
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_damaged_folder_ends_in_one_line(packed, mistake, tmp_path):
