@@ -90,6 +90,18 @@ def test_from_container_to_container_the_values_stay(packed, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *files)
 
 
+def test_rounded_inputs_go_over_as_they_are(floats, mistake, tmp_path):
+    w8a8 = "compressed-tensors_w8a8"
+    assert export(floats, tmp_path / "a", w8a8, "--type", "int8_row") == 0
+    q = qjax.load(tmp_path / "a").params["layers_0"]["attn"]["q"]["kernel"]
+    assert q.rounds_inputs and q.format.name == "int8_row"
+    assert export(tmp_path / "a", tmp_path / "b", w8a8) == 0
+    files = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    jax.tree.map(np.testing.assert_array_equal, *files)
+    assert f"q_proj.weight: its inputs are rounded too: --to {w8a8}" in mistake(tmp_path / "a")
+    assert "lies behind RoundedInput" in mistake(tmp_path / "a", to="gptq")
+
+
 def test_what_was_written_runs_and_tells_its_size(packed, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(packed), "--json", "-"]) == 0
