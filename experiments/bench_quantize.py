@@ -11,13 +11,11 @@ whether every tensor has the same type, and the relative errors of some tensors 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qjax.errors import UserError
+from qjax.evaluate.cost import cost_of
 from qjax.io.gguf_model import metadata_of
 from qjax.io.gguf_read import read_gguf
 from qjax.io.gguf_types import DENSE
@@ -101,7 +100,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     for _ in range(config.rounds):
         for name, command in commands.items():
             (ours if name == "qjax" else theirs).unlink(missing_ok=True)
-            runs[name].append(measure(command))
+            load = round(os.getloadavg()[0], 1)
+            runs[name].append({**cost_of(command), "load_before": load})
             print(name, runs[name][-1], file=sys.stderr, flush=True)
     results = {
         "command": "qjax run configs/bench_quantize.toml",
@@ -158,31 +158,6 @@ def write_checkpoint(folder: Path, base: Path, decoder: DecoderConfig, seed: int
 
     infos = [TensorInfo(w.gguf, w.file_shape, "BF16" if len(w.shape) > 1 else "F32") for w in names]
     write_gguf(base, metadata_of(decoder, tokenizer, None, "checkpoint", "BF16"), infos, rows())
-
-
-def measure(command: list[str]) -> dict[str, float]:
-    """Run a command to its end: wall and CPU seconds, peak resident megabytes.
-
-    The peak is the kernel's VmHWM, read while the process lives: wait4's ru_maxrss would begin at the size of the
-    process that started it.
-    """
-    clock, load = time.perf_counter(), os.getloadavg()[0]
-    pid = os.posix_spawn(command[0], command, os.environ)
-    peak = done = 0
-    while not done:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        time.sleep(0.0 if done else 0.02)
-    if status:
-        raise UserError(f"{' '.join(command[:4])} ... ended with status {os.waitstatus_to_exitcode(status)}")
-    return {
-        "seconds": round(time.perf_counter() - clock, 2),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_rss_mb": round(peak / 1024, 1),
-        "load_before": round(load, 1),
-    }
 
 
 def compare(base: Path, ours: Path, theirs: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which weights change their format together, and which formats they may have: what reads the file decides.
 
-llama.cpp   any type for any tensor; q and k meet in one product, gate and up in another, and change together
+llama.cpp   any type whose blocks divide the rows, for any tensor; q and k meet in one product, gate and up in another,
+            and change together
 vllm        4 or 8 bits in groups of 128; q, k and v are one matrix there, gate and up another; embedding and head
             stay as they are
 """
@@ -39,7 +40,10 @@ class Target:
 _HALVES = ("mlp/gate/kernel", "mlp/up/kernel")
 TARGETS = {
     "llama.cpp": Target(
-        ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
+        (
+            *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+            *("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"),
+        ),
         (("attn/q/kernel", "attn/k/kernel"), _HALVES),
     ),
     "vllm": Target(

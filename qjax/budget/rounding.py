@@ -63,7 +63,7 @@ def _scores(stages: Stages, params: Any, n: jax.Array) -> jax.Array:
 def rounded(
     name: str, formats: Mapping[str, Format], part: Any, stats: Mapping[str, Stats], recipe: Recipe
 ) -> tuple[Any, int, float]:
-    """A part of a model with some of its weights rounded.
+    """Some of the weights of a part of a model, rounded; `placed` puts them into it.
 
     Args:
       name: the part's.
@@ -72,11 +72,11 @@ def rounded(
       stats: by path below the part.
       recipe: how.
 
-    Returns: the tree in float32, the bytes of those weights, their error: the sum of h (w - w_hat)^2, h the mean square
-      of each input where it is known and 1 where it is not.
+    Returns: those weights, packed; their bytes; their error: the sum of h (w - w_hat)^2, h the mean square of each
+      input where it is known and 1 where it is not.
     """
     if not formats:
-        return part, 0, 0.0
+        return {}, 0, 0.0
     stats = {path: s for path, s in stats.items() if path in formats}
     if name == "embed":
         recipe = for_embedding(recipe) if stats else rtn()
@@ -85,7 +85,12 @@ def rounded(
     packed, report = quantize_params(chosen, plan, stats, recipe=recipe)
     error = jax.tree.map(lambda w, q: w - dequantize(q), chosen, packed)
     total = sum(_weighted(path, e, stats.get(path)) for path, e in named_leaves(error).items())
-    return _with(part, packed), sum(t.nbytes for t in report.tensors), total
+    return packed, sum(t.nbytes for t in report.tensors), total
+
+
+def placed(part: Mapping[str, Any], packed: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a model, in float32, with some of its weights as these packed ones have them."""
+    return {key: _put(value, packed[key]) if key in packed else value for key, value in part.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +110,7 @@ class Rounder:
     def params(self, formats: Mapping[str, Format]) -> dict[str, Any]:
         """All parts, the weights of these paths in these formats."""
         return {
-            name: rounded(name, of_part(formats, name), part, self.stats.get(name, {}), self.recipe)[0]
+            name: placed(part, rounded(name, of_part(formats, name), part, self.stats.get(name, {}), self.recipe)[0])
             for name, part in self.runs.params.items()
         }
 
@@ -139,10 +144,5 @@ def _only(tree: Mapping[str, Any], names: Mapping[str, Any], at: str = "") -> di
     return found
 
 
-def _with(tree: Mapping[str, Any], packed: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with the leaves of another in place, decoded."""
-    return {key: _put(value, packed[key]) if key in packed else value for key, value in tree.items()}
-
-
 def _put(value: Any, packed: Any) -> Any:
-    return _with(value, packed) if isinstance(value, Mapping) else dequantize(packed)
+    return placed(value, packed) if isinstance(value, Mapping) else dequantize(packed)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qjax.budget.groups import Group
-from qjax.budget.rounding import Rounder, observed, rounded
+from qjax.budget.rounding import Rounder, observed, placed, rounded
 from qjax.formats import Format
 
 Progress = Callable[[str, int, int], object]
@@ -76,7 +76,7 @@ def sensitivities(
             ]
             errors, costs = np.array([error for *_, error in tried]), {}
             for c in spread(errors, measured):
-                changed = {**params, part: tried[c][1]}
+                changed = {**params, part: placed(params[part], tried[c][1])}
                 start = runs.first(changed) if part == "embed" else x
                 costs[c] = float(runs.kl_behind(max(0, at - 1), changed, start).mean())
                 done += 1

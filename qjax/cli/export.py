@@ -35,7 +35,7 @@ class Export:
 
     --to names the container; docs/exports.md has what each of them holds, and who reads it:
 
-        compressed-tensors  gptq  gptq_v2  awq  bitsandbytes  mlx  onnx  gguf
+        compressed-tensors  compressed-tensors_w8a8  gptq  gptq_v2  awq  bitsandbytes  mlx  onnx  gguf
 
     Embeddings and the head stay floats but where a container packs them too. No container has a place for changes of
     variables that a layer would have to run (rotations, channel scales): fold them in with `qjax fuse`, then export.

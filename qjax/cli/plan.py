@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,6 +84,7 @@ class Plan:
 
         model = load_float(self.model)
         text = windows_of(model, self.model, self.calib, context=self.calib_ctx, windows=self.windows, seed=self.seed)
+        clock = time.perf_counter()
         with bar(f"plan of {self.model}") as update:
             plan, found = plan_for(
                 model, text.tokens, **budget, target=self.reader, formats=self.formats, recipe=self.recipe,
@@ -90,9 +92,9 @@ class Plan:
             )  # fmt: skip
         write_text(self.out, plan.to_toml())
         rows = rows_of(model.config, plan, found)
-        self._tell(found, rows)
+        self._tell(found, rows, time.perf_counter() - clock)
 
-    def _tell(self, found: Any, rows: dict[str, list[dict[str, Any]]]) -> None:
+    def _tell(self, found: Any, rows: dict[str, list[dict[str, Any]]], seconds: float) -> None:
         """Print, and write the page and the numbers."""
         from qjax import rundir
         from qjax.io.atomic import write_text
@@ -121,7 +123,7 @@ class Plan:
         )  # fmt: skip
         held = [[r["format"], r["tensors"], f"{r['weights']:,}"] for r in rows["formats"]]
         output.table(["format", "tensors", "weights"], held, (1, 2))
-        print(f"{self.out}: {found.best.name}")
+        print(f"{self.out}: {found.best.name}, {seconds:.0f} s")
 
 
 def budget_of(bits: float | None, size: str | None) -> dict[str, Any]:

@@ -91,10 +91,9 @@ class Checkpoint:
     path: Path
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    _maps: dict[Path, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     def array(self, name: str, dtypes: Mapping[str, np.dtype[Any]] = FLOATS) -> np.ndarray:
-        """A tensor as a view of the mapped file, read from disk when touched.
+        """A tensor of the mapped file, read from disk when touched, mapped for as long as the array lives.
 
         Raises:
           UserError: no such tensor, or one of another type than `dtypes`, floats unless told otherwise.
@@ -109,18 +108,10 @@ class Checkpoint:
             return t.made(0, t.shape[0])
         if t.nbytes == 0:
             return np.zeros(t.shape, dtypes[t.dtype])
-        raw = self._map(t.path)[t.offset : t.offset + t.nbytes]
+        raw = mapped(dataclasses.replace(t, shape=(t.nbytes,)), np.uint8, 0, t.nbytes)
         if t.offset % dtypes[t.dtype].itemsize:
             raw = raw.copy()  # a header of odd length leaves its tensors unaligned
         return raw.view(dtypes[t.dtype]).reshape(t.shape)
-
-    def _map(self, path: Path) -> np.ndarray:
-        if path not in self._maps:
-            try:
-                self._maps[path] = np.memmap(path, np.uint8, mode="r")
-            except (OSError, ValueError) as e:
-                raise UserError(f"cannot read {path}: {e}") from e
-        return self._maps[path]
 
 
 def open_file(path: str | Path) -> Checkpoint:

@@ -1,5 +1,6 @@
 """A budget on a small decoder: costs are the judge's own KL, the plan keeps its bytes and loses to none of its size."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from qjax.budget import TARGETS, groups_of, plan_for, search
 from qjax.budget.forward import Runs
+from qjax.budget.groups import stored_size
 from qjax.budget.rounding import Rounder
 from qjax.budget.sensitivity import interpolated
 from qjax.budget.told import rows_of
@@ -110,6 +112,27 @@ def test_what_vllm_fuses_has_one_format():
         "layers_0/mlp/down",
     ]
     assert [f.name for f in groups[0].formats] == ["int4_g128_mse", "int8_g128"]
+
+
+def test_importance_grids_are_offered_where_rows_are_whole_blocks():
+    weights = decoder_weights(dataclasses.replace(CONFIG, hidden=256))
+    groups = {g.name: {f.name: f for f in g.formats} for g in groups_of(weights, TARGETS["llama.cpp"])}
+    grids = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
+    assert [name for name, formats in groups.items() if grids & {*formats}] == [f"layers_{i}/mlp/down" for i in (0, 1)]
+    down = groups["layers_0/mlp/down"]
+    assert grids < {*down} and next(iter(down)) == "IQ2_XXS"
+    assert stored_size(down["IQ2_XXS"], (64, 256)) == 64 * 66  # ggml's block
+
+
+@pytest.mark.slow
+def test_a_small_budget_takes_importance_grids(tokens):
+    config = dataclasses.replace(CONFIG, hidden=256, layers=1)
+    params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    plan, seen = plan_for(Model(config, params), tokens, bits=4.4, formats=("IQ2_XXS", "IQ3_S", "Q4_0", "Q5_0"))
+    assert {rule.format_name for rule in plan.rules} & {"IQ2_XXS", "IQ3_S"}
+    report = quantize_params(params, plan)[1]
+    assert 8 * report.nbytes <= 4.4 * sum(math.prod(w.shape) for w in decoder_weights(config))
+    assert seen.best.kl == min(c.kl for c in seen.candidates)
 
 
 def test_unmeasured_costs_lie_on_lines_through_the_measured():

@@ -25,7 +25,7 @@ def compressed_tensors(a, config):
     (group,) = said["config_groups"].values()
     bits, kind = group["weights"]["num_bits"], said["format"]
     scale = a[".weight_scale"]
-    if kind == "float-quantized":
+    if kind in ("float-quantized", "int-quantized"):
         return a[".weight"].astype(np.float32) * scale.reshape(-1, 1)
     if kind == "pack-quantized":
         out, n = a[".weight_shape"]
@@ -92,6 +92,7 @@ def onnx(a, config):
 
 DECODERS = {
     "compressed-tensors": compressed_tensors,
+    "compressed-tensors_w8a8": compressed_tensors,
     "gptq": gptq,
     "gptq_v2": gptq,
     "awq": awq,

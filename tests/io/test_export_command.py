@@ -1,6 +1,7 @@
 """`qjax export`: from floats, from one container into the next, calibrated; what it refuses, in one line."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -11,12 +12,15 @@ from small_models import LLAMA, TEXT, random_params
 
 import qjax
 from qjax.cli import main
+from qjax.errors import UserError
 from qjax.io.exports import CONTAINERS
 from qjax.io.gguf_read import read_gguf
 from qjax.io.imatrix import Imatrix, write_imatrix
+from qjax.io.shards import Shards
 from qjax.io.text import texts_at
 from qjax.models.model import Model
 from qjax.pipeline import calibration_text, quantize_model
+from qjax.pipeline.export import export_model
 from qjax.plan import Plan, Rule
 from qjax.tensor import is_qtensor
 
@@ -86,6 +90,18 @@ def test_from_container_to_container_the_values_stay(packed, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *files)
 
 
+def test_rounded_inputs_go_over_as_they_are(floats, mistake, tmp_path):
+    w8a8 = "compressed-tensors_w8a8"
+    assert export(floats, tmp_path / "a", w8a8, "--type", "int8_row") == 0
+    q = qjax.load(tmp_path / "a").params["layers_0"]["attn"]["q"]["kernel"]
+    assert q.rounds_inputs and q.format.name == "int8_row"
+    assert export(tmp_path / "a", tmp_path / "b", w8a8) == 0
+    files = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    jax.tree.map(np.testing.assert_array_equal, *files)
+    assert f"q_proj.weight: its inputs are rounded too: --to {w8a8}" in mistake(tmp_path / "a")
+    assert "lies behind RoundedInput" in mistake(tmp_path / "a", to="gptq")
+
+
 def test_what_was_written_runs_and_tells_its_size(packed, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(packed), "--json", "-"]) == 0
@@ -117,6 +133,30 @@ def test_refusals_are_one_line_and_leave_nothing(floats, packed, mistake, tmp_pa
     assert export(floats, tmp_path / "nf4", "bitsandbytes", "--type", "NF4_b32") == 0
     assert "no grid of integers" in mistake(tmp_path / "nf4", to="gguf", out="m.gguf")
     assert "--type Q4_K_M --requantize" in mistake(tmp_path / "nf4", to="gguf", out="m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError(errno.ENOSPC, "no space"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_an_export_that_ends_early_leaves_nothing(packed, tmp_path, monkeypatch, error, told):
+    put, left = Shards.put, iter(range(5))
+
+    def fails(self, name, array):
+        if next(left, None) is None:
+            raise error
+        put(self, name, array)
+
+    monkeypatch.setattr(Shards, "put", fails)
+    with pytest.raises(told):
+        export_model(packed, tmp_path / "out", "gptq")
+    assert next(left, None) is None and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_goes_with_the_next(packed, tmp_path):
+    (dead := tmp_path / ".out.0123abcd.tmp").mkdir()
+    (dead / "shard-1").write_bytes(b"half")
+    assert export(packed, tmp_path / "out", "gptq") == 0
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_damaged_folder_ends_in_one_line(packed, mistake, tmp_path):

@@ -25,6 +25,7 @@ from qjax.reparam.permute import Permuted
 CASES = {
     "compressed-tensors": "int2_g32 uint3_g64 int4_g128_bf16 uint4_row uint5_g32_f32 int8_row FP8_E4M3 FP8_E4M3_tensor "
     "MXFP4 NVFP4 Q4_0 Q8_0",
+    "compressed-tensors_w8a8": "int8_row int8_row_bf16 FP8_E4M3",
     "gptq": "uint2_g64 uint3_g32 int4_g128 int8_row",
     "gptq_v2": "uint4_g32",
     "awq": "int4_g32 uint4_g128",
@@ -137,8 +138,17 @@ def test_rounded_inputs_are_read_with_their_weights(tmp_path, w, type, weight):
     )
     assert back.rounds_inputs and back.applied[0].kind == ("int8" if type == "int" else "e4m3")
     np.testing.assert_array_equal(np.asarray(qjax.dequantize(back)), np.asarray(qjax.dequantize(q)))
-    with pytest.raises(UserError, match=r"lies behind RoundedInput|behind a change of variables"):
+    with pytest.raises(UserError, match="its inputs are rounded too: --to compressed-tensors_w8a8"):
         CONTAINERS["compressed-tensors"].tensors(back)
+    again = CONTAINERS["compressed-tensors_w8a8"].tensors(back)
+    for found, array in zip(again.values(), (codes, scale), strict=True):
+        np.testing.assert_array_equal(np.asarray(found).view(np.uint8), array.view(np.uint8))
+    said_again = CONTAINERS["compressed-tensors_w8a8"].settings({NAME: back.format}, [])["quantization_config"]
+    (written,) = said_again["config_groups"].values()
+    assert inputs.items() <= written["input_activations"].items() and written["format"] == group["format"]
+    other = dataclasses.replace(back, applied=(dataclasses.replace(back.applied[0], threshold=6.0),))
+    with pytest.raises(UserError, match=r"lies behind RoundedInput; .* by token, and no more"):
+        CONTAINERS["compressed-tensors_w8a8"].tensors(other)
     for change in ({"dynamic": False}, {"num_bits": 4}):
         group["input_activations"] = inputs | change
         with pytest.raises(UserError, match="only inputs in 8 bits, dynamic and token by token"):
@@ -188,6 +198,8 @@ REFUSED = [
     ("compressed-tensors", "int3_g16_u6x16", "no place for int3_g16_u6x16"),
     ("compressed-tensors", "int2_g64_mid_mse", "no place for int2_g64_mid_mse"),
     ("compressed-tensors", "uint4_g64_zf16", "no place for uint4_g64_zf16"),
+    ("compressed-tensors_w8a8", "int8_g64", "no place for int8_g64; take int8_row or FP8_E4M3"),
+    ("compressed-tensors_w8a8", "uint8_row", "no place for uint8_row"),
 ]
 
 

@@ -52,6 +52,42 @@ def test_transformers_reads_compressed_tensors(tmp_path, bpe, name):
     np.testing.assert_allclose(logits(), ours(tmp_path / "m"), atol=2e-5)
 
 
+def rounding_inputs(model, largest, low, round_):
+    """Have the inputs of a model's packed layers rounded in plain torch: x_hat = s q(x / s), s = max|x| / largest."""
+
+    def hook(module, args):
+        (x,) = args
+        s = x.abs().amax(-1, keepdim=True) / largest
+        return (round_((x / s).clamp(low, -low if low == -largest else 127)) * s,)
+
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("name", ["int8_row", "FP8_E4M3"])
+def test_transformers_rounds_the_inputs_of_w8a8(tmp_path, bpe, name):
+    """It divides the largest by 127.5 where qjax takes 127, as vLLM does; each is what that makes in torch."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("compressed_tensors")
+    packed_model(tmp_path / "w", "compressed-tensors", name, bpe)
+    packed_model(tmp_path / "m", "compressed-tensors_w8a8", name, bpe)
+    if name == "int8_row":
+        scales = {"theirs": (127.5, -128, torch.round), "ours": (127, -127, torch.round)}
+    else:
+        scales = dict.fromkeys(("theirs", "ours"), (448, -448, lambda u: u.to(torch.float8_e4m3fn).float()))
+    expected = {}
+    for who, how in scales.items():
+        model, logits = theirs(tmp_path / "w")
+        expected["floats"] = logits()
+        rounding_inputs(model, *how)
+        expected[who] = logits()
+    found = {"theirs": theirs(tmp_path / "m")[1](), "ours": np.asarray(qjax.load(tmp_path / "m").logits(TOKENS))}
+    for who, made in found.items():
+        np.testing.assert_allclose(made, expected[who], atol=2e-5)
+        assert np.abs(made - expected["floats"]).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["NF4", "FP4_b32_dq"])
 def test_transformers_reads_bitsandbytes(tmp_path, bpe, name):
     pytest.importorskip("bitsandbytes")

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from qjax.errors import UserError
 from qjax.io.safetensors import open_file, open_folder, write_file
 
+MAPS = Path("/proc/self/maps")
 RNG = np.random.default_rng(0)
 TENSORS = {
     "a": RNG.standard_normal((3, 5)).astype(np.float32),
@@ -46,6 +48,17 @@ def test_wrong_tensor_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'x': expected F32\[2\], got float16\[2\]"):
         write_file(tmp_path / "m", [("x", "F32", (2,))], [np.zeros(2, np.float16)])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs the /proc of Linux")
+def test_a_tensors_pages_go_with_its_array(tmp_path):
+    """Else an export holds all of the file that it has read."""
+    save_file(TENSORS, tmp_path / "held.safetensors")
+    f = open_file(tmp_path / "held.safetensors")
+    a = f.array("a")
+    assert "held.safetensors" in MAPS.read_text()
+    del a
+    assert "held.safetensors" not in MAPS.read_text()
 
 
 def test_other_types_are_named(tmp_path):

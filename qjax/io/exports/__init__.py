@@ -13,7 +13,7 @@ from typing import Any
 from qjax.errors import UserError
 from qjax.io.exports.awq import AWQ
 from qjax.io.exports.bitsandbytes import BitsAndBytes
-from qjax.io.exports.compressed_tensors import CompressedTensors
+from qjax.io.exports.compressed_tensors import W8A8, WEIGHTS
 from qjax.io.exports.container import Container, Reader
 from qjax.io.exports.fp8_blocks import FP8Blocks
 from qjax.io.exports.gptq import V1, V2
@@ -21,7 +21,7 @@ from qjax.io.exports.mlx import MLX
 from qjax.io.exports.onnx import MatMulNBits
 from qjax.io.safetensors import Checkpoint
 
-_ALL: tuple[Container, ...] = (CompressedTensors(), V1, V2, AWQ(), BitsAndBytes(), MLX(), MatMulNBits())
+_ALL: tuple[Container, ...] = (WEIGHTS, W8A8, V1, V2, AWQ(), BitsAndBytes(), MLX(), MatMulNBits())
 _READ: tuple[Reader, ...] = (*_ALL, FP8Blocks())
 CONTAINERS: Mapping[str, Container] = MappingProxyType({c.name: c for c in _ALL})
 

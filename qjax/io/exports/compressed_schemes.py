@@ -4,7 +4,7 @@
                             weight_scale [out, G]                     weight_shape i64[2]
                             weight_zero_point i32[ceil(out b / 32), G]   along `out`, asymmetric formats only
     float-quantized         weight f8[out, in]        weight_scale [out, 1] or [1]
-    int-quantized           weight i8[out, in]        weight_scale [out, 1]; read only
+    int-quantized           weight i8[out, in]        weight_scale [out, 1]
     mxfp4-pack-quantized    weight_packed u8[out, in / 2], the even weight in the low nibble     weight_scale u8, E8M0
     nvfp4-pack-quantized    the same, weight_scale f8[out, in / 16], weight_global_scale f32[1]: W = T s / global
 
@@ -135,7 +135,7 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """Bytes with a scale a row, for inputs that are rounded too; read only."""
+    """Bytes with a scale a row, which meet rounded inputs."""
 
     format: str = "int-quantized"
     key: str = ".weight_scale"
@@ -143,10 +143,13 @@ class Int8:
     maybe: tuple[str, ...] = ()
 
     def args(self, format: Format) -> dict[str, Any] | None:
-        return None
+        args = Packed().args(format)
+        rows = args is not None and args["num_bits"] == 8 and args["strategy"] == "channel" and args["symmetric"]
+        return args if rows else None
 
     def tensors(self, q: QTensor) -> dict[str, np.ndarray]:
-        raise UserError("int-quantized weights are read only")
+        w = integers_of(q)
+        return {".weight": (w.codes - np.uint8(128)).view(np.int8), ".weight_scale": w.scale}
 
     def shape_of(self, m: Members, args: Settings) -> tuple[tuple[int, ...], Format]:
         shape, strategy = m.matrix(".weight", "I8"), args.get("strategy")
@@ -235,10 +238,14 @@ class Float4:
         return q if shared == 1 else dataclasses.replace(q, applied=(Scaled(np.full(q.shape[1], shared)),))
 
 
-SCHEMES: tuple[Scheme, ...] = (
+ALONE: tuple[Scheme, ...] = (
     Packed(),
-    Int8(),
     Float8(),
     Float4("MXFP4", "mxfp4-pack-quantized", (".weight_scale",)),
     Float4("NVFP4", "nvfp4-pack-quantized", (".weight_scale", ".weight_global_scale")),
 )
+"""Those of weights alone."""
+WITH_INPUTS: tuple[Scheme, ...] = (Int8(), Float8())
+"""Those of weights that meet inputs of 8 bits."""
+SCHEMES: tuple[Scheme, ...] = (*ALONE, Int8())
+"""All that are read."""
