@@ -1,9 +1,5 @@
 """Which kernel multiplies with packed weights: the first line of TABLE that fits, on the platform a program is for.
 
-    Kernel(
-        "cpu", "xla", "lanes", lanes.matmul, _lanes,
-        "laid out by qjax.prepack; outputs side by side, some weights at a time, decoded in the cache", layout=LANES,
-    ),
     Kernel("cpu", "xla", "sums", xla.sums, fits, about)       a new kernel is such a line, above those it is better than
 
 `fits` sees all that is known when a program is traced, and answers with the reason why not, or "".
