@@ -72,7 +72,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # calibration texts; a file is the same one for all
     generated: int = 0  # tokens that each writes behind `prompt`, greedily, and is timed at; 0: none
     prompt: str = "The history of"
-    generated: int = 0  # tokens whose generation is timed; 0: none
     rates: tuple[float, ...] = ()  # bits of the layers at which families of formats are compared; none: not at all
 
 
