@@ -6,7 +6,7 @@
     gptaq      nearest() >> ldlq(order="act", cross=1.0)                              arXiv:2504.02692
     best_gguf  nearest(weight="h") >> ldlq(order="act", cross=1.0) >> refit(2, sweeps=2)
                    >> options(sensitive=0.5, shrink=True, two_sided=8)                ours
-    gsq        best_gguf with annealed(32) in place of refit(2, sweeps=2)             arXiv:2604.18556
+    gsq        best_gguf >> annealed(24)                                              arXiv:2604.18556
     yaqa       nearest(weight="h") >> ldlq(order="act") >> options(sensitive=True, two_sided=64)   arXiv:2505.22988
     guided     nearest(weight="h") >> ldlq(order="act") >> descend(4) >> options(guided=4)         arXiv:2505.07004
     awq        awq_scale() >> nearest() >> clip()                                     arXiv:2306.00978
@@ -71,11 +71,11 @@ def best_gguf(format: str | Format | None = None) -> Recipe:
     return _recipe("best_gguf", format, *stages, sensitive=0.5, shrink=True, two_sided=8)
 
 
-def gsq(rounds: int = 32, format: str | Format | None = None) -> Recipe:
-    """GSQ (arXiv:2604.18556) on each layer's output, its noise in closed form: best_gguf, whose codes and scales are
-    annealed together (rounding/annealed.py) where it refits them; `relaxed` has GSQ's own gradient steps."""
+def gsq(rounds: int = 24, format: str | Format | None = None) -> Recipe:
+    """GSQ (arXiv:2604.18556) on each layer's output, its noise in closed form: best_gguf, then its codes and scales
+    annealed together (rounding/annealed.py), never for a larger loss; `relaxed` has GSQ's own gradient steps."""
     best = best_gguf(format)
-    return dataclasses.replace(best, roundings=(*best.roundings[:-1], annealed(rounds)), name="gsq")
+    return dataclasses.replace(best, roundings=(*best.roundings, annealed(rounds)), name="gsq")
 
 
 def yaqa(format: str | Format | None = None) -> Recipe:
