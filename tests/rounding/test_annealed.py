@@ -57,7 +57,7 @@ def test_never_a_larger_loss_and_as_it_is_stored(name):
     old, new = (losses(w, rounded_of(s, fmt), damped64(H, DAMPING)) for s in (before, after))
     if fmt.rows == 0:
         old, new = old.sum(), new.sum()
-    assert (new <= old * (1 + 1e-5)).all() and new.sum() < 0.98 * old.sum()
+    assert (new <= old * (1 + 1e-5)).all() and new.sum() < 0.99 * old.sum()
     again = fmt.unpack(fmt.pack(after.scales, after.codes))
     for a, b in zip(jax.tree.leaves((after.scales, after.codes)), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -238,7 +238,8 @@ def test_within_a_block_what_does_not_help_moves_nothing(model, calibration):
     far = TuneBlocks(Tuning(2, batch=8, rate=3.0, weight_rate=3.0, looks=2), within=True)
     _, report = quantize_model(model, PLAN, "gptq", calibration, tune=far)
     assert all(before == after for before, after in ends_of(report).values())
-    assert "none of 2 steps was better" in report.tensors[1].calibration.note
+    notes = [t.calibration.note for t in report.tensors if t.name.startswith("layers_") and t.calibration is not None]
+    assert notes and all("none of 2 steps was better" in note for note in notes)
 
 
 def test_within_a_block_only_one_makes_up_for_what_is_rounded(model, calibration):
