@@ -68,7 +68,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             print(f"{to}: {cost['peak_rss_mb']:.0f} MB, {cost['seconds']:.0f} s", file=sys.stderr)
             if cost["peak_rss_mb"] > config.most / 1e6:
                 raise UserError(f"{to} took {cost['peak_rss_mb']:.0f} MB of memory, more than {config.most / 1e6:.0f}")
-            made.rename(first) if not first.exists() else shutil.rmtree(made)
+            if first.exists():
+                shutil.rmtree(made)
+            else:
+                made.rename(first)
     return {"rows": rows}
 
 

@@ -33,14 +33,14 @@ class Member:
     kl: tuple[float, ...]
 
 
-def front(members: Sequence[Member]) -> list[Member]:
-    """Those that no other beats in bits and mean KL, by rising bits."""
-    best, kept = math.inf, []
-    for m in sorted(members, key=lambda m: (m.bits, np.mean(m.kl))):
-        if np.mean(m.kl) < best:
-            best = float(np.mean(m.kl))
-            kept.append(m)
-    return kept
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of (bits, loss) no other beats: none with as few bits and as little loss that has less of one."""
+    best, kept = math.inf, set()
+    for bits, loss in sorted(set(points)):
+        if loss < best:
+            best = loss
+            kept.add((bits, loss))
+    return [point in kept for point in points]
 
 
 def at_bits(members: Sequence[Member], bits: float) -> tuple[np.ndarray, str] | None:
@@ -51,7 +51,8 @@ def at_bits(members: Sequence[Member], bits: float) -> tuple[np.ndarray, str] | 
     >>> round(float(np.exp(logs[0])), 3), between
     (0.2, 'a, b')
     """
-    line = front(members)
+    on = on_front([(m.bits, float(np.mean(m.kl))) for m in members])
+    line = sorted((m for m, best in zip(members, on, strict=True) if best), key=lambda m: m.bits)
     for low, high in zip(line, line[1:] or line, strict=False):
         if low.bits <= bits <= high.bits:
             s = (bits - low.bits) / (high.bits - low.bits) if high.bits > low.bits else 0.0

@@ -104,8 +104,8 @@ class Format(Protocol):
 
 
 @runtime_checkable
-class TileGrid(Protocol):
-    """What a sweep over tiles asks of a grid: any `Format`, or what a `Shared` one is bound to."""
+class TileRounding(Protocol):
+    """What a sweep over tiles asks: any `TileGrid`, or what rounds to mixtures of its levels."""
 
     @property
     def tile(self) -> Tile:
@@ -113,6 +113,11 @@ class TileGrid(Protocol):
 
     def round(self, columns: Columns, target: Array, metric: Array | None = None) -> tuple[Array, Array]:
         """As of `Format`."""
+
+
+@runtime_checkable
+class TileGrid(TileRounding, Protocol):
+    """A grid: any `Format`, or what a `Shared` one is bound to."""
 
     def basis(self, codes: Array) -> tuple[Array, ...]:
         """As of `Format`."""

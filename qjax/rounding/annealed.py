@@ -121,7 +121,7 @@ class Mixed:
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """The grid that a sweep rounds mixtures on; its columns are the three levels of each weight, and its share.
+    """What a sweep rounds mixtures by; its columns are the three levels of each weight, and its share.
 
     Attributes:
       t: f32[].
@@ -143,10 +143,6 @@ class Slope:
         new = jnp.clip(share + omega * (best - share), -1.0, 1.0)
         far = jnp.where(new > 0.0, above, below) - q
         return q + jnp.abs(new) * far, jnp.where(far == 0.0, 0.0, new)
-
-    def basis(self, codes: Array) -> tuple[Array, ...]:
-        """Not of codes alone: see `Mixed`."""
-        raise NotImplementedError
 
 
 def best_share(target: Array, q: Array, above: Array, below: Array, t: Array) -> Array:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats.protocol import Columns, TileGrid
+from qjax.formats.protocol import Columns, TileRounding
 from qjax.typing import Array, Float, Int, Shaped
 
 OUTER, INNER = 256, 16
@@ -40,7 +40,7 @@ what is to be kept of it."""
 
 
 def sweep(
-    format: TileGrid,
+    format: TileRounding,
     w: Float[Array, "n rows"],
     e: Float[Array, "n rows"],
     coupling: Float[Array, "n n"],

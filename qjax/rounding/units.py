@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats.protocol import Columns, Format, Scales, TileGrid
+from qjax.formats.protocol import Columns, Format, Scales, TileRounding
 from qjax.rounding.curvature import descent, over_tiles, tiles_of
 from qjax.rounding.descend import exactly
 from qjax.rounding.protocol import State
@@ -38,8 +38,8 @@ class Coding(Protocol):
     def basis(self, codes: Any) -> tuple[Array, ...]:
         """B_1 ... B_K, f32[rows, n] each."""
 
-    def on(self, columns: Columns, codes: Any) -> tuple[TileGrid, Columns]:
-        """What a sweep rounds to: a grid, and its columns, f32[rows, G] each."""
+    def on(self, columns: Columns, codes: Any) -> tuple[TileRounding, Columns]:
+        """What a sweep rounds to, and its columns, f32[rows, G] each."""
 
     def moved(self, codes: Any, swept: Array) -> Any:
         """The codes behind a sweep that found these."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qjax.evaluate.equal_bits import Member, at_bits, at_equal_bits, claims, front
+from qjax.evaluate.equal_bits import Member, at_bits, at_equal_bits, claims, on_front
 
 
 def family(name, at_two, bits=(2.0, 3.0, 4.0), texts=(1.0, 1.1, 0.9)):
@@ -21,7 +21,8 @@ def test_between_members_the_logarithm_is_linear(bits):
 
 def test_nothing_is_said_beyond_the_ends_and_what_is_beaten_is_no_neighbour():
     members = [*family("a", 0.4), Member("worse", "a", 2.5, (0.5, 0.5, 0.5)), Member("same bits", "a", 3.0, (1.0,) * 3)]
-    assert [m.name for m in front(members)] == ["a2", "a3", "a4"]
+    on = on_front([(m.bits, float(np.mean(m.kl))) for m in members])
+    assert [m.name for m, best in zip(members, on, strict=True) if best] == ["a2", "a3", "a4"]
     assert at_bits(members, 1.9) is None and at_bits(members, 4.1) is None
     assert at_bits(members, 2.5)[1] == "a2, a3"
 

@@ -11,7 +11,7 @@ from rounding_toys import Few
 
 import qjax
 from qjax.errors import UserError
-from qjax.rounding import check_grid, ldlq, nearest, refit, relaxed, spqr
+from qjax.rounding import annealed, check_grid, ldlq, nearest, refit, relaxed, spqr
 from qjax.rounding.protocol import DAMPING, State, rounded_of
 from qjax.rounding.relaxed import candidates, moments
 from qjax.stats import Stats
@@ -104,10 +104,11 @@ def test_candidates_are_the_levels_beside(name):
         np.testing.assert_array_equal(real[:, row, column], [True, at + 1 < len(levels), at > 0])
 
 
-def test_outliers_stay_and_zeros_stay_finite():
+@pytest.mark.parametrize("stage", [relaxed(60), pytest.param(annealed(32), marks=pytest.mark.slow)], ids=repr)
+def test_outliers_stay_and_zeros_stay_finite(stage):
     (w, H), fmt = problem(16, 256), qjax.format("uint2_g64")
     w = w.at[0].set(0.0)
-    before, after = staged(w, H, fmt, spqr(0.5), relaxed(60))
+    before, after = staged(w, H, fmt, spqr(0.5), stage)
     np.testing.assert_array_equal(before.outliers[0], after.outliers[0])
     assert np.asarray(before.outliers[0]).any()
     old, new = (losses(w, rounded_of(s, fmt), damped64(H, DAMPING)) for s in (before, after))

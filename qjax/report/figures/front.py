@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from qjax.evaluate.equal_bits import on_front
 from qjax.report.schema import Cell, Column, Table
 
 BITS = "whole_bits"
@@ -48,13 +49,8 @@ def points(tables: Iterable[Table], measure: str) -> list[Point]:
 
 
 def front(found: Sequence[Point]) -> list[bool]:
-    """Which points no other beats: none with as few bits and as little loss that has less of one."""
-    best, kept = float("inf"), set()
-    for bits, loss in sorted({(p.bits, p.loss) for p in found}):
-        if loss < best:
-            best = loss
-            kept.add((bits, loss))
-    return [(p.bits, p.loss) in kept for p in found]
+    """Which points no other beats, see `on_front`."""
+    return on_front([(p.bits, p.loss) for p in found])
 
 
 def drawn(found: Iterable[Point]) -> tuple[list[Point], list[Point]]:
